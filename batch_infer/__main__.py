@@ -15,18 +15,18 @@ from batch_infer.terminal import escape_controls, never_fail_to_encode
 
 
 def main() -> None:
-    """Run the command and exit with its code. Expected errors print one message; bugs print a traceback."""
+    """Run the command and exit with its code. An expected error prints one message, a bug prints a traceback."""
     _open_standard_streams()
     detect_log_format()
     try:
         code = _run()
     finally:
         restore_stderr()
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 def _open_standard_streams() -> None:
-    """Open os.devnull for closed standard streams. Otherwise the next opened file would get their descriptor."""
+    """Open os.devnull for closed standard streams. Otherwise the next files would get their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -37,14 +37,14 @@ def _open_standard_streams() -> None:
     never_fail_to_encode(sys.stderr)
 
 
-def _run() -> int | None:
+def _run() -> int:
     try:
         Path.cwd()
     except FileNotFoundError:
         log_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
         return UsageError.exit_code
     try:
-        code: int | None = commands.main(standalone_mode=False)
+        return commands.main(standalone_mode=False) or 0
     except click.ClickException as click_error:
         error = with_suggestion(click_error)
         if is_json():
@@ -60,7 +60,6 @@ def _run() -> int | None:
     except (KeyboardInterrupt, click.Abort):
         log_error("interrupted. Run the same command again to continue", StoppedError.exit_code)
         return StoppedError.exit_code
-    return code
 
 
 if __name__ == "__main__":

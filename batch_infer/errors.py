@@ -1,28 +1,4 @@
-"""Exceptions of batch-infer. The tree includes those defined in other modules.
-
-    BatchInferError
-    ├── UsageError          exit 2: nothing was rendered; the command or its settings must change
-    │   ├── SettingsError   an invalid option, or options that conflict
-    │   │   └── CompilationError   torch.compile failed; `run` continues without it unless --compile was given
-    │   ├── TableError      no table can be read
-    │   │   └── azureml.payload.TooManyImagesError   a real-time request has too many prompts
-    │   ├── ModelError      the model cannot be loaded, or does not support the settings
-    │   ├── DamagedPartError   a manifest part is corrupt; `run` sets it aside and continues
-    │   └── NewerPartError  a manifest part was written by a later version of batch-infer
-    ├── RetryableError      exit 75: run the same command again to continue
-    │   ├── LockedError     another run has locked OUT
-    │   ├── StorageError    OUT or the temporary folder cannot be read or written
-    │   │   └── jobs.merge.MissingResultsError   the manifest lists fewer results than were committed
-    │   ├── ServiceError    a network service does not respond
-    │   ├── engines.protocol.WorkersLostError   every worker died, repeatedly
-    │   ├── StoppedError    SIGINT, SIGTERM or the time limit
-    │   └── serving.service.RequestCancelledError   the client of a real-time request disconnected or timed out
-    └── RowError            an error in one row: sets the row's status and never ends a run
-        ├── FailedRowError  a row failed for an unknown reason and is retried
-        └── diffusion.solver.NotBatchableError   the scheduler cannot batch rows with different settings
-
-Any other uncaught exception is a bug: exit 1 with a traceback.
-"""
+"""Exceptions of batch-infer. Any other uncaught exception is a bug: exit code 1 with a traceback."""
 
 from __future__ import annotations
 
@@ -47,27 +23,29 @@ class BatchInferError(Exception):
 
 
 class UsageError(BatchInferError):
+    """Nothing was rendered: the command or its settings must change."""
+
     exit_code = 2
 
 
 class SettingsError(UsageError):
-    pass
+    """An option is invalid, or options conflict."""
 
 
 class CompilationError(SettingsError):
-    pass
+    """torch.compile failed. `run` continues without it unless --compile was given."""
 
 
 class TableError(UsageError):
-    pass
+    """No table can be read."""
 
 
 class ModelError(UsageError):
-    pass
+    """The model cannot be loaded, or does not support the settings."""
 
 
 class DamagedPartError(UsageError):
-    """`part` is the path of the damaged part and `reason` describes the damage."""
+    """The manifest part at path `part` is damaged. `run` sets it aside and continues."""
 
     def __init__(self, part: Path, reason: str) -> None:
         super().__init__(part, reason)  # pickling needs both arguments
@@ -83,32 +61,34 @@ class DamagedPartError(UsageError):
 
 
 class NewerPartError(UsageError):
-    pass
+    """A later version of batch-infer wrote a manifest part."""
 
 
 class RetryableError(BatchInferError):
+    """Run the same command again to continue."""
+
     exit_code = 75
 
 
 class LockedError(RetryableError):
-    pass
+    """Another run has locked OUT."""
 
 
 class StorageError(RetryableError):
-    pass
+    """OUT or the temporary folder cannot be read or written."""
 
 
 class ServiceError(RetryableError):
-    pass
+    """A network service does not respond."""
 
 
 class StoppedError(RetryableError):
-    pass
+    """SIGINT, SIGTERM, SIGHUP or the time limit stopped the command."""
 
 
 class RowError(BatchInferError):
-    pass
+    """An error in one row sets the row's status and never ends a run."""
 
 
 class FailedRowError(RowError):
-    pass
+    """A row failed for an unknown reason and is retried."""

@@ -1,4 +1,4 @@
-"""End processes spawned by a script without a main guard: they import the script, which calls batch-infer again."""
+"""End a spawned process whose main script has no main guard: importing the script would call batch-infer again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from multiprocessing import current_process
 
 EXIT_CODE = 64
-"""Exit code by which the parent recognises such a process (sysexits.h: the command was used incorrectly)."""
+"""Exit code by which the parent process recognises this case (sysexits.h: the command was used incorrectly)."""
 ADVICE = (
     "the script that calls batch-infer is imported by each of its processes, and calls it again there: put the call "
     'under `if __name__ == "__main__":`'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
@@ -79,7 +79,7 @@ def select_pending(
     """Yield the requests to render with their attempt numbers, without invalid rows."""
     for item in items:
         if isinstance(item, PromptRequest) and not is_skipped(item, entry := index.find(item.key)):
-            yield item if entry is None else item.as_attempt(entry.attempt + 1, entry.path)
+            yield item if entry is None else replace(item, attempt=entry.attempt + 1, replaces=entry.path)
 
 
 def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | None = None) -> Iterator[PromptRequest]:

@@ -1,4 +1,4 @@
-"""Records shared by all packages, from requests to results."""
+"""Records that all packages share, from requests to results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -21,16 +21,15 @@ MAX_ATTEMPTS = 3
 """Maximum number of attempts that `run` makes for a failing row."""
 
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-"""Suffixes of compressed tables."""
 _DUPLICATE_SUFFIX = re.compile(r"#\d+$")
-"""Suffix of the second table with the same name, such as `t.csv#2`. No table's file name ends this way."""
+"""Suffix of the second of two tables with the same name, as in `t.csv#2`. No table's own name ends this way."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters of one image. Sizes are in pixels.
 
-    `embedded_guidance`: the model takes the guidance scale as an input, so it needs no second evaluation.
+    With `embedded_guidance`, the model takes the guidance scale as an input and needs no second evaluation.
     """
 
     height: int
@@ -76,7 +75,7 @@ class SizeRules(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Location of a row: file as named by the user, row number from 0, and in text formats line number from 1."""
+    """Location of a row: the file as named by the user, the row from 0 and, in text formats, the line from 1."""
 
     file: str
     row: int
@@ -95,10 +94,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """Request for one image: everything that determines its pixels except the run's settings.
+    """Request for one image, with everything that determines its pixels except the run's settings.
 
-    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
-    `id_collides`: the id differs from an earlier row's id only by case. `stem_collides`: the same for the file's stem.
+    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt. With
+    `id_collides` or `stem_collides`, an earlier row's id or the stem of its file differs only by case.
     """
 
     id: str
@@ -125,10 +124,6 @@ class PromptRequest:
         params = self.params
         sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
         return params.height, params.width, *sampling, self.negative_prompt is None
-
-    def as_attempt(self, attempt: int, replaces: str | None) -> PromptRequest:
-        """Return a copy of the request for a later attempt."""
-        return replace(self, attempt=attempt, replaces=replaces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +153,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """Stored image file: path relative to OUT, SHA-256 and size in bytes.
-
-    `pixels_sha256` comes from `images.hash_pixels`.
-    """
+    """Stored image file, with its path relative to OUT. `pixels_sha256` comes from `images.hash_pixels`."""
 
     path: str
     sha256: str
@@ -170,15 +162,15 @@ class StoredImage:
 
 
 Int32 = Annotated[int, "int32"]
-"""Type of int32 result columns. Columns of type int are int64."""
+"""Type of int32 result columns. A column of type int is int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow:
-    """One row of a manifest part and of results.*. Its fields declare the result columns in order.
+    """One row of a manifest part and of results.*. The fields declare the result columns in order.
 
-    The manifest derives its Arrow schema from them. A new column needs `metadata={"since": VERSION}` with the next
-    version of the manifest format. `carried` and `line`, the line of the source, are not result columns.
+    The manifest derives its Arrow schema from the fields. A new column needs `metadata={"since": VERSION}` with the
+    next version of the manifest format. `carried` and `line`, the source's line number, are not result columns.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """Stop a command early, on a signal or at the time limit.
 
-Killing a command at any moment loses no committed work. So a stop raises StopRequested in the main thread immediately,
-except inside `deferred`, where the code checks for a stop itself and finishes its work. A watchdog thread ends the
-process if the main thread is inside a library that neither returns nor lets an exception through.
+Killing a command at any moment loses no committed work, so a stop raises StopRequested in the main thread immediately.
+Code inside `deferred` checks for a stop itself and finishes its work. A watchdog thread ends the process if the main
+thread is inside a library that neither returns nor lets an exception through.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import active_children
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from batch_infer.errors import StoppedError
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 3.0
-"""Seconds allowed for merging results after a stop."""
+"""Seconds to merge results after a stop."""
 END_SECONDS = 1.5
-"""Seconds that an interrupted process has to exit before the watchdog ends it."""
+"""Seconds to wait for an interrupted process to exit before the watchdog ends it."""
 REPEAT_SECONDS = 0.5
-"""Signals within this many seconds count once: `timeout` signals a process and then its group."""
+"""Seconds within which signals count once: `timeout` signals a process and then its group."""
 TICK_SECONDS = 0.1
 _ALARM = getattr(signal, "SIGALRM", None)
 TIME_LIMIT = "the time limit"
@@ -38,12 +38,13 @@ class StopRequested(KeyboardInterrupt):
 
 
 class Stopper:
-    """Context manager that reports whether to stop, and interrupts the main thread unless the stop is deferred.
+    """Report whether to stop, and interrupt the main thread unless the stop is deferred.
 
-    `reason` is None until a stop is requested, then a signal's name or TIME_LIMIT. Only one Stopper may be active at a
-    time, on the main thread.
+    `reason` is None until a stop is requested, then the name of a signal or TIME_LIMIT. Only one Stopper may be active
+    at a time, on the main thread.
     """
 
+    active: ClassVar[Stopper | None] = None
     reason: str | None = None
 
     def __init__(
@@ -51,18 +52,18 @@ class Stopper:
         time_limit: float | None,
         hint: str,
         *,
-        announce: Callable[[], object] = lambda: None,
-        farewell: Callable[[str], object] = lambda message: None,
-        clean_up: Callable[[], object] = lambda: None,
+        log_stop: Callable[[], object],
+        log_error: Callable[[str], object],
+        remove_files: Callable[[], object],
     ) -> None:
-        """Start the time limit in seconds. `hint` is the end of the error message: what to do after a stop.
+        """Start the time limit in seconds. `hint` ends the error message and says what to do after a stop.
 
-        `announce` is called in the main thread when a signal's stop is deferred. Before the watchdog ends the process,
-        it calls `farewell` with the error message, and `clean_up`, each on a separate thread.
+        `log_stop` is called in the main thread if a signal arrives while a stop is deferred. Before the watchdog ends
+        the process, it calls `log_error` with the error message, and `remove_files`.
         """
         self.time_limit, self._hint = time_limit, hint
         self._deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
-        self._announce, self._farewell, self._clean_up = announce, farewell, clean_up
+        self._log_stop, self._log_error, self._remove_files = log_stop, log_error, remove_files
         self._grace = 0.0
         """Seconds by which a stop is currently deferred."""
         self._has_timer = self._interrupted = False
@@ -78,7 +79,7 @@ class Stopper:
 
     def error(self) -> StoppedError:
         """Return the error that ends the command after StopRequested."""
-        cause = f"{TIME_LIMIT} came" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
+        cause = f"{TIME_LIMIT} was reached" if self.reason == TIME_LIMIT else f"stopped by {self.reason}"
         return StoppedError(f"{cause}; {self._hint}")
 
     @contextmanager
@@ -95,8 +96,7 @@ class Stopper:
             self._set_timer(GRACE_SECONDS)
 
     def __enter__(self) -> Stopper:
-        global _active
-        _active = self
+        Stopper.active = self
         self._wakeup_sender, self._wakeup_receiver = socket.socketpair()
         self._wakeup_sender.setblocking(False)
         for number in STOP_SIGNALS:
@@ -112,8 +112,7 @@ class Stopper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _active
-        _active = None
+        Stopper.active = None
         if _ALARM in self._previous_handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(self._previous_wakeup_fd)
@@ -137,11 +136,11 @@ class Stopper:
         if self.reason is None:
             self.reason = _signal_name(number)
             if self._grace == math.inf:
-                self._announce()
+                self._log_stop()
             self._interrupt_after_grace()
 
     def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
-        if self._has_timer:  # the grace period is over
+        if self._has_timer:  # the grace period has ended
             self._interrupt()
         elif self.reason is None:
             self.reason = TIME_LIMIT
@@ -163,13 +162,16 @@ class Stopper:
             self._has_timer = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    # The methods below run on the watchdog thread, which receives signals even if the main thread is inside a library.
+    # The methods below run on the watchdog thread. It receives signals even if the main thread is inside a library.
 
     def _watch(self) -> None:
         with self._wakeup_receiver:
             first_signal, signal_count, last_time, overdue_seconds = 0, 0, -math.inf, 0.0
             while not self._closed.is_set():
-                numbers = self._receive(TICK_SECONDS if first_signal else None)
+                self._wakeup_receiver.settimeout(TICK_SECONDS if first_signal else None)
+                numbers = b""
+                with suppress(TimeoutError):
+                    numbers = self._wakeup_receiver.recv(64)
                 handled_signals = (number for number in numbers if number in self._previous_handlers)
                 first_signal = first_signal or next(handled_signals, 0)
                 if any(number in STOP_SIGNALS for number in numbers) and time.monotonic() - last_time >= REPEAT_SECONDS:
@@ -181,17 +183,9 @@ class Stopper:
                     self.reason = self.reason or _signal_name(first_signal)  # the main thread has not handled it
                     self._end_process()
         if self._interrupted:
-            self._linger()
+            self._limit_shutdown()
 
-    def _receive(self, seconds: float | None) -> bytes:
-        """Return the numbers of signals that arrive within this many seconds."""
-        self._wakeup_receiver.settimeout(seconds)
-        try:
-            return self._wakeup_receiver.recv(64)
-        except TimeoutError:
-            return b""
-
-    def _linger(self) -> None:
+    def _limit_shutdown(self) -> None:
         """End the process if the interpreter waits too long for other threads at exit."""
         while threading.main_thread().is_alive():
             time.sleep(TICK_SECONDS)
@@ -201,9 +195,9 @@ class Stopper:
     def _end_process(self) -> None:
         for process in active_children():
             process.kill()
-        # Both callbacks may block on a lock that the main thread holds.
-        threads = [threading.Thread(target=self._clean_up, daemon=True)]
-        threads.append(threading.Thread(target=self._farewell, args=(str(self.error()),), daemon=True))
+        # Each callback may block on a lock that the main thread holds.
+        threads = [threading.Thread(target=self._remove_files, daemon=True)]
+        threads.append(threading.Thread(target=self._log_error, args=(str(self.error()),), daemon=True))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -216,17 +210,11 @@ def _signal_name(number: int) -> str:
     return TIME_LIMIT if name == "SIGALRM" else name
 
 
-_active: Stopper | None = None
-
-
 @contextmanager
 def deferred(seconds: float = math.inf) -> Iterator[None]:
     """Defer a stop inside the context, where code checks for it, by at most this many seconds.
 
     After a stop, the code after the context has GRACE_SECONDS. Without an active Stopper, this does nothing.
     """
-    if _active is None:
-        yield
-        return
-    with _active.deferring(seconds):
+    with nullcontext() if Stopper.active is None else Stopper.active.deferring(seconds):
         yield

@@ -1,4 +1,4 @@
-r"""Escape control characters, as in \x1b, in text for terminals and logs.
+r"""Escape control characters, for example as \x1b, in text for terminals and logs.
 
 Ids, file names, prompts and server responses may contain characters that set a terminal's title, move its cursor or
 reverse the text direction, and line breaks that would forge a log line.
@@ -19,12 +19,12 @@ _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL and C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # text direction (https://www.unicode.org/reports/tr9/)
     "\u2028\u2029"  # line and paragraph separator
-    "\ud800-\udfff]"  # lone surrogates: bytes of file names that are not UTF-8
+    "\ud800-\udfff]"  # lone surrogates: bytes of file names that are not valid UTF-8
 )
 
 _ERROR_HANDLER = "batch_infer_ascii"
 _ASCII = {"·": "-"}
-"""ASCII replacements for other characters in reports."""
+"""ASCII replacements for characters in reports."""
 
 
 def escape_controls(text: object, keep: str = "") -> str:

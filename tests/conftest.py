@@ -41,7 +41,7 @@ def _one_thread() -> None:
 def _no_end_of_this_process() -> Iterator[None]:
     """A command that is interrupted in this process does not end it, however long that takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stopper, "_linger", lambda self: None)
+        patch.setattr(Stopper, "_limit_shutdown", lambda self: None)
         patch.setattr(Stopper, "_end_process", lambda self: None)
         yield
 

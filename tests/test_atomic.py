@@ -25,7 +25,6 @@ from batch_infer.store import (
     is_temporary,
     path_exists,
     paths,
-    pinned,
     temporary_path,
 )
 
@@ -177,7 +176,7 @@ def test_a_folder_whose_inode_changes_is_recognised_by_its_marker(
     assert PinnedFolder.pin(tmp_path) == marked
     assert pickle.loads(pickle.dumps(marked)) == marked
     with monkeypatch.context() as patch:
-        patch.setattr(pinned, "_identity", lambda _: (1, 2))
+        patch.setattr("batch_infer.store.folder._identity", lambda _: (1, 2))
         marked.check()
         assert_gone(known, tmp_path.name)
         marked.remove_markers(())
@@ -202,12 +201,12 @@ def test_a_folder_that_cannot_be_read_is_not_missing(tmp_path: Path, monkeypatch
 def test_host_ids_of_containers_with_one_name_differ_by_boot_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = set()
+    ids = set()
     for boot in ("a", "b", "a"):
         monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
         (tmp_path / "boot_id").write_text(boot)
-        places.add(host_id())
-    assert len(places) == 2
+        ids.add(host_id.__wrapped__())
+    assert len(ids) == 2
 
 
 def test_only_our_own_names_are_temporary() -> None:

@@ -31,7 +31,6 @@ from batch_infer.azureml.mini_batch import MiniBatchScorer
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import ServiceError, SettingsError, StorageError, TableError, UsageError
 from batch_infer.manifest import SCHEMA, Manifest
-from batch_infer.manifest import index as manifest_index
 from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
 from batch_infer.simulation import SimulationOutcome, SimulationSettings, simulate
@@ -154,7 +153,7 @@ def test_committed_rows_are_not_rendered_again(tmp_path: Path, out: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in out.rglob("[!.]*") if path.is_file()}
     pd.testing.assert_frame_equal(batch.run(files), first)
     assert list(score(*files[1:])["finished_at"]) == list(first["finished_at"])[3:]
-    other = MiniBatchScorer(deployment.find_deployment(str(out)))
+    other = MiniBatchScorer(deployment.read_deployment(str(out)))
     new = prompts(tmp_path / "in" / "d.csv")
     done = other.score([new, files[0]])
     other.close()
@@ -214,7 +213,7 @@ def test_an_unreadable_image_folder_is_an_error(tmp_path: Path, out: Path, monke
 
 def worker(load: Any = None) -> MiniBatchScorer:
     """A worker on the output that the environment names; `load` gives it another chain."""
-    found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    found = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     with mock.patch.object(rendering, "load_chain", load or (lambda *_: dummies.DummyChain(lambda: False))):
         return MiniBatchScorer(found)
 
@@ -333,7 +332,7 @@ def test_a_second_file_with_the_same_name_is_refused(tmp_path: Path, out: Path) 
     for _ in range(2):
         found = list_outcomes(scoring.score([one, two]))
         assert found[0] == ("p-00000000", "ok", None)
-        assert found[1][:2] == ("b/p.csv-00000000", "invalid") and "have one name" in str(found[1][2])
+        assert found[1][:2] == ("b/p.csv-00000000", "invalid") and "have the same name" in str(found[1][2])
     scoring.close()
 
 
@@ -375,7 +374,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
         other.score(files[:1])
     (part,) = (out / "manifest").iterdir()
     if how == "error":
-        away = mock.patch.object(manifest_index, "read_part", side_effect=StorageError("the disk is away"))
+        away = mock.patch("batch_infer.manifest.manifest.read_part", side_effect=StorageError("the disk is away"))
         with away, pytest.raises(StorageError, match="away"):
             scoring.score(files)
     elif how == "gone":
@@ -425,7 +424,7 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
 
     `kill` says after how many batches of rows the process of a delivery is killed from outside, if it is.
     """
-    found = deployment.find_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    found = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     for delivery in range(1, 5):
         process = os.fork()
         if not process:  # the process that Azure would start
@@ -524,7 +523,7 @@ def test_a_safety_outage_raises_and_a_retry_continues(
     file = prompts(tmp_path / "in.csv", 12)
     with serving(faults=lambda asked: status(500) if asked.kind == "image" else None) as service:
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", service.endpoint)
-        found = deployment.find_deployment(str(out))
+        found = deployment.read_deployment(str(out))
         assert found.settings.safety.service
         safety = replace(
             found.settings.safety, service=structs.replace(found.settings.safety.service, timeout_seconds=0.5)
@@ -547,7 +546,10 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         ({"BATCH_INFER_SAFETY": "azure"}, "CONTENT_SAFETY_ENDPOINT is not set"),
         ({"AZUREML_BI_OUTPUT_PATH": ""}, "AZUREML_BI_OUTPUT_PATH is not set"),
         ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is not a folder"),
-        ({"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"}, "max_concurrency_per_instance to the GPUs"),
+        (
+            {"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"},
+            "this worker has no GPU",
+        ),
     ],
 )
 def test_init_refuses_invalid_settings(
@@ -589,10 +591,10 @@ def test_workers_with_different_settings_cannot_share_a_new_out(
     """Both have looked at OUT before either writes there."""
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", mock.Mock(side_effect=PermissionError(1, "no links here")))
-    first = deployment.find_deployment(str(out))
+    first = deployment.read_deployment(str(out))
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    second = deployment.find_deployment(str(out))
+    second = deployment.read_deployment(str(out))
     worker = MiniBatchScorer(first)
     try:
         with pytest.raises(SettingsError, match=f"was made with {name} .*: give the job another output path$"):
@@ -640,13 +642,13 @@ def test_a_mini_batch_must_be_a_list_of_paths(out: Path) -> None:
 def test_a_registered_model_is_found_some_folders_down(tmp_path: Path) -> None:
     inner = tmp_path / "1" / "mlflow" / "artifacts"
     inner.mkdir(parents=True)
-    with pytest.raises(SettingsError, match="holds no model"):
+    with pytest.raises(SettingsError, match="contains no model"):
         deployment.find_model_path(tmp_path)
     (inner / "model").symlink_to(DEMO_MODEL)
     assert deployment.find_model_path(tmp_path) == str(inner / "model")
     assert deployment.find_model_path(inner / "model") == str(inner / "model")
     (inner / "other").symlink_to(DEMO_MODEL)
-    with pytest.raises(SettingsError, match="holds several models"):
+    with pytest.raises(SettingsError, match="contains several models"):
         deployment.find_model_path(tmp_path)
 
 

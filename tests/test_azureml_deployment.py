@@ -21,7 +21,7 @@ import yaml
 
 from batch_infer.azureml import deployment as deployments
 from batch_infer.azureml import online
-from batch_infer.cli import commands, names, settings_from_environment
+from batch_infer.cli import commands, config, settings_from_environment
 from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
@@ -49,7 +49,7 @@ SPECS = {
 }
 DEPLOYMENTS = ("batch", "online")
 SAFE = "https://safe.cognitiveservices.azure.com"
-DOORS_OWN = set(names.ENDPOINT_VARIABLES)
+DOORS_OWN = set(config.ENDPOINT_VARIABLES)
 """Variables that a door reads beside the options of `run`."""
 REPLACED = {"CONTENT_SAFETY_ACCOUNT_NAME", "UAI_CLIENT_ID", "SUBSCRIPTION_ID", "RESOURCE_GROUP_NAME"}
 """Variables of the managed models' samples that the README says are not needed any more."""
@@ -212,7 +212,7 @@ def test_batch_infer_accepts_the_variables(kind: str, monkeypatch: pytest.Monkey
 
 
 def options_as_variables() -> set[str]:
-    return names.variables_of(run)
+    return config.variables_of(run)
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -315,8 +315,8 @@ def quick() -> dict[str, str]:
 
 TELL = """
 import sys
-from batch_infer.azureml.deployment import find_deployment
-find_deployment(sys.argv[1])
+from batch_infer.azureml.deployment import read_deployment
+read_deployment(sys.argv[1])
 """
 
 

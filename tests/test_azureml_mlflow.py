@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from batch_infer.cli.export_mlflow import export_mlflow
+from batch_infer.cli.azureml import export_mlflow
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
 from tests import pyproject
@@ -41,7 +41,7 @@ from pathlib import Path
 
 root, folder, linked = sys.argv[1:4]
 sys.path.insert(0, root)
-from batch_infer.cli.export_mlflow import export_mlflow
+from batch_infer.cli.azureml import export_mlflow
 from batch_infer.errors import StoppedError, SettingsError
 
 def export(*words):

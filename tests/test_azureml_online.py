@@ -302,4 +302,4 @@ def test_a_request_times_out_with_a_response(server: Server) -> None:
 def test_a_server_without_its_model_does_not_start_and_logs_why(servers: tuple[Server, Server]) -> None:
     server = servers[1]
     assert server.process.wait(300) == 3
-    assert "nothing holds no model: register a diffusers folder" in server.log.read_text("utf-8")
+    assert "nothing contains no model: register a diffusers folder" in server.log.read_text("utf-8")

@@ -20,9 +20,8 @@ import pytest
 
 from batch_infer.errors import SettingsError, TableError
 from batch_infer.simulation import DEFAULT_SCRIPT, SimulationOutcome, SimulationSettings, job, simulate
-from batch_infer.simulation.mini_batches import MiniBatch
 from batch_infer.simulation.process import find_gpus
-from batch_infer.simulation.schedule import KillSchedule
+from batch_infer.simulation.schedule import KillSchedule, MiniBatch
 from tests import runs
 from tests.deaths import eventually, is_alive
 
@@ -125,7 +124,7 @@ def test_mini_batches_have_absolute_paths_of_files_directly_in_a_folder(
 
 def test_two_files_with_the_same_name_are_refused(tmp_path: Path) -> None:
     inputs = tuple(write_files(tmp_path / name, 1) for name in "ab")
-    with pytest.raises(TableError, match="a/00.csv and .*b/00.csv have one name"):
+    with pytest.raises(TableError, match="a/00.csv and .*b/00.csv have the same name"):
         simulate(SimulationSettings(inputs, tmp_path / "out", write_script(tmp_path, NAMES)))
 
 

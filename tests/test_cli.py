@@ -159,7 +159,7 @@ def test_second_signal_ends_a_deferred_stop_at_once(number: signal.Signals, monk
 
 
 def test_time_limit_interrupts_a_command() -> None:
-    with pytest.raises(StoppedError, match="the time limit came; what was committed is kept"), stoppable(0.01):
+    with pytest.raises(StoppedError, match="the time limit was reached; what was committed is kept"), stoppable(0.01):
         time.sleep(60)
 
 

@@ -94,7 +94,7 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
         ("steps = 2.5", r"steps = 2.5: '2.5' is not a valid integer"),
         ('steps = "ten"', "steps = 'ten': 'ten' is not a valid integer"),
         ("steps = [1, 2]", "this option takes one value"),
-        ("steps = true", "write a text or a number"),
+        ("steps = true", "write a string or a number"),
         ("quiet = 1", "write true or false"),
         ('safety = "maybe"', "'maybe' is not one of"),
         ('results = ["csv", "xml"]', "'xml' is not one of"),
@@ -125,7 +125,14 @@ def test_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes | N
 
 
 def test_every_option_can_be_set_in_a_file(tmp_path: Path) -> None:
-    values = {"flag": "true", "integer": "5", "float": "2.5", "N|auto": "5", "DURATION": '"2h"', "file": '"x.prom"'}
+    values = {
+        "flag": "true",
+        "integer": "5",
+        "float": "2.5",
+        "parse_slots": "5",
+        "parse_duration": '"2h"',
+        "file": '"x.prom"',
+    }
     for option in run_command.params:
         name = option.opts[-1] if not option.opts[0].startswith("--") else option.opts[0]
         if not name.startswith("--") or name in ("--config", "--help", "--log-format"):

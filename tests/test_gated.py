@@ -17,7 +17,6 @@ import pytest
 
 from batch_infer.chain import (
     GatedChain,
-    GracePeriod,
     NoRequest,
     RenderedImage,
     RequestSource,
@@ -25,8 +24,8 @@ from batch_infer.chain import (
     UnrenderedRow,
 )
 from batch_infer.chain import gated as gated_chain
+from batch_infer.chain.base import IteratorSource
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
-from batch_infer.chain.sources import IteratorSource
 from batch_infer.errors import FailedRowError, ServiceError, StoppedError
 from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
@@ -96,7 +95,7 @@ def requests(*prompts: str) -> list[PromptRequest]:
 
 def gated(gate: WordGate, stop: Callable[[], bool] = lambda: False) -> GatedChain:
     chain: Any = DummyChain(stop)
-    return GatedChain(chain, gate, stop)
+    return GatedChain(chain, lambda _: gate, stop)
 
 
 def by_id(outcomes: Iterable[RenderedImage | UnrenderedRow]) -> dict[str, RenderedImage | UnrenderedRow]:
@@ -150,7 +149,7 @@ def test_verdicts_of_checker_and_gate_are_merged_with_the_highest_scores() -> No
                     yield [replace(outcome, verdict=Verdict(True, "own", {"concept_0": -0.5, "Hate": 0.5}))]
 
     chain: Any = Checked(lambda: False)
-    (outcome,) = GatedChain(chain, WordGate()).render([make_request("row", "good", seed=120)])
+    (outcome,) = GatedChain(chain, lambda _: WordGate()).render([make_request("row", "good", seed=120)])
     assert isinstance(outcome, RenderedImage)
     scores = {"concept_0": -0.5, "Hate": 1.0, "Sexual": 1.0}
     assert outcome.verdict == Verdict(True, "own+words", scores, "a bad image")
@@ -242,14 +241,17 @@ def test_rendered_images_are_checked_after_a_stop() -> None:
 def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_chain, "GRACE_SECONDS", 0.05)
     stop = threading.Event()
-    grace = GracePeriod(stop.is_set)
     hung = threading.Event()
 
     class Hanging(WordGate):
+        def __init__(self, must_stop: Callable[[], bool]) -> None:
+            super().__init__()
+            self._must_stop = must_stop
+
         def check_image(self, image: np.ndarray) -> Verdict:
             if image[0, 0, 0] == 3:
                 hung.set()
-                eventually(grace)
+                eventually(self._must_stop)
                 raise StoppedError("stopped")
             return super().check_image(image)
 
@@ -259,7 +261,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
     threading.Thread(target=stop_once_it_hangs).start()
     chain: Any = DummyChain(stop.is_set)
-    results = by_id(GatedChain(chain, Hanging(), stop.is_set, grace).render(requests(*[f"good {k}" for k in range(8)])))
+    results = by_id(GatedChain(chain, Hanging, stop.is_set).render(requests(*[f"good {k}" for k in range(8)])))
     assert "row-3" not in results
 
 
@@ -281,7 +283,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
 
     chain: Any = Slow(lambda: False)
     rows = requests("good first", "bad", "good second")
-    for outcome in GatedChain(chain, WordGate()).render(rows):
+    for outcome in GatedChain(chain, lambda _: WordGate()).render(rows):
         ids.append(outcome.request.id)
     assert len(set(ids[:2])) == 2 and "row-1" in ids[:2], "either good prompt may pass first"
 

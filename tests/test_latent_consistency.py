@@ -78,7 +78,7 @@ def test_the_scheduler_config_is_not_corrected(lcm_folder: Path, tmp_path: Path)
     folder = copied(lcm_folder, tmp_path)
     amend(folder / "scheduler" / "scheduler_config.json", clip_sample=True)
     for look in (load_family, lambda path: load_solver(read_card(ModelSettings(name=str(path))))):
-        with pytest.raises(ModelError, match="LCMScheduler with clip_sample=true cannot be packed"):
+        with pytest.raises(ModelError, match="LCMScheduler with clip_sample=true is not supported"):
             look(folder)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from batch_infer.azureml.in_progress import ProgressMarkers
+from batch_infer.azureml.rendering import ProgressMarkers
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.sinks.folder import FolderSink
@@ -24,13 +26,14 @@ MARK = ".begun-elsewhere-1-0123456789ab-x"
 def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     (tmp_path / MARK).write_text(json.dumps({"alone": True, "keys": [["a", 0]]}))
     assert ProgressMarkers(tmp_path).read_crashes().alone == {("a", 0)}
+    index: Any = SimpleNamespace(find=lambda key: key)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, number)
         with pytest.raises(StorageError, match="cannot read"):
             ProgressMarkers(tmp_path).read_crashes()
         with pytest.raises(StorageError, match="cannot read"):
-            ProgressMarkers(tmp_path).remove_settled(lambda key: True)
-    ProgressMarkers(tmp_path).remove_settled(lambda key: True)
+            ProgressMarkers(tmp_path).remove_settled(index)
+    ProgressMarkers(tmp_path).remove_settled(index)
     assert not list(tmp_path.iterdir())
 
 

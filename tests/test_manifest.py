@@ -153,7 +153,7 @@ def test_add_reads_parts_again_that_it_could_not_read(
         damages: list[DamagedPartError] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
-                patch.setattr("batch_infer.manifest.index.read_part", _raising(parts[1], read_part))
+                patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1], read_part))
                 index.add(parts, damages.append)
         else:
             parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
@@ -329,7 +329,7 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
             reads.append(part)
             return read_part(part, columns)
 
-        monkeypatch.setattr("batch_infer.manifest.index.read_part", read)
+        monkeypatch.setattr("batch_infer.manifest.manifest.read_part", read)
         schema = pa.schema([*SCHEMA, *carried])
 
         def take_twice() -> int:
@@ -339,7 +339,7 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
             return len(reads)
 
         assert take_twice() == 3
-        monkeypatch.setattr("batch_infer.manifest.index.CACHED_BYTES", 2500)
+        monkeypatch.setattr("batch_infer.manifest.manifest.CACHED_BYTES", 2500)
         index.read_results(found[:1], SCHEMA)  # other columns: what is too much goes
         assert take_twice() == 6
 

@@ -353,4 +353,4 @@ def test_a_locked_folder_is_not_merged(tmp_path: Path) -> None:
     with outdir.locked(tmp_path):
         done = command("merge", tmp_path)
     assert done.code == 75
-    assert "is held by another run" in done.stderr
+    assert "is locked by another run" in done.stderr

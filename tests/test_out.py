@@ -54,7 +54,7 @@ def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_names_the_holder_of_the_lock(out: Path, holder: subprocess.Popen[str]) -> None:
-    sentence = rf"deep/out is held by another run \(.*process {holder.pid}, since .* UTC\)"
+    sentence = rf"deep/out is locked by another run \(.*process {holder.pid}, since .* UTC\)"
     with pytest.raises(LockedError, match=sentence), outdir.locked(out):
         pytest.fail("held twice")
     assert LockedError.exit_code == 75
@@ -324,7 +324,7 @@ def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], Non
             "mount its file system with support for flock .* or give an --out on a local disk",
         ),
         (errno.EOPNOTSUPP, SettingsError, "support for flock"),
-        (errno.ENOLCK, StorageError, "see that the lock service of its file system runs"),
+        (errno.ENOLCK, StorageError, "check that the lock service of its file system is running"),
         (errno.EIO, StorageError, "lock service"),
     ],
 )
@@ -476,11 +476,11 @@ def test_a_failed_cleanup_releases_the_lock_and_is_left_to_the_next_holder(
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(*_: object) -> None:
+    def fill(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.store.lock._create", fill)
+        patch.setattr(Path, "mkdir", fill)
         with pytest.raises(StorageError, match="No space left"), outdir.locked(tmp_path / "out"):
             pytest.fail("not reached")
     monkeypatch.setattr(outdir, "_write_json", fill)

@@ -47,10 +47,10 @@ GRID = [
 ]
 """Every scheduler, some of them also with a UNet that predicts velocity and with SDXL's second text encoder."""
 REFUSED = {
-    "DDIMScheduler:clip_sample=true": "clip_sample=true cannot be packed",
-    "DDIMScheduler:thresholding=true": "thresholding=true cannot be packed",
-    "DPMSolverMultistepScheduler:thresholding=true": "thresholding=true cannot be packed",
-    "UniPCMultistepScheduler:thresholding=true": "thresholding=true cannot be packed",
+    "DDIMScheduler:clip_sample=true": "clip_sample=true is not supported",
+    "DDIMScheduler:thresholding=true": "thresholding=true is not supported",
+    "DPMSolverMultistepScheduler:thresholding=true": "thresholding=true is not supported",
+    "UniPCMultistepScheduler:thresholding=true": "thresholding=true is not supported",
 }
 SHORT = (
     make_request("short", "a red circle", steps=4, guidance=1.0, seed=11),

@@ -152,7 +152,7 @@ def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
         (("--steps", "0"), "num_inference_steps '0' is not within"),
         (("--model", "/nowhere"), "no model folder at /nowhere"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
-        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true cannot be packed"),
+        (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true is not supported"),
     ],
 )
 def test_a_plan_refuses_what_a_run_would_refuse(

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.cli.names import variables_of_option
+from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.run import run as run_command
 from batch_infer.errors import ModelError, StoppedError, StorageError
@@ -998,7 +998,7 @@ def test_a_signal_stops_a_run_cleanly(
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
         assert second.code == 75
-        assert "is held by another run (" in second.stderr
+        assert "is locked by another run (" in second.stderr
         assert f"process {process.pid}," in second.stderr
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=600)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from batch_infer.azureml import online
-from batch_infer.azureml.deployment import AzureDeployment, find_deployment
+from batch_infer.azureml.deployment import AzureDeployment, read_deployment
 from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError
 from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, RenderedImage, RequestSource, UnrenderedRow
 from batch_infer.errors import ServiceError, SettingsError, StoppedError, TableError
@@ -48,7 +48,7 @@ def deployment() -> AzureDeployment:
         for name, value in settings.items():
             patch.setenv(f"BATCH_INFER_{name}", value)
         patch.delenv("AZUREML_MODEL_DIR", raising=False)
-        found = find_deployment("nowhere")
+        found = read_deployment("nowhere")
     logging.captureWarnings(False)
     for logger, kept in zip(loggers, before, strict=True):
         logger.handlers, logger.level, logger.propagate = kept
@@ -499,7 +499,7 @@ def test_a_request_times_out(online_service: Service, monkeypatch: pytest.Monkey
         online.run(payload(data=["p"]))
     for wrong in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("BATCH_INFER_REQUEST_TIMEOUT", wrong)
-        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: give seconds"):
+        with pytest.raises(SettingsError, match=f"BATCH_INFER_REQUEST_TIMEOUT={wrong}: use seconds"):
             online.init()
 
 

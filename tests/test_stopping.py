@@ -224,7 +224,7 @@ def test_the_time_limit_stops_reading_idle_standard_input(tmp_path: Path) -> Non
     with started("run", "-", "-o", tmp_path / "out", *OPTIONS, "--time-limit", "3s", stdin=subprocess.PIPE) as command:
         assert command.process.wait(3 + 2 * SECONDS) == 75
         assert command.process.stderr is not None
-        assert "the time limit came" in command.process.stderr.read()
+        assert "the time limit was reached" in command.process.stderr.read()
 
 
 def test_a_signal_stops_reading_an_idle_fifo(tmp_path: Path) -> None:

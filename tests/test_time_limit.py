@@ -12,7 +12,7 @@ import click
 import pytest
 
 from batch_infer import stopping
-from batch_infer.cli.option_types import DurationType
+from batch_infer.cli.options import parse_duration
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.plan import Plan, SizePlan
 from batch_infer.jobs.summary import Counts
@@ -41,7 +41,7 @@ def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
      ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
 )  # fmt: skip
 def test_durations(text: Any, seconds: float) -> None:
-    assert DurationType().convert(text, None, None) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_durations(text: Any, seconds: float) -> None:
 )
 def test_invalid_durations(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a duration \\(examples: 90s, 30m, 2h"):
-        DurationType().convert(text, None, None)
+        parse_duration(text)
 
 
 def test_invalid_duration_ends_with_2(table: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Measurements of this machine: the device, the throughput plateau of a model, and what an image costs.
+"""Measure a device: its model, the throughput plateau, and the cost of an image.
 
-They are kept in the user's cache. The probe measures in another process, so that the parent imports no torch.
+Results are cached between commands. The probe measures in a separate process, so that the parent does not load torch.
 """
 
 from typing import TYPE_CHECKING
@@ -19,8 +19,8 @@ __all__ = [
     "Plateau",
     "Probe",
     "Rates",
-    "explain_out_of_memory",
     "detect_device",
+    "explain_out_of_memory",
     "find_plateau",
     "load_calibration",
     "save_calibration",

@@ -1,11 +1,11 @@
-"""Measurements and facts about this machine, kept as JSON files in the user's cache between commands."""
+"""Cache measurements of this machine between commands, as JSON files."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +24,8 @@ log = logging.getLogger("batch_infer")
 class Rates:
     """Cost of one image size, in seconds except `image_bytes`.
 
-    `start`: until the model is loaded. `tick`: one UNet call over all slots. `image`: everything else that an image
-    takes of the device's time, or of the CPU's if that is the device.
+    `start`: until the model is loaded. `tick`: one UNet call over all slots. `image`: other device time per image, or
+    CPU time if the CPU is the device.
     """
 
     start: float
@@ -44,41 +44,31 @@ class Plateau:
     measured_at: datetime
 
 
-Calibration = TypeVar("Calibration", Rates, Plateau)
-Facts = TypeVar("Facts")
+Value = TypeVar("Value")
 
 
-def load_calibration(kind: type[Calibration], conditions: Mapping[str, Any]) -> Calibration | None:
-    """Return what was measured under these conditions, or None."""
-    return load_facts(kind.__name__.lower(), conditions, kind)
-
-
-def save_calibration(conditions: Mapping[str, Any], calibration: Rates | Plateau) -> None:
-    """Keep a calibration for later commands. A cache that cannot be written is no error."""
-    save_facts(type(calibration).__name__.lower(), conditions, asdict(calibration))
-
-
-def load_facts(name: str, conditions: Mapping[str, Any], kind: type[Facts]) -> Facts | None:
-    """Return the facts saved under this name and these conditions, or None."""
+def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], name: str | None = None) -> Value | None:
+    """Return the value saved under the same conditions and name (by default, that of its type), or None."""
+    name = name or value_type.__name__.lower()
     try:
-        entry = json.loads(_path(name, conditions).read_text("utf-8"))["measured"]
-        return msgspec.convert(entry, kind, str_keys=True)
+        measured = json.loads(_cache_path(name, conditions).read_text("utf-8"))["measured"]
+        return msgspec.convert(measured, value_type, str_keys=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or of another version
+    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or from another version
         log.debug("the cached %s cannot be read and is measured again: %s", name, error)
         return None
 
 
-def save_facts(name: str, conditions: Mapping[str, Any], facts: Mapping[Any, Any]) -> None:
-    """Keep facts for later commands. A cache that cannot be written is no error."""
+def save_calibration(conditions: Mapping[str, Any], value: object, name: str | None = None) -> None:
+    """Save a value for later commands. Storage errors are ignored."""
+    content = {"conditions": conditions, "measured": msgspec.to_builtins(value, str_keys=True)}
     try:
-        with atomic_write(_path(name, conditions), flush=False) as temporary:
-            text = json.dumps({"conditions": conditions, "measured": facts}, default=str, indent=2)
-            temporary.write_text(text, encoding="utf-8")
+        with atomic_write(_cache_path(name or type(value).__name__.lower(), conditions), flush=False) as temporary:
+            temporary.write_text(json.dumps(content, default=str, indent=2), encoding="utf-8")
     except StorageError as error:
         log.debug("%s", error)
 
 
-def _path(name: str, conditions: Mapping[str, Any]) -> Path:
+def _cache_path(name: str, conditions: Mapping[str, Any]) -> Path:
     return user_cache_path("batch-infer") / "calibration" / f"{name}-{digest(conditions)}.json"

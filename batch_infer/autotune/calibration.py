@@ -1,10 +1,9 @@
-"""What the probe's process does: load a model, time it, and count evaluations. Only calls import torch."""
+"""Load a model, measure its speed and count its evaluations, in the probe's process. Only calls import torch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from batch_infer.autotune.cache import Plateau, Rates
 from batch_infer.autotune.devices import explain_out_of_memory
 from batch_infer.errors import RowError
-from batch_infer.models import ModelCard
+from batch_infer.models import ModelCard, load_solver
 from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, ImageFormat, SafetySettings
 
@@ -20,27 +19,29 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batch_infer.chain import PipelineCallChain, StepLevelChain
-    from batch_infer.diffusion import Solver
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
-"""Step counts for the short rendering of a calibration: the first that the scheduler accepts."""
+"""Step counts to try for the short rendering of a calibration. The first that the scheduler accepts is used."""
 LONG_SECONDS = 1.0
-MOST_STEPS = 25
-"""Its long rendering has as many more steps as take LONG_SECONDS, at most MOST_STEPS."""
+"""Seconds by which the long rendering should exceed the short rendering."""
+MAX_MORE_STEPS = 25
+"""Maximum number of steps by which the long rendering exceeds the short rendering."""
 REPEATS = 2
-"""The fastest repetition counts, since other work on the machine can only slow one down."""
+"""Number of repetitions. The fastest counts, since other work on the machine can only slow down a repetition."""
+
+_load_solver = cache(load_solver)
 
 
 def import_renderer() -> None:
     """Import the libraries that a run imports too."""
-    from batch_infer.worker import load_any_model  # noqa: F401
+    from batch_infer.worker import load_model  # noqa: F401
 
 
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
     """Return how often a row of `steps` steps evaluates the model, or why the scheduler refuses that step count.
 
-    The reason is returned, since unpickling the scheduler's own error would import torch in the parent process.
+    The reason is returned, since unpickling the scheduler's error would import torch in the parent process.
     """
     if card.uses_pipeline_call:
         return steps
@@ -50,55 +51,48 @@ def count_evaluations(card: ModelCard, steps: int) -> int | str:
         return str(error)
 
 
-@cache
-def _load_solver(card: ModelCard) -> Solver:
-    from batch_infer.models import load_solver
-
-    return load_solver(card)
-
-
 def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
-    """Return the throughput plateau of a (height, width). Raises ModelError, SettingsError."""
+    """Return the throughput plateau for a size (height, width) in pixels. Raises ModelError, SettingsError."""
     from torch import OutOfMemoryError
 
     from batch_infer.autotune.plateau import find_pipeline_plateau, find_plateau
     from batch_infer.models import AnyPipeline
 
-    with _out_of_memory_explained():
-        # Not compiled: that hardly moves the plateau, and would take a minute for each batch size.
+    with explain_out_of_memory():
+        # Compilation hardly moves the plateau, and would take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
-    params = _make_params(card, size, _few_steps(card, FEW_STEPS[::-1]))
+    params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
-    except OutOfMemoryError:  # only at this size: the run fails its rows, and no others
+    except OutOfMemoryError:  # only at this size, whose rows fail in the run
         return Plateau(2, 1, utc_now())
 
 
 def measure_rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
-    """Time full slots of a (height, width) at few steps and at many: the difference is the cost of the steps.
+    """Time full slots of a size (height, width) in pixels, at few and at many steps.
 
-    Raises ModelError, SettingsError.
+    The difference is the cost of the steps. Raises ModelError, SettingsError.
     """
     from batch_infer.worker import make_chain
 
-    with _out_of_memory_explained():
+    with explain_out_of_memory():
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
-        few = _few_steps(card, FEW_STEPS)
+        few = _choose_few_steps(card, FEW_STEPS)
         _render(chain, card, size, few)  # the first call of a shape sets things up
         short = min(_render(chain, card, size, few)[0] for _ in range(REPEATS))
-        more = max(2, min(MOST_STEPS, round(LONG_SECONDS / short)))
+        more = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
         many = _first_accepted(card, range(few + more, 1001))
         long, images = min((_render(chain, card, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
     evaluations = {steps: int(count_evaluations(card, steps)) for steps in (few, many)}
     tick = max(0.0, long - short) / (evaluations[many] - evaluations[few])
     image = max(0.0, short - tick * evaluations[few]) / max(1, len(images))
     encode_seconds, image_bytes = _encode(images, image_format)
-    if compute.device == "cpu":  # the cores that render also encode
+    if compute.device == "cpu":  # rendering and encoding share the cores
         image += encode_seconds / compute.threads
-    # If the slots did not fit into memory, a run makes as many more calls as it has fewer slots.
+    # If the slots did not fit into memory, a run makes more calls in proportion.
     tick *= compute.shape_of(*size).slots / chain.batch_sizes.for_size(size)[0]
     return Rates(start, tick, image, image_bytes, utc_now())
 
@@ -106,7 +100,7 @@ def measure_rates(
 def _load_model(
     card: ModelCard, compute: Compute, safety: SafetySettings
 ) -> tuple[LatentDiffusion | AnyPipeline, float]:
-    """Return a model, and the seconds that loading it took."""
+    """Return a model, and the seconds of loading it."""
     with_checker = safety.uses_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
@@ -114,20 +108,9 @@ def _load_model(
 @cache
 def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
     started = time.perf_counter()
-    from batch_infer.worker import load_any_model
+    from batch_infer.worker import load_model
 
-    return load_any_model(card, compute, with_checker=with_checker), time.perf_counter() - started
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    """Raise SettingsError for torch's error, which the parent process could not unpickle without torch."""
-    from torch import OutOfMemoryError
-
-    try:
-        yield
-    except OutOfMemoryError as error:
-        raise explain_out_of_memory(error) from None
+    return load_model(card, compute, with_checker=with_checker), time.perf_counter() - started
 
 
 def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
@@ -135,8 +118,8 @@ def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
     return next(steps for steps in step_counts if isinstance(count_evaluations(card, steps), int))
 
 
-def _few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return a small step count that the model accepts. Only a pipeline's own call knows; few refuse these."""
+def _choose_few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
+    """Return a small step count that the model accepts. A pipeline's own call may refuse it, but few do."""
     return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
 
 
@@ -148,7 +131,7 @@ def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> Sampling
 def _render(
     chain: StepLevelChain | PipelineCallChain, card: ModelCard, size: tuple[int, int], steps: int
 ) -> tuple[float, list[np.ndarray]]:
-    """Return the seconds that filling all slots once and emptying them takes, and the images."""
+    """Fill all slots once and render them. Returns the seconds and the images."""
     params = _make_params(card, size, steps)
     rows = range(chain.batch_sizes.for_size(size)[0] // params.slots)
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
@@ -158,11 +141,11 @@ def _render(
 
 
 def _encode(images: list[np.ndarray], image_format: ImageFormat) -> tuple[float, float]:
-    """Return the mean seconds that encoding an image takes, and its mean length in bytes."""
+    """Encode images. Returns the mean seconds per image and the mean size in bytes."""
     from batch_infer.images import encode
 
-    if not images:  # no image was finite: the run will say so, row by row
+    if not images:  # no image was finite, which the run will report row by row
         return 0.0, 0.0
     started = time.perf_counter()
-    lengths = [len(encode(pixels, image_format, "")) for pixels in images]
-    return (time.perf_counter() - started) / len(images), sum(lengths) / len(images)
+    sizes = [len(encode(pixels, image_format, "")) for pixels in images]
+    return (time.perf_counter() - started) / len(images), sum(sizes) / len(images)

@@ -1,23 +1,20 @@
-"""The device that a process computes on: found by torch, or loaded from the cache without it."""
+"""Detect the device of this process with torch, or load it from the cache without torch."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from batch_infer.autotune.cache import load_facts, save_facts
+from batch_infer.autotune.cache import load_calibration, save_calibration
 from batch_infer.errors import SettingsError, first_line
 from batch_infer.settings import Device
-
-if TYPE_CHECKING:
-    import torch
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 DEVICE_VARIABLES = (
@@ -29,11 +26,13 @@ DEVICE_VARIABLES = (
     "ACCELERATE_TORCH_DEVICE",
 )
 DEVICE_NODES = ("nvidia*", "nvidia-caps/*", "nvhost*", "kfd", "dxg", "dri/*")
-"""Files under /dev through which CUDA or ROCm reaches a GPU."""
+"""Files under /dev through which CUDA or ROCm accesses a GPU."""
+GPU_NODES = ("/dev/nvidia", "/dev/nvhost", "/dev/kfd")
+"""Prefixes of device nodes that prove that a GPU is visible."""
 
 
 def detect_device(requested: str) -> Device:
-    """Return the device for `--device`: the requested one, or the one that accelerate chooses. Imports torch.
+    """Return the device for `--device`: the requested device, or the device that accelerate chooses. Imports torch.
 
     Raises SettingsError if the requested device is missing.
     """
@@ -43,7 +42,7 @@ def detect_device(requested: str) -> Device:
     count = _count_cuda_devices()
     if requested == "cuda" and not count:
         raise SettingsError("--device cuda: torch finds no CUDA device here")
-    # By itself, accelerate reports a world size of one on every rank of a machine without CUDA.
+    # Without `cpu`, accelerate reports a world size of one on every rank of a machine without CUDA.
     kind = PartialState(cpu=requested == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
@@ -53,7 +52,7 @@ def detect_device(requested: str) -> Device:
 def _count_cuda_devices() -> int:
     """Return the number of devices for workers.
 
-    CUDA shows a process only the first MIG slice of CUDA_VISIBLE_DEVICES, but each worker gets its own from that list.
+    CUDA shows a process only the first MIG slice in CUDA_VISIBLE_DEVICES, but each worker gets a different slice.
     """
     import torch
 
@@ -63,7 +62,7 @@ def _count_cuda_devices() -> int:
 
 
 def read_processor_name() -> str:
-    """Return the CPU's model name, or the next best that the platform reports."""
+    """Return the CPU's model name, or what the platform reports if there is no model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:  # not Linux
@@ -72,36 +71,47 @@ def read_processor_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def explain_out_of_memory(error: torch.OutOfMemoryError) -> SettingsError:
-    """Return the error of a model that does not fit on its device."""
-    return SettingsError(
-        "the model does not fit into the device's memory: use another --dtype or --device, or check what else uses "
-        f"that memory ({first_line(error)})"
-    )
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Raise SettingsError if a model does not fit on its device.
+
+    The parent process could not unpickle torch's error without importing torch.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            "the model does not fit into the device's memory: use another --dtype or --device, or check what else uses "
+            f"that memory ({first_line(error)})"
+        ) from error
 
 
 def load_device(requested: str) -> Device | None:
-    """Return the device that torch found under the same conditions before, or None."""
+    """Return the device that torch detected earlier under the same conditions, or None."""
     conditions = _device_conditions(requested)
-    return None if conditions is None else load_facts("device", conditions, Device)
+    return None if conditions is None else load_calibration(Device, conditions)
 
 
 def save_device(requested: str, device: Device) -> None:
-    """Keep a device for later commands if its conditions can be read without torch.
+    """Save a device for later commands if its conditions can be read without torch.
 
-    The CPU is not kept if a GPU is visible: a driver that fails today may work tomorrow with nothing else changed.
+    A CPU is not saved if a GPU is visible: a driver that fails today may work tomorrow although nothing else changes.
     """
-    conditions = _device_conditions(requested)
-    if conditions is not None and (device.kind != "cpu" or not _has_gpu(conditions)):
-        save_facts("device", conditions, asdict(device))
+    if (conditions := _device_conditions(requested)) is None:
+        return
+    has_gpu_node = any(node.startswith(GPU_NODES) for node in conditions["nodes"])
+    if device.kind != "cpu" or not (conditions["driver"] or conditions["gpus"] or has_gpu_node):
+        save_calibration(conditions, device)
 
 
 def _device_conditions(requested: str) -> dict[str, Any] | None:
-    """Return everything that determines the result of `detect_device`, or None if it cannot be read without torch.
+    """Return everything that determines the result of `detect_device`, or None if torch is needed to read it.
 
-    `detect_device` uses CUDA if torch.cuda counts a device, and else the CPU. That count and the name of device 0
+    `detect_device` uses CUDA if torch.cuda counts a device, and otherwise the CPU. That count and the name of device 0
     follow from the machine, from the build of torch (version.py names its CUDA or ROCm), from the driver and its GPUs
-    (the files below; an added, exchanged or MIG-partitioned GPU changes them), and from the variables that hide or
+    (the files below change if a GPU is added, exchanged or MIG-partitioned), and from the variables that hide or
     reorder GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file
     holds the GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
     """
@@ -121,13 +131,6 @@ def _device_conditions(requested: str) -> dict[str, Any] | None:
         "nodes": sorted(str(node) for pattern in DEVICE_NODES for node in Path("/dev").glob(pattern)),
         **{name: version(name) for name in ("batch-infer", "torch", "accelerate")},
     }
-
-
-def _has_gpu(conditions: Mapping[str, Any]) -> bool:
-    nodes = ("/dev/nvidia", "/dev/nvhost", "/dev/kfd")
-    return bool(conditions["driver"] or conditions["gpus"]) or any(
-        node.startswith(nodes) for node in conditions["nodes"]
-    )
 
 
 def _read_all(files: Iterable[Path]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The search for the throughput plateau: the batch sizes beyond which a device renders no faster."""
+"""Search for the throughput plateau: the batch sizes beyond which a device renders no faster."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
-SUFFICIENT = 0.95
-"""The smallest batch with this share of the best throughput is chosen: it has less to finish at a table's end."""
+SUFFICIENT_SHARE = 0.95
+"""Share of the best throughput that a batch size must reach. The smallest is chosen: its last batch is shorter."""
 TRIAL_SECONDS = 0.4
+"""Minimum number of seconds to measure a batch size."""
 
 Trial = Callable[[], object]
 
@@ -33,12 +34,12 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
     slots, full_slots = _grow(SLOTS, lambda size: _make_tick(model, params, size), model.device)
     sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
     decode_batch, _ = _grow(sizes, lambda size: _make_decode(model, params, size), model.device)
-    del full_slots  # decoding was measured while the slots were in memory
+    del full_slots  # the slots had to stay in memory while decoding was measured
     return Plateau(slots, decode_batch, utc_now())
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """Measure growing batches of a pipeline that runs by its own call and decodes its images one by one.
+    """Measure growing batches of a pipeline that runs its own call and decodes its images one by one.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
@@ -53,7 +54,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
 
 
 def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
-    """Return the batch size at the plateau, and the last trial that fitted, which holds its memory."""
+    """Return the batch size at the plateau, and the last trial that fitted, which keeps its memory allocated."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rates: dict[int, float] = {}
@@ -62,23 +63,23 @@ def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torc
         try:
             with out_of_memory_errors():
                 trial = make_trial(size)
-                rate = size / _seconds(trial)
+                rate = size / _measure_seconds(trial)
         except torch.OutOfMemoryError:
             if not rates:
                 raise
             break
         if rates and not has_memory_headroom(device):
             break
-        best_before = max(rates.values(), default=0.0)
+        previous_best = max(rates.values(), default=0.0)
         rates[size], last = rate, trial
-        if len(rates) > 2 and rate < best_before * (2 - SUFFICIENT):
+        if len(rates) > 2 and rate < previous_best * (2 - SUFFICIENT_SHARE):
             break
     best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= SUFFICIENT * best), last
+    return min(size for size, rate in rates.items() if rate >= SUFFICIENT_SHARE * best), last
 
 
-def _seconds(trial: Trial) -> float:
-    """Return the seconds of the fastest call, since other work on the machine can only slow one down."""
+def _measure_seconds(trial: Trial) -> float:
+    """Return the seconds of the fastest call, since other work on the machine can only slow down a call."""
     for _ in range(2):  # the first call of a shape sets things up
         trial()
     times: list[float] = []
@@ -97,7 +98,7 @@ def _synchronize() -> None:
 
 
 def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
-    """Return one UNet call over `size` full slots."""
+    """Return a trial of one UNet call over `size` full slots."""
     latent_shape = model.latent_shape(params.height, params.width)
     slots: Slots[None] = Slots(model, size, latent_shape, model.device, model.dtype)
     table = model.solver.table(params.num_inference_steps)
@@ -113,7 +114,7 @@ def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Tri
 
 
 def _make_decode(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
-    """Return one decoder call over `size` images."""
+    """Return a trial of one decoder call over `size` images."""
     latents = torch.zeros(size, *model.latent_shape(params.height, params.width), device=model.device)
     return lambda: model.decode(latents)
 

@@ -1,4 +1,4 @@
-"""The probe: runs what needs torch in another process, so that a command that renders nothing does not load it."""
+"""Call functions that need torch in a separate process, so that a command that renders nothing does not load torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
 from batch_infer import main_guard
-from batch_infer.autotune.cache import Plateau, Rates, load_facts, save_facts
+from batch_infer.autotune.cache import Plateau, Rates, load_calibration, save_calibration
 from batch_infer.autotune.calibration import count_evaluations, import_renderer, measure_plateau, measure_rates
 from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 class Probe:
     """A process that imports torch. A context manager.
 
-    Results are taken from the cache of earlier commands if possible; the process starts with the first that is not.
+    The process starts when the first result is not in the cache.
     """
 
     def __init__(self) -> None:
@@ -57,19 +57,19 @@ class Probe:
         return device
 
     def inspect_pipeline(self, path: Path) -> SamplingRules:
-        """Return what only diffusers can tell about a checkpoint's pipeline. Raises ModelError."""
+        """Return the rules that only diffusers knows for a checkpoint's pipeline. Raises ModelError."""
         return self._call(_inspect_pipeline, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
-        """Return how often a row of `steps` steps evaluates the model. Raises RowError if the scheduler refuses them.
+        """Return how often a row of `steps` steps evaluates the model: `steps` times if a pipeline runs its own call.
 
-        How often a pipeline with its own call does is known only to that call; each step counts as one.
+        Raises RowError if the scheduler refuses the steps.
         """
         if card.uses_pipeline_call:
             return steps
         if self._card is None:
-            kept = load_facts("evaluations", _evaluation_conditions(card), dict[int, int | str])
-            self._card, self._evaluations = card, kept or {}
+            cached = load_calibration(dict[int, int | str], _evaluation_conditions(card), "evaluations")
+            self._card, self._evaluations = card, cached or {}
         if steps not in self._evaluations:
             self._evaluations[steps] = self._call(count_evaluations, card, steps)
             self._has_new_evaluations = True
@@ -81,7 +81,7 @@ class Probe:
     def measure_plateau(
         self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]
     ) -> Plateau:
-        """Measure the throughput plateau of a (height, width). Raises ModelError, SettingsError."""
+        """Measure the throughput plateau for a size (height, width). Raises ModelError, SettingsError."""
         return self._call(measure_plateau, card, compute, safety, size)
 
     def measure_rates(
@@ -92,43 +92,38 @@ class Probe:
         image_format: ImageFormat,
         size: tuple[int, int],
     ) -> Rates:
-        """Measure what images of a (height, width) cost by rendering a few. Raises ModelError, SettingsError."""
-        if self._import_seconds is None:  # a run spends this time on imports too
+        """Measure the rates for a size (height, width) by rendering a few images. Raises ModelError, SettingsError."""
+        if self._import_seconds is None:  # a run imports the same libraries
             self._call(import_renderer)
             self._import_seconds = self.seconds_waited
         rates = self._call(measure_rates, card, compute, safety, image_format, size)
         return replace(rates, start=rates.start + self._import_seconds)
 
-    def close(self) -> None:
-        """Save what was counted, and end the process."""
-        if self._card is not None and self._has_new_evaluations:
-            save_facts("evaluations", _evaluation_conditions(self._card), self._evaluations)
-            self._has_new_evaluations = False
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
     def __enter__(self) -> Probe:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # its result is not needed any more
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if exc_type is not None:  # its result is no longer needed
             for process in set(active_children()) - self._other_children:
                 process.kill()
-        self.close()
+        if self._card is not None and self._has_new_evaluations:
+            save_calibration(_evaluation_conditions(self._card), self._evaluations, "evaluations")
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def _call(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-        """Call a function in the process, which is started if it does not run yet."""
+        """Call a function in the process. The first call starts the process."""
         started = time.perf_counter()
         processes: set[BaseProcess] = set()
         try:
-            if self._pool is None:  # creating one starts multiprocessing's resource tracker, which is a process too
+            if self._pool is None:  # creating it also starts a process, the resource tracker
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
             future = self._pool.submit(function, *args, **kwargs)
             processes = set(active_children()) - self._other_children
             return future.result()
         except BrokenProcessPool as error:
             if self._pool is not None:
-                self._pool.shutdown()  # joins the process: until then its exit code may be unknown
+                self._pool.shutdown()  # its exit code may be unknown until it is joined
             if main_guard.EXIT_CODE in [process.exitcode for process in processes]:
                 raise SettingsError(main_guard.ADVICE) from error
             raise ModelError("the process that tries out the model has died: is there enough memory?") from error
@@ -137,7 +132,7 @@ class Probe:
 
 
 def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
-    """Return everything that determines how often a row evaluates the model. Its weights do not."""
+    """Return everything that determines how often a row evaluates the model. The weights do not."""
     return {
         "scheduler": [card.scheduler_name, card.scheduler_fingerprint],
         "family": card.family,
@@ -153,7 +148,7 @@ def _inspect_pipeline(path: Path) -> SamplingRules:
 
 
 def _end_with_parent() -> None:
-    """Leave signals to the parent process, and end this process when the parent ends, even if it is killed."""
+    """Ignore stop signals, which the parent handles, and end this process when the parent ends or is killed."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if (parent := parent_process()) is not None:

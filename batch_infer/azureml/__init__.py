@@ -1,4 +1,4 @@
-"""Azure ML: the scoring scripts of its batch and real-time endpoints, and the code of the MLflow model.
+"""Adapt batch-infer to Azure ML: scoring scripts for batch and real-time endpoints, and the code of the MLflow model.
 
-Only what is Azure's is here; rows are rendered by `serving` (real-time) and by the worker of `jobs` (batch).
+Rows are rendered by `serving` (real-time endpoints) and by the worker of `jobs` (batch endpoints).
 """

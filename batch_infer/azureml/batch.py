@@ -1,6 +1,6 @@
-"""The scoring script of an Azure ML batch endpoint: tables of prompts in, images and a row per image out.
+"""The scoring script of an Azure ML batch endpoint, which renders tables of prompts and returns a row per image.
 
-Azure calls `init` once per worker process, and `run` with the paths of some files at a time. Settings are environment
+Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. Settings are environment
 variables of the deployment: those of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30), and
 BATCH_INFER_PREDICTIONS=card for the five columns of the model catalog's deployments. By default, rows have the columns
 of results.* and, last, `carried`: a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images
@@ -11,36 +11,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from batch_infer.azureml.deployment import find_deployment
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_infer.azureml.deployment import read_deployment
 from batch_infer.azureml.mini_batch import MiniBatchScorer
-from batch_infer.azureml.predictions import Columns, to_predictions
+from batch_infer.carried import to_python_values
 from batch_infer.errors import SettingsError
+from batch_infer.jobs import shorten_float32, to_json
+from batch_infer.manifest import SCHEMA
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+Columns = Literal["full", "card"]
+BLOCKED = "Blocked By Azure AI Content Safety"
+"""Text that the model catalog's samples write instead of an image path."""
 _OUT = "AZUREML_BI_OUTPUT_PATH"
 _COLUMNS = "BATCH_INFER_PREDICTIONS"
+_PANDAS_TYPES = {
+    pa.string(): pd.StringDtype(),
+    pa.bool_(): pd.BooleanDtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.float32(): pd.Float32Dtype(),
+}
+"""pandas types with a null. Without them, a missing value would turn a column of integers into floats."""
+
 _worker: MiniBatchScorer | None = None
 
 
 def init() -> None:
-    """Load the model. Raises UsageError where a setting is invalid or cannot be satisfied."""
+    """Load the model. Raises UsageError if a setting is invalid or not supported."""
     global _worker
     _read_columns()
     out = os.environ.get(_OUT)
     if not out:
         raise SettingsError(f"{_OUT} is not set: set it to the output folder")
-    _worker = MiniBatchScorer(find_deployment(out))
+    _worker = MiniBatchScorer(read_deployment(out))
 
 
 def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
     """Return the results of the tables at these paths. Rows with a committed result are not rendered again.
 
-    Invalid and failed rows have results too, and so has a file that cannot be read. Raises TableError where no file
-    can be read, ServiceError where a safety service does not answer, StorageError.
+    Invalid rows, failed rows and unreadable files have results too. Raises TableError if no file can be read,
+    ServiceError if a safety service does not answer, StorageError.
     """
     if _worker is None:
         raise RuntimeError("call init() before run()")
@@ -61,3 +76,42 @@ def _read_columns() -> Columns:
     if columns not in get_args(Columns):
         raise SettingsError(f"{_COLUMNS}={columns}: use {' or '.join(get_args(Columns))}")
     return cast(Columns, columns)
+
+
+def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
+    """Return a row per result. `full`: the columns of results.*. `card`: the five of the model catalog's deployments.
+
+    Azure appends the rows of all mini-batches without a header, so `full` has the same columns for all tables: the last
+    one, `carried`, has the carried columns as a JSON object. The five columns are row_number_per_file, prompt,
+    generated_image (a path relative to predictions.csv), nsfw_content_detected and input_file_name.
+    """
+    results = _select_card(results) if columns == "card" else _select_full(results)
+    frame: pd.DataFrame = results.to_pandas(types_mapper=_PANDAS_TYPES.get)
+    return frame
+
+
+def _select_card(results: pa.Table) -> pa.Table:
+    columns = {
+        "row_number_per_file": results["source_row"],
+        "prompt": results["prompt"],
+        "generated_image": pc.if_else(pc.equal(results["status"], "blocked"), BLOCKED, results["generated_image"]),
+        "nsfw_content_detected": results["nsfw_content_detected"],
+        "input_file_name": results["source_file"],
+    }
+    return pa.table(columns)
+
+
+def _select_full(results: pa.Table) -> pa.Table:
+    """Return the result columns, with safety_scores as JSON text as in results.csv, and `carried`."""
+    names = [name for name in results.column_names if name not in SCHEMA.names]
+    # Without columns, zip would yield no rows.
+    rows = zip(*(to_python_values(results[name]) for name in names), strict=True) if names else [()] * len(results)
+    carried = [to_json(dict(zip(names, cells, strict=True))) for cells in rows]
+    scores = map(_format_scores, results["safety_scores"].to_pylist())
+    results = results.select(SCHEMA.names).append_column("carried", pa.array(carried, pa.string()))
+    index = SCHEMA.get_field_index("safety_scores")
+    return results.set_column(index, "safety_scores", pa.array(scores, pa.string()))
+
+
+def _format_scores(scores: list[tuple[str, float]] | None) -> str | None:
+    return None if scores is None else to_json({name: shorten_float32(score) for name, score in scores})

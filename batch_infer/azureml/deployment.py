@@ -1,74 +1,72 @@
-"""The deployment of an Azure ML endpoint, read from environment variables: settings, model and device."""
+"""Read the deployment of an Azure ML endpoint from environment variables: its settings, model and device."""
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from batch_infer.autotune import detect_device
 from batch_infer.cli import set_up_logging, settings_from_environment
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import find_model, make_paths_absolute, read_run, resolve_run
 from batch_infer.serving import Deployment
-from batch_infer.settings import ModelSettings, RunSettings, TableSettings
+from batch_infer.settings import RunSettings, TableSettings
 
 MODEL_DEPTH = 4
-"""Levels below AZUREML_MODEL_DIR that are searched: a registered model is some folders down."""
+"""Folder levels below AZUREML_MODEL_DIR to search for a model. A registered model is several folders down."""
 READ_ATTEMPTS, RETRY_SECONDS = 10, 2.0
-"""Attempts to read a run.json that cannot be parsed, and the time between them."""
-_FOLDER, _FILE = "model_index.json", ".safetensors"
-IGNORED = tuple(
-    f"BATCH_INFER_{option}"
-    for option in (
-        *("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE"),
-        *("OUT", "JSON", "QUIET", "VERBOSE", "NO_PROGRESS"),
-    )
-)
-"""Variables of `run` for results.* or the terminal, which an endpoint does not have. They are never read."""
+"""Attempts to read a run.json that cannot be parsed, and the seconds between two attempts."""
+_FILE_OPTIONS = ("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE", "OUT")
+_TERMINAL_OPTIONS = ("JSON", "QUIET", "VERBOSE", "NO_PROGRESS")
+IGNORED = tuple(f"BATCH_INFER_{option}" for option in (*_FILE_OPTIONS, *_TERMINAL_OPTIONS))
+"""Variables of `run` for results.* or a terminal, which an endpoint does not have. They are never read."""
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class AzureDeployment(Deployment):
-    """A deployment that writes to OUT. `record` is its run.json, `earlier` the run.json that OUT already has."""
+    """A deployment that writes to OUT. `record` is its run.json, and `earlier` is the run.json already in OUT."""
 
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
 
 
-def find_deployment(out: str, *, alone: bool = False) -> AzureDeployment:
-    """Return the deployment that the environment describes. OUT need not exist. Raises UsageError.
+def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> AzureDeployment:
+    """Return the deployment that the environment describes. Raises UsageError.
 
-    `alone`: this process is the only worker of its machine.
+    OUT need not exist. It is None for a deployment that writes no files. `is_only_worker`: no other worker runs on this
+    machine.
     """
-    requested = settings_from_environment("-", out, IGNORED)
+    unused = Path(tempfile.gettempdir(), f"batch-infer-{uuid4().hex}")
+    requested = settings_from_environment("-", out or str(unused), IGNORED)
     set_up_logging()  # after the settings, which have its format
     if ignored := [name for name in IGNORED if os.environ.get(name)]:
         log.warning("%s: ignored in an endpoint", ", ".join(ignored))
-    settings = _adapt_settings(requested, alone=alone)
-    if not alone:
+    settings = _adapt_settings(requested, is_only_worker=is_only_worker)
+    if not is_only_worker:
         _refuse_worker_without_gpu(settings)
     if settings.model.name is None:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
     earlier = read_cached_run(settings.out)
-    from batch_infer.autotune import detect_device  # imports torch, which takes seconds
-
     settings, compute, record, rules = resolve_run(settings, card, detect_device(settings.model.device), earlier)
     return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 
 def read_cached_run(out: Path) -> dict[str, Any] | None:
-    """Return run.json, which another worker may just have written, or None where OUT has none. Raises UsageError.
+    """Return run.json, which another worker may just have written, or None if OUT has none. Raises UsageError.
 
-    A mount of a storage account that caches file sizes, such as blobfuse, may show a new file truncated to the size of
-    the old one for a while.
+    A mount of a storage account that caches file sizes, such as blobfuse, may for a while show a new file truncated to
+    the size of the old one.
     """
     for _ in range(READ_ATTEMPTS - 1):
         with suppress(UsageError):
@@ -77,73 +75,65 @@ def read_cached_run(out: Path) -> dict[str, Any] | None:
     return read_run(out)
 
 
-def _adapt_settings(settings: RunSettings, *, alone: bool) -> RunSettings:
-    """Return settings of a run as those of an endpoint. Raises SettingsError where they cannot be."""
+def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettings:
+    """Return the settings of a run as those of an endpoint. Raises SettingsError if an endpoint does not support them.
+
+    The model is BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model.
+    """
     unsupported = {
         "BATCH_INFER_OVERWRITE": settings.overwrite,
         "BATCH_INFER_LIMIT": settings.table.limit,
         "BATCH_INFER_ID_FROM": settings.table.id_from != "row",
     }
-    for name in (name for name, value in unsupported.items() if value):
-        raise SettingsError(f"{name} is set, but an endpoint's workers get tables one by one; unset it")
+    if names := [name for name, value in unsupported.items() if value]:
+        raise SettingsError(f"{names[0]} is set, but an endpoint's workers get tables one by one; unset it")
     if settings.compute.slots == "auto":
         raise SettingsError("BATCH_INFER_SLOTS=auto: use a number here; `batch-infer bench --slots auto` finds one")
+    model, folder = settings.model, os.environ.get("AZUREML_MODEL_DIR")
+    if folder and not model.name:
+        model = replace(model, name=find_model_path(Path(folder)))
     table = TableSettings((), settings.table.columns)
-    workers = 1 if alone else settings.compute.processes or _count_gpus() or 1
+    workers = 1 if is_only_worker else settings.compute.processes or _count_gpus() or 1
     safety = settings.safety.split_among(workers)
-    return make_paths_absolute(replace(settings, table=table, model=_choose_model(settings.model), safety=safety))
-
-
-def _choose_model(settings: ModelSettings) -> ModelSettings:
-    """Return BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model."""
-    folder = os.environ.get("AZUREML_MODEL_DIR", "")
-    return settings if settings.name or not folder else replace(settings, name=find_model_path(Path(folder)))
+    return make_paths_absolute(replace(settings, table=table, model=model, safety=safety))
 
 
 def find_model_path(folder: Path) -> str:
-    """Return the only diffusers folder, or else the only .safetensors file, at or below a folder.
+    """Return the path of the only diffusers folder, or else of the only .safetensors file, in or below a folder.
 
-    The uppermost level with a model counts. Files, which may be LoRAs, count only if there is no diffusers folder on
-    any level. Raises SettingsError.
+    If several levels contain models, only the highest one counts. Files, which may be LoRAs, count only if there is no
+    diffusers folder on any level. Raises SettingsError.
     """
     variable = f"AZUREML_MODEL_DIR={folder}"
     if not folder.is_dir():
         raise SettingsError(f"{variable} is not a folder: register a model, or set BATCH_INFER_MODEL")
-    for models in (*_list_models(folder, folders=True), *_list_models(folder, folders=False)):
-        if len(models) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in models)
-            raise SettingsError(f"{variable} holds several models ({names}): choose one with BATCH_INFER_MODEL")
-        if models:
-            return str(models[0])
-    raise SettingsError(f"{variable} holds no model: register a diffusers folder (with {_FOLDER}) or a {_FILE} file")
-
-
-def _list_models(folder: Path, *, folders: bool) -> Iterator[list[Path]]:
-    """Yield the diffusers folders, or the .safetensors files, of each level from the top."""
-    level = [folder]
-    for _ in range(MODEL_DEPTH + 1):
-        inner = [path for parent in level for path in sorted(parent.iterdir())]
-        yield [path for path in (level if folders else inner) if _is_model(path, folders=folders)]
-        level = [path for path in inner if path.is_dir()]
-
-
-def _is_model(path: Path, *, folders: bool) -> bool:
-    return (path / _FOLDER).is_file() if folders else path.suffix == _FILE
+    for name in ("model_index.json", "*.safetensors"):
+        for depth in range(MODEL_DEPTH + 1):
+            paths = sorted(folder.glob("*/" * depth + name))
+            models = [path.parent if path.name == name else path for path in paths]
+            if len(models) > 1:
+                names = ", ".join(str(path.relative_to(folder)) for path in models)
+                raise SettingsError(f"{variable} contains several models ({names}): choose one with BATCH_INFER_MODEL")
+            if models:
+                return str(models[0])
+    raise SettingsError(
+        f"{variable} contains no model: register a diffusers folder (with model_index.json) or a .safetensors file"
+    )
 
 
 def _refuse_worker_without_gpu(settings: RunSettings) -> None:
     """Raise SettingsError in a worker that would share the first worker's GPU and its memory.
 
-    Azure sets CUDA_VISIBLE_DEVICES to one GPU per worker, and does not set it for workers beyond the number of GPUs.
+    Azure sets CUDA_VISIBLE_DEVICES to one GPU per worker. Workers in excess of the GPUs do not get the variable.
     """
     if _count_gpus() and "CUDA_VISIBLE_DEVICES" not in os.environ and settings.model.device != "cpu":
         raise SettingsError(
-            "this worker has no GPU of its own: set max_concurrency_per_instance to the GPUs of an instance"
+            "this worker has no GPU: set max_concurrency_per_instance to the number of GPUs per instance"
             f" ({_count_gpus()})"
         )
 
 
 def _count_gpus() -> int:
-    """Return the number of GPUs of this instance, as counted by Azure: a batch job has one worker per GPU."""
+    """Return the number of GPUs on this machine according to Azure. A batch job has one worker per GPU."""
     count = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "")
     return int(count) if count.isdecimal() else 0

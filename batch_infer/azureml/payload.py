@@ -1,4 +1,4 @@
-"""The payload of a real-time request: its JSON to rows."""
+"""Parse the JSON payload of a real-time request into rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from batch_infer.table import DocumentFormat, is_too_deep, parse_element, parse_
 
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
-"""Both names are in use: Azure ML's model catalog documents `input_data.parameters`, MLflow's scoring server `params`
-next to the data (https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
+"""Azure ML's model catalog documents `input_data.parameters`, MLflow's scoring server `params` next to the data
+(https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
 _KEYS = ("input_data", *PARAMETER_KEYS)
 _INPUT_KEYS = ("columns", "data", "index", *PARAMETER_KEYS)
 MAX_IMAGES = 256
-"""Images per request. A real-time endpoint cancels a request after three minutes at most."""
+"""Maximum number of images per request. A real-time endpoint cancels a request after at most three minutes."""
 
 
 class TooManyImagesError(TableError):
@@ -32,16 +32,16 @@ class TooManyImagesError(TableError):
 
 
 class Payload(NamedTuple):
-    """The cells of each row by column, and the request-level parameters, which rows without their own values have."""
+    """The cells of each row by column, and the request-level parameters, which are already in the rows."""
 
     rows: list[dict[str, Any]]
     parameters: dict[str, Any]
 
 
 def read_payload(text: str | bytes, columns: Mapping[str, str] | None = None) -> Payload:
-    """Parse a request. `columns` maps fields to the names of their columns, where these differ.
+    """Parse a request. `columns` maps fields to columns with a different name.
 
-    Raises TableError where the request is malformed.
+    Raises TableError if the request is malformed.
     """
     names = {field: (columns or {}).get(field) or field for field in FIELDS}
     prompt = names["prompt"]
@@ -60,7 +60,7 @@ def read_payload(text: str | bytes, columns: Mapping[str, str] | None = None) ->
 def _parse_json(text: str | bytes) -> Mapping[str, Any]:
     if isinstance(text, str):
         text = text.removeprefix("\ufeff")  # json removes it from bytes
-    if not text.strip():  # the server passes a form as an empty text too
+    if not text.strip():  # the server also passes a form as an empty text
         raise TableError(f"the request is empty, or its Content-Type is not application/json: send {SAMPLE}")
     try:
         document = json.loads(text)
@@ -91,17 +91,17 @@ def _read_input_data(document: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_parameters(
     document: Mapping[str, Any], payload: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the request-level parameters by column, from all places where a request may have them."""
+    """Return the request-level parameters by column, from everywhere a request may have them."""
     allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
     parameters: dict[str, Any] = {}
-    for place, parent in (("the request", document), ("input_data", payload)):
+    for parent_name, parent in (("the request", document), ("input_data", payload)):
         for key in PARAMETER_KEYS:
             values = parent.get(key)
             if values is None:
                 continue
             if not isinstance(values, dict):
-                raise TableError(f"{key} in {place} is not an object but {_json_type(values)}")
-            _refuse_unknown("parameter", values, {*allowed, *allowed.values()}, f"{key} in {place}")
+                raise TableError(f"{key} in {parent_name} is not an object but {_json_type(values)}")
+            _refuse_unknown("parameter", values, {*allowed, *allowed.values()}, f"{key} in {parent_name}")
             for name, value in values.items():
                 column = str(allowed.get(name, name))
                 if column in parameters:
@@ -110,12 +110,12 @@ def _read_parameters(
     return parameters
 
 
-def _refuse_unknown(noun: str, names: Collection[str], known: Collection[str], place: str) -> None:
+def _refuse_unknown(noun: str, names: Collection[str], allowed: Collection[str], parent_name: str) -> None:
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise TableError(f"unknown {noun} {name[:40]!r} in {place}; {hint}")
+        if name not in allowed:
+            similar = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(sorted(allowed))}"
+            raise TableError(f"unknown {noun} {name[:40]!r} in {parent_name}; {hint}")
 
 
 def _read_elements(payload: Mapping[str, Any]) -> list[Any]:
@@ -157,6 +157,6 @@ def _read_row(number: int, element: Any, document_format: DocumentFormat) -> dic
 
 
 def _json_type(value: Any) -> str:
-    """Return what JSON calls the type of a value."""
+    """Return the JSON type of a value, with an article."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "null")

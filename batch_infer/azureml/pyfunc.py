@@ -1,6 +1,6 @@
-"""The code of an exported MLflow model: a DataFrame of prompts in, a DataFrame with their images out.
+"""The code of an exported MLflow model, which renders a DataFrame of prompts to a DataFrame with their images.
 
-MLflow is not imported here: the code that is packed with a model derives an MLflow class from this one.
+This module does not import MLflow. The code that is packed with a model derives an MLflow class from this class.
 """
 
 from __future__ import annotations
@@ -8,40 +8,37 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
-from uuid import uuid4
+from typing import Any
 
 import pandas as pd
 
-from batch_infer.azureml.deployment import find_deployment
+from batch_infer.azureml.deployment import read_deployment
 from batch_infer.serving import Service, score_rows
 from batch_infer.store import atomic_write
 
 COLUMNS = ("prompt", "generated_image", "nsfw_content_detected")
 ERROR = "error"
 _OUTPUT = "AZUREML_BI_OUTPUT_PATH"
-"""The output folder of a batch endpoint's job."""
+"""Variable that contains the output folder of a batch endpoint's job."""
 
 
 class PromptsToImages:
-    """Renders the prompts of a DataFrame. Rows of all calls, also in other threads, share UNet calls."""
+    """Renders the prompts of a DataFrame. Rows of concurrent calls share UNet calls."""
 
     def load_context(self, context: Any) -> None:
         """Load the model. Environment variables override those packed with the model. Raises UsageError."""
-        unused = Path(tempfile.gettempdir(), f"batch-infer-mlflow-{uuid4().hex}")  # nothing is written there
-        with _environment(_packed_variables(context)):
-            self._service = Service(find_deployment(str(unused)))
+        with _default_variables(_packed_variables(context)):
+            self._service = Service(read_deployment())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
         """Return a row per prompt: prompt, generated_image and nsfw_content_detected (None if no checker ran).
 
-        generated_image is a file in base64, or in a batch endpoint's job a file name next to predictions.csv. The
-        column `error` says why a row has no image. It is always there in a batch endpoint's job, which appends all rows
-        to one file, and otherwise only if a row has an error. Raises ServiceError, StorageError.
+        generated_image is a file in base64 or, in a batch endpoint's job, the name of a file next to predictions.csv.
+        The column `error` says why a row has no image. A batch endpoint's job appends all rows to one file, so it
+        always has this column. Otherwise it is present only if a row has an error. Raises ServiceError, StorageError.
         """
         parameters = {name: value for name, value in (params or {}).items() if value is not None}
         rows = [{**parameters, "prompt": prompt} for prompt in model_input["prompt"]]
@@ -56,16 +53,16 @@ class PromptsToImages:
 
 
 def _packed_variables(context: Any) -> dict[str, str]:
-    """Return the variables packed with the model, with the present paths of packed files."""
-    variables = cast("Mapping[str, str]", context.model_config["variables"])
+    """Return the variables packed with the model, with the current paths of packed files."""
+    variables: dict[str, str] = context.model_config["variables"]
     for name, path in context.artifacts.items():
         variables = {key: value.replace(f"{{{name}}}", str(path)) for key, value in variables.items()}
-    return dict(variables)
+    return variables
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set those of these variables that are not set, for the duration of the context."""
+def _default_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set yet, and unset them at the end."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -76,7 +73,10 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _store_image(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write a row's image to a file and return the row with its name, a digest, so that a retry adds no second file."""
+    """Write a row's image to a file, and return the row with the file name.
+
+    The name is a digest of the content, so that a retry does not write a second file.
+    """
     if row["generated_image"] is None:
         return row
     content = base64.b64decode(row["generated_image"])

@@ -1,19 +1,48 @@
-"""Rendering the pending rows of a mini-batch, so that a row that crashes its process costs no other row."""
+"""Render the pending rows of a mini-batch, so that a row that crashes its process costs no other row.
+
+Markers in OUT list the rows that a worker is rendering. They remain if its process dies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from secrets import token_hex
+from threading import Lock
 
 from batch_infer.azureml.deployment import AzureDeployment
-from batch_infer.azureml.in_progress import MAX_CRASHES, Key, ProgressMarkers
 from batch_infer.errors import BatchInferError
 from batch_infer.jobs import Job
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.planning import order_requests
-from batch_infer.records import PromptRequest
+from batch_infer.records import PromptRequest, ResultRow, digest
 from batch_infer.sinks import make_sink
-from batch_infer.store import PinnedFolder
+from batch_infer.store import (
+    PinnedFolder,
+    atomic_write,
+    host_id,
+    is_abandoned,
+    list_names,
+    read_errors,
+    unique_name,
+    write_errors,
+)
 from batch_infer.worker import Worker, WorkerSettings, format_worker_name, load_chain, make_row
+
+MARKER_ROWS = 32
+"""Maximum number of rows per marker."""
+RETRY_ROWS = 16
+"""Maximum number of rows that are retried together after a crash."""
+MAX_CRASHES = 3
+"""A row fails if it was in progress in this many crashes, and was alone in the last one."""
+_PREFIX = ".begun-"
+
+Key = tuple[str, int]
 
 
 class MiniBatchRenderer:
@@ -22,23 +51,19 @@ class MiniBatchRenderer:
     def __init__(self, deployment: AzureDeployment, out: PinnedFolder) -> None:
         """Load the model. Raises ModelError."""
         self._chain = load_chain(deployment.card, deployment.compute, deployment.settings.safety)
-        self._out, self._manifest, self._markers = out, Manifest(out), ProgressMarkers(out.path)
+        self._out, self._manifest, self.markers = out, Manifest(out), ProgressMarkers(out.path)
         self._failed: set[Key] = set()
         """Rows that this process has committed as failed after crashes."""
 
     def close(self) -> None:
         self._chain.close()
 
-    def remove_settled_markers(self, is_settled: Callable[[Key], bool]) -> None:
-        """Remove the markers that dead processes have left of rows with results. Raises StorageError."""
-        self._markers.remove_settled(is_settled)
-
     def render(self, job: Job, requests: Iterable[PromptRequest], index: ManifestIndex) -> None:
-        """Render and commit requests. Those that were in progress in a crash come last, in smaller groups.
+        """Render and commit requests. Rows that were in progress in a crash come last, in smaller groups.
 
         Raises ServiceError, StorageError.
         """
-        crashes = self._markers.read_crashes()
+        history = self.markers.read_crashes()
         suspects: list[tuple[PromptRequest, int]] = []
 
         def unsuspected() -> Iterator[PromptRequest]:
@@ -46,36 +71,28 @@ class MiniBatchRenderer:
                 failures = _count_failures(request, index)
                 if failures and request.key in self._failed:
                     continue
-                if failures or request.key in crashes.counts:
+                if failures or request.key in history.counts:
                     suspects.append((request, failures))
                 else:
                     yield request
 
         self._render(job, unsuspected())
-        failed, groups = crashes.group(suspects)
-        self._commit_failed(job, failed)
+        failed, groups = history.group(suspects)
+        if failed:
+            self._commit_failed(job, failed)
         for group in groups:
-            self._render(job, group, alone=len(group) == 1)
+            self._render(job, group, is_alone=len(group) == 1)
 
-    def _render(self, job: Job, requests: Iterable[PromptRequest], *, alone: bool = False) -> None:
+    def _render(self, job: Job, requests: Iterable[PromptRequest], *, is_alone: bool = False) -> None:
         card, compute, settings = job.card, job.compute, job.settings
         slots_of = None if card.uses_pipeline_call else lambda size: compute.shape_of(*size).slots
         worker_settings = WorkerSettings(card, compute, settings.safety, settings.output, self._out, job.tables.carried)
         worker = Worker(worker_settings, format_worker_name(0), lambda *_: self._chain)
-        marked = self._markers.mark(order_requests(requests, slots_of), alone=alone)
-        crashed = True
-        try:
-            worker.render(marked, self._markers.record_committed)
-            crashed = False
-        except BatchInferError:  # a service or a disk failed, not a row
-            crashed = False
-            raise
-        finally:
-            self._markers.close(crashed=crashed)
+        with self.markers:
+            marked = self.markers.mark(order_requests(requests, slots_of), is_alone=is_alone)
+            worker.render(marked, self.markers.record_committed)
 
     def _commit_failed(self, job: Job, requests: Sequence[PromptRequest]) -> None:
-        if not requests:
-            return
         error = f"rendering crashed {MAX_CRASHES} times with this row in progress, the last time with no other row"
         worker, scheduler = format_worker_name(0), job.card.scheduler_name
         rows = [make_row(request, "failed", error, scheduler=scheduler, worker=worker) for request in requests]
@@ -87,6 +104,123 @@ class MiniBatchRenderer:
 
 
 def _count_failures(request: PromptRequest, index: ManifestIndex) -> int:
-    """Return how often this row, unchanged, has failed before."""
+    """Return how often this row has failed before, or 0 if it has changed since."""
     entry = index.find(request.key) if request.attempt > 1 else None
     return entry.failures if entry and entry.fingerprint == request.fingerprint else 0
+
+
+@dataclass(frozen=True, slots=True)
+class CrashHistory:
+    """The number of crashes in which each row was in progress, and the rows that were alone in a crash."""
+
+    counts: Counter[Key] = field(default_factory=Counter)
+    alone: set[Key] = field(default_factory=set)
+
+    def group(
+        self, suspects: Iterable[tuple[PromptRequest, int]]
+    ) -> tuple[list[PromptRequest], list[Sequence[PromptRequest]]]:
+        """Return the rows that have failed, and the groups in which to retry the other rows, least suspect first.
+
+        Each suspect is a row and the number of its earlier `failed` results. If there are any, the row is retried
+        alone.
+        """
+        failed: list[PromptRequest] = []
+        together: list[PromptRequest] = []
+        alone: list[Sequence[PromptRequest]] = []
+        for request, failures in suspects:
+            crashes = self.counts[request.key] + (MAX_CRASHES - 1) * bool(failures)
+            if crashes >= MAX_CRASHES and request.key in self.alone:
+                failed.append(request)
+            elif crashes < MAX_CRASHES - 1:
+                together.append(request)
+            else:
+                alone.append([request])
+        alone.sort(key=lambda rows: rows[0].key in self.alone)
+        return failed, [*(together[k : k + RETRY_ROWS] for k in range(0, len(together), RETRY_ROWS)), *alone]
+
+
+class ProgressMarkers:
+    """The in-progress markers of one OUT.
+
+    A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
+    rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
+    the process, and does not say whether the process was killed from outside. Therefore rows are retried in smaller
+    groups, and a row fails only after a crash in which it was alone.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._lock = out, Lock()
+        self._open: dict[Path, set[Key]] = {}
+        """The keys that are not committed yet, by the path of their marker."""
+
+    def mark(self, requests: Iterable[PromptRequest], *, is_alone: bool = False) -> Iterator[PromptRequest]:
+        """Yield requests, each after its marker is written. Raises StorageError.
+
+        `is_alone`: no other row is in progress.
+        """
+        source = iter(requests)
+        while rows := list(islice(source, MARKER_ROWS)):
+            keys = [row.key for row in rows]
+            path = self._out / unique_name(_PREFIX, digest(keys))
+            with atomic_write(path, flush=False, parents=False) as temporary:
+                temporary.write_text(json.dumps({"alone": is_alone, "keys": keys}), "ascii")
+            with self._lock:
+                self._open[path] = set(keys)
+            yield from rows
+
+    def record_committed(self, rows: Sequence[ResultRow]) -> None:
+        """Remove the markers whose rows are all committed."""
+        keys = {row.key for row in rows}
+        with self._lock:
+            for path, remaining in list(self._open.items()):
+                remaining -= keys
+                if not remaining:
+                    self._remove(path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
+        """Remove the open markers. If a row may have caused the error, keep them although this process continues."""
+        service_failed = isinstance(error, BatchInferError)  # or a disk
+        with self._lock:
+            for path in list(self._open):
+                if error is None or service_failed:
+                    self._remove(path)
+                    continue
+                del self._open[path]
+                with write_errors(path), suppress(FileNotFoundError):
+                    path.replace(path.with_name(f"{_PREFIX}broken-{token_hex(6)}"))
+
+    def _remove(self, path: Path) -> None:
+        del self._open[path]
+        with write_errors(path):
+            path.unlink(missing_ok=True)
+
+    def read_crashes(self) -> CrashHistory:
+        """Return the crashes of processes on this machine, and possible crashes on other machines."""
+        history = CrashHistory()
+        for _, is_alone, keys in self._read_markers():
+            history.counts.update(keys)
+            if is_alone:
+                history.alone.update(keys)
+        return history
+
+    def remove_settled(self, index: ManifestIndex) -> None:
+        """Remove markers of dead processes if the index contains all of their rows. Raises StorageError."""
+        for path, _, keys in self._read_markers():
+            if all(index.find(key) for key in keys):
+                with write_errors(path):
+                    path.unlink(missing_ok=True)
+
+    def _read_markers(self) -> Iterator[tuple[Path, bool, list[Key]]]:
+        """Yield the markers of processes that may have died. Raises StorageError if a marker cannot be read."""
+        own_prefix = f"{_PREFIX}{host_id()}-"
+        for name in list_names(self._out):
+            path = self._out / name
+            if not name.startswith(_PREFIX) or (name.startswith(own_prefix) and not is_abandoned(name, _PREFIX)):
+                continue
+            # A marker may be removed meanwhile, and a file with such a name need not be a marker.
+            with read_errors(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+                marker = json.loads(path.read_text("ascii"))
+                yield path, bool(marker["alone"]), [(str(name), int(k)) for name, k in marker["keys"]]

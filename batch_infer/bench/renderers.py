@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class BatchInfer:
     """The chain of a run, with rows in the order of a run."""
 
     def __init__(self, model: LatentDiffusion, compute: Compute) -> None:
-        self.chain: StepLevelChain = make_chain(model, compute)
+        self.chain = cast(StepLevelChain, make_chain(model, compute))
 
     def capacity(self, row: PromptRequest) -> int:
         """Return how many rows like this one are computed together."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.autotune import detect_device, explain_out_of_memory, find_plateau
 from batch_infer.bench.settings import BenchSettings, Size
@@ -57,7 +55,7 @@ def load_subject(settings: BenchSettings) -> Subject:
     """Load the model. Raises ModelError, and SettingsError if the device is missing or its memory too small."""
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
-    try:
+    with explain_out_of_memory():
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
@@ -65,9 +63,8 @@ def load_subject(settings: BenchSettings) -> Subject:
             raise SettingsError(f"{card.name} runs in its diffusers pipeline: there is nothing to compare it with")
         compute = choose_compute(run, device, card=card)
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
-        return Subject(card.name, load_model(card, compute, with_checker=False), compute, card.sizes, defaults)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(error) from error
+        model = cast("LatentDiffusion", load_model(card, compute, with_checker=False))
+        return Subject(card.name, model, compute, card.sizes, defaults)
 
 
 def _build(name: str, compute: Compute) -> Subject:

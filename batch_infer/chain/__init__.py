@@ -1,25 +1,30 @@
-"""Chains render requests on one device, up to checked images: gate, encode, denoise, decode, check.
+"""Chains render requests on one device: they check and encode prompts, denoise, decode, and check the images.
 
-StepLevelChain batches single steps of many rows, PipelineCallChain calls of a diffusers pipeline, and GatedChain has
-the prompts and images of one of them checked by a safety service.
+StepLevelChain batches single steps of many rows, and PipelineCallChain batches calls of a diffusers pipeline.
+GatedChain has a safety service check the prompts and images of one of them.
 """
 
 from typing import TYPE_CHECKING
 
-from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
-from batch_infer.chain.sources import NoRequest, RequestSource
+from batch_infer.chain.base import (
+    BatchSizes,
+    Chain,
+    DeviceChain,
+    NoRequest,
+    RenderedImage,
+    RequestSource,
+    RowOutcome,
+    UnrenderedRow,
+)
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.chain.gated import GatedChain, GracePeriod
+    from batch_infer.chain.gated import GatedChain
     from batch_infer.chain.pipeline_call import PipelineCallChain
     from batch_infer.chain.step_level import StepLevelChain
 else:
     __getattr__ = import_on_use(
-        __name__,
-        gated=("GatedChain", "GracePeriod"),
-        pipeline_call=("PipelineCallChain",),
-        step_level=("StepLevelChain",),
+        __name__, gated=("GatedChain",), pipeline_call=("PipelineCallChain",), step_level=("StepLevelChain",)
     )
 
 __all__ = [
@@ -27,12 +32,11 @@ __all__ = [
     "Chain",
     "DeviceChain",
     "GatedChain",
-    "GracePeriod",
     "NoRequest",
-    "RowOutcome",
     "PipelineCallChain",
     "RenderedImage",
     "RequestSource",
+    "RowOutcome",
     "StepLevelChain",
     "UnrenderedRow",
 ]

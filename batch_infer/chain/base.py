@@ -1,15 +1,16 @@
-"""What all chains share: outcomes, batch sizes, and the loop over requests."""
+"""Request sources, batch sizes, outcomes, and the loop that all chains share."""
 
 from __future__ import annotations
 
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from batch_infer.chain.sources import NoRequest, ReadAhead, RequestSource, Size, as_source, size_of
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("batch_infer")
 
 IDLE_SECONDS = 0.2
-"""How long an idle chain waits for a request before it checks whether to stop."""
+"""Seconds for which an idle chain waits for a request before it checks again whether to stop."""
 
+Size: TypeAlias = tuple[int, int]
+"""Height and width of an image in pixels."""
 Stage: TypeAlias = Literal["denoise", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedImage:
-    """An image (H, W, 3) uint8 and its safety verdict. `seconds` passed while the row was denoised."""
+    """An image (H, W, 3) uint8, its safety verdict, and the `seconds` that denoising took."""
 
     request: PromptRequest
     pixels: np.ndarray
@@ -41,7 +44,7 @@ class RenderedImage:
 
 @dataclass(frozen=True, slots=True)
 class UnrenderedRow:
-    """A request without an image: `invalid` if the model refuses its values, `blocked` if its prompt is unsafe."""
+    """A request without an image: `invalid` if the model rejects its values, `blocked` if its prompt is unsafe."""
 
     request: PromptRequest
     status: Literal["invalid", "failed", "blocked"]
@@ -52,11 +55,81 @@ class UnrenderedRow:
 RowOutcome: TypeAlias = RenderedImage | UnrenderedRow
 
 
+class NoRequest(Enum):
+    """Reason why a source returns no request."""
+
+    NOT_YET = "more requests may come"
+    END = "no more requests will come"
+
+
+@runtime_checkable
+class RequestSource(Protocol):
+    """Supplies a chain with requests."""
+
+    def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+        """Return the next request, END, or NOT_YET if no request arrives within `timeout` seconds.
+
+        A chain passes a timeout only if it is idle.
+        """
+        ...
+
+
+class IteratorSource:
+    """Supplies the items of an iterable. `poll` blocks as long as the iterator does and never returns NOT_YET."""
+
+    def __init__(self, requests: Iterable[PromptRequest]) -> None:
+        self._requests = iter(requests)
+
+    def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+        return next(self._requests, NoRequest.END)
+
+
+def as_source(requests: Iterable[PromptRequest] | RequestSource) -> RequestSource:
+    return requests if isinstance(requests, RequestSource) else IteratorSource(requests)
+
+
+def size_of(request: PromptRequest) -> Size:
+    return request.params.height, request.params.width
+
+
+class ReadAhead:
+    """Reads requests from a source and holds them until they are rendered."""
+
+    def __init__(self, source: RequestSource) -> None:
+        self._source = source
+        self._requests: deque[PromptRequest] = deque()
+
+    def peek(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
+        """Return the next request without removing it."""
+        if self._requests:
+            return self._requests[0]
+        request = self._source.poll(timeout)
+        if isinstance(request, PromptRequest):
+            self._requests.append(request)
+        return request
+
+    def has(self, size: Size) -> bool:
+        """Return whether the next request has this image size."""
+        request = self.peek()
+        return isinstance(request, PromptRequest) and size_of(request) == size
+
+    def take(self, size: Size, limit: int) -> list[PromptRequest]:
+        """Remove and return up to `limit` requests, ending before the first with another image size."""
+        requests: list[PromptRequest] = []
+        while len(requests) < limit and self.has(size):
+            requests.append(self._requests.popleft())
+        return requests
+
+    def put_back(self, requests: Iterable[PromptRequest]) -> None:
+        """Insert requests at the front, in their order."""
+        self._requests.extendleft(reversed(list(requests)))
+
+
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """The UNet batch size (`slots`) and the batch size of decoder and checker, with exceptions by image size.
+    """Batch elements per UNet call (`slots`) and images per decoder or checker call, with exceptions by image size.
 
-    Slots count batch elements: a row with guidance uses two.
+    A row with guidance uses two slots.
     """
 
     slots: int
@@ -66,18 +139,16 @@ class BatchSizes:
     def __post_init__(self) -> None:
         for slots, decode in ((self.slots, self.decode), *self.by_size.values()):
             if slots < 2 or decode < 1:
-                raise ValueError(
-                    f"{self}: a row with guidance takes two slots, and an image one place in a decoder call"
-                )
+                raise ValueError(f"{self}: a row with guidance takes two slots, and a decoder call at least one image")
 
     def for_size(self, size: Size) -> tuple[int, int]:
         """Return the slots and the decoder batch size for an image size."""
         return self.by_size.get(size, (self.slots, self.decode))
 
     def halve(self, size: Size, stage: Stage) -> BatchSizes | None:
-        """Halve the batch size of a stage for one image size, or that of the other stage if it cannot be halved.
+        """Halve the batch size of a stage for one image size, or of the other stage if this one is at its minimum.
 
-        Returns None if neither can.
+        Returns None if both are.
         """
         slots, decode = self.for_size(size)
         if slots < 4 and decode < 2:
@@ -88,10 +159,7 @@ class BatchSizes:
 
 
 class Chain(ABC):
-    """Renders requests on one device, up to checked images in memory.
-
-    Compressing, hashing and writing them is the worker's task, on other threads.
-    """
+    """Renders requests on one device and checks the images. The worker compresses and writes them on other threads."""
 
     uses_pipeline_call: bool
     """Whether a diffusers pipeline runs the denoising loop."""
@@ -101,28 +169,29 @@ class Chain(ABC):
     @property
     @abstractmethod
     def batch_sizes(self) -> BatchSizes:
-        """The current batch sizes, smaller than the initial ones after the device ran out of memory."""
+        """The current batch sizes. They shrink when the device runs out of memory."""
 
     @property
     def stages(self) -> Stages:
-        """Stages summed over all image sizes."""
+        """The sum over all image sizes."""
         return sum(self.stages_by_size.values(), Stages())
 
     @abstractmethod
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests and yield outcomes in the order in which they finish.
 
-        Requests of one size, or for pipeline-call batching of one `batch_key`, should be adjacent: a change empties
-        the slots. On out-of-memory the batch size is halved, and rows that were in the batch are rendered again.
+        Requests with one image size, or for pipeline-call batching with one `batch_key`, should be adjacent: a change
+        empties the slots. If the device runs out of memory, the batch size is halved and the batch's rows are rendered
+        again.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release connections."""
+        """Close connections."""
 
 
 class DeviceChain(Chain):
-    """A chain that renders by itself, as opposed to one that adds checks around another."""
+    """A chain that renders, as opposed to one that adds checks to another chain."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
@@ -140,9 +209,9 @@ class DeviceChain(Chain):
             yield from outcomes
 
     def steps(self, source: RequestSource) -> Iterator[Sequence[RowOutcome]]:
-        """Render requests and yield, at least once per UNet or pipeline call, the outcomes that became ready.
+        """Render requests and yield new outcomes, possibly none, at least once per UNet or pipeline call.
 
-        The sequence may be empty. The caller can do its own work between calls, and poll its own events.
+        Between calls the caller can do other work and poll for events.
         """
         requests, started = ReadAhead(source), time.perf_counter()
         while (first := requests.peek(IDLE_SECONDS)) is not NoRequest.END and not self._stop():
@@ -157,17 +226,15 @@ class DeviceChain(Chain):
 
     @abstractmethod
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the next requests, as many as share a batch with the first one. See `steps`."""
+        """Render the first request and the next ones that can share its batch. See `steps`."""
 
-    def _retry(
-        self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str
-    ) -> list[UnrenderedRow]:
-        """Put the rows of a batch that ran out of memory back, and log which batch size is used from now on."""
+    def _retry(self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str) -> list[RowOutcome]:
+        """Put back the rows of a batch that ran out of memory, and log the `change` that makes it smaller."""
         log.warning("out of memory at %dx%d pixels: going on with %s", size[1], size[0], change)
         requests.put_back(rows)
         return []
 
-    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[UnrenderedRow]:
-        """Return the failures of rows of which not even the smallest batch fits into memory."""
+    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[RowOutcome]:
+        """Fail rows for which the device runs out of memory even in the smallest batch."""
         error = f"the device's memory does not hold one image of {size[1]}x{size[0]} pixels ({message})"
         return [UnrenderedRow(row, "failed", error) for row in rows]

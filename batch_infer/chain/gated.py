@@ -1,69 +1,59 @@
-"""A chain whose prompts and images are checked by a safety service: prompts before rendering, images after."""
+"""A chain that has a safety service check prompts before rendering and images afterwards."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from types import NoneType
 
-from batch_infer.chain.base import BatchSizes, Chain, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
-from batch_infer.chain.sources import NoRequest, RequestSource, as_source
+from batch_infer.chain.base import (
+    BatchSizes,
+    Chain,
+    DeviceChain,
+    NoRequest,
+    RenderedImage,
+    RequestSource,
+    RowOutcome,
+    UnrenderedRow,
+    as_source,
+)
 from batch_infer.errors import BatchInferError, FailedRowError, StoppedError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
 
 PROMPTS_AHEAD = 32
-"""Prompts that are checked before a slot is free for them."""
+"""Maximum number of prompts to check before slots are free for them."""
 IMAGES_AHEAD = 32
-"""Images that are being checked. Beyond this the device waits."""
-PROMPTS_KEPT = 1024
-"""Prompts whose verdict is cached: the images of a row share one, and so do rows with the same prompt."""
+"""Maximum number of images in the service. Beyond it, the device waits."""
+CACHED_PROMPTS = 1024
+"""Number of cached prompt verdicts. All images of a row share one, and so do rows with equal prompts."""
 BLOCKED_AHEAD = 64
-"""Blocked rows that are held back while the device is busy."""
+"""Maximum number of blocked rows to hold back while the device is busy."""
 BATCHING_SECONDS = 1.0
-"""How long a prompt that is being checked holds up rows that are rendered by one pipeline call."""
+"""Maximum number of seconds that a pipeline call waits for a prompt's verdict in order to render a larger batch."""
 POLL_SECONDS = 0.2
-"""How often a wait for the service checks whether to stop."""
+"""Seconds between checks whether to stop while waiting for the service."""
 GRACE_SECONDS = 5.0
-"""How long a stopped run waits for verdicts on images that are rendered."""
-
-
-class GracePeriod:
-    """Returns whether the gate must stop: GRACE_SECONDS after the run stops, or after `end`.
-
-    Until then the service can check images that are already rendered.
-    """
-
-    def __init__(self, stop: Callable[[], bool]) -> None:
-        self._stop, self._ended = stop, False
-        self._stopped_at: float | None = None
-
-    def __call__(self) -> bool:
-        if not self._stop():
-            return False
-        now = time.monotonic()
-        self._stopped_at = now if self._stopped_at is None else self._stopped_at
-        return self._ended or now >= self._stopped_at + GRACE_SECONDS
-
-    def end(self) -> None:
-        self._ended = True
+"""Seconds that the service has after a stop to check rendered images."""
 
 
 class GatedChain(Chain):
-    """A chain with a gate. A prompt or image without a verdict gives no image."""
+    """Renders with another chain if the service passes the prompt. Without a verdict on both, there is no image."""
 
     def __init__(
         self,
         chain: DeviceChain,
-        gate: Gate,
+        make_gate: Callable[[Callable[[], bool]], Gate],
         stop: Callable[[], bool] = lambda: False,
-        grace: GracePeriod | None = None,
     ) -> None:
-        """`grace`: the `stop` of the gate, if it has one."""
-        self._chain, self._gate, self._stop = chain, gate, stop
-        self._grace = grace or GracePeriod(stop)
+        """`make_gate` takes a function that returns whether the gate must stop waiting."""
+        self._chain, self._stop = chain, stop
+        self._gate_stops_at = math.inf
+        self._gate = make_gate(self._must_stop_gate)
         self.model, self.uses_pipeline_call = chain.model, chain.uses_pipeline_call
         self.stages_by_size = chain.stages_by_size
 
@@ -77,9 +67,9 @@ class GatedChain(Chain):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests whose prompts pass, and yield outcomes in the order in which they finish.
 
-        A request overtakes those whose prompts take longer to check. If the run stops, rendered images are yielded if
-        the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError, after yielding everything
-        that was checked before.
+        A request may overtake others whose prompts take longer to check. After a stop, images that are already
+        rendered are yielded if the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError
+        after yielding everything that was checked before.
         """
         with ThreadPoolExecutor(self._gate.concurrency, "gate") as pool:
             images = _ImageGate(self._gate, pool)
@@ -90,10 +80,10 @@ class GatedChain(Chain):
                         yield from images.add(outcome, prompts.pop_verdict(outcome.request))
                     yield from images.take_checked()
                     yield from prompts.take_blocked()
-                while images.futures and not self._stop():
-                    wait(images.futures, POLL_SECONDS, FIRST_COMPLETED)
+                yield from prompts.take_blocked()
+                while images.pending and not self._stop():
+                    wait(images.pending, POLL_SECONDS, FIRST_COMPLETED)
                     yield from images.take_checked()
-                    yield from prompts.take_blocked()
                 yield from self._finish(prompts, images)
             except StoppedError:
                 yield from self._finish(prompts, images)
@@ -102,26 +92,34 @@ class GatedChain(Chain):
                 yield from prompts.take_blocked()
                 raise
             finally:
-                self._grace.end()
+                self._gate_stops_at = -math.inf
                 pool.shutdown(wait=False, cancel_futures=True)
 
+    def _must_stop_gate(self) -> bool:
+        """Return whether the run has stopped and `render` has ended or GRACE_SECONDS have passed since the stop."""
+        if not self._stop():
+            return False
+        self._gate_stops_at = min(self._gate_stops_at, time.monotonic() + GRACE_SECONDS)
+        return time.monotonic() >= self._gate_stops_at
+
     def _finish(self, prompts: _PromptGate, images: _ImageGate) -> Iterator[RowOutcome]:
-        """Yield what is checked in time. No more prompts are sent to the service."""
-        prompts.cancel()
+        """Yield rows that are checked in time, without checking further prompts."""
+        for future in prompts.futures:
+            future.cancel()
         yield from images.finish(GRACE_SECONDS)
         yield from prompts.take_blocked()
 
 
 class _PromptGate:
-    """A source of the requests whose prompts pass."""
+    """A source of requests whose prompts pass."""
 
     def __init__(
         self, source: RequestSource, gate: Gate, pool: ThreadPoolExecutor, images: _ImageGate, *, batching: bool
     ) -> None:
-        """`batching`: wait for a prompt that is being checked, since rows are rendered by one call per batch."""
+        """`batching`: wait up to BATCHING_SECONDS for a verdict even if the device has other work."""
         self._source, self._gate, self._pool, self._images = source, gate, pool, images
         self._batching = batching
-        self._at_end = False
+        self._is_at_end = False
         self._pending: list[tuple[PromptRequest, Future[Verdict]]] = []
         self._cache: OrderedDict[str, Future[Verdict]] = OrderedDict()
         self._passed: dict[tuple[str, int], Verdict] = {}
@@ -130,11 +128,11 @@ class _PromptGate:
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
         """Return the first request whose prompt passes. See `RequestSource`.
 
-        A verdict on an image ends the wait as well, so that the image is yielded at once.
+        A verdict on an image also ends the wait, so that the image is yielded immediately.
         """
         while len(self._blocked) < BLOCKED_AHEAD:
             self._submit_ahead(timeout)
-            if self._at_end and not self._pending:
+            if self._is_at_end and not self._pending:
                 return NoRequest.END
             self._wait(timeout)
             index = _first_done(self.futures)
@@ -148,47 +146,40 @@ class _PromptGate:
     def futures(self) -> list[Future[Verdict]]:
         return [future for _, future in self._pending]
 
-    def cancel(self) -> None:
-        """Cancel checks that have not started, so that images are checked first."""
-        for future in self.futures:
-            future.cancel()
-
     def take_blocked(self) -> Iterator[UnrenderedRow]:
         blocked, self._blocked = self._blocked, []
         yield from blocked
 
     def pop_verdict(self, request: PromptRequest) -> Verdict:
-        """Return the verdict on the prompt of a request that has passed. Can be called once per request."""
+        """Return the verdict on a prompt that passed. Call once per request."""
         return self._passed.pop(request.key)
 
     def _submit_ahead(self, timeout: float) -> None:
+        """Read requests and have the service check prompts that are not cached. A failed check is repeated."""
         while len(self._pending) < PROMPTS_AHEAD:
-            is_idle = not self._pending and not self._images.futures
+            is_idle = not self._pending and not self._images.pending
             request = self._source.poll(timeout if is_idle else 0.0)
             if not isinstance(request, PromptRequest):
-                self._at_end = request is NoRequest.END
+                self._is_at_end = request is NoRequest.END
                 return
-            self._pending.append((request, self._submit(request.prompt)))
-
-    def _submit(self, prompt: str) -> Future[Verdict]:
-        future = self._cache.pop(prompt, None)
-        if future is None or (future.done() and future.exception() is not None):
-            future = self._pool.submit(self._gate.check_prompt, prompt)
-        self._cache[prompt] = future
-        while len(self._cache) > PROMPTS_KEPT:
-            self._cache.popitem(last=False)
-        return future
+            future = self._cache.pop(request.prompt, None)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._pool.submit(self._gate.check_prompt, request.prompt)
+            self._cache[request.prompt] = future
+            if len(self._cache) > CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+            self._pending.append((request, future))
 
     def _wait(self, timeout: float) -> None:
         futures = self.futures
         if timeout:
             if not self._blocked and _first_done(futures) is None:
-                wait([*futures, *self._images.futures], timeout, FIRST_COMPLETED)
+                wait([*futures, *self._images.pending], timeout, FIRST_COMPLETED)
         elif self._batching and futures:
             wait(futures[:1], BATCHING_SECONDS)
 
     def _take(self, index: int) -> PromptRequest | None:
-        """Take a request whose prompt is checked. Returns None if it does not pass."""
+        """Remove a request whose check is done. Returns None if its prompt does not pass."""
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
@@ -203,50 +194,44 @@ class _PromptGate:
 
 
 class _ImageGate:
-    """Rendered images that are being checked."""
+    """Has the service check rendered images."""
 
     def __init__(self, gate: Gate, pool: ThreadPoolExecutor) -> None:
         self._gate, self._pool = gate, pool
-        self._pending: list[tuple[RenderedImage, Verdict, Future[Verdict]]] = []
-
-    @property
-    def futures(self) -> list[Future[Verdict]]:
-        return [future for *_, future in self._pending]
+        self.pending: dict[Future[Verdict], tuple[RenderedImage, Verdict]] = {}
+        """Images that the service is checking, each with the verdict on its prompt."""
 
     def add(self, outcome: RowOutcome, prompt_verdict: Verdict) -> Iterator[RowOutcome]:
-        """Submit an image, and yield what is checked."""
+        """Submit an image, and yield outcomes that are ready."""
         if isinstance(outcome, UnrenderedRow):
             yield outcome
         else:
-            future = self._pool.submit(self._gate.check_image, outcome.pixels)
-            self._pending.append((outcome, prompt_verdict, future))
+            self.pending[self._pool.submit(self._gate.check_image, outcome.pixels)] = outcome, prompt_verdict
         yield from self.take_checked()
 
     def take_checked(self) -> Iterator[RowOutcome]:
-        """Yield images that are checked, after waiting until at most IMAGES_AHEAD are not."""
-        while self._pending:
-            if len(self._pending) > IMAGES_AHEAD:
-                wait(self.futures, return_when=FIRST_COMPLETED)
-            index = _first_done(self.futures)
-            if index is None:
-                return
-            yield self._take(index)
+        """Yield checked images, after waiting for one if more than IMAGES_AHEAD are pending."""
+        if len(self.pending) > IMAGES_AHEAD:
+            wait(self.pending, return_when=FIRST_COMPLETED)
+        for future in list(self.pending):
+            if future.done():
+                yield self._take(future)
 
     def finish(self, seconds: float | None = None) -> Iterator[RowOutcome]:
-        """Yield images that are checked within `seconds`, in any order, and drop the others.
+        """Yield images that the service checks within `seconds`.
 
-        Without a time limit, wait for the checks that have started and cancel the others.
+        Without a time limit, wait for checks that have started and cancel the rest.
         """
         if seconds is None:
-            wait([future for future in self.futures if not future.cancel()])
+            wait([future for future in self.pending if not future.cancel()])
         else:
-            wait(self.futures, seconds)
-        self._pending = [entry for entry in self._pending if _has_verdict(entry[2])]
-        while self._pending:
-            yield self._take(0)
+            wait(self.pending, seconds)
+        for future in list(self.pending):
+            if future.done() and not future.cancelled() and isinstance(future.exception(), (FailedRowError, NoneType)):
+                yield self._take(future)
 
-    def _take(self, index: int) -> RowOutcome:
-        rendered, prompt_verdict, future = self._pending.pop(index)
+    def _take(self, future: Future[Verdict]) -> RowOutcome:
+        rendered, prompt_verdict = self.pending.pop(future)
         try:
             verdict = future.result()
         except FailedRowError as error:
@@ -258,9 +243,3 @@ class _ImageGate:
 
 def _first_done(futures: list[Future[Verdict]]) -> int | None:
     return next((index for index, future in enumerate(futures) if future.done()), None)
-
-
-def _has_verdict(future: Future[Verdict]) -> bool:
-    """Return whether a check is done, if only with a failure of its row."""
-    is_done = future.done() and not future.cancelled()
-    return is_done and (future.exception() is None or isinstance(future.exception(), FailedRowError))

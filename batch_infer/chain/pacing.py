@@ -1,4 +1,4 @@
-"""CUDA streams and events: work besides the UNet on its own streams, and timing of UNet calls without waiting."""
+"""CUDA streams for work that runs concurrently with the UNet, and timing of UNet calls that does not block the host."""
 
 from __future__ import annotations
 
@@ -17,48 +17,46 @@ if TYPE_CHECKING:
     from batch_infer.models import Conditioning
 
 CALLS_AHEAD = 3
-"""UNet calls that are queued on a GPU and unfinished: enough never to starve it, few enough to hold memory."""
+"""Maximum number of unfinished UNet calls on a GPU: enough to keep it busy, few enough to limit memory."""
 
 
 @cache
 def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) -> torch.cuda.Stream | None:
-    """Return the stream for a purpose, or None on a CPU. It is always the same one: torch frees memory by stream.
+    """Return the stream for a purpose, or None on a CPU. Streams are reused, because torch frees memory by stream.
 
-    Both have a high priority: their kernels are short, and would otherwise queue behind those of a whole UNet call.
+    They have high priority: their short kernels would otherwise queue behind the kernels of a whole UNet call.
     """
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-class EncodeStream:
-    """The stream on which prompts are encoded, so that its small copies wait for no UNet call. None on a CPU."""
+@contextmanager
+def encoding_stream(device: torch.device) -> Iterator[None]:
+    """Run the block on the stream for encoding, so that its small copies do not wait for UNet calls.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = stream_for(device, "encode")
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Run the block on this stream. Later work on the UNet's stream waits for it, but the host does not."""
-        if self._stream is None:
+    Later work on the UNet's stream waits for the block, but the host does not. Has no effect on a CPU.
+    """
+    stream = stream_for(device, "encode")
+    if stream is None:
+        yield
+        return
+    unet_stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.stream(stream):
             yield
-            return
-        unet = torch.cuda.current_stream()
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            unet.wait_stream(self._stream)
+    finally:
+        unet_stream.wait_stream(stream)
 
-    def keep_alive(self, conditioning: Conditioning) -> None:
-        """Keep memory that was allocated on this stream from being reused before the UNet's stream has read it."""
-        if self._stream is None:
-            return
-        for part in conditioning.context:
-            for tensor in (part or {}).values():
+
+def keep_until_read(conditioning: Conditioning) -> None:
+    """Keep GPU memory that the encoding stream allocated from being reused before the UNet's stream has read it."""
+    for part in conditioning.context:
+        for tensor in (part or {}).values():
+            if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream())
 
 
 class Pacer:
-    """Adds the seconds of UNet calls to the stages. On a CPU a call is complete when it returns."""
+    """Adds the seconds of UNet calls to the stages. On a CPU, a call is complete when it returns."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
@@ -72,38 +70,38 @@ class Pacer:
         self._stages.denoise += self._stages.ended_at - self._started
 
     def finish(self) -> None:
-        """Wait for the calls that are unfinished."""
+        """Wait for unfinished calls."""
 
 
 class CudaPacer(Pacer):
-    """Times calls by CUDA events. The host waits only for calls that it made CALLS_AHEAD calls ago."""
+    """Times calls with CUDA events. The host waits until at most CALLS_AHEAD calls are unfinished."""
 
     def __init__(self, stages: Stages) -> None:
         super().__init__(stages)
         self._unfinished: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._began: float | None = None
+        self._is_first = True
 
     def start(self) -> None:
-        if self._began is None:
-            torch.cuda.current_stream().synchronize()  # once: the clock starts with the first call
-            self._began = time.perf_counter()
-            self._stages.started_at = min(self._stages.started_at, self._began)
+        if self._is_first:
+            torch.cuda.current_stream().synchronize()  # the span starts with this call, not with earlier work
+            self._stages.started_at = min(self._stages.started_at, time.perf_counter())
+            self._is_first = False
         self._event = _record_event()
 
     def end(self) -> None:
         self._unfinished.append((self._event, _record_event()))
-        while len(self._unfinished) > CALLS_AHEAD:
-            self._wait()
+        self._wait(CALLS_AHEAD)
 
     def finish(self) -> None:
-        while self._unfinished:
-            self._wait()
+        self._wait(0)
 
-    def _wait(self) -> None:
-        started, ended = self._unfinished.popleft()
-        ended.synchronize()
-        self._stages.denoise += started.elapsed_time(ended) / 1000
-        self._stages.ended_at = time.perf_counter()
+    def _wait(self, limit: int) -> None:
+        """Wait until at most `limit` calls are unfinished, and add the seconds of the finished calls."""
+        while len(self._unfinished) > limit:
+            started, ended = self._unfinished.popleft()
+            ended.synchronize()
+            self._stages.denoise += started.elapsed_time(ended) / 1000
+            self._stages.ended_at = time.perf_counter()
 
 
 def _record_event() -> torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""Pipeline-call batching: rows with the same sampling values are rendered by one call of a diffusers pipeline."""
+"""Pipeline-call batching: one call of a diffusers pipeline renders rows with equal sampling parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import BatchSizes, DeviceChain, RenderedImage, RowOutcome, UnrenderedRow
+from batch_infer.chain.base import (
+    BatchSizes,
+    DeviceChain,
+    ReadAhead,
+    RenderedImage,
+    RowOutcome,
+    Size,
+    UnrenderedRow,
+    size_of,
+)
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.chain.postprocessing import check_images, fail_not_finite, to_pixels
-from batch_infer.chain.sources import ReadAhead, Size, size_of
 from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
@@ -26,7 +34,8 @@ if TYPE_CHECKING:
 class PipelineCallChain(DeviceChain):
     """Renders with a pipeline that runs the denoising loop itself.
 
-    A batch has a fixed number of rows and is padded, so that a row's bytes do not depend on how many share its call.
+    Batches are padded to a fixed number of rows, so that the bytes of an image do not depend on the number of rows in
+    its call.
     """
 
     uses_pipeline_call = True
@@ -39,17 +48,22 @@ class PipelineCallChain(DeviceChain):
         checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stop` is called before each batch. Once it returns True, no more batches are rendered."""
+        """No batch is rendered once `stop`, which is called before each batch, returns True."""
         super().__init__(model, batch_sizes, checker, stop)
         self._single_row_sizes: set[Size] = set()
-        """Image sizes of which two rows without guidance do not fit into memory."""
+        """Image sizes for which two rows without guidance do not fit into memory."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render one batch."""
+        """Render the next requests that can share a pipeline call and fit into the slots."""
         size = size_of(first)
         is_single = size in self._single_row_sizes and first.params.slots == 1
         slots = 1 if is_single else self.batch_sizes.for_size(size)[0]
-        rows = _take_batch(requests, size, slots)
+        rows = requests.take(size, 1)
+        while len(rows) < slots // first.params.slots:
+            request = requests.peek()
+            if not isinstance(request, PromptRequest) or request.batch_key != first.batch_key:
+                break
+            rows += requests.take(size, 1)
         try:
             with out_of_memory_errors():
                 outcomes = self._render_rows(rows, slots, stages)
@@ -57,15 +71,13 @@ class PipelineCallChain(DeviceChain):
             return
         except torch.OutOfMemoryError as error:
             message = first_line(error)
-        # Outside of the except block, whose traceback would keep the tensors of the call alive.
+        # Outside the except block, whose traceback would keep the call's tensors alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield self._halve(requests, size, rows, message)
 
-    def _halve(
-        self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str
-    ) -> list[UnrenderedRow]:
-        """Halve the slots and put the rows back. Returns them as failed if the call rendered a single image."""
+    def _halve(self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str) -> list[RowOutcome]:
+        """Halve the slots and put back the rows, or fail them if the call rendered only one image."""
         slots, slots_per_row = self.batch_sizes.for_size(size)[0], rows[0].params.slots
         if slots_per_row == 1 and 1 < slots < 4 and size not in self._single_row_sizes:
             self._single_row_sizes.add(size)
@@ -77,10 +89,10 @@ class PipelineCallChain(DeviceChain):
         return self._retry(requests, rows, size, f"{smaller.for_size(size)[0]} slots, not {slots}")
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
-        """Render the rows of a batch, one by one if the pipeline refuses them together.
+        """Render a batch, or its rows one by one if the pipeline rejects the batch.
 
-        A single row is padded with copies of itself to the same batch size, so that a refused row costs the others
-        nothing and their bytes stay the same.
+        A single row is padded with copies of itself to the same batch size: a rejected row then affects no other row,
+        and bytes stay the same.
         """
         try:
             return self._call_pipeline(rows, slots, stages)
@@ -111,7 +123,7 @@ class PipelineCallChain(DeviceChain):
 
     @contextmanager
     def _timed(self, stages: Stages) -> Iterator[None]:
-        """Add the time before the first denoiser call, in denoiser calls, and the rest to the stages."""
+        """Add the seconds before the first denoiser call, in denoiser calls, and after them to the stages."""
         pacer, denoise_before = make_pacer(self.model.device, stages), stages.denoise
         started = time.perf_counter()
         first_call: list[float] = []
@@ -121,8 +133,7 @@ class PipelineCallChain(DeviceChain):
                 first_call.append(time.perf_counter())
             pacer.start()
 
-        denoiser = self.model.denoiser
-        hooks = []
+        denoiser, hooks = self.model.denoiser, []
         if denoiser is not None:
             hooks.append(denoiser.register_forward_pre_hook(start))
             hooks.append(denoiser.register_forward_hook(lambda *_: pacer.end()))
@@ -136,14 +147,3 @@ class PipelineCallChain(DeviceChain):
         encoding = first_call[0] - started if first_call else 0.0
         stages.encode += encoding
         stages.decode += max(0.0, ended - started - encoding - (stages.denoise - denoise_before))
-
-
-def _take_batch(requests: ReadAhead, size: Size, slots: int) -> list[PromptRequest]:
-    """Take the next requests that can share a pipeline call, as many as fit into the slots."""
-    rows = requests.take(size, 1)
-    while len(rows) < slots // rows[0].params.slots:
-        request = requests.peek()
-        if not isinstance(request, PromptRequest) or request.batch_key != rows[0].batch_key:
-            break
-        rows += requests.take(size, 1)
-    return rows

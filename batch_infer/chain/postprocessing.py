@@ -1,4 +1,4 @@
-"""From finished latents to checked pixels, in micro-batches of a fixed size."""
+"""Decode finished latents and check the images, in micro-batches with a fixed size."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 
 Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
 
-MICRO_BATCHES_AHEAD = 2
-"""The least number of micro-batches that may wait for the decoder. See `Postprocessing.micro_batches_ahead`."""
+MIN_MICRO_BATCHES_AHEAD = 2
 
 
 class Postprocessing:
     """Decodes and checks finished rows.
 
-    On a GPU this runs in background, on its own thread and stream, so that the next UNet call never waits for it. On a
-    CPU it runs in the calling thread: a second torch thread would only compete for the same cores.
+    On a GPU this happens in background, on a separate thread and stream, so that the next UNet call does not wait for
+    it. On a CPU it happens in the calling thread, because a second torch thread would compete for the same cores.
     """
 
     def __init__(
@@ -44,16 +43,16 @@ class Postprocessing:
         *,
         in_background: bool,
     ) -> None:
-        """`batch_sizes`: the slots, which are reported with each image, and the size of a micro-batch."""
+        """`batch_sizes`: the slots, which are only reported with the images, and the size of a micro-batch."""
         self._model, self._checker, self._stages = model, checker, stages
         self.slots, self._batch = batch_sizes
         self._rows: list[FinishedRow[Tag]] = []
-        """Rows for which no micro-batch is full yet."""
-        self.micro_batches_ahead = max(MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
-        """Micro-batches between the UNet and the decoder. Beyond this the UNet waits.
+        """Rows that wait until a micro-batch is full."""
+        self.micro_batches_ahead = max(MIN_MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
+        """Maximum number of micro-batches that wait for the decoder. Beyond it, the UNet waits.
 
-        Rows of equal steps finish in one call: there must be room for all of them while those of the call before are
-        still being decoded. What waits are latents, 64 kB for an image of 512x512 pixels.
+        Rows with equal step counts finish in one call, and all of them must fit while the rows of the previous call
+        are still being decoded. A row that waits takes 64 kB of latents if its image has 512x512 pixels.
         """
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
@@ -65,28 +64,28 @@ class Postprocessing:
             self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
     def add(self, rows: Sequence[FinishedRow[Tag]]) -> Iterator[list[RowOutcome]]:
-        """Add rows, and yield the outcomes of each micro-batch that is finished."""
+        """Add rows, and yield the outcomes of finished micro-batches."""
         self._rows += rows
         while len(self._rows) >= self._batch:
-            batch, self._rows = self._rows[: self._batch], self._rows[self._batch :]
-            yield from self._start(batch)
-        yield from self._finished(self.micro_batches_ahead)
+            yield from self._start()
+        yield from self._take_finished(self.micro_batches_ahead)
 
     def finish(self) -> Iterator[list[RowOutcome]]:
-        """Yield the outcomes of all rows that were added. The last micro-batch is padded."""
+        """Yield the outcomes of all remaining rows."""
         if self._rows:
-            batch, self._rows = self._rows, []
-            yield from self._start(batch)
-        yield from self._finished(0)
+            yield from self._start()
+        yield from self._take_finished(0)
 
     def close(self) -> None:
-        """Drop the rows that are unfinished."""
+        """Drop unfinished rows."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._futures.clear()
         self._rows.clear()
 
-    def _start(self, batch: list[FinishedRow[Tag]]) -> Iterator[list[RowOutcome]]:
+    def _start(self) -> Iterator[list[RowOutcome]]:
+        """Process one micro-batch, padded with copies of its last row if it is not full."""
+        batch, self._rows = self._rows[: self._batch], self._rows[self._batch :]
         latents = torch.stack([row.latents for row in batch] + [batch[-1].latents] * (self._batch - len(batch)))
         if self._pool is None:
             yield self._process(batch, latents, None)
@@ -98,9 +97,9 @@ class Postprocessing:
             latents.record_stream(self._stream)
         self._futures.append(self._pool.submit(self._process, batch, latents, ready))
 
-    def _finished(self, ahead: int) -> Iterator[list[RowOutcome]]:
-        """Yield the outcomes of finished micro-batches, after waiting until at most `ahead` are unfinished."""
-        while self._futures and (len(self._futures) > ahead or self._futures[0].done()):
+    def _take_finished(self, limit: int) -> Iterator[list[RowOutcome]]:
+        """Yield the outcomes of finished micro-batches, after waiting until at most `limit` are unfinished."""
+        while self._futures and (len(self._futures) > limit or self._futures[0].done()):
             yield self._futures.popleft().result()
 
     def _process(
@@ -109,7 +108,10 @@ class Postprocessing:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if ready is not None and self._stream is not None:
                 self._stream.wait_event(ready)
-            images, are_finite = self._decode(latents, len(batch))
+            started = time.perf_counter()
+            with torch.inference_mode():
+                images, are_finite = to_pixels(self._model.decode(latents)[: len(batch)])
+            self._stages.decode += time.perf_counter() - started
             verdicts = check_images(self._checker, images, self._batch, self._stages)
         self._stages.images += len(batch)
         outcomes: list[RowOutcome] = []
@@ -121,43 +123,36 @@ class Postprocessing:
                 outcomes.append(fail_not_finite(request, self._model.dtype))
         return outcomes
 
-    @torch.inference_mode()
-    def _decode(self, latents: torch.Tensor, count: int) -> tuple[list[np.ndarray], list[bool]]:
-        started = time.perf_counter()
-        decoded = to_pixels(self._model.decode(latents)[:count])
-        self._stages.decode += time.perf_counter() - started
-        return decoded
-
 
 def check_images(
     checker: ImageChecker | None, images: Sequence[np.ndarray], batch: int, stages: Stages
 ) -> list[Verdict]:
-    """Check images, at most `batch` at once. Without a checker the verdicts are empty."""
+    """Check images in calls with up to `batch` images. Without a checker, return empty verdicts."""
     if checker is None:
         return [Verdict()] * len(images)
     started = time.perf_counter()
-    batches = [images[first : first + batch] for first in range(0, len(images), batch)]
-    verdicts = [verdict for images in batches for verdict in checker.check(images)]
+    starts = range(0, len(images), batch)
+    verdicts = [verdict for start in starts for verdict in checker.check(images[start : start + batch])]
     stages.check += time.perf_counter() - started
     return verdicts
 
 
 def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
-    """Return images (B, 3, H, W) from 0 to 1 as (H, W, 3) uint8 on the host, and whether each had finite values."""
-    finite = torch.isfinite(images).flatten(1).all(1)
+    """Convert images (B, 3, H, W) from 0 to 1 to (H, W, 3) uint8 on the host, and return whether each was finite."""
+    are_finite = torch.isfinite(images).flatten(1).all(1)
     images = images.nan_to_num().clamp(0, 1)
-    # Rounded as in diffusers' image processor, half to even.
+    # Half to even, as in diffusers' image processor.
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if pixels.is_cuda:
-        # A copy to pinned memory waits for this stream only.
+        # A copy to pinned memory waits only for this stream.
         pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return [image.copy() for image in pixels.numpy()], finite.tolist()
-    return list(pixels.numpy()), finite.tolist()
+        return [image.copy() for image in pixels.numpy()], are_finite.tolist()
+    return list(pixels.numpy()), are_finite.tolist()
 
 
 def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> UnrenderedRow:
-    """Return the failure of a row whose image has values that are not finite."""
+    """Return the failure of a row whose image contains infinite values or NaN."""
     params = request.params
     advice = "" if dtype == torch.float32 else ", or compute with --dtype float32"
     error = (

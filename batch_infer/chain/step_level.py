@@ -1,4 +1,4 @@
-"""Step-level batching: rows of any step count and guidance share UNet calls, and each leaves when it is finished."""
+"""Step-level batching: rows with any step count and guidance share UNet calls and leave as soon as they finish."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.chain.base import BatchSizes, DeviceChain, RowOutcome, Stage, UnrenderedRow
-from batch_infer.chain.pacing import EncodeStream, make_pacer
+from batch_infer.chain.base import BatchSizes, DeviceChain, ReadAhead, RowOutcome, Size, Stage, UnrenderedRow, size_of
+from batch_infer.chain.pacing import encoding_stream, keep_until_read, make_pacer
 from batch_infer.chain.postprocessing import Postprocessing, Tag
-from batch_infer.chain.sources import ReadAhead, Size, size_of
 from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError, first_line
 from batch_infer.models import is_compiled
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StepLevelChain(DeviceChain):
-    """Renders with a model whose denoising loop is ours. Rows are admitted as slots become free."""
+    """Renders with this package's denoising loop, and admits rows as slots become free."""
 
     uses_pipeline_call = False
     model: LatentDiffusion
@@ -39,24 +38,24 @@ class StepLevelChain(DeviceChain):
         *,
         in_background: bool | None = None,
     ) -> None:
-        """`stop` is called before each UNet call. Once it returns True, unfinished rows are dropped.
+        """Unfinished rows are dropped once `stop`, which is called before each UNet call, returns True.
 
-        `in_background`: decode and check on another thread. By default only on a GPU.
+        `in_background`: whether to decode and check on another thread. The default is True only on a GPU.
         """
         super().__init__(model, batch_sizes, checker, stop)
         self._in_background = model.device.type == "cuda" if in_background is None else in_background
         self._compiled: set[tuple[Size, tuple[int, int]]] = set()
-        """The image sizes, with their batch sizes, that the networks are compiled for."""
+        """Image sizes and batch sizes for which the networks are compiled."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the next requests of one size."""
+        """Render the next requests that have one image size."""
         size = size_of(first)
         batch_sizes = self.batch_sizes.for_size(size)
+        must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
         postprocessing = Postprocessing(
             self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
-        size_pass = _SizePass(self.model, postprocessing, stages)
-        size_pass.must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
+        size_pass = _SizePass(self.model, postprocessing, stages, must_compile=must_compile)
         try:
             with out_of_memory_errors():
                 yield from size_pass.run(requests, size, self._stop)
@@ -65,10 +64,10 @@ class StepLevelChain(DeviceChain):
             message = first_line(error)
         finally:
             unfinished, stage = list(size_pass.unfinished.values()), size_pass.stage
-            if size_pass.has_compiled:
+            if must_compile and not size_pass.must_compile:
                 self._compiled.add((size, batch_sizes))
             postprocessing.close()
-        # Outside of the except block, whose traceback would keep the tensors alive.
+        # Outside the except block, whose traceback would keep the tensors alive.
         del size_pass, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -76,37 +75,37 @@ class StepLevelChain(DeviceChain):
 
     def _halve(
         self, requests: ReadAhead, size: Size, stage: Stage, unfinished: Sequence[PromptRequest], message: str
-    ) -> list[UnrenderedRow]:
-        """Halve a batch size and put unfinished rows back. Returns them as failed if no batch size can be halved."""
-        smaller = self.batch_sizes.halve(size, stage)
+    ) -> list[RowOutcome]:
+        """Halve a batch size and put back unfinished rows, or fail them if both batch sizes are at their minimum."""
+        before, smaller = self.batch_sizes.for_size(size), self.batch_sizes.halve(size, stage)
         if smaller is None:
             return self._fail(unfinished, size, message)
-        before, after = (sizes.for_size(size)[stage == "decode"] for sizes in (self.batch_sizes, smaller))
-        what = "slots" if stage == "denoise" else "images in a decoder call"
         self._batch_sizes = smaller
-        return self._retry(requests, unfinished, size, f"{after} {what}, not {before}")
+        changes = zip(smaller.for_size(size), before, ("slots", "images in a decoder call"), strict=True)
+        change = next(f"{new} {unit}, not {old}" for new, old, unit in changes if new < old)
+        return self._retry(requests, unfinished, size, change)
 
 
 class _SizePass:
-    """Renders rows of one size with fixed batch sizes, and owns all that is on the device for them."""
+    """Renders rows of one image size with fixed batch sizes, and owns their state on the device."""
 
     _slots: Slots[Tag]
 
-    def __init__(self, model: LatentDiffusion, postprocessing: Postprocessing, stages: Stages) -> None:
+    def __init__(
+        self, model: LatentDiffusion, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool
+    ) -> None:
+        """`must_compile`: compile the networks for this size before the first row is timed."""
         self._model, self._postprocessing, self._stages = model, postprocessing, stages
         self._encoded: list[Tag] = []
         """Rows that wait for free slots, oldest first."""
         self._pacer = make_pacer(model.device, stages)
-        self._encode_stream = EncodeStream(model.device)
         self.unfinished: dict[tuple[str, int], PromptRequest] = {}
         self.stage: Stage = "denoise"
-        """The stage that is running, or that ran out of memory."""
-        self.must_compile = False
-        """Whether to compile the networks for this size before the first row is timed."""
-        self.has_compiled = False
+        """The stage that is running or ran out of memory."""
+        self.must_compile = must_compile
 
     def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
-        """Render until the next request is of another size, or there is none and no row is left."""
+        """Render until all rows are finished and the next request has another size or has not arrived yet."""
         model, slots = self._model, self._postprocessing.slots
         self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
         while not stop():
@@ -122,9 +121,9 @@ class _SizePass:
         yield from self._postprocess(self._postprocessing.finish())
 
     def _compile(self) -> None:
-        """Compile both networks for these shapes, by one call each whose result is dropped.
+        """Compile both networks for these shapes by calling them once, and drop the results.
 
-        So the time of compiling is in no stage, and in no figure that is derived from them.
+        The time is excluded from all stages and from figures that are derived from them.
         """
         started = time.perf_counter()
         self._slots.evaluate()
@@ -134,7 +133,7 @@ class _SizePass:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started
-        self.must_compile, self.has_compiled = False, True
+        self.must_compile = False
 
     def _postprocess(self, batches: Iterator[list[RowOutcome]]) -> Iterator[list[RowOutcome]]:
         self.stage = "decode"
@@ -145,7 +144,7 @@ class _SizePass:
         self.stage = "denoise"
 
     def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
-        """Keep as many rows waiting as there are slots. Their prompts are encoded together, before a slot is free."""
+        """Encode prompts in batches, before slots are free for them: up to as many rows as there are slots."""
         if len(self._encoded) > self._slots.size // 2:
             return
         batch = requests.take(size, self._slots.size - len(self._encoded))
@@ -153,41 +152,40 @@ class _SizePass:
             return
         self.unfinished.update((request.key, request) for request in batch)
         started = time.perf_counter()
-        with self._encode_stream.use():
+        with encoding_stream(self._model.device):
             conditionings = self._model.condition(batch)
         for request, conditioning in zip(batch, conditionings, strict=True):
-            self._encode_stream.keep_alive(conditioning)
+            keep_until_read(conditioning)
             self._encoded.append((request, conditioning))
         self._stages.encode += time.perf_counter() - started
 
     def _admit(self) -> list[RowOutcome]:
-        """Move waiting rows into free slots. Returns those whose step count the scheduler refuses."""
-        refused: list[RowOutcome] = []
-        while (row := self._take_fitting()) is not None:
+        """Move rows into free slots, oldest first, and return the rows whose step count the scheduler rejects.
+
+        If a single slot is free, only a row without guidance fits.
+        """
+        outcomes: list[RowOutcome] = []
+        waiting, self._encoded = self._encoded, []
+        for row in waiting:
             request, conditioning = row
+            if request.params.slots > self._slots.free_count:
+                self._encoded.append(row)
+                continue
             try:
                 table = self._model.solver.table(request.params.num_inference_steps)
             except RowError as error:
                 self.unfinished.pop(request.key, None)
-                refused.append(UnrenderedRow(request, "invalid", str(error)))
-                continue
-            self._slots.admit(row, request.params, request.seed, table, conditioning.context)
-        return refused
-
-    def _take_fitting(self) -> Tag | None:
-        """Take the oldest row that fits into the free slots. A single one fits only a row without guidance."""
-        for index, (request, _) in enumerate(self._encoded):
-            if request.params.slots <= self._slots.free_count:
-                return self._encoded.pop(index)
-        return None
+                outcomes.append(UnrenderedRow(request, "invalid", str(error)))
+            else:
+                self._slots.admit(row, request.params, request.seed, table, conditioning.context)
+        return outcomes
 
     def _evaluate(self) -> list[FinishedRow[Tag]]:
         """Make one UNet call and return the rows that it finishes."""
-        self._pacer.start()
-        before = self._slots.row_forwards
-        finished = self._slots.tick()
         self._stages.ticks += 1
         self._stages.slot_ticks += self._slots.size
-        self._stages.row_forwards += self._slots.row_forwards - before
+        self._stages.row_forwards += self._slots.size - self._slots.free_count
+        self._pacer.start()
+        finished = self._slots.tick()
         self._pacer.end()
         return finished

@@ -3,10 +3,9 @@
 Nothing slow is imported before a command runs, so that --help answers at once.
 """
 
-from batch_infer.cli.config import detect_log_format
+from batch_infer.cli.config import detect_log_format, with_suggestion
 from batch_infer.cli.logs import is_json, log_error, restore_stderr, set_up_logging
 from batch_infer.cli.main import commands, settings_from_environment
-from batch_infer.cli.names import with_suggestion
 
 __all__ = [
     "commands",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    model_options,
+    *model_options,
     option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),

@@ -8,17 +8,13 @@ from collections.abc import Collection
 import click
 
 from batch_infer import __version__
-from batch_infer.cli.azureml_simulate import azureml_simulate
+from batch_infer.cli.azureml import azureml_simulate, export_mlflow
 from batch_infer.cli.bench import bench
-from batch_infer.cli.export_mlflow import export_mlflow
-from batch_infer.cli.merge import merge
-from batch_infer.cli.names import variables_of_option
+from batch_infer.cli.config import variables_of_option
+from batch_infer.cli.existing import merge, rescore, status
 from batch_infer.cli.plan import plan
-from batch_infer.cli.rescore import rescore
-from batch_infer.cli.retry import retry
-from batch_infer.cli.run import run
+from batch_infer.cli.run import retry, run
 from batch_infer.cli.settings import make_run_settings
-from batch_infer.cli.status import status
 from batch_infer.errors import SettingsError
 from batch_infer.settings import RunSettings
 

@@ -10,7 +10,7 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.options import command, job_options, json_option, progress_option
+from batch_infer.cli.options import command, json_option, progress_option
 from batch_infer.cli.report import (
     NOTHING_KEPT,
     ROWS_FAILED,
@@ -20,7 +20,7 @@ from batch_infer.cli.report import (
     printing,
     stoppable,
 )
-from batch_infer.cli.settings import make_run_settings
+from batch_infer.cli.settings import job_options, make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 from batch_infer.store import open_temporary_text
@@ -38,7 +38,7 @@ FILES_SHOWN = 100
 TOO_SHORT = "too short: the run would stop with exit code 75, and the same command would continue it"
 
 
-@command(job_options, json_option, progress_option)
+@command(*job_options, json_option, progress_option)
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 

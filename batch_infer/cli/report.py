@@ -21,7 +21,6 @@ from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
-    from batch_infer.settings import RunSettings
 
 ROWS_FAILED = 3
 """Exit code if more rows failed or were invalid than --max-failed."""
@@ -36,13 +35,13 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
     `hint` says what is kept and what to do next. Raises StoppedError.
     """
 
-    def announce() -> None:
+    def log_stop() -> None:
         stop_log.warning("stopping; finished images are being committed (press Ctrl-C again to stop at once)")
 
-    def log_last_message(message: str) -> None:
+    def log_stop_error(message: str) -> None:
         log_error(message, StoppedError.exit_code)
 
-    stop = Stopper(time_limit, hint, announce=announce, farewell=log_last_message, clean_up=remove_unfinished)
+    stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:
         with stop:
             yield stop
@@ -59,14 +58,6 @@ def log_time_limit(stop: Stopper, left: int) -> None:
             f"{format_count(left, 'image')} {'is' if left == 1 else 'are'}",
             extra={"left": left},
         )
-
-
-def exit_code(summary: Summary, settings: RunSettings, *, retry: bool = False) -> int:
-    """Return the exit code of `run`, or of `retry`, which leaves rows without a result to `run`."""
-    counts = summary.counts
-    if summary.unfinished or (counts.remaining and not retry):
-        return StoppedError.exit_code
-    return 0 if settings.max_failed.allows(counts.bad_rows, counts.rows) else ROWS_FAILED
 
 
 @contextmanager

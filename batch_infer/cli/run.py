@@ -1,54 +1,128 @@
-"""`batch-infer run`: render tables of prompts."""
+"""`batch-infer run` and `batch-infer retry`: render tables of prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+
+import click
 
 from batch_infer.cli.metrics import Metrics
-from batch_infer.cli.options import command, job_options, json_option, progress_option
+from batch_infer.cli.options import (
+    command,
+    json_option,
+    moved_tables_argument,
+    option,
+    out_argument,
+    progress_option,
+    unattended_options,
+)
 from batch_infer.cli.progress import ProgressGroup, make_progress
-from batch_infer.cli.report import exit_code, log_time_limit, print_result, stoppable, summary_lines
-from batch_infer.cli.settings import make_run_settings
+from batch_infer.cli.report import ROWS_FAILED, log_time_limit, print_result, stoppable, summary_lines
+from batch_infer.cli.settings import job_options, make_run_settings
+from batch_infer.errors import StoppedError
+from batch_infer.settings import RetryStatus
+
+if TYPE_CHECKING:
+    from batch_infer.jobs import Summary
+    from batch_infer.settings import RunSettings
+    from batch_infer.stopping import Stopper
+
+Job: TypeAlias = "Callable[[ProgressGroup, Stopper], tuple[Summary, RunSettings] | None]"
 
 
-@command(job_options, json_option, progress_option)
-def run(
-    *,
-    time_limit: float | None,
-    metrics_file: Path | None,
-    as_json: bool,
-    quiet: bool,
-    no_progress: bool,
-    **options: Any,
-) -> int:
+@command(*job_options, json_option, progress_option)
+def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) -> int:
     """Render the prompts of TABLE... into OUT.
 
     TABLE is a file (.csv, .tsv, .parquet, .pq, .parq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or
     .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
     `prompt` is required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale,
     guidance_rescale and num_images_per_prompt are optional, and all other columns are carried through to the results.
-    Folders named key=value in the path of a file are columns too.
+    Folders named key=value in a file's path are columns too.
 
-    Run the same command again to resume: finished rows are skipped, new and changed ones are rendered.
+    Run the same command again to resume: it skips finished rows and renders new and changed ones.
 
     Every option is also an environment variable: BATCH_INFER_STEPS=30 is --steps 30.
 
     Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed;
     75 stopped early (a signal, --time-limit, another run in OUT), run again to continue; 1 a bug.
     """
-    with Metrics(metrics_file, options["out"], options["model"] or "demo") as metrics, stoppable(time_limit) as stop:
+
+    def job(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings] | None:
         settings = make_run_settings(options)
         from batch_infer.jobs import join_run, render_tables  # takes seconds, in which a signal may come
 
-        if join_run(settings, stop):
+        return None if join_run(settings, stop) else (render_tables(settings, progress, stop), settings)
+
+    return _render(job, Metrics(metrics_file, options["out"], options["model"] or "demo"), time_limit, options)
+
+
+@command(
+    out_argument,
+    moved_tables_argument,
+    option(
+        "--status",
+        "statuses",
+        envvar="BATCH_INFER_STATUS",
+        type=click.Choice(get_args(RetryStatus)),
+        multiple=True,
+        required=True,
+        help="Status of the rows to render. missing: the image file was deleted. Repeatable.",
+    ),
+    *unattended_options,
+    json_option,
+    progress_option,
+)
+def retry(
+    *,
+    out: Path,
+    tables: tuple[str, ...],
+    statuses: tuple[RetryStatus, ...],
+    time_limit: float | None,
+    metrics_file: Path | None,
+    **options: Any,
+) -> int:
+    """Render the rows of OUT with a given status again.
+
+    The tables and settings are those of the last run, from OUT/run.json; name TABLE... if the tables were moved. Rows
+    are retried however often they have failed. Other rows stay as they are, and `run` renders rows without a result.
+
+    Exit codes: those of `run`; 75 if it was stopped.
+    """
+
+    def job(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings]:
+        from batch_infer.jobs import retry_rows
+
+        return retry_rows(out, statuses, tables, progress, stop)
+
+    return _render(job, Metrics(metrics_file, str(out)), time_limit, options, is_retry=True)
+
+
+def _render(
+    job: Job, metrics: Metrics, time_limit: float | None, options: dict[str, Any], *, is_retry: bool = False
+) -> int:
+    """Run a job with progress and metrics, print its summary and return the exit code.
+
+    A job that returns None joined a launcher's run, whose rank 0 reports.
+    """
+    quiet = options["quiet"]
+    with metrics, stoppable(time_limit) as stop:
+        progress = make_progress(shown=not (quiet or options["no_progress"]))
+        result = job(ProgressGroup(progress, metrics), stop)
+        if result is None:
             return 0
-        progress = ProgressGroup(make_progress(shown=not (quiet or no_progress)), metrics)
-        summary = render_tables(settings, progress, stop)
-        code = exit_code(summary, settings)
+        summary, settings = result
+        metrics.model = settings.model.name or "demo"
+        code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
+        if summary.unfinished or (
+            summary.counts.remaining and not is_retry
+        ):  # retry leaves rows without a result to run
+            code = StoppedError.exit_code
         metrics.conclude(summary, code)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:
         lines = summary_lines(summary, settings.out, settings.output.results)
-        print_result(lines, summary.as_dict() if as_json else None)
+        print_result(lines, summary.as_dict() if options["as_json"] else None)
     return code

@@ -1,27 +1,131 @@
-"""Settings made from the option values of a command."""
+"""Define the options of `run` and `plan`, and turn the values of options into settings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import click
 
 from batch_infer import settings as s
+from batch_infer.cli.options import (
+    SemicolonList,
+    model_options,
+    on_flagged_option,
+    option,
+    option_with_aliases,
+    results_options,
+    unattended_options,
+)
 from batch_infer.errors import SettingsError
 
 SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_SAFETY_BLOCKLISTS")
-"""Variables that are set only where the content safety service is meant to be used."""
+"""Variables that have no effect without CONTENT_SAFETY_ENDPOINT."""
+
+job_options = (
+    click.Argument(["tables"], metavar="TABLE...", nargs=-1, required=True),
+    option("-o", "--out", default="batch-infer-out", metavar="FOLDER", help="Folder for images and results."),
+    option(
+        "--column",
+        "columns",
+        type=SemicolonList(),
+        metavar="FIELD=NAME",
+        envvar="BATCH_INFER_COLUMN",
+        multiple=True,
+        help="The table's column for a field: prompt=caption. `height=` ignores the column height. Repeatable; "
+        "separate several in BATCH_INFER_COLUMN with semicolons.",
+    ),
+    option(
+        "--id-from",
+        type=click.Choice(get_args(s.IdSource)),
+        default="row",
+        help="Default id of a row. row: file name and row number. content: a digest of its cells, so that renaming, "
+        "sorting or splitting the tables changes no id, seed or image.",
+    ),
+    option("--limit", type=click.IntRange(min=1), metavar="N", help="Render only the first N rows."),
+    *model_options,
+    option(
+        "--num-processes",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Number of worker processes, one per device. Default: one per visible GPU, else 1. 0: render in the "
+        "command's own process.",
+    ),
+    option_with_aliases(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="Steps of rows without num_inference_steps.",
+    ),
+    option_with_aliases(
+        "--guidance-scale",
+        "--guidance",
+        type=float,
+        metavar="X",
+        help="Guidance scale of rows without guidance_scale. Values up to 1 disable guidance.",
+    ),
+    option("--guidance-rescale", type=float, metavar="X", help="Default guidance rescale, 0 to 1."),
+    option("--height", type=int, metavar="PX", help="Default height."),
+    option("--width", type=int, metavar="PX", help="Default width."),
+    option("--negative-prompt", metavar="TEXT", help="Default negative prompt."),
+    option_with_aliases(
+        "--images-per-prompt",
+        "--num-images-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Default number of images per row.",
+    ),
+    option("--seed", type=int, default=0, metavar="N", help="Base of the seeds of rows without a seed."),
+    option(
+        "--safety",
+        type=click.Choice(get_args(s.SafetyMode)),
+        default="auto",
+        help="auto: the model's own checker if it has one, and Azure AI Content Safety if CONTENT_SAFETY_ENDPOINT is "
+        "set; checker: the model must have one; azure: the service; none: images are not checked.",
+    ),
+    on_flagged_option,
+    option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
+    option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", help="Format of image files."),
+    *results_options,
+    option(
+        "--max-failed",
+        default="0",
+        metavar="N|P%",
+        help="Maximum number or share of failed and invalid rows in a successful run.",
+    ),
+    option(
+        "--price-per-hour",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Machine price per hour, used to report cost.",
+    ),
+    *unattended_options,
+    option(
+        "--rerender-changed",
+        is_flag=True,
+        help="Render finished images again if a default, such as --steps, differs from that of the run that made them. "
+        "Without this option, a run with a changed default stops before it renders anything.",
+    ),
+    option(
+        "--overwrite",
+        is_flag=True,
+        help="Start from scratch: once the model is loaded, remove what earlier runs wrote to OUT.",
+    ),
+)
+"""The options of `run` and `plan`."""
 
 
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """Return the settings of `run`. Raises SettingsError."""
     if "://" in options["out"]:
         raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
+    columns = _parse_columns(options["columns"])
     return s.RunSettings(
-        table=s.TableSettings(
-            options["tables"], _parse_columns(options["columns"]), options["limit"], id_from=options["id_from"]
-        ),
+        table=s.TableSettings(options["tables"], columns, options["limit"], id_from=options["id_from"]),
         out=Path(options["out"]).expanduser(),
         model=make_model_settings(options),
         defaults=s.RowDefaults(
@@ -44,8 +148,19 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     )
 
 
+def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
+    """Return the table's column for each field. Raises SettingsError."""
+    columns: dict[str, str] = {}
+    for text in options:
+        field, equals, name = text.partition("=")
+        if not equals or field not in s.FIELDS:
+            raise SettingsError(f"--column {text}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
+        columns[field] = name
+    return columns
+
+
 def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
-    """Return which model to load, and how. Raises SettingsError."""
+    """Return the settings of the model. Raises SettingsError."""
     return s.ModelSettings(
         options["model"],
         options["revision"],
@@ -59,30 +174,19 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
 
 
 def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
-    """Return how images are checked, with the service of the environment. Raises SettingsError."""
+    """Return the settings of the safety checks, with the service from the environment. Raises SettingsError."""
     mode, service = options["safety"], None
     if mode in ("auto", "azure", "checker,azure"):
         service = s.ServiceSettings.from_environment(os.environ)
         if service is None and mode != "auto":
             raise SettingsError(f"--safety {mode}: CONTENT_SAFETY_ENDPOINT is not set, so the service cannot be called")
-        if service is None and (others := [name for name in SERVICE_VARIABLES if os.environ.get(name)]):
+        if service is None and (names := [name for name in SERVICE_VARIABLES if os.environ.get(name)]):
             raise SettingsError(
-                f"{others[0]} is set but CONTENT_SAFETY_ENDPOINT is not: set it too, or use --safety checker or none"
+                f"{names[0]} is set but CONTENT_SAFETY_ENDPOINT is not: set it too, or use --safety checker or none"
             )
     return s.SafetySettings(mode, options["on_flagged"], options["require_safety"], service)
 
 
 def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
-    """Return where and with which batch size to compute."""
+    """Return the batch size, threads, compilation and processes to compute with."""
     return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))
-
-
-def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
-    """Return the table's column for each field. Raises SettingsError."""
-    columns: dict[str, str] = {}
-    for option in options:
-        field, equals, name = option.partition("=")
-        if not equals or field not in s.FIELDS:
-            raise SettingsError(f"--column {option}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
-        columns[field] = name
-    return columns

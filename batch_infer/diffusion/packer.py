@@ -1,8 +1,8 @@
-"""Slots: a UNet batch of one fixed shape, which rows enter and leave at any step.
+"""Slots: a UNet batch with a fixed shape that rows enter and leave at any step.
 
-A slot is one batch position: a row with guidance uses two, a row without uses one. Rows of any step count, guidance and
-progress share the UNet call, and a finished row frees its slots for the next. The batch never changes its shape, so the
-bytes of a row do not depend on its neighbours.
+A slot is one batch position. A row with guidance uses two slots, a row without guidance one. Rows with any step count,
+guidance and progress share a UNet call, and a finished row frees its slots for the next one. Because the shape of the
+batch never changes, the bytes of a row do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from batch_infer.accelerator import copy_to
-from batch_infer.diffusion.guidance import guide
 from batch_infer.diffusion.solver import CACHED_TABLES, CoefficientTable
 from batch_infer.records import SamplingParams
 
 Tag = TypeVar("Tag")
 Context = Mapping[str, torch.Tensor]
-"""Per-row conditioning passed to the UNet besides the sample, by argument name (no batch dimension)."""
+"""One row's denoiser inputs other than the sample, by argument name. Tensors have no batch dimension."""
 
 
 class Denoiser(Protocol):
@@ -33,7 +32,7 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FinishedRow(Generic[Tag]):
-    """A finished row: its tag, its latents (C, h, w) float32, and the seconds it spent in the slots."""
+    """A row's tag, its final latents (C, h, w) float32, and the seconds that it spent in the slots."""
 
     tag: Tag
     latents: torch.Tensor
@@ -42,17 +41,22 @@ class FinishedRow(Generic[Tag]):
 
 @dataclass(slots=True)
 class _Row(Generic[Tag]):
-    """A row in the batch. `history` has room for all terms of its sum, of which the first `known` are filled."""
+    """A row in the batch.
+
+    `terms` has one line for each term of the row's sums, see CoefficientTable; the first `term_count` are filled.
+    `guidance` is its scale and rescale factor.
+    """
 
     tag: Tag
     table: CoefficientTable
     coefficients: torch.Tensor
-    history: torch.Tensor
+    terms: torch.Tensor
     generator: torch.Generator
     positions: tuple[int, ...]
+    guidance: tuple[float, float]
     started: float
     step: int = 0
-    known: int = 0
+    term_count: int = 0
 
 
 def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinned: bool = False) -> torch.Tensor:
@@ -61,10 +65,10 @@ def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinne
 
 
 class Slots(Generic[Tag]):
-    """`size` slots over latents of one shape (C, h, w), on the device and in the dtype of the UNet.
+    """`size` slots for latents of one shape (C, h, w), on the UNet's device and in its dtype.
 
-    The state of the rows is float32 in any dtype of the UNet: each has its sample and the terms that it is a sum of
-    (noise, model outputs, draws). At 64x64 latents the terms of 1,000 steps take 66 MB, or 131 MB with a draw per step.
+    The state of rows is float32 whatever the UNet's dtype: their samples and the terms that add up to them (noise,
+    model outputs, draws). With 64x64 latents, the terms of 1,000 steps take 66 MB, or 131 MB with a draw per step.
     """
 
     def __init__(
@@ -77,8 +81,6 @@ class Slots(Generic[Tag]):
     ) -> None:
         self.size = size
         self.latent_shape = latent_shape
-        self.row_forwards = 0
-        """UNet evaluations so far: batch positions that were in use, summed over UNet calls."""
         self._denoiser = denoiser
         self._device, self._dtype = device, dtype
         self._rows: dict[int, _Row[Tag]] = {}
@@ -86,15 +88,11 @@ class Slots(Generic[Tag]):
         self._free_rows = list(range(size))
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}
-        # One copy for all rows that use a table. A cached method would keep this object alive after its last use.
-        self._on_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
+        # Rows with the same table share a copy. A cached method would keep this object alive after its last use.
+        self._copy_to_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
             lambda table: copy_to(device, table.coefficients)
         )
-        # The row at each position and the two positions of each row: on the host, sent when rows enter or leave.
-        self._row_at = [0] * size
-        self._positions_of = [(0, 0)] * size
-        self._guidance = [(1.0, 0.0)] * size
-        self._is_stale = True
+        self._is_layout_stale = True
 
     @property
     def free_count(self) -> int:
@@ -113,62 +111,58 @@ class Slots(Generic[Tag]):
         table: CoefficientTable,
         context: tuple[Context, Context | None],
     ) -> None:
-        """Add a row. `context` is its conditional and, with guidance, its unconditional part."""
-        row = self._free_rows.pop(0)
+        """Add a row. `context` is conditional and, with guidance, also unconditional."""
+        index = self._free_rows.pop(0)
         positions = tuple(self._free_positions.pop(0) for _ in range(params.slots))
         for position, part in zip(positions, context, strict=False):
             if part is None:
                 raise ValueError("a row with guidance needs an unconditional context")
-            self._row_at[position] = row
             self._write_context(position, part)
-        self._positions_of[row] = (positions[0], positions[-1])
-        self._guidance[row] = (params.guidance_scale, params.guidance_rescale) if params.uses_guidance else (1.0, 0.0)
-        coefficients = self._on_device(table)
-        history = torch.empty(coefficients.shape[1], self._samples[0].numel(), device=self._device)
+        guidance = (params.guidance_scale, params.guidance_rescale) if params.uses_guidance else (1.0, 0.0)
+        coefficients = self._copy_to_device(table)
+        terms = torch.empty(coefficients.shape[1], self._samples[0].numel(), device=self._device)
         generator = torch.Generator("cpu").manual_seed(seed)
-        state = _Row(tag, table, coefficients, history, generator, positions, time.perf_counter())
-        self._rows[row] = state
-        self._draw(state)
-        self._samples[row] = table.initial_scale * history[0].reshape(self.latent_shape)
-        self._is_stale = True
+        row = _Row(tag, table, coefficients, terms, generator, positions, guidance, time.perf_counter())
+        self._rows[index] = row
+        self._draw(row)
+        self._samples[index] = table.initial_scale * terms[0].reshape(self.latent_shape)
+        self._is_layout_stale = True
 
     @torch.inference_mode()
     def tick(self) -> list[FinishedRow[Tag]]:
-        """Make one UNet call over all slots, advance every row by one step, and return the rows that are finished."""
+        """Make one UNet call with all slots, advance every row by one step, and return the rows that are finished."""
         output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
-        self.row_forwards += sum(len(row.positions) for row in self._rows.values())
         advanced = [self._advance(index, guided[index]) for index in list(self._rows)]
         return [finished for finished in advanced if finished is not None]
 
     @torch.inference_mode()
     def evaluate(self) -> torch.Tensor:
-        """Call the UNet without advancing any row. Returns (slots, C, h, w) in the UNet's dtype."""
-        self._send_layout()
+        """Call the UNet without advancing rows. Returns (slots, C, h, w) in the UNet's dtype."""
+        if self._is_layout_stale:
+            self._send_layout()
         timestep, input_scale = self._send_steps()
-        sample = self._samples[self._position_rows] * input_scale.reshape(-1, 1, 1, 1)
+        sample = self._samples[self._row_at] * input_scale.reshape(-1, 1, 1, 1)
         return self._denoiser.denoise(sample.to(self._dtype), timestep, self._context)
 
     def _advance(self, index: int, output: torch.Tensor) -> FinishedRow[Tag] | None:
-        """Advance one row by one line of its table. Shapes depend on this row only, and so do the bytes."""
+        """Advance one row by one line of its table. Shapes depend only on this row, and so do the bytes."""
         row = self._rows[index]
-        row.history[row.known] = output.flatten()
-        row.known += 1
+        row.terms[row.term_count] = output.flatten()
+        row.term_count += 1
         for _ in range(row.table.draws[row.step]):
             self._draw(row)
-        sample = row.coefficients[row.step, : row.known] @ row.history[: row.known]
+        sum_of_terms = row.coefficients[row.step, : row.term_count] @ row.terms[: row.term_count]
+        sample = sum_of_terms.reshape(self.latent_shape)
         row.step += 1
         if row.step < row.table.evaluations:
-            self._samples[index] = sample.reshape(self.latent_shape)
+            self._samples[index] = sample
             return None
-        self._release(index)
-        return FinishedRow(row.tag, sample.reshape(self.latent_shape), time.perf_counter() - row.started)
-
-    def _release(self, index: int) -> None:
-        row = self._rows.pop(index)
+        del self._rows[index]
         self._free_rows.append(index)
         self._free_positions.extend(row.positions)
-        self._is_stale = True
+        self._is_layout_stale = True
+        return FinishedRow(row.tag, sample, time.perf_counter() - row.started)
 
     def _write_context(self, position: int, part: Context) -> None:
         for name, value in part.items():
@@ -177,25 +171,28 @@ class Slots(Generic[Tag]):
             self._context[name][position] = value
 
     def _draw(self, row: _Row[Tag]) -> None:
-        """Append the row's next noise to its history. The host draws it and does not wait until it is copied."""
+        """Draw the row's next noise on the host and append it to the terms. The host does not wait for the copy."""
         noise = draw_noise(self.latent_shape, row.generator, pinned=self._device.type == "cuda")
-        row.history[row.known].copy_(noise.flatten(), non_blocking=True)
-        row.known += 1
+        row.terms[row.term_count].copy_(noise.flatten(), non_blocking=True)
+        row.term_count += 1
 
     def _send_layout(self) -> None:
-        if not self._is_stale:
-            return
-        self._position_rows = self._send(self._row_at, torch.long)
-        self._conditional, self._unconditional = self._send(self._positions_of, torch.long).unbind(1)
-        self._scale, rescale = self._send(self._guidance, torch.float32).unbind(1)
-        has_rescale = any(self._guidance[index][1] > 0 for index in self._rows)
-        self._rescale = rescale if has_rescale else None
-        self._is_stale = False
+        """Send the row at each position, and the positions and guidance of each row, to the device."""
+        row_at, positions_of, guidance = [0] * self.size, [(0, 0)] * self.size, [(1.0, 0.0)] * self.size
+        for index, row in self._rows.items():
+            positions_of[index], guidance[index] = (row.positions[0], row.positions[-1]), row.guidance
+            for position in row.positions:
+                row_at[position] = index
+        self._row_at = self._send(row_at, torch.long)
+        self._conditional, self._unconditional = self._send(positions_of, torch.long).unbind(1)
+        self._scale, rescale = self._send(guidance, torch.float32).unbind(1)
+        self._rescale = rescale if any(factor > 0 for _, factor in guidance) else None
+        self._is_layout_stale = False
 
     def _send_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the timestep and input scale of each position. Free positions compute at timestep 0, unread.
+        """Return the timestep and input scale of each position. Free positions compute unused values at timestep 0.
 
-        Both are contiguous: torch.compile would compile once more for a timestep with gaps.
+        Both are contiguous, because torch.compile would compile again for a timestep with gaps.
         """
         timesteps, input_scales = [0.0] * self.size, [1.0] * self.size
         for row in self._rows.values():
@@ -207,3 +204,22 @@ class Slots(Generic[Tag]):
 
     def _send(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return copy_to(self._device, torch.tensor(values, dtype=dtype))
+
+
+def guide(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: torch.Tensor, rescale: torch.Tensor | None
+) -> torch.Tensor:
+    """Combine the two predictions of each row (Ho & Salimans, arXiv 2207.12598, eq. 6).
+
+    conditional, unconditional (R, C, h, w); scale, rescale (R,). `rescale` (Lin et al., arXiv 2305.08891, section 3.4)
+    is None if no row uses it. For a row without guidance, both predictions are the same: u + s (c - u) is exactly c.
+    """
+    guided = unconditional + scale.reshape(-1, 1, 1, 1) * (conditional - unconditional)
+    if rescale is None:
+        return guided
+    dims = (1, 2, 3)
+    ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    factor = rescale.reshape(-1, 1, 1, 1)
+    rescaled = factor * (guided * ratio) + (1 - factor) * guided
+    # torch.where and not 0 * ...: the bytes of a row without rescale must not change even if its ratio is not finite.
+    return torch.where(factor > 0, rescaled, guided)

@@ -1,8 +1,8 @@
 """A diffusers scheduler as a table of coefficients, so that each row advances by one line of its own table.
 
-A scheduler is linear in the initial noise, in the model outputs and in the noise that it draws. Running it once on
-basis vectors gives these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...): diffusers stays
-the single source of truth, and no solver is written here.
+A scheduler's samples are linear in the initial noise, the model outputs and the noise that it draws. Running it
+once on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...). diffusers
+remains the single source of truth, and this package implements no solver.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -22,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 from batch_infer.errors import ModelError, RowError, first_line
 
 TOLERANCE = 1e-4
-"""Largest difference of a table from its scheduler on random data, at each step, relative to its largest value.
+"""Maximum difference between a table and its scheduler on random data, at each step, relative to the largest value.
 
 Some schedulers compute in float32.
 """
 CACHED_TABLES = 32
-"""Step counts whose tables are cached. A table of 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step,
-and 24 MB if it also evaluates the model twice per step."""
+"""Number of cached tables. A table for 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step, and 24 MB
+if it also evaluates the model twice per step."""
 TRIAL_SHAPE = (1, 4, 4, 4)
 
 
@@ -37,7 +36,7 @@ class NotBatchableError(RowError):
 
 
 class Scheduler(Protocol):
-    """The part of a diffusers scheduler that is used here."""
+    """The part of a diffusers scheduler that this module uses."""
 
     config: Any
     timesteps: torch.Tensor
@@ -48,12 +47,12 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CoefficientTable:
-    """A sampler of K model evaluations, for one step count.
+    """A sampler with K model evaluations, for one step count.
 
-    y are the terms of a row's sums: first its unit noise, then for each evaluation k the model output (with guidance),
-    followed by the `draws[k]` unit noises that the sampler draws. Evaluation k gets `input_scale[k] * x[k]` at
-    `timesteps[k]`, where `x[0] = initial_scale * y[0]` and `x[k + 1]` is the sum of `coefficients[k, j] * y[j]` over
-    the terms known by then: j up to `k + 1 + sum(draws[: k + 1])`.
+    y are the terms of a row's sums: first its unit noise, then for each evaluation k the model output (with guidance)
+    and the `draws[k]` unit noises that the sampler draws. Evaluation k gets `input_scale[k] * x[k]` at `timesteps[k]`,
+    with `x[0] = initial_scale * y[0]`. `x[k + 1]` is the sum of `coefficients[k, j] * y[j]` over the terms that are
+    known by then: j up to `k + 1 + sum(draws[: k + 1])`.
 
     timesteps, input_scale and draws have K entries; coefficients is (K, 1 + K + sum(draws)) float32 on the CPU.
     """
@@ -70,27 +69,26 @@ class CoefficientTable:
 
 
 class Solver:
-    """The coefficient tables of one scheduler, computed on demand. The latest ones are cached."""
+    """Computes and caches the coefficient tables of one scheduler."""
 
     def __init__(self, scheduler: Scheduler, begin_index: int | None = None) -> None:
-        """`begin_index`: set before the first step if the pipeline does so, None if the scheduler finds it.
+        """`begin_index`: set before the first step if the pipeline does so. If None, the scheduler finds the index.
 
-        Raises ModelError for a scheduler that clips, thresholds, or draws noise from another generator than its row's.
+        Raises ModelError for a scheduler that clips, thresholds, or draws noise other than from the row's generator.
         """
         self.name = type(scheduler).__name__
         for option in ("clip_sample", "thresholding"):
             if getattr(scheduler.config, option, False):
                 raise ModelError(
-                    f"{self.name} with {option}=true cannot be packed: its steps are not linear. "
+                    f"{self.name} with {option}=true is not supported: its steps are not linear. "
                     f"Set {option}=false, for example --scheduler {self.name}:{option}=false"
                 )
-        self._scheduler = scheduler
-        self._begin_index = begin_index
+        self._scheduler, self._begin_index = scheduler, begin_index
         self._tables: Callable[[int], CoefficientTable | RowError] = lru_cache(CACHED_TABLES)(self._make)
         self._probe()
 
     def table(self, num_inference_steps: int) -> CoefficientTable:
-        """Return the table for a step count. Raises RowError if the scheduler refuses that count."""
+        """Return the table for a step count. Raises RowError if the scheduler rejects that count."""
         table = self._tables(num_inference_steps)
         if isinstance(table, RowError):
             # Without the traceback, which would grow with every row.
@@ -98,42 +96,41 @@ class Solver:
         return table
 
     def _probe(self) -> None:
-        """Raise ModelError if the scheduler can be used for no step count, before any row is rendered."""
+        """Raise ModelError before any row is rendered if the scheduler is unusable."""
         refusals = []
         for steps in (10, 20, 4, 1):
             try:
                 self.table(steps)
+                return
             except NotBatchableError as error:
                 raise ModelError(f"{error}; choose another with --scheduler") from error
             except RowError as error:
                 refusals.append(str(error))
-                continue
             except (TypeError, AttributeError, KeyError) as error:
                 raise ModelError(f"{self.name} is not a scheduler for latent diffusion: {first_line(error)}") from error
-            return
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable | RowError:
-        """Return the table, or the reason why there is none."""
+        """Compute a table and compare it with the scheduler on random data. Returns the error if there is one."""
         refusal = f"{self.name} does not take num_inference_steps={steps}"
         try:
-            first = self._run_on_random_data(steps, seed=0, intercepts=True)
-            intercepts = first.draws > 0
-            second = self._run_on_random_data(steps, seed=1, intercepts=intercepts)
-            table = _compute_table(self._copy_scheduler(steps), len(first.known), intercepts=intercepts)
+            terms, run = self._run_on_random_data(steps, seed=0, intercepts=True)
+            intercepts = sum(run.draws) > 0
+            _, other_run = self._run_on_random_data(steps, seed=1, intercepts=intercepts)
+            table = _compute_table(self._copy_scheduler(steps), len(terms), intercepts=intercepts)
         except (ValueError, IndexError, ZeroDivisionError, RuntimeError, AssertionError) as error:
             return RowError(f"{refusal}: {first_line(error)}")
         except NotBatchableError as error:
             return NotBatchableError(f"{self.name} {error}")
         if not torch.isfinite(table.coefficients).all():
             return RowError(f"{refusal}: its steps are not finite")
-        if not torch.equal(first.samples, second.samples):
+        if not torch.equal(run.samples, other_run.samples):
             return NotBatchableError(
                 f"{self.name} draws noise from a global generator, so an image would not depend only on its row's seed"
             )
-        errors = (table.coefficients.double() @ first.known - first.samples).abs().amax(dim=1)
-        # Not any(errors > ...): a difference of nan must not pass.
-        if not (errors <= TOLERANCE * first.samples.abs().amax(dim=1)).all():
+        errors = (table.coefficients.double() @ terms - run.samples).abs().amax(dim=1)
+        # Not any(errors > ...): a difference of NaN must not pass.
+        if not (errors <= TOLERANCE * run.samples.abs().amax(dim=1)).all():
             return NotBatchableError(f"{self.name} with these settings is not linear in the model's outputs")
         return table
 
@@ -144,81 +141,69 @@ class Solver:
             scheduler.set_begin_index(self._begin_index)
         return scheduler
 
-    def _run_on_random_data(self, steps: int, *, seed: int, intercepts: bool) -> _Trial:
-        """Run the scheduler on fixed random outputs and draws, with torch's default generator seeded with `seed`."""
+    def _run_on_random_data(self, steps: int, *, seed: int, intercepts: bool) -> tuple[torch.Tensor, _Run]:
+        """Run the scheduler on fixed random terms and return them (count, elements) with the run.
+
+        `seed` seeds torch's default generator, which must not affect the run.
+        """
         generator = torch.Generator().manual_seed(0)
-        known: list[torch.Tensor] = []
+        terms: list[torch.Tensor] = []
 
         def supply() -> torch.Tensor:
-            known.append(torch.randn(TRIAL_SHAPE, generator=generator, dtype=torch.float64))
-            return known[-1]
+            terms.append(torch.randn(TRIAL_SHAPE, generator=generator, dtype=torch.float64))
+            return terms[-1]
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            steps_taken = _run_scheduler(self._copy_scheduler(steps), supply, intercepts=intercepts)
-        samples = torch.stack([step.sample for step in steps_taken])
-        return _Trial(torch.stack(known).flatten(1), samples, sum(step.draws for step in steps_taken))
+            run = _run_scheduler(self._copy_scheduler(steps), supply, intercepts=intercepts)
+        return torch.stack(terms).flatten(1), run
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    """Inputs of a scheduler (count, elements), its sample after each step (steps, elements), and how often it drew."""
+class _Run:
+    """Input scale, number of draws, and resulting sample of each evaluation. `samples` is (K, elements) float64."""
 
-    known: torch.Tensor
+    input_scale: tuple[float, ...]
+    draws: tuple[int, ...]
     samples: torch.Tensor
-    draws: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One evaluation: the scale of its input, the number of draws after it, and the resulting sample, flattened."""
-
-    input_scale: float
-    draws: int
-    sample: torch.Tensor
-
-
-def _compute_table(scheduler: Scheduler, known: int, *, intercepts: bool) -> CoefficientTable:
-    """Run the scheduler on `known` basis vectors, one for each of its inputs."""
+def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -> CoefficientTable:
+    """Run the scheduler on basis vectors, one for each term."""
     # Some solvers require rank 4 (UniPC). The basis is along the channels.
-    basis = torch.eye(known, dtype=torch.float64).reshape(known, 1, -1, 1, 1)
+    basis = list(torch.eye(term_count, dtype=torch.float64).reshape(term_count, 1, -1, 1, 1))
     timesteps = tuple(scheduler.timesteps.float().tolist())
-    numbers = count()
-    steps = _run_scheduler(scheduler, lambda: basis[next(numbers)], intercepts=intercepts)
-    return CoefficientTable(
-        timesteps=timesteps,
-        input_scale=tuple(step.input_scale for step in steps),
-        initial_scale=_initial(scheduler),
-        coefficients=torch.stack([step.sample for step in steps]).float(),
-        draws=tuple(step.draws for step in steps),
-    )
+    run = _run_scheduler(scheduler, lambda: basis.pop(0), intercepts=intercepts)
+    return CoefficientTable(timesteps, run.input_scale, _initial_scale(scheduler), run.samples.float(), run.draws)
 
 
-def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> list[_Step]:
-    """Run a scheduler with `supply` called for the noise, for each model output and for each draw, in this order.
+def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> _Run:
+    """Run a scheduler. `supply` is called for the initial noise, each model output and each draw, in this order.
 
     Without `intercepts`, which is twice as fast, the scheduler draws noise itself.
     """
-    steps = []
+    input_scale, draws, samples = [], [], []
     generator = torch.Generator()
-    # As pipelines call it: with the row's generator, and with the pipelines' default of eta (TCD's own differs), if the
-    # scheduler has these arguments.
+    # As pipelines call it, if the scheduler has these arguments: with the row's generator, and with the pipelines'
+    # default of eta, which differs from TCD's.
     parameters = inspect.signature(scheduler.step).parameters
     arguments = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
-    sample = _initial(scheduler) * supply()
-    draws = _InterceptDraws(generator, supply)
-    with draws if intercepts else nullcontext():
+    scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    sample = _initial_scale(scheduler) * supply()
+    interception = _InterceptDraws(generator, supply)
+    with interception if intercepts else nullcontext():
         for timestep in scheduler.timesteps.clone():
-            # The scale is measured on ones: the entries of a basis vector are mostly zero.
-            scale = float(_scale(scheduler, timestep, torch.ones(1, 1, 1, 1, dtype=torch.float64)))
-            before = draws.count
+            # The scale is measured on ones, because the entries of a basis vector are mostly zero.
+            input_scale.append(float(scale_model_input(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep)))
+            count_before = interception.count
             sample = scheduler.step(supply(), timestep, sample, return_dict=False, **arguments)[0]
-            steps.append(_Step(scale, draws.count - before, sample.double().flatten()))
-    return steps
+            draws.append(interception.count - count_before)
+            samples.append(sample.double().flatten())
+    return _Run(tuple(input_scale), tuple(draws), torch.stack(samples))
 
 
 class _InterceptDraws(TorchFunctionMode):
-    """Replaces what is drawn from one generator by supplied noise, and counts the draws."""
+    """Replaces noise drawn from one generator by supplied noise, and counts the draws."""
 
     def __init__(self, generator: torch.Generator, supply: Callable[[], torch.Tensor]) -> None:
         super().__init__()
@@ -231,20 +216,15 @@ class _InterceptDraws(TorchFunctionMode):
         options = kwargs or {}
         if options.get("generator") is not self._generator:
             return func(*args, **options)
-        # The packer draws unit noise in the shape of the latents.
+        # Slots draw unit noise in the shape of the latents.
         if func is not torch.randn:
             raise NotBatchableError("draws noise that is not normal")
-        drawn = self._supply()
-        if drawn.shape != torch.empty(*args, device="meta").shape:
+        noise = self._supply()
+        if noise.shape != torch.empty(*args, device="meta").shape:
             raise NotBatchableError("draws noise of another shape than its sample's")
         self.count += 1
-        return drawn.to(options.get("dtype") or torch.float32, copy=True)
+        return noise.to(options.get("dtype") or torch.float32, copy=True)
 
 
-def _scale(scheduler: Scheduler, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    scale = getattr(scheduler, "scale_model_input", None)
-    return sample if scale is None else scale(sample, timestep)
-
-
-def _initial(scheduler: Scheduler) -> float:
+def _initial_scale(scheduler: Scheduler) -> float:
     return float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -1,12 +1,10 @@
-"""The inline engine: one worker in the command's own process, which ends the run if it fails."""
+"""Render with one worker in this process. If it fails, the run ends."""
 
 from __future__ import annotations
 
 import time
 
-import torch
-
-from batch_infer.autotune import detect_device, explain_out_of_memory
+from batch_infer.autotune import detect_device
 from batch_infer.engines.ledger import prefetch_first
 from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport
 from batch_infer.engines.worker_process import loading
@@ -16,7 +14,7 @@ from batch_infer.worker import Worker, format_worker_name, load_chain
 
 
 class InlineEngine:
-    """Renders in this process: for a debugger, a notebook, or where no other process may be started."""
+    """Renders in this process: for a debugger or a notebook, or if no other process may be started."""
 
     worker_count = 1
 
@@ -27,11 +25,8 @@ class InlineEngine:
         return detect_device(self._requested_device)
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
-        try:
-            with loading():
-                worker = Worker(task.settings, format_worker_name(0), load_chain, stop)
-        except torch.OutOfMemoryError as error:
-            raise explain_out_of_memory(error) from error
+        with loading():
+            worker = Worker(task.settings, format_worker_name(0), load_chain, stop)
         requests = prefetch_first(task.requests)
         started = time.monotonic()
         on_ready()

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batch_infer import worker as worker_package
+from batch_infer.autotune import detect_device, explain_out_of_memory
 from batch_infer.engines import messages
 from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.errors import StorageError
@@ -27,7 +29,7 @@ from batch_infer.store import log_handler, open_log
 from batch_infer.worker import WorkerSettings, format_worker_name
 
 if TYPE_CHECKING:
-    from batch_infer.worker import ChainLoader, Worker
+    from batch_infer.worker import ChainLoader
 
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables with which accelerate would have all ranks wait for each other."""
@@ -70,13 +72,12 @@ def work(
     # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with supervisor:
-        from batch_infer.autotune import detect_device
-
         supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
         settings = localize(supervisor.wait_for_settings())
         with _logging(settings.out.path, spec, supervisor):
             with loading():
-                worker = _load_worker(settings, spec, supervisor)
+                load = spec.load or worker_package.load_chain
+                worker = worker_package.Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
             gc.collect()
             gc.freeze()
             gc.enable()
@@ -95,10 +96,14 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model even if the current folder was removed. Raises StorageError if it is removed meanwhile."""
+    """Load a model even if the current folder was removed.
+
+    Raises StorageError if the folder is removed meanwhile, SettingsError if the device's memory is too small.
+    """
     leave_removed_folder()
     try:
-        yield
+        with explain_out_of_memory():
+            yield
     except FileNotFoundError as error:
         try:
             Path.cwd()
@@ -119,23 +124,6 @@ def select_gpu(spec: WorkerSpec) -> None:
         names = range(spec.gpu + 1) if visible is None else visible.split(",")
         if spec.gpu < len(names):  # otherwise a launcher has shown this process its own GPU, or none
             os.environ["CUDA_VISIBLE_DEVICES"] = str(names[spec.gpu]).strip()
-
-
-def _load_worker(settings: WorkerSettings, spec: WorkerSpec, supervisor: SupervisorConnection) -> Worker:
-    import torch
-
-    from batch_infer.autotune import explain_out_of_memory
-    from batch_infer.worker import Worker
-
-    load = spec.load
-    if load is None:
-        from batch_infer.worker import load_chain
-
-        load = load_chain
-    try:
-        return Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(error) from error
 
 
 @contextmanager

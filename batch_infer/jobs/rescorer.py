@@ -82,7 +82,8 @@ class Rescorer:
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
         has_checker = settings.safety.uses_checker(has_checker=card.has_checker)
         self._checker = _load_checker(settings, card, record) if has_checker else None
-        self._gate = make_gate(settings.safety.service, stop)
+        service = settings.safety.service
+        self._gate = None if service is None else make_gate(service, stop)
         self.counts = RescoreCounts()
         self._rows: list[ResultRow] = []
         self._written_paths: list[str] = []

@@ -1,12 +1,11 @@
 """Store committed results in Parquet parts, the only source of truth about finished rows.
 
-A part is written after its images, and renamed into place last. Rendering a row again adds it to a later part with a
-higher attempt. For each (id, image_index), the highest attempt counts.
+A part is written after its images. A row that is rendered again is added to a later part with a higher attempt. For
+each (id, image_index), the highest attempt counts.
 """
 
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
-from batch_infer.manifest.index import CommittedImage, ManifestIndex
-from batch_infer.manifest.manifest import Manifest
+from batch_infer.manifest.manifest import CommittedImage, Manifest, ManifestIndex
 from batch_infer.manifest.parts import commit_time, read_part, run_number
 
 __all__ = [

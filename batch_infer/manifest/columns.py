@@ -1,4 +1,4 @@
-"""Convert results to Arrow tables, and Arrow tables between schemas."""
+"""Convert results to Arrow tables, and tables from one schema to another."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 _HINTS = get_type_hints(ResultRow, include_extras=True)
 SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column in RESULT_COLUMNS])
-"""Result columns in order. In a part, carried columns follow them."""
+"""Result columns in order. In a part, the carried columns come after these."""
 SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
-"""Format version that added each result column missing from version 1."""
+"""For each result column missing from version 1 of the format, the version that added it."""
 VERSION = max(SINCE.values(), default=1)
-"""Format version of new parts. Parts record their version, except in version 1."""
+"""Format version of new parts. Every part since version 2 records its version."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
@@ -56,7 +56,7 @@ def _cell(row: ResultRow, name: str) -> Any:
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Cast a table of results to a schema. Missing columns become null.
 
-    A carried column that is not in the schema is renamed to input_<name>.
+    A carried column whose name is not in the schema is renamed to input_<name>.
     """
     names = {_name_in(schema, name): name for name in table.column_names}
     columns = [
@@ -85,12 +85,9 @@ def upgrade_table(table: pa.Table, names: Sequence[str], version: int) -> pa.Tab
     """Upgrade a table from an earlier format version to these result columns, followed by its carried columns.
 
     Result columns added after that version are null. A carried column with the name of an added column is renamed to
-    input_<name>, as for prompt tables.
+    input_<name>, as in prompt tables.
     """
     added = {name for name in names if SINCE.get(name, 1) > version}
     table = table.rename_columns([f"input_{name}" if name in added else name for name in table.column_names])
-    for position, name in enumerate(names):
-        if name in added:
-            nulls = pa.nulls(len(table), SCHEMA.field(name).type)
-            table = table.add_column(position, SCHEMA.field(name), nulls)
-    return table
+    results = [SCHEMA.field(name) for name in names]
+    return cast_table(table, pa.schema([*results, *(field for field in table.schema if field.name not in names)]))

@@ -1,37 +1,211 @@
-"""Commit, list and index the parts in OUT."""
+"""Commit, list and index the manifest parts in OUT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from batch_infer.errors import DamagedPartError
-from batch_infer.manifest.columns import to_table
-from batch_infer.manifest.index import ManifestIndex
-from batch_infer.manifest.parts import part_name, read_carried_fields, run_number, write_part
+from batch_infer.errors import BatchInferError, DamagedPartError, StorageError
+from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
+from batch_infer.manifest.parts import read_carried_fields, read_part, run_number, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import PinnedFolder, host_id, list_names, make_folder
+from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, path_exists, temporary_database
+
+CACHED_BYTES = 64 << 20
+"""Maximum bytes of cached parts. In table order, rows from neighbouring parts alternate."""
+_VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
+_COLUMNS = ("id", "image_index", *_VALUES)
+_SELECT = (
+    "SELECT status, fingerprint, attempt, generated_image, part, row, source_file,"
+    " (SELECT count(*) FROM failures AS f"
+    " WHERE f.id = c.id AND f.image_index = c.image_index AND f.fingerprint = c.fingerprint) FROM committed AS c"
+)
+_CREATE = (
+    f"CREATE TABLE committed ({', '.join(_COLUMNS)}, part, row, PRIMARY KEY (id, image_index)) WITHOUT ROWID",
+    "CREATE INDEX upper_case ON committed (lower(id)) WHERE id != lower(id)",
+    "CREATE TABLE failures (id, image_index, fingerprint)",
+    "CREATE INDEX failure_key ON failures (id, image_index, fingerprint)",
+    "CREATE TEMPORARY TABLE paths (name PRIMARY KEY)",
+    "CREATE TEMPORARY TABLE tables (name PRIMARY KEY, position)",
+)
+# Two workers can commit the same attempt if one dies before it reports the row as finished. The later image is on disk.
+_UPSERT = (
+    f"INSERT INTO committed VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})"
+    + " ON CONFLICT (id, image_index) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in (*_VALUES, "part", "row"))
+    + " WHERE excluded.attempt > attempt OR (excluded.attempt = attempt AND excluded.finished_at >= finished_at)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedImage:
+    """Manifest entry for one image. `failures` is the number of failures with this fingerprint."""
+
+    status: str
+    fingerprint: str
+    attempt: int
+    path: str | None
+    part: str
+    row: int
+    source_file: str
+    failures: int
+
+
+class ManifestIndex:
+    """Index committed images in a temporary file, so that memory does not grow with the manifest."""
+
+    def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+        """Index parts. Damaged parts are raised as DamagedPartError, or passed to `on_damage`. Raises StorageError."""
+        self.image_folders: set[str] = set()
+        """Folders of all committed images, relative to OUT."""
+        self._parts: dict[str, Path] = {}
+        self._cache: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
+        self._cached_bytes = 0
+        self._database = temporary_database()
+        try:
+            for statement in _CREATE:
+                self._database.execute(statement)
+            for part in parts:
+                self._add(part, on_damage)
+        except BatchInferError:
+            self.close()
+            raise
+
+    def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+        """Read the parts that are not indexed yet. Raises DamagedPartError, StorageError.
+
+        After an error, the next call continues. A part that no longer exists is skipped, since another process moved
+        it.
+        """
+        for part in parts:
+            if part.name not in self._parts:
+                try:
+                    self._add(part, on_damage)
+                except StorageError:
+                    if path_exists(part):
+                        raise
+
+    def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
+        try:
+            table = read_part(part, _COLUMNS)
+        except DamagedPartError as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+            return
+        times = table["finished_at"].cast(pa.int64())
+        columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
+        rows = [(*row, part.name, row_number) for row_number, row in enumerate(zip(*columns, strict=True))]
+        self.image_folders.update(path.rpartition("/")[0] for path in table["generated_image"].to_pylist() if path)
+        failures = [(row_id, index, digest) for row_id, index, status, digest, *_ in rows if status == "failed"]
+        self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
+        self._database.executemany(_UPSERT, rows)
+        self._parts[part.name] = part
+
+    def find(self, key: tuple[str, int]) -> CommittedImage | None:
+        """Return the committed image for (id, image_index) with the highest attempt, or None."""
+        if not self._parts:  # a first run looks up every row
+            return None
+        row = self._database.execute(f"{_SELECT} WHERE id = ? AND image_index = ?", key).fetchone()
+        return CommittedImage(*row) if row else None
+
+    def get_by_paths(self, paths: Iterable[str]) -> dict[str, CommittedImage]:
+        """Return the committed images at these paths, by path. Reads the whole index."""
+        self._database.execute("DELETE FROM paths")
+        self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
+        rows = self._database.execute(f"{_SELECT} WHERE generated_image IN (SELECT name FROM paths)")
+        return {row[3]: CommittedImage(*row) for row in rows}
+
+    def similar_ids(self, name: str) -> list[tuple[str, str]]:
+        """Return the ids that differ from this id only by case, each with the path of an image."""
+        if not self._parts:
+            return []
+        select = "SELECT id, generated_image FROM committed WHERE id != ?1 AND generated_image IS NOT NULL AND"
+        similar = self._database.execute(
+            f"{select} id = lower(?1) UNION ALL {select} lower(id) = lower(?1) AND id != lower(id)", (name,)
+        )
+        return similar.fetchall()
+
+    def iterate_in_table_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
+        """Yield the images of these tables in row order, then the images of other tables by table name."""
+        self._database.execute("DELETE FROM tables")
+        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
+        order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
+        rows = self._database.execute(f"{_SELECT} LEFT JOIN tables ON name = source_file {order}")
+        return (CommittedImage(*row) for row in rows)
+
+    def count_rows(self) -> tuple[int, int]:
+        """Return the number of table rows, and how many are invalid or have a failed image."""
+        bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
+        rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
+        return rows, bad_rows
+
+    def count_statuses(self) -> Counter[str]:
+        """Count images by status."""
+        return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
+
+    def read_results(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
+        """Return the results of committed images in order, cast to a schema. Columns missing from a part are null.
+
+        Raises DamagedPartError, StorageError.
+        """
+        positions: dict[str, list[int]] = {}
+        for position, image in enumerate(images):
+            positions.setdefault(image.part, []).append(position)
+        # Carried columns can be large, and not every part has them.
+        names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
+        pieces = [schema.empty_table()]
+        for part, part_positions in positions.items():
+            table = self._read_part(part, names)
+            pieces.append(cast_table(table.take([images[position].row for position in part_positions]), schema))
+        by_part = pa.array(chain.from_iterable(positions.values()), pa.int64())
+        return pa.concat_tables(pieces).take(pc.sort_indices(by_part))
+
+    def _read_part(self, part: str, columns: tuple[str, ...] | None) -> pa.Table:
+        """Read these columns of a part, or all columns if None, and keep CACHED_BYTES of recent tables in memory."""
+        key = part, columns
+        if key not in self._cache:
+            self._cache[key] = read_part(self._parts[part], columns)
+            self._cached_bytes += self._cache[key].nbytes
+            while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> ManifestIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Manifest:
     """Manifest parts in OUT/manifest."""
 
     def __init__(self, out: Path | PinnedFolder, run: int = 0) -> None:
-        """`run` is the number of the committing run, from 1 in each OUT, or 0 if the writer is not a run."""
+        """`run` is the number of the run that commits parts, from 1 in each OUT, or 0 if the writer is not a run."""
         self._out, self._run = PinnedFolder.pin(out), run
         self._has_folder = False
         self.folder = self._out.path / "manifest"
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
-        """Write rows as one part and return its file name, with a digest of the rows. Raises StorageError.
+        """Write rows as one part, and return its file name, which ends with a digest of the rows.
 
-        The rows are durable when this returns. An earlier crash loses all of them together.
+        The rows are durable when this returns. A crash before that loses all of them together. Raises StorageError.
         """
-        name = part_name(self._run, digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows]))
+        content = digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])
+        name = f"part-{self._run:05d}-{content}.parquet" if self._run else f"part-{content}.parquet"
         table = to_table(rows, carried)
         self._out.check()
         if not self._has_folder:
@@ -41,10 +215,7 @@ class Manifest:
         return name
 
     def parts(self, since_run: int = 0) -> list[Path]:
-        """Return the parts of runs with at least this number, or none if there is no folder.
-
-        Raises StorageError if the folder cannot be listed.
-        """
+        """Return the parts from run number `since_run` on. Raises StorageError if the folder cannot be listed."""
         parts = (self.folder / name for name in list_names(self.folder) if fnmatchcase(name, "part-*.parquet"))
         return [part for part in parts if run_number(part) >= since_run]
 
@@ -53,9 +224,9 @@ class Manifest:
         return (pa.schema(read_carried_fields(part)) for part in self.parts())
 
     def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
-        """Index the parts of runs with at least this number.
+        """Index the parts from run number `since_run` on.
 
-        `on_damage` is called for each damaged part, which is then skipped. Raises NewerPartError, StorageError, and
-        DamagedPartError without `on_damage`.
+        Damaged parts are skipped and passed to `on_damage`. Raises NewerPartError, StorageError, and DamagedPartError
+        without `on_damage`.
         """
         return ManifestIndex(self.parts(since_run), on_damage)

@@ -1,4 +1,4 @@
-"""Read and write manifest parts: Parquet files of results, with page checksums to detect corruption."""
+"""Read and write manifest parts: Parquet files with page checksums, which detect corruption."""
 
 from __future__ import annotations
 
@@ -19,17 +19,12 @@ from batch_infer.store import atomic_write
 
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
-"""Metadata key of the format version, and of its checksum with the column names, which page checksums do not cover.
+"""Metadata key of the format version and a checksum of the column names, which page checksums do not cover.
 
-Types are not included: another version of Arrow may read carried columns as different types.
+The checksum omits types: another version of Arrow may read carried columns as different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
-"""Metadata key of the clock's name and the commit time in seconds."""
-
-
-def part_name(run: int, content: str) -> str:
-    """Return the file name of a part committed by run number `run`. 0 means that the writer is not a run."""
-    return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
+"""Metadata key of the commit time: the clock's name and seconds."""
 
 
 def run_number(part: Path) -> int:
@@ -47,7 +42,7 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read these columns of a part, or all columns if None. Result columns newer than its format version are null.
+    """Read these columns of a part, or all columns if None. Result columns newer than the part's format are null.
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
@@ -67,7 +62,7 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_carried_fields(part: Path) -> list[pa.Field]:
-    """Return the carried columns of a part under their names in this version.
+    """Return a part's carried columns under their names in this version.
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
@@ -80,10 +75,10 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return a clock's name and the commit time in seconds. Times of one clock are in commit order.
+    """Return the clock's name and the commit time in seconds. One clock's times are in commit order.
 
-    A machine's clock starts when the machine boots, and setting the time of day does not change it. Parts of version 1
-    have the time of day, with "" as the clock's name. Raises DamagedPartError, StorageError.
+    A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
+    time of day, and its clock is "". Raises DamagedPartError, StorageError.
     """
     with open_part(part) as file:
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -99,15 +94,15 @@ def open_part(part: Path) -> Iterator[pq.ParquetFile]:
     """Open a part and read only its footer.
 
     Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
-    cannot be read or the part does not exist, which may be temporary.
+    cannot be read or the part does not exist, because both may be temporary.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = _version_of(part, file.schema_arrow)
             if version > VERSION:
                 raise NewerPartError(
-                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}): "
-                    "upgrade batch-infer, or give another --out"
+                    f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}):"
+                    " upgrade batch-infer, or give another --out"
                 )
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:

@@ -59,9 +59,9 @@ def make_image_checker(module: Any, feature_extractor: Any, batch: int) -> Image
     return cast("ImageChecker", _load(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch))
 
 
-def make_gate(settings: ServiceSettings | None, stop: Callable[[], bool]) -> Gate | None:
-    """Return the gate of a service, or None without settings. `stop` ends every wait. Raises SettingsError."""
-    return None if settings is None else cast("Gate", _load(GATES[type(settings)])(settings, stop))
+def make_gate(settings: ServiceSettings, stop: Callable[[], bool]) -> Gate:
+    """Connect to a service. Its waits end once `stop` returns True. Raises SettingsError."""
+    return cast("Gate", _load(GATES[type(settings)])(settings, stop))
 
 
 def _load(entry: tuple[str, str]) -> Any:

@@ -1,10 +1,10 @@
-"""Rows to the objects of a response: image files in base64, or the reasons why there are none."""
+"""Render rows to the objects of a response: image files in base64, or the reasons why there are none."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from batch_infer import images
 from batch_infer.chain import RenderedImage, UnrenderedRow
@@ -14,38 +14,37 @@ from batch_infer.serving.service import NO_TIMEOUT, Client, Deployment, Service
 from batch_infer.table import parse_rows
 from batch_infer.worker import explain_flag
 
-Item: TypeAlias = "PromptRequest | ResultRow"
-"""An image to render, or the invalid result of a row."""
 
-
-def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iterator[Item]:
-    """Yield the images of rows, in order. A row maps the names of a table's columns to its cells."""
+def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iterator[PromptRequest | ResultRow]:
+    """Yield the requests or the invalid result of each row, in order. A row maps column names to cells."""
     return parse_rows(rows, deployment.settings.table.columns, deployment.rules)
 
 
 def check_parameters(parameters: Mapping[str, Any], deployment: Deployment) -> None:
-    """Raise TableError where a request-level parameter has a value that is invalid in every row."""
+    """Raise TableError if a request-level parameter has a value that is invalid in every row."""
     prompt = deployment.settings.table.columns.get("prompt") or "prompt"
     item = next(iter(read_rows([{**parameters, prompt: "any"}], deployment)))
     if isinstance(item, ResultRow):
         raise TableError(f"the parameters of the request: {item.error}")
 
 
-def score(items: Sequence[Item], service: Service, client: Client = NO_TIMEOUT) -> list[dict[str, Any]]:
+def score(
+    items: Sequence[PromptRequest | ResultRow], service: Service, client: Client = NO_TIMEOUT
+) -> list[dict[str, Any]]:
     """Return an object per item: `prompt`, `generated_image` (a file in base64), `nsfw_content_detected`.
 
-    An object without an image, and no other, has a fourth key, `error`. Raises what `Service.render` raises.
+    Only an object without an image has a fourth key, `error`. Raises the same errors as `Service.render`.
     """
     objects = [_without_image(item.prompt, None, item.error) if isinstance(item, ResultRow) else {} for item in items]
-    indices = [index for index, item in enumerate(items) if isinstance(item, PromptRequest)]
-    requests = [item for item in items if isinstance(item, PromptRequest)]
-    for number, outcome in service.render(requests, client):
+    requests = {index: item for index, item in enumerate(items) if isinstance(item, PromptRequest)}
+    indices = list(requests)
+    for number, outcome in service.render(list(requests.values()), client):
         objects[indices[number]] = _to_object(outcome, service.deployment)  # encoded while the device renders the next
     return objects
 
 
 def score_rows(rows: Iterable[Mapping[str, Any]], service: Service) -> list[dict[str, Any]]:
-    """Return the objects of all images of rows, in order. Raises what `Service.render` raises."""
+    """Return the objects for all images of rows, in order. Raises the same errors as `Service.render`."""
     return score(list(read_rows(rows, service.deployment)), service)
 
 

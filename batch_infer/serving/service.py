@@ -1,4 +1,4 @@
-"""A loaded model and one thread that renders the requests of all clients with it."""
+"""Render the requests of all clients with one loaded model, on one thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from threading import Event, Lock
 
 from msgspec import structs
 
-from batch_infer.chain import Chain, RowOutcome
+from batch_infer.chain import RowOutcome
 from batch_infer.errors import RetryableError, StoppedError
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest
@@ -23,13 +23,13 @@ from batch_infer.table import RowRules
 from batch_infer.worker import ChainLoader, load_chain
 
 DEFAULT_SLOTS = 8
-"""UNet batch size unless one is requested. A single client also waits for the empty slots to be computed."""
+"""Default UNet batch size. It is small because a single client also waits for empty slots to be computed."""
 MIN_READ_AHEAD = 8
-"""Least number of UNet evaluations that the chain may have taken beyond its slots."""
+"""Minimum number of UNet evaluations that the chain may take beyond its slots."""
 SAFETY_TIMEOUT_SECONDS = 10.0
-"""How long clients wait for a safety service that is silent or failing."""
+"""Timeout for a safety service that fails or does not respond, while clients wait."""
 POLL_SECONDS = 0.5
-"""How often to check whether a client is still connected."""
+"""Seconds between checks whether a client is still connected."""
 CLOSED = "the service was closed before this was rendered"
 
 
@@ -39,7 +39,7 @@ class RequestCancelledError(RetryableError):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A client that waits for at most `timeout` seconds from `start`, unless it disconnects before."""
+    """A client that waits for at most `timeout` seconds from `start`, unless it disconnects earlier."""
 
     timeout: float = math.inf
     is_disconnected: Callable[[], bool] = lambda: False
@@ -59,12 +59,12 @@ class Client:
 
 
 NO_TIMEOUT = Client()
-"""A client that waits for as long as it takes."""
+"""A client that waits indefinitely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What is fixed before the first request: settings, model, compute and row rules."""
+    """Everything that is fixed before the first request: settings, model, compute and row rules."""
 
     settings: RunSettings
     card: ModelCard
@@ -75,7 +75,7 @@ class Deployment:
 class Service:
     """Renders requests from any thread. Rows of all clients share the slots, and start and finish one by one.
 
-    Rows are decoded one at a time, so that a finished row does not wait for others.
+    Rows are decoded one at a time, so that a finished row does not wait for other rows.
     """
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
@@ -84,12 +84,13 @@ class Service:
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
+        compute, safety = self.deployment.compute, _limit_service_timeout(deployment.settings.safety)
         self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
-        self._chain = self._pool.submit(self._load, load).result()
-        slots, uses_pipeline_call = self.deployment.compute.slots, self._chain.uses_pipeline_call
+        self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
+        uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
             lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
-            slots + max(slots, MIN_READ_AHEAD),
+            compute.slots + max(compute.slots, MIN_READ_AHEAD),
         )
 
     @property
@@ -102,11 +103,11 @@ class Service:
     ) -> Generator[tuple[int, RowOutcome], None, None]:
         """Yield the outcomes of requests as they finish, each with the index of its request.
 
-        Closing the generator cancels the rest: only rows that the chain has already taken are rendered. Raises
-        RequestCancelledError, ServiceError and SettingsError of a safety service, StoppedError once the service is
-        closed, and what rendering these rows, or rows in the same batch, has raised.
+        Closing the generator cancels the rest, except for rows that the chain has already taken. Raises
+        RequestCancelledError, ServiceError and SettingsError from a safety service, StoppedError once the service is
+        closed, and errors from rendering these rows or rows in the same batch.
         """
-        client.check()  # it may have disconnected while it waited for a thread
+        client.check()  # the client may have disconnected while the request waited for a thread
         submission = self._queue.submit(requests)
         try:
             self._start_rendering()
@@ -126,19 +127,13 @@ class Service:
         self._start_rendering()
         self._chain.close()
 
-    def _load(self, load: ChainLoader) -> Chain:
-        deployment = self.deployment
-        return load(
-            deployment.card, deployment.compute, _limit_service_timeout(deployment.settings.safety), self._closed.is_set
-        )
-
     def _start_rendering(self) -> None:
         """Start to render, unless rendering is in progress or nothing is pending."""
         with self._lock:
             if self._is_rendering:
                 return
             if self._closed.is_set():
-                self._queue.fail(StoppedError(CLOSED), pending_too=True)
+                self._queue.fail(StoppedError(CLOSED), include_pending=True)
             if not self._queue:
                 return
             self._is_rendering = True
@@ -151,13 +146,13 @@ class Service:
             self._queue.deliver(outcome)
 
     def _finish(self, work: Future[None]) -> None:
-        """Fail the requests that got no outcome, and render those that were submitted too late for this round."""
+        """Fail the requests without an outcome, and render requests that were submitted too late for this round."""
         error = work.exception()
         closed = StoppedError(CLOSED) if self._closed.is_set() else None
-        lost = RuntimeError("the chain returned no outcome for a request that it took")
-        has_failed = self._queue.fail(error or closed or lost)
+        no_outcome = RuntimeError("the chain returned no outcome for a request that it took")
+        has_failed = self._queue.fail(error or closed or no_outcome)
         if error is not None and not has_failed:
-            self._queue.fail(error, pending_too=True)
+            self._queue.fail(error, include_pending=True)
         with self._lock:
             self._is_rendering = False
         self._start_rendering()
@@ -173,7 +168,7 @@ def _next_outcome(submission: Submission, client: Client) -> tuple[int, RowOutco
 
 
 def _real_time_compute(deployment: Deployment) -> Compute:
-    """Return batch sizes for clients that wait, instead of those for a table."""
+    """Return batch sizes for a real-time service instead of those for a table."""
     requested = deployment.settings.compute.slots
     slots = requested if isinstance(requested, int) else DEFAULT_SLOTS
     return replace(deployment.compute, slots=slots, decode_batch=1, by_size=())

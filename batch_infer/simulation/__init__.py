@@ -1,8 +1,8 @@
-"""Azure ML's batch endpoint on this machine: it runs a scoring script as Azure does, including faults.
+"""Simulate Azure ML's batch endpoint on this machine: run a scoring script as Azure does, including faults.
 
     simulate(SimulationSettings(inputs=(Path("tables"),), out=Path("out"), workers=3, kill=0.2, duplicate=0.1))
 
-Nothing here imports torch or pandas, so that a worker has loaded only what its script imports.
+This package does not import torch or pandas, so a worker loads only the modules that its script imports.
 """
 
 from typing import TYPE_CHECKING

@@ -1,134 +1,157 @@
-"""Which mini-batch is delivered next, and which deliveries end with a simulated kill."""
+"""Split the files of a job into mini-batches, and schedule deliveries, retries and simulated kills."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from batch_infer.simulation.mini_batches import MiniBatch
+from batch_infer.errors import TableError
 from batch_infer.simulation.settings import SimulationOutcome
 
 FIRST_KILL_SECONDS = 0.1
-"""Latest time of a kill while it is not known how long a mini-batch takes."""
+"""Maximum delay of a kill as long as the duration of a mini-batch is unknown."""
 
 
-@dataclass(slots=True)
-class _Progress:
-    """The state of a mini-batch. `open`: deliveries that wait or run. `rows`: returned by its first successful run."""
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """Files that are passed to the script together, as absolute paths."""
 
+    index: int
+    files: tuple[str, ...]
+
+
+def find_files(inputs: Sequence[Path]) -> list[str]:
+    """Return the absolute paths of files, and of the files directly in folders.
+
+    Raises TableError if a path does not exist, there are no files, or two files have the same name, since a batch
+    endpoint has one input folder.
+    """
+    files = list(dict.fromkeys(path for entry in inputs for path in _list_files(entry)))
+    if not files:
+        shown = ", ".join(map(str, inputs))
+        raise TableError(f"{shown}: there are no files; name the folder that contains them (subfolders are not read)")
+    by_name: dict[str, str] = {}
+    for file in files:
+        other = by_name.setdefault(Path(file).name, file)
+        if other != file:
+            raise TableError(
+                f"{other} and {file} have the same name: images and ids depend on it, and a batch endpoint has one"
+                " input folder; rename one of them"
+            )
+    return files
+
+
+def _list_files(entry: Path) -> Iterator[str]:
+    try:
+        if entry.is_dir():
+            paths = sorted(path for path in entry.iterdir() if path.is_file())
+        elif entry.is_file():
+            paths = [entry]
+        else:
+            raise TableError(f"{entry}: there is no such file or folder")
+    except OSError as error:
+        raise TableError(f"{entry}: {error.strerror}") from error
+    yield from (os.path.abspath(path) for path in paths)  # noqa: PTH100  # a link keeps its name, as in Azure
+
+
+def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
+    """Return mini-batches of `size` files; the last one may be smaller, as in Azure."""
+    starts = range(0, len(files), size)
+    return [MiniBatch(index, tuple(files[start : start + size])) for index, start in enumerate(starts)]
+
+
+@dataclass(slots=True, eq=False)
+class MiniBatchState:
+    """A mini-batch's progress. `open_deliveries` wait or run. `rows` is the row count of its first successful run."""
+
+    mini_batch: MiniBatch
     failed_tries: int = 0
     deliveries: int = 0
-    open: int = 1
+    open_deliveries: int = 1
     rows: int | None = None
 
 
 class DeliveryQueue:
-    """Hands out mini-batches until each has succeeded, or has failed and used up its retries.
+    """Delivers mini-batches until each has succeeded, or has failed and used up its retries.
 
-    Counts what happens in `outcome`.
+    Counts events in `outcome`. `waiting` contains the mini-batches to deliver, in order.
     """
 
     def __init__(self, mini_batches: Sequence[MiniBatch], max_retries: int, outcome: SimulationOutcome) -> None:
-        self._mini_batches, self._max_retries, self._outcome = mini_batches, max_retries, outcome
-        self._waiting = deque(mini_batches)
-        self._progress = [_Progress() for _ in mini_batches]
+        self._states = [MiniBatchState(mini_batch) for mini_batch in mini_batches]
+        self._max_retries, self._outcome = max_retries, outcome
+        self.waiting = deque(self._states)
 
     def duplicate(self, share: float, rng: random.Random) -> None:
-        """Deliver this share twice; half of them in direct succession, so that two workers run them at once."""
-        for mini_batch in rng.sample(list(self._mini_batches), round(share * len(self._mini_batches))):
-            first = self._waiting.index(mini_batch)
-            self._waiting.insert(rng.choice([first + 1, rng.randint(first + 1, len(self._waiting))]), mini_batch)
-            self._progress[mini_batch.index].open += 1
+        """Deliver this share twice, half of it in direct succession so that two workers run it at the same time."""
+        for state in rng.sample(self._states, round(share * len(self._states))):
+            second = self.waiting.index(state) + 1
+            self.waiting.insert(rng.choice([second, rng.randint(second, len(self.waiting))]), state)
+            state.open_deliveries += 1
             self._outcome.duplicates += 1
 
     @property
     def is_finished(self) -> bool:
-        """Whether no delivery waits or runs."""
-        return not any(progress.open for progress in self._progress)
+        """Whether no delivery is waiting or running."""
+        return not any(state.open_deliveries for state in self._states)
 
-    @property
-    def head(self) -> MiniBatch | None:
-        """The mini-batch that `take` returns next."""
-        return self._waiting[0] if self._waiting else None
-
-    def take(self) -> MiniBatch:
-        return self._waiting.popleft()
-
-    def record_delivery(self, mini_batch: MiniBatch) -> None:
-        self._progress[mini_batch.index].deliveries += 1
-        self._outcome.deliveries += 1
-
-    def is_new(self, mini_batch: MiniBatch) -> bool:
-        """Return whether it has not been delivered yet."""
-        return not self._progress[mini_batch.index].deliveries
-
-    def has_succeeded(self, mini_batch: MiniBatch) -> bool:
-        return self._progress[mini_batch.index].rows is not None
-
-    def record_success(self, mini_batch: MiniBatch, rows: int) -> None:
-        """Count a run that returned. One that returned no row has failed, and is not retried."""
-        progress = self._progress[mini_batch.index]
-        progress.open -= 1
+    def record_success(self, state: MiniBatchState, rows: int) -> None:
+        """Count a run that returned. A run that returned no row has failed, and is not retried."""
+        state.open_deliveries -= 1
         self._outcome.rows += rows
-        if progress.rows is None:
-            progress.rows = rows
+        if state.rows is None:
+            state.rows = rows
             self._outcome.succeeded += bool(rows)
             self._outcome.failed += not rows
-            self._outcome.failed_files += max(0, len(mini_batch.files) - rows)
+            self._outcome.failed_files += max(0, len(state.mini_batch.files) - rows)
 
-    def record_failure(self, mini_batch: MiniBatch) -> bool:
-        """Count a failed run, and return whether the caller must deliver it again, at once or by `put_back`."""
-        progress = self._progress[mini_batch.index]
-        progress.failed_tries += 1
-        if progress.rows is None and progress.failed_tries <= self._max_retries:
+    def record_failure(self, state: MiniBatchState) -> tuple[bool, str]:
+        """Count a failed run. Return whether to deliver the mini-batch again, and a description of this try."""
+        state.failed_tries += 1
+        must_retry = state.rows is None and state.failed_tries <= self._max_retries
+        if must_retry:
             self._outcome.retries += 1
-            return True
-        progress.open -= 1
-        if progress.rows is None and not progress.open:
-            self._outcome.failed += 1
-            self._outcome.failed_files += len(mini_batch.files)
-        return False
-
-    def put_back(self, mini_batch: MiniBatch) -> None:
-        """Queue it again for any worker."""
-        self._waiting.append(mini_batch)
-
-    def describe_try(self, mini_batch: MiniBatch) -> str:
-        """Return which of its tries has failed."""
-        return f"try {self._progress[mini_batch.index].failed_tries} of {self._max_retries + 1}"
+        else:
+            state.open_deliveries -= 1
+            if state.rows is None and not state.open_deliveries:
+                self._outcome.failed += 1
+                self._outcome.failed_files += len(state.mini_batch.files)
+        return must_retry, f"try {state.failed_tries} of {self._max_retries + 1}"
 
 
 class KillSchedule:
-    """Kills of a share of mini-batches, each once, at a random moment within the time that others have taken.
+    """Kills the workers of a share of mini-batches, once each, at a random moment within a typical duration.
 
-    A kill that comes after its mini-batch has ended has missed, and is assigned to another one.
+    A kill that comes after the end of its mini-batch has missed, and is assigned to another mini-batch.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
         self.remaining = round(share * mini_batches)
-        """Kills that have not been assigned to a delivery."""
+        """Kills that are not assigned to a delivery."""
         self._new_count, self._rng = mini_batches, rng
         self._killed: set[int] = set()
         self._seconds_per_file: list[float] = []
 
     def must_wait(self, *, is_measuring: bool) -> bool:
-        """Return whether to hold back new mini-batches: all must be killed, and it is not known how long they take.
+        """Return whether to hold back new mini-batches: all must be killed, and their duration is unknown.
 
         `is_measuring`: a mini-batch that will not be killed is running.
         """
         return is_measuring and not self._seconds_per_file and 0 < self._new_count <= self.remaining
 
     def assign(self, mini_batch: MiniBatch, *, is_new: bool) -> float | None:
-        """Return after how many seconds to kill the worker that runs this delivery, or None."""
+        """Return the seconds after which to kill the worker that runs this delivery, or None."""
         new_count = self._new_count
         if is_new:
             self._new_count -= 1
         if not self.remaining or mini_batch.index in self._killed:
             return None
         is_known = bool(self._seconds_per_file)
-        # Retries and duplicates are killed only once no new mini-batch is left for the remaining kills.
+        # Retries and duplicates are killed only once there are no new mini-batches for the remaining kills.
         chance = self.remaining / new_count if is_new else float(not new_count)
         if (not is_known and self.remaining < new_count) or self._rng.random() >= chance:
             return None
@@ -141,7 +164,7 @@ class KillSchedule:
     def record_duration(self, mini_batch: MiniBatch, seconds: float) -> None:
         self._seconds_per_file.append(seconds / len(mini_batch.files))
 
-    def record_hit(self, mini_batch: MiniBatch) -> None:
+    def record_kill(self, mini_batch: MiniBatch) -> None:
         self._killed.add(mini_batch.index)
 
     def record_miss(self) -> None:

@@ -1,4 +1,4 @@
-"""The settings and the outcome of a simulated job."""
+"""Define the settings and the outcome of a simulated job."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from batch_infer.errors import SettingsError
 
 DEFAULT_SCRIPT = Path(__file__).parents[1] / "azureml" / "batch.py"
 SETTINGS_NAME = "parallel_run_step.settings.json"
-"""Azure reads a file of this name in the folder of the scoring script."""
+"""File in the folder of the scoring script that Azure reads."""
 TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
-"""How Azure writes rows by default."""
+"""Arguments of DataFrame.to_csv that Azure uses by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationSettings:
     """A batch deployment's settings, with Azure's defaults, and the faults to simulate. Times are in seconds.
 
-    `workers` None: one per GPU, or one. `gpus` None: those of this machine. `kill` is the share of mini-batches whose
-    worker is killed while it runs them, `duplicate` the share that is delivered twice. `seed` selects them and the
-    order of the files. `environment` is added to the environment variables of this process.
+    If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, this machine's GPUs are
+    used. `kill` is the share of mini-batches whose worker is killed during the run, and `duplicate` the share that is
+    delivered twice. `seed` determines both selections and the order of the files. `environment` is added to the
+    environment variables of this process.
     """
 
     inputs: tuple[Path, ...]
@@ -45,7 +46,7 @@ class SimulationSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise SettingsError where workers cannot be started, or the script or the model folder does not exist."""
+        """Raise SettingsError if workers cannot be started, or the script or the model folder does not exist."""
         if os.name != "posix":
             raise SettingsError("azureml-simulate runs only on Linux and macOS: Azure's workers are Linux processes")
         if not self.script.is_file():
@@ -53,11 +54,14 @@ class SimulationSettings:
         if self.model_dir is not None and not self.model_dir.exists():
             raise SettingsError(f"--model-dir {self.model_dir}: there is no such folder; name the model's")
 
+    @property
+    def predictions(self) -> Path:
+        return self.out / "predictions.csv"
+
     def to_csv(self) -> dict[str, Any]:
-        """Return the arguments of DataFrame.to_csv with which rows are written. Raises SettingsError."""
-        neighbour = self.script.with_name(SETTINGS_NAME)
-        path = self.settings_file or (neighbour if neighbour.is_file() else None)
-        return {**TO_CSV, **(_read_to_csv(path) if path else {})}
+        """Return the arguments of DataFrame.to_csv for writing rows. Raises SettingsError."""
+        path = self.settings_file or self.script.with_name(SETTINGS_NAME)
+        return {**TO_CSV, **(_read_to_csv(path) if self.settings_file or path.is_file() else {})}
 
 
 def _read_to_csv(path: Path) -> Mapping[str, Any]:
@@ -80,10 +84,10 @@ def _read_to_csv(path: Path) -> Mapping[str, Any]:
 class SimulationOutcome:
     """Counts of a job, at its end or so far.
 
-    A delivery is a mini-batch that a worker starts to run, for the first time, as a retry or as a duplicate.
-    `timeouts` and `kills` are workers that were killed for that reason, `deaths` those that ended by themselves.
-    `kills_missed` are requested kills that hit no run. `rows` includes those of duplicates. `running_seconds` starts
-    with the first delivery. `fault` says why the job has failed.
+    `deliveries` counts the starts of mini-batches, including retries and duplicates. `timeouts` and `kills` count
+    workers that were killed for that reason, and `deaths` counts workers that ended by themselves. `kills_missed`
+    counts requested kills that hit no run. `rows` includes rows of duplicates. `running_seconds` starts with the first
+    delivery. `fault` says why the job has failed.
     """
 
     mini_batches: int
@@ -107,7 +111,7 @@ class SimulationOutcome:
 
     @property
     def settled(self) -> int:
-        """The number of mini-batches that have succeeded or finally failed."""
+        """The number of mini-batches that have succeeded, or failed in all tries."""
         return self.succeeded + self.failed
 
     @property

@@ -1,4 +1,4 @@
-"""A worker process: it imports the scoring script as Azure does, and runs the mini-batches that it receives."""
+"""A worker process, which imports the scoring script as Azure does and runs the mini-batches that it receives."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ import queue
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock, Thread
-from types import ModuleType, SimpleNamespace, TracebackType
+from threading import Thread
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn, TypeAlias
 
-from batch_infer.simulation.mini_batches import MiniBatch
+from batch_infer.simulation.schedule import MiniBatch
 
 MODULE = "entry_script"
-"""The script's module name. Its file name may be that of a module that the script imports."""
+"""Module name of the script. Its file name could equal the name of a module that it imports."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScriptTask:
-    """The script to run, and the arguments of DataFrame.to_csv, None where rows are not written."""
+    """The script to run, and the arguments of DataFrame.to_csv, or None to write no rows."""
 
     script: str
     to_csv: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptReady:
-    """The script's init() has returned."""
+class Event(Enum):
+    """Messages without content: init() has returned, and run() is called."""
 
-
-@dataclass(frozen=True, slots=True)
-class RunStarted:
-    """The script's run() is called."""
+    READY = auto()
+    RUN_STARTED = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,79 +50,66 @@ class RunReturned:
 
 @dataclass(frozen=True, slots=True)
 class ScriptFailed:
-    """init() or run() has raised, or returned an invalid result."""
+    """init() or run() has raised an exception or returned an invalid result."""
 
     traceback: str
 
 
-MessageFromWorker: TypeAlias = "ScriptReady | RunStarted | RunReturned | ScriptFailed"
+MessageFromWorker: TypeAlias = "Event | RunReturned | ScriptFailed"
 MessageToWorker: TypeAlias = "ScriptTask | MiniBatch | None"
 """None: shut down."""
 
 
 class ScriptError(RuntimeError):
-    """The script lacks a function, or returned what Azure does not accept."""
+    """The script lacks a function, or returned a result that Azure does not accept."""
 
 
 def run_worker(descriptor: int) -> None:
-    """Run the script until the parent closes the connection of this file descriptor or requests the shutdown."""
+    """Run the script until the parent requests shutdown or closes the connection with this file descriptor."""
     os.set_inheritable(descriptor, False)  # otherwise processes of the script would keep the connection open
     parent = ParentConnection(Connection(descriptor))
-    task = parent.receive()
-    if not isinstance(task, ScriptTask):
-        return
+    task = parent.inbox.get()
     script = None
     with parent:
-        script = ScoringScript(Path(task.script))
+        script = _start_script(Path(task.script))
     if script is None:
         sys.exit(1)
-    parent.send(ScriptReady())
-    while isinstance(mini_batch := parent.receive(), MiniBatch):
-        parent.send(RunStarted())
+    parent.send(Event.READY)
+    while (mini_batch := parent.inbox.get()) is not None:
+        parent.send(Event.RUN_STARTED)
         with parent:
-            parent.send(format_rows(script.run(mini_batch), task.to_csv))
-    script.shut_down()
+            parent.send(_format_rows(_call_run(script, mini_batch), task.to_csv))
+    if callable(shutdown := getattr(script, "shutdown", None)):
+        shutdown()
 
 
-class ScoringScript:
-    """The imported script, after its init()."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ScriptError, and what the import or init() raises."""
-        self._module = _import_script(path)
-        for name in ("init", "run"):
-            if not callable(getattr(self._module, name, None)):
-                raise ScriptError(f"{path} has no function {name}()")
-        self._run: Callable[..., Any] = self._module.run
-        self._takes_context = len(inspect.signature(self._run).parameters) > 1
-        self._module.init()
-
-    def run(self, mini_batch: MiniBatch) -> Any:
-        context = [SimpleNamespace(minibatch_index=mini_batch.index)] if self._takes_context else []
-        return self._run(list(mini_batch.files), *context)
-
-    def shut_down(self) -> None:
-        shutdown = getattr(self._module, "shutdown", None)
-        if callable(shutdown):
-            shutdown()
-
-
-def _import_script(path: Path) -> ModuleType:
+def _start_script(path: Path) -> ModuleType:
+    """Import a script and call its init(). Raises ScriptError, and any exception of the script."""
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
         raise ScriptError(f"{path} is not a Python file")
     if not path.with_name("__init__.py").exists():  # modules of a package could hide libraries of the same name
-        sys.path.insert(0, str(path.parent))  # the script may import its neighbours
+        sys.path.insert(0, str(path.parent))  # the script may import modules in its folder
     module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for name in ("init", "run"):
+        if not callable(getattr(module, name, None)):
+            raise ScriptError(f"{path} has no function {name}()")
+    module.init()
     return module
 
 
-def format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
+def _call_run(script: ModuleType, mini_batch: MiniBatch) -> Any:
+    if len(inspect.signature(script.run).parameters) > 1:
+        return script.run(list(mini_batch.files), SimpleNamespace(minibatch_index=mini_batch.index))
+    return script.run(list(mini_batch.files))
+
+
+def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
     """Count the rows of a result, and format them unless `to_csv` is None. Raises ScriptError."""
     if isinstance(result, list):
         return RunReturned(len(result), text="" if to_csv is None else "".join(f"{item}\n" for item in result))
-    pandas = sys.modules.get("pandas")  # a script that returns a frame has imported it
+    pandas = sys.modules.get("pandas")  # a script that returns a DataFrame has imported it
     if pandas is None or not isinstance(result, pandas.DataFrame):
         raise ScriptError(f"run() returned a {type(result).__name__}; return a list or a pandas DataFrame")
     if to_csv is None:
@@ -134,40 +119,35 @@ def format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
 
 
 class ParentConnection:
-    """The worker's end of the connection to its parent, without which it ends.
+    """The worker's end of the connection to its parent. If the connection is closed, the worker ends.
 
-    As a context manager it reports an exception to the parent and the log, and suppresses it.
+    As a context manager, it reports an exception to the parent and the log, and suppresses it.
     """
 
     def __init__(self, connection: Connection) -> None:
-        self._connection, self._send_lock = connection, Lock()
-        self._inbox: queue.SimpleQueue[MessageToWorker] = queue.SimpleQueue()
+        self._connection = connection
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Messages of the type MessageToWorker."""
         Thread(target=self._receive_all, daemon=True).start()
 
     def _receive_all(self) -> None:
         try:
             while True:
-                self._inbox.put(self._connection.recv())
+                self.inbox.put(self._connection.recv())
         except (EOFError, OSError):
             _end_process_group()
 
-    def receive(self) -> MessageToWorker:
-        return self._inbox.get()
-
     def send(self, message: MessageFromWorker) -> None:
         try:
-            with self._send_lock:
-                self._connection.send(message)
+            self._connection.send(message)
         except OSError:
             _end_process_group()
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):  # exit() ends the process, as it does in Azure
+    def __exit__(self, exc_type: object, error: BaseException | None, exc_traceback: object) -> bool:
+        if not isinstance(error, Exception):  # exit() ends the process, as in Azure
             return False
         text = "".join(traceback.format_exception(error))
         print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Store images in OUT durably before their manifest part is committed, and read them back.
+"""Store images durably in OUT before their manifest part is committed, and read them back.
 
-To add a sink, write one file with a class that implements `Sink`, and add it to `sink.SINKS`.
+To add a sink, write a file with a class that implements `Sink`, and add the class to `sink.SINKS`.
 """
 
 from batch_infer.sinks.folder import BACKUP_PREFIX, IMAGE_FOLDERS, original_path, resolve_path

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, Source, StoredImage
@@ -40,21 +39,20 @@ BACKUP_PREFIX = ".original-"
 FSYNC_THREADS = 32
 """Maximum number of images to fsync concurrently.
 
-A journal commits all waiting fsyncs together, so this is several times as fast as one at a time, and more so on a slow
+A journal commits all waiting fsyncs together, which is several times as fast as one at a time, and more so on a slow
 disk. (Linux's `syncfs` is even faster, but also waits for writes of other programs, does not reach the server behind a
 FUSE mount, and hides some errors.)
 """
-AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-"""With O_NONBLOCK, opening does not wait if another program has put a pipe there."""
+"""O_NONBLOCK: opening does not wait if another program has replaced the image with a pipe."""
 
 
 class FolderSink:
     """Store images as images/STEM-NNNNN/ID-K.png in OUT. --on-flagged quarantine stores flagged images in quarantine/.
 
-    Nothing is written after another folder replaces OUT, images/ or quarantine/. images/ and quarantine/ may be links
-    to a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
+    Nothing is written after another folder has replaced OUT, images/ or quarantine/. images/ and quarantine/ may be
+    links to a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
     """
 
     def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
@@ -66,7 +64,7 @@ class FolderSink:
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Keep paths in an OUT distinct even if case is ignored, so that OUT can be copied to any file system.
+        """Keep paths distinct even if case is ignored, so that OUT can be copied to any file system.
 
         The only exception is tables that different workers of an Azure ML job read.
         """
@@ -105,14 +103,14 @@ class FolderSink:
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
 
     def _name(self, top: str, text: str, *, collides: bool) -> str:
-        """Return a path component for a text. It keeps upper-case letters if the file system is case-sensitive."""
+        """Return a path component for a text, with upper-case letters if the file system is case-sensitive."""
         if collides:
             return hashed_name(text)
         lower, mixed = safe_name(text), safe_name(text, capitals=True)
         return mixed if lower != mixed and self._is_case_sensitive(top) else lower
 
     def _is_case_sensitive(self, top: str) -> bool:
-        """Return whether images/ or quarantine/ is case-sensitive. Its disk may differ from that of OUT."""
+        """Return whether images/ or quarantine/ is case-sensitive. The folder's disk may differ from OUT's."""
         with self._case_lock:
             if top not in self._case_sensitive:
                 self._check()
@@ -149,17 +147,18 @@ class FolderSink:
         _fsync_parents(targets)
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names. This process's earlier backup is kept: its replacement was never committed."""
+        """Rename images to hidden names. Keep this process's earlier backup: its replacement was never committed."""
         self._check()
-        targets = [self._out / path for path in paths]
-        targets = [target for target in targets if not path_exists(_backup(target))]
+        backups = {self._out / path: self._out / self.backup_path(path) for path in paths}
+        targets = [target for target, backup in backups.items() if not path_exists(backup)]
         for target in targets:
             with write_errors(target), suppress(FileNotFoundError):
-                os.replace(target, _backup(target))  # noqa: PTH105
+                os.replace(target, backups[target])  # noqa: PTH105
         _fsync_parents(targets)
 
     def backup_path(self, path: str) -> str:
-        return _backup(PurePosixPath(path)).as_posix()
+        image = PurePosixPath(path)
+        return image.with_name(unique_name(BACKUP_PREFIX, image.name)).as_posix()
 
     def restore(self, backup: str) -> None:
         self._check()
@@ -176,36 +175,30 @@ class FolderSink:
                 target.unlink(missing_ok=True)
 
     def has(self, path: str) -> bool:
-        target = resolve_path(self._out, path)
-        if target is None:
-            return False
-        with read_errors(target):
-            try:
-                return stat.S_ISREG(target.lstat().st_mode)
-            except OSError as error:
-                if error.errno in _MISSING:
-                    return False
-                raise
+        return self._find(path) is not None
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
+        target = self._find(path)
+        if target is None:
+            return None
+        with read_errors(target), suppress(FileNotFoundError), os.fdopen(os.open(target, _READ_FLAGS), "rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode) and length in (None, status.st_size):
+                return file.read()
+        return None
+
+    def _find(self, path: str) -> Path | None:
+        """Return the file of an image, or None if the path is missing or not a regular file."""
         target = resolve_path(self._out, path)
         if target is None:
             return None
         with read_errors(target):
             try:
-                descriptor = os.open(target, _READ_FLAGS)
+                return target if stat.S_ISREG(target.lstat().st_mode) else None
             except OSError as error:
                 if error.errno in _MISSING:
                     return None
                 raise
-            try:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode) or length not in (None, status.st_size):
-                    return None
-                with os.fdopen(descriptor, "rb", closefd=False) as file:
-                    return file.read()
-            finally:
-                os.close(descriptor)
 
     def _check(self) -> None:
         for pinned in list(self._pinned.values()):
@@ -224,19 +217,19 @@ class FolderSink:
         self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
-        """Check images/ or quarantine/ before each write, like OUT, with a marker if it is on another disk."""
+        """Check images/ or quarantine/ before each write, like OUT, by a marker if the folder is on another disk."""
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
             self._pinned.setdefault(folder, PinnedFolder.pin(folder))
-        elif is_link(folder) or folder.is_mount():  # otherwise it disappears with OUT
+        elif is_link(folder) or folder.is_mount():  # otherwise the folder disappears with OUT
             self._pinned.setdefault(folder, PinnedFolder.pin(folder).with_marker(marker))
 
 
 def resolve_path(out: Path, path: str) -> Path | None:
-    """Return the file of an image path, or None if the path leads out of images/ and quarantine/.
+    """Return the file at an image path, or None if the path leads out of images/ and quarantine/.
 
-    Paths come from manifest parts, which anyone may have edited. images/ itself may be a link to a larger disk, but
-    links within it are not followed.
+    Paths come from manifest parts, which anyone may have edited. images/ may be a link to a larger disk, but links
+    inside images/ are not followed.
     """
     relative = PurePosixPath(path)
     top, *inner = relative.parts or ("",)
@@ -251,14 +244,10 @@ def resolve_path(out: Path, path: str) -> Path | None:
 
 
 def original_path(path: str) -> str | None:
-    """Return a file's path before `back_up` in any process, or None if it is not a backup."""
+    """Return the path from which any process has backed up a file, or None if the file is not a backup."""
     backup = PurePosixPath(path)
     name = original_name(BACKUP_PREFIX, backup.name)
     return None if name is None else backup.with_name(name).as_posix()
-
-
-def _backup(path: AnyPath) -> AnyPath:
-    return path.with_name(unique_name(BACKUP_PREFIX, path.name))
 
 
 def _fsync_parents(targets: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Choose image file names that are valid on every file system and never differ only by case in an OUT."""
+"""Choose image file names that are valid on every file system and never differ only by case in one OUT."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGN
 def safe_name(text: str, *, capitals: bool = False) -> str:
     """Return a unique file name for any text, valid on every file system.
 
-    Texts of up to 80 lower-case letters, digits, `_`, `.` and `-` are unchanged. On case-sensitive file systems,
-    `capitals` allows upper-case letters too. Other texts and names of Windows devices get a `hashed_name`.
+    Up to 80 lower-case letters, digits, `_`, `.` and `-` stay unchanged. On case-sensitive file systems, `capitals`
+    allows upper-case letters too. Other texts and names of Windows devices get a `hashed_name`.
     """
     pattern = _SAFE_WITH_CAPITALS if capitals else _SAFE
     return text if pattern.fullmatch(text) and not _WINDOWS_DEVICE.fullmatch(text) else hashed_name(text)
 
 
 def hashed_name(text: str) -> str:
-    """Return a text's readable characters, `~` and a digest of the whole text. Unique even if case is ignored."""
+    """Return a text's readable characters, `~` and a digest of the text. Unique even if case is ignored."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def earlier_names(text: str) -> set[str]:
-    """Return the hashed name that earlier versions used for a text, or nothing if they used the text itself."""
+    """Return the hashed name that earlier versions used for a text, or an empty set if they used the text itself."""
     return {safe_name(text)} - {text}
 
 
 def possible_names(text: str) -> set[str]:
-    """Return every name that may represent a text in a path, on any file system."""
+    """Return every name that may stand for a text in a path, on any file system."""
     return {safe_name(text), safe_name(text, capitals=True), hashed_name(text)}
 
 
@@ -48,20 +48,20 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class ImageIndex(Protocol):
-    """Information about committed images for sinks."""
+    """What sinks need to know about committed images."""
 
     @property
     def image_folders(self) -> Iterable[str]:
-        """Folders of all images in the parts, relative to OUT."""
+        """Folders of all committed images, relative to OUT."""
 
     def similar_ids(self, name: str) -> Iterable[tuple[str, str]]:
         """Return the ids that differ from this id only by case, each with the path of one of its images."""
 
 
 class Collisions:
-    """Collisions with the names of committed images in an index.
+    """Collisions with the names of committed images.
 
-    Not for use if several processes name images without a common lock.
+    All processes that name images in OUT must share a lock.
     """
 
     def __init__(self, index: ImageIndex) -> None:
@@ -72,18 +72,18 @@ class Collisions:
             self._stems.setdefault(stem.lower(), set()).add(stem)
 
     def mark(self, request: PromptRequest, path: str | None) -> PromptRequest:
-        """Return the request with `id_collides` and `stem_collides` adjusted to the names of committed images.
+        """Return the request with `id_collides` and `stem_collides` set according to the names of committed images.
 
-        `path` is the path of the image already committed for this request, which keeps its name.
+        `path` is the path of this request's committed image, which keeps its name.
         """
         used_stem, used_id = parse_path(path or "")
         stem = request.source.stem
         stems = self._stems.get(stem.lower(), set())
-        id_collides = used_id != request.id and (request.id_collides or self._has_similar(request.id))
+        id_collides = used_id != request.id and (
+            request.id_collides
+            or any(parse_path(path)[1] == similar for similar, path in self._index.similar_ids(request.id))
+        )
         stem_collides = used_stem != stem and (bool(stems - {stem}) or (request.stem_collides and not stems))
         if (id_collides, stem_collides) == (request.id_collides, request.stem_collides):
             return request
         return replace(request, id_collides=id_collides, stem_collides=stem_collides)
-
-    def _has_similar(self, name: str) -> bool:
-        return any(parse_path(path)[1] == similar for similar, path in self._index.similar_ids(name))

@@ -1,4 +1,4 @@
-"""Define the methods of sinks, and create sinks by name."""
+"""Define the interface of sinks, and create sinks by name."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from batch_infer.store import PinnedFolder
 
 
 class Sink(Protocol):
-    """Store images in OUT. Paths are relative to OUT. Images at paths that lead out of OUT count as missing.
+    """Store each image as a file in OUT. Paths are relative to OUT.
 
-    This order loses no image in a crash: `write`, `back_up` images that will be replaced, `publish`, commit the
-    manifest part, `remove` the backups. All methods raise StorageError, also if they cannot tell whether an image
-    exists.
+    Images are in IMAGE_FOLDERS: in quarantine/ if `quarantine` is set, otherwise in images/. Paths elsewhere count as
+    missing. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
+    of killed runs, and their `original_path`. This order loses no image in a crash: `write`, `back_up` the images to
+    replace, `publish`, commit the manifest part, `remove` the backups. All methods raise StorageError, also if they
+    cannot tell whether an image exists.
     """
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Return the path for a request's image. Rendering an image again keeps its path."""
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return every path that this or an earlier version may have used for this request's image and no other."""
+        """Return every path that this or an earlier version may have used, for this request's image alone."""
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
-        """Return the path of a stored image inside or outside the quarantine."""
+        """Return a stored image's path inside or outside the quarantine."""
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        """Return the folders that may contain images of these source files, and their parent folders."""
+        """Return the folders that may contain images from these source files, and their parent folders."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
-        """Return collisions with the names of committed images."""
+        """Return the collisions with names of committed images."""
 
     def write(self, path: str, content: bytes) -> StoredImage:
         """Write an image under a temporary name."""
@@ -42,7 +44,7 @@ class Sink(Protocol):
     def publish(self, paths: Iterable[str]) -> None:
         """Make written images durable under their final names, just before a manifest part lists them.
 
-        `write` leaves this to `publish`, so that a run that ends in between replaces no committed image.
+        A run that ends between `write` and `publish` replaces no committed image.
         """
 
     def back_up(self, paths: Iterable[str]) -> None:
@@ -52,7 +54,7 @@ class Sink(Protocol):
         """Return the path to which `back_up` renames an image in this process."""
 
     def restore(self, backup: str) -> None:
-        """Restore a backup from any process that died before it committed the new image."""
+        """Restore a backup. Any process may have written it and died before it committed the new image."""
 
     def remove(self, path: str) -> None:
         """Remove an image if it exists."""
@@ -65,9 +67,9 @@ class Sink(Protocol):
 
 
 SINKS: dict[str, Callable[[Path | PinnedFolder, str], Sink]] = {"folder": FolderSink}
-"""Sinks by name. Each is created with OUT and the suffix of image files."""
+"""Sinks by name. Each is created with OUT and the suffix of image files, and `tests/test_sinks.py` tests all."""
 
 
 def make_sink(out: Path | PinnedFolder, image_format: ImageFormat = "png", name: str = "folder") -> Sink:
-    """Create the sink that stores an OUT's images. Raises StorageError if OUT cannot be read."""
+    """Create a sink that stores images in OUT. Raises StorageError if OUT cannot be read."""
     return SINKS[name](out, IMAGE_SUFFIXES[image_format])

@@ -1,6 +1,6 @@
-"""Write durable atomic files in OUT, check paths, and manage temporary files and log files.
+"""Write durable atomic files in OUT, lock OUT, and manage temporary files and log files.
 
-Disk errors become StorageError, which names the path and says what to do.
+An error of the disk becomes StorageError, which names the path and says what to do.
 """
 
 from batch_infer.store.atomic import (
@@ -16,7 +16,7 @@ from batch_infer.store.atomic import (
     temporary_path,
     unique_name,
 )
-from batch_infer.store.lock import find_holder, locked_folder, remove_stale_holder
+from batch_infer.store.folder import PinnedFolder, find_holder, locked_folder, marker_name, remove_stale_holder
 from batch_infer.store.logfile import log_handler, open_log
 from batch_infer.store.paths import (
     fsync,
@@ -29,7 +29,6 @@ from batch_infer.store.paths import (
     read_errors,
     write_errors,
 )
-from batch_infer.store.pinned import PinnedFolder, marker_name
 from batch_infer.store.temporary import (
     create_temporary,
     open_temporary_text,

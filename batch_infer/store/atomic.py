@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from batch_infer.store.paths import fsync, fsync_folder, path_exists, write_errors
@@ -16,13 +17,14 @@ from batch_infer.store.paths import fsync, fsync_folder, path_exists, write_erro
 TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-_token = ""
+_RANDOM_ID = secrets.token_hex(6)
+"""Distinguishes two machines that write to the same folder, if their host ids and process ids are equal."""
 _unfinished: set[Path] = set()
 
 
+@cache
 def host_id() -> str:
-    """Return a digest of the host name and, on Linux, boot id and PID namespace, within which process ids are unique.
+    """Return a digest of the host name and, on Linux, the boot id and PID namespace, in which process ids are unique.
 
     Many containers have the same host name and PID namespace number. The kernel's boot id distinguishes their machines.
     """
@@ -32,24 +34,13 @@ def host_id() -> str:
     return hashlib.sha256(host.encode()).hexdigest()[:8]
 
 
-def _set_token() -> None:
-    """Set the token of unique names: machines that write to the same folder may have equal process ids."""
-    global _token
-    _token = f"{host_id()}-{os.getpid()}-{secrets.token_hex(6)}"
-
-
-_set_token()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_set_token)
-
-
 def unique_name(prefix: str, name: str) -> str:
     """Return a variant of a file name that no other process uses."""
-    return f"{prefix}{_token}-{name}"
+    return f"{prefix}{host_id()}-{os.getpid()}-{_RANDOM_ID}-{name}"
 
 
 def original_name(prefix: str, name: str) -> str | None:
-    """Return the file name in a `unique_name` from any process, or None if `name` is not one."""
+    """Return the file name inside a `unique_name` from any process, or None if `name` is not a unique name."""
     match = _TOKEN.match(name, len(prefix)) if name.startswith(prefix) else None
     return None if match is None else name[match.end() :]
 
@@ -60,18 +51,18 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name comes from `temporary_path` in any process. Other names with the prefix are not ours."""
+    """Return whether a name comes from `temporary_path` in any process."""
     return original_name(TEMPORARY_PREFIX, name) is not None
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
-    """Return whether a `unique_name` comes from a dead process of this machine. False if that is unknown."""
+    """Return whether a `unique_name` comes from a dead process of this machine, or False if that is unknown."""
     host, _, rest = name.removeprefix(prefix).partition("-")
-    number = rest.partition("-")[0]
-    if not name.startswith(prefix) or os.name != "posix" or host != host_id() or not number.isdecimal():
+    process_id = rest.partition("-")[0]
+    if not name.startswith(prefix) or os.name != "posix" or host != host_id() or not process_id.isdecimal():
         return False
     try:
-        os.kill(int(number), 0)
+        os.kill(int(process_id), 0)
     except ProcessLookupError:
         return True
     except OSError:  # the process belongs to another user
@@ -83,8 +74,8 @@ def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
 def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` unless an exception is raised.
 
-    With `flush`, the bytes are durable before the rename and the rename is durable on return: a power cut leaves the
-    old or the new file. Without `parents`, the folder must exist. Raises StorageError.
+    With `flush`, a power cut leaves the old or the new file: the bytes are durable before the rename, and the rename
+    is durable on return. Without `parents`, the folder must exist. Raises StorageError.
     """
     temporary = temporary_path(path)
     with write_errors(path):
@@ -104,7 +95,7 @@ def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Ite
 
 
 def remove_unfinished() -> None:
-    """Remove this process's unfinished files before it exits without raising an exception."""
+    """Remove this process's unfinished files. For a process that exits without raising an exception."""
     for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -113,7 +104,7 @@ def remove_unfinished() -> None:
 def is_case_sensitive(folder: Path) -> bool:
     """Return whether names in a folder may differ only by case. On NTFS, APFS, FAT and SMB they may not.
 
-    Creates and removes a temporary file there. Raises StorageError.
+    Creates and removes a temporary file in the folder. Raises StorageError.
     """
     probe = temporary_path(folder / "case")
     with write_errors(probe):
@@ -126,10 +117,10 @@ def is_case_sensitive(folder: Path) -> bool:
 
 def sweep(
     folder: Path,
-    is_ours: Callable[[str], bool] = is_temporary,
+    is_ours: Callable[[str], bool],
     remove: Callable[[Path], object] = lambda path: path.unlink(missing_ok=True),
 ) -> list[Path]:
-    """Call `remove` for files in a folder whose names are ours, and return subfolders that are not links.
+    """Call `remove` for each of our files in a folder, and return the subfolders that are not links.
 
     No file is opened or statted, since there may be many. Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""Log files in OUT: terminal messages with times, and the traceback of a fatal error."""
+"""Write log files in OUT: the messages of the terminal with times, and the traceback of a fatal error."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from batch_infer.terminal import EscapingFormatter, escape_controls
 
 @contextmanager
 def open_log(path: Path) -> Iterator[TextIO]:
-    """Open a log file for appending. The traceback of an exception that leaves the context is appended too.
+    """Open a log file for appending, and append the traceback of an exception that leaves the context.
 
-    Raises StorageError if the file cannot be opened. Later write errors are ignored so that they never mask the
-    original exception.
+    Links are not followed, and a pipe without a reader fails instead of blocking. Raises StorageError if the file
+    cannot be opened. Later write errors are ignored so that they never mask the original exception.
     """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with write_errors(path):
         path.parent.mkdir(exist_ok=True)
         if is_link(path.parent):
             raise OSError(errno.ELOOP, "its folder is a link")
-        file = os.fdopen(_open_without_links(path), "a", encoding="utf-8")
+        file = os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
     try:
         yield file
     finally:
@@ -39,12 +40,6 @@ def open_log(path: Path) -> Iterator[TextIO]:
                 os.write(file.fileno(), text.encode())
         with suppress(OSError):
             file.close()
-
-
-def _open_without_links(path: Path) -> int:
-    """Open a file for appending without following links. A pipe without a reader fails instead of blocking."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def log_handler(file: TextIO) -> logging.Handler:

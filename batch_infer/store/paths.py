@@ -1,4 +1,4 @@
-"""Inspect, create and fsync paths. Disk errors name the path."""
+"""Inspect, create and fsync paths. An error of the disk names the path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from batch_infer.errors import StorageError
@@ -17,25 +18,17 @@ _FSYNC_UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, er
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def _storage_errors(verb: str, path: Path) -> Iterator[None]:
     """Re-raise OSError as a StorageError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {_reason(error)}") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StorageError(f"cannot {verb} {path}: {reason}") from error
 
 
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Re-raise OSError as a StorageError that names `path`, which may exist although it is unreadable."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}") from error
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
+write_errors = partial(_storage_errors, "write")
+read_errors = partial(_storage_errors, "read")
 
 
 def path_exists(path: Path) -> bool:
@@ -54,7 +47,7 @@ def is_link(path: Path) -> bool:
 
 
 def _mode(path: Path, *, follow: bool = False) -> int:
-    """Return a path's mode, or 0 if it is missing. Raises StorageError."""
+    """Return a path's mode, or 0 if the path is missing. Raises StorageError."""
     with read_errors(path):
         try:
             return path.stat(follow_symlinks=follow).st_mode
@@ -65,9 +58,9 @@ def _mode(path: Path, *, follow: bool = False) -> int:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder, or none if it is missing. Raises StorageError if it cannot be listed.
+    """Return the sorted names in a folder, or an empty list if the folder is missing.
 
-    `Path.glob` would hide that error.
+    Raises StorageError if the folder cannot be listed. `Path.glob` would hide that error.
     """
     with read_errors(folder):
         try:
@@ -84,7 +77,7 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Make the content of a file durable. Raises OSError."""
+    """Make a file's content durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

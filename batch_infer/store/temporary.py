@@ -38,17 +38,18 @@ def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
             folder = tempfile.gettempdir()
         except OSError:  # no folder is writable
             folder = os.environ.get("TMPDIR", os.sep + "tmp")
-        raise _storage_error("a temporary file", folder, error.strerror or error) from error
+        raise _storage_error("file", folder, error.strerror or error) from error
 
 
-def _storage_error(what: str, folder: str, reason: object) -> StorageError:
+def _storage_error(kind: str, folder: str, reason: object) -> StorageError:
     return StorageError(
-        f"cannot write {what} in {folder}: {reason}; free some space there, or set TMPDIR to a folder on a larger disk"
+        f"cannot write a temporary {kind} in {folder}: {reason}; free some space there, or set TMPDIR to a folder on a"
+        " larger disk"
     )
 
 
 class _Raw(io.FileIO):
-    """Temporary file that raises StorageError for write errors, even when a buffer around it is closed."""
+    """Raise StorageError for write errors, even when a buffer around the file is closed."""
 
     def write(self, data: object, /) -> int:
         with temporary_file_errors():
@@ -62,20 +63,20 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def create_temporary(path: Path) -> BinaryIO:
-    """Create a temporary file for writing. Creating, writing and closing it may raise StorageError."""
+    """Create a temporary file for writing. Creating, writing and closing may raise StorageError."""
     with temporary_file_errors():
         return io.BufferedWriter(_Raw(path, "w"), BUFFER_SIZE)
 
 
 def open_temporary_text() -> TextIO:
-    """Open an unnamed text file to write, then read. Opening, writing and closing it may raise StorageError."""
+    """Open an unnamed text file for writing, then reading. Opening, writing and closing may raise StorageError."""
     with temporary_file_errors(), tempfile.TemporaryFile(buffering=0) as file:
         raw = _Raw(os.dup(file.fileno()), "r+")
     return io.TextIOWrapper(io.BufferedRandom(raw, BUFFER_SIZE), encoding="utf-8", newline="")
 
 
 def temporary_database() -> sqlite3.Connection:
-    """Open an empty database in an unnamed file, which is deleted on close. It does not survive a crash.
+    """Open an empty database in an unnamed file, which is deleted on close. A crash may damage the database.
 
     Statements raise StorageError if the temporary folder is full or broken.
     """
@@ -94,7 +95,7 @@ def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Par
         except sqlite3.DatabaseError as error:
             if not any(text in str(error) for text in _DATABASE_ERRORS):
                 raise
-            raise _storage_error("a temporary database", _database_folder(), error) from error
+            raise _storage_error("database", _database_folder(), error) from error
 
     return call
 
@@ -103,7 +104,7 @@ _fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cu
 
 
 class _Cursor(sqlite3.Cursor):
-    """Cursor that raises StorageError for disk errors, also in fetches, since SQLite reads rows as they are fetched."""
+    """Raise StorageError for disk errors, also in fetches, since SQLite reads rows as they are fetched."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)

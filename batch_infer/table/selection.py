@@ -37,7 +37,7 @@ MAX_SIMILAR, MAX_SHOWN = 3, 8
 
 
 def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
-    """Return whether a file or folder is hidden, a marker or documentation, unlike a partition `_year=2026` of Spark."""
+    """Return whether a file or folder is hidden, a marker or documentation. Spark's `_year=2026/` is a partition."""
     if name.startswith("_"):
         return not (is_folder and "=" in name)
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)

@@ -1,6 +1,6 @@
-"""A worker: one device, requests in, committed results out.
+"""Own one device, and turn requests into committed results.
 
-`interface`, `rows` and `committing` import no torch, so that a process that only supervises workers stays small.
+`interface`, `rows` and `committing` do not import torch, so that a process that only supervises workers stays small.
 """
 
 from typing import TYPE_CHECKING
@@ -17,19 +17,12 @@ from batch_infer.worker.interface import (
 from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, with_image, with_verdict
 
 if TYPE_CHECKING:
-    from batch_infer.worker.loading import (
-        load_any_model,
-        load_chain,
-        load_image_checker,
-        load_model,
-        make_chain,
-        prepare_torch,
-    )
+    from batch_infer.worker.loading import load_chain, load_image_checker, load_model, make_chain, prepare_torch
     from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
-        loading=("load_any_model", "load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
+        loading=("load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
         worker=("ChainLoader", "Worker"),
     )
 
@@ -42,16 +35,15 @@ __all__ = [
     "commit_images",
     "explain_flag",
     "format_worker_name",
-    "load_any_model",
     "load_chain",
     "load_image_checker",
     "load_model",
     "make_chain",
     "make_row",
-    "read_peak_memory",
     "prepare_torch",
+    "read_peak_memory",
+    "sum_stages_by_size",
+    "take_smallest_batches",
     "with_image",
     "with_verdict",
-    "take_smallest_batches",
-    "sum_stages_by_size",
 ]

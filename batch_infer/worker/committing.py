@@ -1,4 +1,4 @@
-"""Commits of images and rows: one commit survives a kill at any moment; a thread commits by row count or age."""
+"""Commit rows and their images so that a kill at any time loses none."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 import pyarrow as pa
 
+from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.sinks import Sink, make_sink
@@ -20,16 +21,16 @@ from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
 
 COMMIT_ROWS = 256
-"""Rows in a manifest part."""
+"""Maximum number of rows in a manifest part."""
 COMMIT_SECONDS = 2.0
-"""Age of the oldest uncommitted row at which a part is committed.
+"""Maximum age of an uncommitted row.
 
-README promises three seconds; storing the images and flushing them to the disk takes the rest.
+README promises three seconds. Storing images and flushing them to disk takes the remaining second.
 """
 STORING_AHEAD = 64
-"""Images that may wait to be stored. Beyond this the device waits."""
+"""Maximum number of images waiting to be stored. At this limit, the device waits."""
 COMMITTING_AHEAD = 4 * COMMIT_ROWS
-"""Rows that may wait to be committed, in memory without their pixels. Beyond this the device waits."""
+"""Maximum number of rows waiting to be committed, in memory without their pixels. At this limit, the device waits."""
 
 Stored = TypeVar("Stored")
 
@@ -43,18 +44,18 @@ def commit_images(
     written: Collection[str],
     previous: Collection[str],
 ) -> None:
-    """Rename the written images to their final paths, commit rows, and remove the previous images that no row names.
+    """Rename written images to their final paths, commit rows, and remove the previous images that no row names.
 
-    A previous image whose path is reused is set aside until the rows are committed. If the process is killed before,
-    none is lost: `jobs.recovery` restores them. Raises StorageError.
+    If a written image has the path of a previous image, that image is backed up until the rows are committed. After a
+    kill, `jobs.recovery` restores the backups. Raises StorageError.
     """
-    new, kept = set(written), {row.generated_image for row in rows}
-    replaced = [path for path in previous if path in new]
+    new_paths, row_paths = set(written), {row.generated_image for row in rows}
+    replaced = [path for path in previous if path in new_paths]
     sink.back_up(replaced)
     sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in previous if path not in kept), *map(sink.backup_path, replaced)):
+    for path in (*(path for path in previous if path not in row_paths), *map(sink.backup_path, replaced)):
         sink.remove(path)
 
 
@@ -72,64 +73,61 @@ def commit_failed(
 
 
 class Committer(Generic[Stored]):
-    """Queue of rows that are being stored, committed in order and in batches on another thread.
+    """Queue of rows that are being stored. A thread commits them in order and in batches.
 
-    A context manager: leaving it commits what was added. The first error of storing or committing is raised by `add`
-    or on leaving; nothing is committed after it.
+    A context manager: its exit commits all added rows. `add` or the exit raises the first error of storing or
+    committing, and nothing is committed after that error.
     """
 
     def __init__(self, commit: Callable[[list[Stored]], None]) -> None:
         self._commit = commit
         self._queue: queue.SimpleQueue[Future[Stored] | None] = queue.SimpleQueue()
-        self._storing_room, self._committing_room = Semaphore(STORING_AHEAD), Semaphore(COMMITTING_AHEAD)
+        self._storing_limit, self._committing_limit = Semaphore(STORING_AHEAD), Semaphore(COMMITTING_AHEAD)
         self._thread = ThreadPoolExecutor(1, "committing")
 
     def __enter__(self) -> Committer[Stored]:
         self._running = self._thread.submit(self._run)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self._queue.put(None)
         self._thread.shutdown()
-        if error is None:
+        if error is None or isinstance(error, BatchInferError):
             self._running.result()
 
     def add(self, store: Callable[[], Future[Stored]]) -> None:
-        """Call `store` once there is room for the row, and commit the row when the future is done."""
-        self._storing_room.acquire()
-        self._committing_room.acquire()
+        """Wait for the limits, call `store`, and commit the row when the future is done."""
+        self._storing_limit.acquire()
+        self._committing_limit.acquire()
         if self._running.done():
             self._running.result()
         future = store()
-        future.add_done_callback(lambda _: self._storing_room.release())
+        future.add_done_callback(lambda _: self._storing_limit.release())
         self._queue.put(future)
 
     def _run(self) -> None:
-        try:
-            self._commit_all()
-        finally:  # `add` must not wait for a thread that has ended
-            self._committing_room.release(COMMITTING_AHEAD)
-
-    def _commit_all(self) -> None:
         batch: list[Stored] = []
-        due: float | None = None
+        deadline: float | None = None
         future: Future[Stored] | None = None
-        while True:
-            seconds = None if due is None else due - time.monotonic()
-            if len(batch) >= COMMIT_ROWS or (seconds is not None and seconds <= 0):
+        try:
+            while True:
+                timeout = None if deadline is None else deadline - time.monotonic()
+                if len(batch) >= COMMIT_ROWS or (timeout is not None and timeout <= 0):
+                    self._commit_batch(batch)
+                    deadline = None
+                elif future is None:
+                    with suppress(queue.Empty):
+                        if (future := self._queue.get(timeout=timeout)) is None:
+                            break
+                elif wait([future], timeout).done:
+                    batch.append(future.result())
+                    deadline, future = deadline or time.monotonic() + COMMIT_SECONDS, None
+            if batch:
                 self._commit_batch(batch)
-                due = None
-            elif future is None:
-                with suppress(queue.Empty):
-                    if (future := self._queue.get(timeout=seconds)) is None:
-                        break
-            elif wait([future], seconds).done:
-                batch.append(future.result())
-                due, future = due or time.monotonic() + COMMIT_SECONDS, None
-        if batch:
-            self._commit_batch(batch)
+        finally:  # `add` must not wait for a thread that has ended
+            self._committing_limit.release(COMMITTING_AHEAD)
 
     def _commit_batch(self, batch: list[Stored]) -> None:
         self._commit(list(batch))
-        self._committing_room.release(len(batch))
+        self._committing_limit.release(len(batch))
         batch.clear()

@@ -1,9 +1,10 @@
-"""The interface of a worker: its settings, and its report of time, batch sizes and memory."""
+"""Define the settings and the report of a worker."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +30,17 @@ class WorkerSettings:
     out: PinnedFolder
     carried: pa.Schema
     run: int = 0
-    """Number of the run, stored in its manifest parts. 0 if there is no run."""
+    """Number of the run, stored in its manifest parts. 0 outside a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Time by stage and image size, final batch sizes, and peak memory in bytes.
+    """Stages by image size, final batch sizes, and peak memory in bytes.
 
-    `compute` equals the settings' except for batch sizes that were halved on out-of-memory. `mfu` is the model FLOP
-    utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of the images' UNet rows and decoding over
-    what the device could have computed. It is None if the device's peak is unknown, and before the end.
+    `compute` is that of the settings, except for batch sizes that were halved after running out of memory. `mfu` is the
+    model FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the
+    rendered rows, divided by the FLOPs that the device could have computed. It is None if the device's peak is unknown,
+    and before the end.
     """
 
     stages: Mapping[Size, Stages]
@@ -53,7 +55,7 @@ class WorkerReport:
 
 
 def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
-    """Return the stages of each image size summed over workers, so `seconds` are device seconds."""
+    """Sum the stages of each image size over all workers. `seconds` are then device seconds."""
     sums: dict[Size, Stages] = {}
     for report in reports:
         for size, stages in report.stages.items():
@@ -62,36 +64,29 @@ def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
 
 
 def take_smallest_batches(computes: Sequence[Compute]) -> Compute:
-    """Return settings with the smallest batch sizes of each image size, which fit on every device."""
+    """Return settings with the smallest batch sizes for each image size, which fit on every device."""
     shapes = []
     for size in sorted({(shape.height, shape.width) for compute in computes for shape in compute.by_size}):
-        each = [compute.shape_of(*size) for compute in computes]
-        slots, decode_batch = min(shape.slots for shape in each), min(shape.decode_batch for shape in each)
-        shapes.append(BatchShape(*size, slots, decode_batch))
+        candidates = [compute.shape_of(*size) for compute in computes]
+        slots = min(shape.slots for shape in candidates)
+        shapes.append(BatchShape(*size, slots, min(shape.decode_batch for shape in candidates)))
     return computes[0].with_shapes(shapes)
 
 
 def read_peak_memory(device: str) -> dict[str, int]:
-    """Return the peak of this process in bytes: `host_bytes`, and `device_bytes` if `device` is "cuda"."""
+    """Return this process's peak memory in bytes: `host_bytes` if the system reports it, and `device_bytes` on CUDA."""
     peaks = {}
-    if (host := _peak_host_memory()) is not None:
-        peaks["host_bytes"] = host
+    try:  # Linux, where getrusage starts from the parent's peak
+        status = Path("/proc/self/status").read_text()
+        peaks["host_bytes"] = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        with suppress(ImportError):  # Windows
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            peaks["host_bytes"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device == "cuda":
         import torch
 
         peaks["device_bytes"] = torch.cuda.max_memory_allocated()
     return peaks
-
-
-def _peak_host_memory() -> int | None:
-    """Return bytes, or None if the system does not report them."""
-    try:  # Linux: getrusage there starts from the peak of the parent process
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

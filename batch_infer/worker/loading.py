@@ -1,14 +1,15 @@
-"""Loading a model onto its device, and making the chain that renders with it."""
+"""Load a model onto its device, and make the chain that renders with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast, overload
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import BatchSizes, Chain, GatedChain, GracePeriod, PipelineCallChain, StepLevelChain
+from batch_infer.chain import BatchSizes, Chain, GatedChain, PipelineCallChain, StepLevelChain
 from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, make_gate, make_image_checker
 from batch_infer.settings import Compute, SafetySettings
@@ -20,32 +21,23 @@ if TYPE_CHECKING:
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
 ) -> Chain:
-    """Load a model and return its chain, with the checker and the gate that `safety` names.
+    """Load a model and return its chain, with the checker and the service that `safety` names.
 
     Raises ModelError, SettingsError.
     """
     with_checker = safety.uses_checker(has_checker=card.has_checker)
-    chain = make_chain(load_any_model(card, compute, with_checker=with_checker), compute, stop)
-    grace = GracePeriod(stop)
-    gate = make_gate(safety.service, grace)
-    return chain if gate is None else GatedChain(chain, gate, stop, grace)
+    chain = make_chain(load_model(card, compute, with_checker=with_checker), compute, stop)
+    return chain if safety.service is None else GatedChain(chain, partial(make_gate, safety.service), stop)
 
 
-def load_any_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
-    """Load a model, or a diffusers pipeline if the model runs by its own call. Raises ModelError."""
-    if not card.uses_pipeline_call:
-        return load_model(card, compute, with_checker=with_checker)
-    device, dtype = prepare_torch(compute)
-    from batch_infer.models import AnyPipeline
-
-    with out_of_memory_errors():
-        return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
-
-
-def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion:
-    """Load a model that this package denoises step by step, on its device. Raises ModelError."""
+def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
+    """Load a model, or its diffusers pipeline if the model has no family. Raises ModelError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
+        if card.uses_pipeline_call:
+            from batch_infer.models import AnyPipeline
+
+            return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
         model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
         optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
     return model
@@ -68,23 +60,16 @@ def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-@overload
-def make_chain(
-    model: LatentDiffusion, compute: Compute, stop: Callable[[], bool] = lambda: False
-) -> StepLevelChain: ...
-@overload
-def make_chain(model: AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False) -> PipelineCallChain: ...
 def make_chain(
     model: LatentDiffusion | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
 ) -> StepLevelChain | PipelineCallChain:
-    """Return the chain of a loaded model. Images are checked if the model has its checker."""
+    """Return the chain of a loaded model. The chain checks images if the model has a checker."""
     by_size = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
-    shape = BatchSizes(compute.slots, compute.decode_batch, by_size)
+    batch_sizes = BatchSizes(compute.slots, compute.decode_batch, by_size)
     checker = None
     if model.safety_checker is not None:
-        checker = make_image_checker(model.safety_checker, model.feature_extractor, shape.decode)
-    if getattr(
-        model, "uses_pipeline_call", False
-    ):  # not isinstance: importing that class is slow, and most runs do not need it
-        return PipelineCallChain(cast("AnyPipeline", model), shape, checker, stop)
-    return StepLevelChain(cast("LatentDiffusion", model), shape, checker, stop)
+        checker = make_image_checker(model.safety_checker, model.feature_extractor, batch_sizes.decode)
+    # Not isinstance: importing that class is slow, and most runs do not need it.
+    if getattr(model, "uses_pipeline_call", False):
+        return PipelineCallChain(cast("AnyPipeline", model), batch_sizes, checker, stop)
+    return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop)

@@ -1,4 +1,4 @@
-"""Result rows: built from requests, then completed with safety verdicts and stored images."""
+"""Make result rows from requests, and add safety verdicts and stored images to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage, V
 
 
 def make_row(request: PromptRequest, status: Status, error: str | None, *, scheduler: str, worker: str) -> ResultRow:
-    """Return the result row of a request, without verdict and image."""
+    """Return the result row of a request, without a verdict or an image."""
     params = request.params
     return ResultRow(
         id=request.id,
@@ -56,10 +56,10 @@ def with_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
 
 
 def explain_flag(verdict: Verdict) -> str:
-    """Return the `error` of a flagged image."""
+    """Return the `error` of a flagged image's row."""
     return verdict.reason or "the safety check flagged the image"
 
 
 def format_worker_name(rank: int) -> str:
-    """Return a worker's name for its rows: machine, process id and rank."""
+    """Return the name of a worker in its rows: machine, process id and rank."""
     return f"{platform.node()}-{os.getpid()}-{rank}"

@@ -1,16 +1,15 @@
-"""A worker: loads a model on one device, then renders, stores and commits requests."""
+"""Render requests with a loaded model, store their images and commit their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
 from batch_infer.chain import Chain, RenderedImage, RowOutcome, UnrenderedRow
-from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
 from batch_infer.peak_flops import peak_tflops
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
 STORING_THREADS = 4
-"""Threads that compress and write images while the CPU renders.
+"""Number of threads that compress and write images while the CPU renders.
 
-A GPU leaves the worker's cores to them: four compress about 40 PNGs of 512x512 pixels a second, and few-step models
-render more.
+Rendering on a GPU leaves the worker's cores to these threads. Four of them compress about 40 PNGs of 512x512 pixels a
+second, and few-step models render more.
 """
 MAX_STORING_THREADS = 32
 
 ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
 """Loads a model and returns its chain. The last argument returns whether to stop."""
+
+StoredRow: TypeAlias = tuple[ResultRow, str | None]
+"""A row whose image is written, and the path of the image from an earlier attempt."""
 
 
 class Worker:
@@ -42,20 +44,20 @@ class Worker:
     def __init__(
         self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Load the chain. `name` is stored in each row as its `worker`. Raises ModelError."""
+        """Load the chain. Each row stores `name` as its `worker`. Raises ModelError."""
         self._settings, self._name = settings, name
         self._sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
-        """Return a report of everything rendered so far. Only the `final` one has an MFU, which takes time to count."""
+        """Return a report of everything rendered so far. Only the `final` report has an MFU, which takes time."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
-        mfu = self._mfu() if final else None
+        mfu = self._compute_mfu() if final else None
         return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, read_peak_memory(compute.device))
 
-    def _mfu(self) -> float | None:
+    def _compute_mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
         peak = peak_tflops(compute.device_name, compute.dtype)
         if peak is None or not chain.stages.seconds or chain.uses_pipeline_call:
@@ -71,25 +73,19 @@ class Worker:
         return flops / chain.stages.seconds / (peak * 1e12)
 
     def render(self, requests: Iterable[PromptRequest], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
-        """Render, store and commit requests; `on_commit` is called with committed rows, on another thread.
+        """Render, store and commit requests, and call `on_commit` with committed rows on another thread.
 
-        Returns early, with all finished rows committed, once `stop` returns True. Raises StorageError, and the errors
-        of a safety service once the rows that finished before are committed.
+        Returns early once `stop` returns True. Finished rows are committed before this returns or raises. Raises
+        StorageError, and the errors of a safety service.
         """
-        chain_error: BatchInferError | None = None
         with (
             ThreadPoolExecutor(count_storing_threads(self._settings.compute), "storing") as pool,
-            Committer[_StoredRow](lambda batch: self._commit(batch, on_commit)) as committer,
+            Committer[StoredRow](lambda batch: self._commit(batch, on_commit)) as committer,
         ):
-            try:
-                for outcome in self._chain.render(requests):
-                    committer.add(partial(pool.submit, self._store, outcome))
-            except BatchInferError as error:  # one of `add` is raised again by the committer's exit
-                chain_error = error
-        if chain_error is not None:
-            raise chain_error
+            for outcome in self._chain.render(requests):
+                committer.add(partial(pool.submit, self._store, outcome))
 
-    def _store(self, outcome: RowOutcome) -> _StoredRow:
+    def _store(self, outcome: RowOutcome) -> StoredRow:
         request, verdict = outcome.request, outcome.verdict
         status: Status = "flagged" if verdict.nsfw else "ok"
         error = explain_flag(verdict) if verdict.nsfw else None
@@ -97,20 +93,18 @@ class Worker:
             status, error = outcome.status, outcome.error
         scheduler = self._settings.card.scheduler_name
         row = with_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
-        if isinstance(outcome, UnrenderedRow):
-            return _StoredRow(row, None, request.replaces)
-        stored = self._write(outcome, flagged=status == "flagged")
-        row = replace(
-            with_image(row, stored),
-            prompt_tokens=outcome.conditioning.prompt_tokens,
-            prompt_truncated=outcome.conditioning.prompt_truncated,
-            slots=outcome.slots,
-            seconds=outcome.seconds,
-        )
-        return _StoredRow(row, stored.path if stored else None, request.replaces)
+        if isinstance(outcome, RenderedImage):
+            row = replace(
+                with_image(row, self._write(outcome, flagged=status == "flagged")),
+                prompt_tokens=outcome.conditioning.prompt_tokens,
+                prompt_truncated=outcome.conditioning.prompt_truncated,
+                slots=outcome.slots,
+                seconds=outcome.seconds,
+            )
+        return row, request.replaces
 
     def _write(self, outcome: RenderedImage, *, flagged: bool) -> StoredImage | None:
-        """Write the image, or what the policy stores of a flagged one. Returns None if it stores nothing."""
+        """Write the image, changed by the policy if it is flagged. Returns None if the policy stores nothing."""
         policy = self._settings.safety.policy
         pixels = images.apply_policy(outcome.pixels, policy) if flagged else outcome.pixels
         if pixels is None:
@@ -121,10 +115,10 @@ class Worker:
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
-    def _commit(self, batch: list[_StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
-        rows = [stored.row for stored in batch]
-        written = [stored.written for stored in batch if stored.written]
-        previous = [stored.previous for stored in batch if stored.previous]
+    def _commit(self, batch: list[StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
+        rows = [row for row, _ in batch]
+        written = [row.generated_image for row in rows if row.generated_image]
+        previous = [path for _, path in batch if path]
         commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, previous=previous)
         on_commit(rows)
 
@@ -134,12 +128,3 @@ def count_storing_threads(compute: Compute) -> int:
     if compute.device == "cpu":
         return STORING_THREADS
     return max(STORING_THREADS, min(compute.threads, MAX_STORING_THREADS))
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredRow:
-    """A row, the path of the image written for it, and the path of the image of an earlier attempt."""
-
-    row: ResultRow
-    written: str | None
-    previous: str | None

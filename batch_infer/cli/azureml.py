@@ -1,9 +1,10 @@
-"""`batch-infer azureml-simulate`: run a scoring script on this machine as Azure ML's batch endpoint does."""
+"""Commands for Azure ML: `batch-infer azureml-simulate` and `batch-infer export-mlflow`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.option_types import DurationType
-from batch_infer.cli.options import command, json_option, option, progress_option
+from batch_infer.cli.options import command, json_option, model_options, option, parse_duration, progress_option
 from batch_infer.cli.progress import LINE_EVERY, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
+from batch_infer.cli.settings import make_compute_settings, make_model_settings
+from batch_infer.errors import SettingsError
 
 if TYPE_CHECKING:
     from batch_infer.simulation import SimulationOutcome
@@ -24,7 +26,7 @@ JOB_FAILED = 3
 
 
 @command(
-    click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    click.Argument(["inputs"], metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path)),
     option(
         "-o",
         "--out",
@@ -45,19 +47,20 @@ JOB_FAILED = 3
     ),
     option(
         "--timeout",
-        type=DurationType(),
+        type=parse_duration,
         default="30s",
-        help="How long a mini-batch may take before its worker is killed.",
+        metavar="DURATION",
+        help="Time limit for a mini-batch, after which its worker is killed.",
     ),
     option(
-        "--max-retries", type=click.IntRange(min=0), default=3, metavar="N", help="How often a mini-batch is retried."
+        "--max-retries", type=click.IntRange(min=0), default=3, metavar="N", help="Maximum retries of a mini-batch."
     ),
     option(
         "--error-threshold",
         type=click.IntRange(min=-1),
         default=-1,
         metavar="N",
-        help="Failed files that a successful job may have; -1: any number.",
+        help="Maximum failed files in a successful job; -1: no limit.",
     ),
     option(
         "--gpus",
@@ -86,7 +89,7 @@ JOB_FAILED = 3
         "--settings-file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Format of predictions.csv. Default: parallel_run_step.settings.json in the folder of the script.",
+        help="Format of predictions.csv. Default: parallel_run_step.settings.json in the script's folder.",
     ),
     option(
         "--output-action",
@@ -99,15 +102,15 @@ JOB_FAILED = 3
     name="azureml-simulate",
 )
 def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options: Any) -> int:
-    """Run a batch scoring script over files as Azure ML's batch endpoint does, before you deploy it.
+    """Run a batch scoring script over files like Azure ML's batch endpoint, before you deploy it.
 
-    INPUT is a file or a folder, of which the files are scored but not those of its subfolders. Worker processes get
-    the files in mini-batches. Each worker has a temporary working folder, its own GPU if there are any, a log in
-    OUT/logs/azureml, and your environment variables. Results that run() returns are written to OUT/predictions.csv,
-    which is replaced.
+    INPUT is a file, or a folder, whose files are scored without those in subfolders. Worker processes receive the
+    files in mini-batches. Each worker has a temporary working folder, its own GPU if there are any, a log in
+    OUT/logs/azureml, and your environment variables. What run() returns is written to OUT/predictions.csv, which is
+    replaced.
 
-    A mini-batch is retried if run() raises, returns neither a list nor a DataFrame, takes too long, or its worker
-    dies. --kill and --duplicate cause that for a correct script too: its output should be the same.
+    A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long,
+    or if the worker dies. --kill and --duplicate cause retries with a correct script too; its output should not change.
 
     Exit codes: 0; 2 usage; 3 if Azure would report the job as failed; 75 interrupted.
     """
@@ -128,7 +131,7 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
 
 
 class SimulationProgress:
-    """A bar on a terminal, elsewhere a log line every LINE_EVERY seconds, or nothing."""
+    """A bar on a terminal, a log line every LINE_EVERY seconds elsewhere, or nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown, self._logged_at = shown, time.monotonic()
@@ -175,3 +178,27 @@ def _lines(outcome: SimulationOutcome) -> Iterator[str]:
     yield f"logs     {outcome.logs}"
     if outcome.fault is not None:
         yield from f"the job failed: {outcome.fault}".split("\n")
+
+
+@command(
+    click.Argument(["folder"], metavar="DIR", type=click.Path(path_type=Path)), *model_options, name="export-mlflow"
+)
+def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
+    """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
+
+    DIR contains the model's files, batch-infer itself and a signature. The input is a DataFrame with a column
+    `prompt`. The output is a DataFrame with prompt, generated_image (a file in base64), nsfw_content_detected and, for
+    rows without an image, error. num_inference_steps, guidance_scale, height, width, seed and negative_prompt are
+    parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the model is loaded.
+
+    Exit codes: 0; 2 usage, or DIR exists; 75 interrupted.
+    """
+    if find_spec("mlflow") is None:
+        raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
+    with stoppable(hint=NOTHING_KEPT):
+        from batch_infer.jobs import export_model  # imports torch, which takes seconds
+
+        card = export_model(folder.expanduser(), make_model_settings(options), make_compute_settings(options))
+    if not quiet:
+        print_result([f"{folder}: {card.title}, as an MLflow model"])
+    return 0

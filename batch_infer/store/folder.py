@@ -1,21 +1,21 @@
-"""Lock an output folder for one process. The operating system releases the lock when the process dies."""
+"""Lock an output folder for one process, and detect that another folder has replaced it."""
 
 from __future__ import annotations
 
 import errno
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
 from batch_infer.records import utc_now
-from batch_infer.store.atomic import atomic_write
-from batch_infer.store.paths import fsync_folder, path_exists, read_errors
-from batch_infer.store.pinned import PinnedFolder
+from batch_infer.store.atomic import TEMPORARY_PREFIX, atomic_write, unique_name
+from batch_infer.store.paths import NOT_FOUND, fsync_folder, path_exists, read_errors, write_errors
 
 LOCK_SECONDS = 0.2
 """Seconds to wait for a locked folder, since `find_holder` holds the lock for a moment."""
@@ -27,22 +27,99 @@ _USAGE_ERRORS = {
 """Errors from creating a folder that another folder or permissions fix. Others, such as a full disk, may pass."""
 
 
+# Pinned folders
+
+
+def marker_name() -> str:
+    """Return the name of the file by which this process recognises a folder. `sweep` treats it as a temporary file."""
+    return unique_name(TEMPORARY_PREFIX, "here")
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFolder:
+    """Folder and its identity before the first write, which other processes of this machine can check too.
+
+    `identity` is the device and inode, or None if there was no folder. `marker` is the name of an empty file in the
+    folder that identifies it on mounts whose inode numbers change.
+    """
+
+    path: Path
+    identity: tuple[int, int] | None
+    marker: str | None = None
+
+    @classmethod
+    def pin(cls, path: Path | PinnedFolder) -> PinnedFolder:
+        """Pin the folder at a path, with this process's marker if the folder contains it. Raises StorageError."""
+        if isinstance(path, PinnedFolder):
+            return path
+        marker = marker_name()
+        with read_errors(path):
+            identity = _identity(path)
+        return cls(path, identity, marker if path_exists(path / marker) else None)
+
+    def with_marker(self, marker: str | None = None) -> PinnedFolder:
+        """Write a marker, by default this process's, and return the folder with it. Raises StorageError."""
+        name = marker or marker_name()
+        with write_errors(self.path / name):
+            (self.path / name).touch()
+        return replace(self, marker=name)
+
+    def remove_markers(self, subfolders: Iterable[str]) -> None:
+        """Remove the marker from the folder and its subfolders. After an error, the next sweep removes it."""
+        if self.marker is not None:
+            for folder in (self.path, *(self.path / name for name in subfolders)):
+                with suppress(OSError):
+                    (folder / self.marker).unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Check that the path is still this folder. Raises StorageError.
+
+        After an unmount, files would be written beneath the mount point and hidden by the next mount. FUSE mounts may
+        return other inode numbers on each call, so an unexpected inode alone proves nothing. Only then does the marker
+        decide, at the cost of one more call.
+        """
+        with read_errors(self.path):
+            identity = _identity(self.path)
+        if identity is not None and identity == self.identity:
+            return
+        if identity is None or self.marker is None or not path_exists(self.path / self.marker):
+            raise StorageError(
+                f"{self.path} has disappeared since the run began: it was removed, renamed, unmounted or"
+                " replaced by another folder; put it back and run again to continue"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in NOT_FOUND:
+            return None
+        raise
+    return status.st_dev, status.st_ino
+
+
+# Locks, which the operating system releases when their process dies
+
+
 @contextmanager
-def locked_folder(folder: Path, inner: Sequence[str] = ()) -> Iterator[PinnedFolder]:
+def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[PinnedFolder]:
     """Lock a folder, creating it if missing, and yield it with a marker by which writers recognise it.
 
-    On exit, the marker is removed from the folder and its subfolders `inner`. An OSError for a path in the folder
-    becomes StorageError. Raises LockedError, SettingsError, StorageError.
+    On exit, the marker is removed from the folder and its subfolders. An OSError for a path in the folder becomes
+    StorageError. Raises LockedError, SettingsError, StorageError.
     """
     lock = _acquire(folder)
     pinned = PinnedFolder.pin(folder)
     try:
         with _keep_open(folder), _storage_errors(folder):
-            _write_holder(folder)
+            with atomic_write(folder / HOLDER, flush=False, parents=False) as temporary:
+                started = f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"
+                temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {started}")
             pinned = pinned.with_marker()
             yield pinned
     finally:
-        pinned.remove_markers(inner)
+        pinned.remove_markers(subfolders)
         with suppress(OSError, StorageError):  # these would mask the original exception
             if PinnedFolder.pin(folder).identity == pinned.identity:  # a replacement folder may have another holder
                 (folder / HOLDER).unlink(missing_ok=True)
@@ -66,26 +143,23 @@ def remove_stale_holder(folder: Path) -> None:
 
 
 def _acquire(folder: Path) -> FileLock:
+    """Create and lock a folder. The names of new folders are durable."""
     try:
-        _create(folder)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            fsync_folder(path.parent)
         _check_lock(folder / LOCK)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4)
     except Timeout:
         holder = _read_holder(folder)
-        raise LockedError(f"{folder} is held by another run ({holder}); run again when it has ended") from None
+        message = f"{folder} is locked by another run ({holder}); run again when that run has ended"
+        raise LockedError(message) from None
     except OSError as error:
         error_class = SettingsError if error.errno in _USAGE_ERRORS else StorageError
         raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
     return lock
-
-
-def _create(folder: Path) -> None:
-    """Create a folder and missing parents, and fsync their names. Raises OSError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        fsync_folder(path.parent)
 
 
 def _check_lock(path: Path) -> None:
@@ -101,8 +175,8 @@ def _check_lock(path: Path) -> None:
         fault = f"{path} cannot be locked: {error.strerror}"
         if error.errno in (errno.ENOLCK, errno.EIO):
             raise StorageError(
-                f"{fault}; see that the lock service of its file system runs (NFS: rpc.statd), or give an --out on a"
-                " local disk"
+                f"{fault}; check that the lock service of its file system is running (NFS: rpc.statd), or give an"
+                " --out on a local disk"
             ) from error
         raise SettingsError(
             f"{fault}; mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock), or"
@@ -111,7 +185,7 @@ def _check_lock(path: Path) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock file. It only needs to be readable. Raises OSError."""
+    """Return whether a process holds a lock file. Read access is sufficient. Raises OSError."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -156,11 +230,6 @@ def _storage_errors(folder: Path) -> Iterator[None]:
         if any(Path(name).is_relative_to(folder) for name in names):
             raise StorageError(f"cannot write {names[-1]}: {error.strerror}") from error
         raise
-
-
-def _write_holder(folder: Path) -> None:
-    with atomic_write(folder / HOLDER, flush=False, parents=False) as temporary:
-        temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {utc_now():%Y-%m-%d %H:%M:%S} UTC")
 
 
 def _read_holder(folder: Path) -> str:

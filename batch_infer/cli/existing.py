@@ -1,0 +1,147 @@
+"""Commands on an existing OUT that do not render: `batch-infer status`, `merge` and `rescore`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batch_infer.cli.logs import log
+from batch_infer.cli.options import (
+    command,
+    json_option,
+    moved_tables_argument,
+    on_flagged_option,
+    option,
+    out_argument,
+    results_options,
+)
+from batch_infer.cli.report import (
+    ROWS_FAILED,
+    format_count,
+    format_counts,
+    format_duration,
+    format_results,
+    print_result,
+    stoppable,
+)
+from batch_infer.cli.settings import make_safety_settings
+from batch_infer.settings import ResultsFormat
+
+if TYPE_CHECKING:
+    from batch_infer.jobs import Counts, RescoreCounts, RunStatus
+
+
+@command(out_argument, json_option)
+def status(*, out: Path, as_json: bool, quiet: bool) -> int:
+    """Show the progress of the run in OUT, whether it is running, stopped or finished.
+
+    Counts the results by status and the results still to come: a row has one result per image. Rows that a killed run
+    committed count as done.
+
+    Exit codes: 0; 2 if OUT holds no run. With -q only this error is printed.
+    """
+    from batch_infer.jobs import read_status
+
+    run_status = read_status(out)
+    if not quiet:
+        print_result(_status_lines(run_status, out), run_status.as_dict() if as_json else None)
+    return 0
+
+
+def _status_lines(run: RunStatus, out: Path) -> Iterator[str]:
+    holder = f" by {run.holder}" if run.holder else ""
+    yield f"{out}: {run.state}{holder}, started {run.started_at[:16]} UTC"
+    counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
+    if run.remaining is not None:
+        counts.append(f"{run.remaining:,} left")
+    elif run.state == "open":
+        counts.append("total unknown (Azure ML endpoint output)")
+    else:
+        counts.append("the tables are being scanned" if run.holder else "total unknown")
+    yield " · ".join(counts)
+    if run.images_per_second and run.seconds_left is not None:
+        yield f"{run.images_per_second:.2f} images/s, about {format_duration(run.seconds_left)} left"
+    if run.is_stale:
+        yield f"results.* are out of date: run `batch-infer merge {out}` to update them"
+    if run.state == "stopped":
+        yield "run the same command again to continue"
+    if run.state == "unknown":
+        yield f"{out / '.lock'} cannot be read (permission denied), so it is unknown whether a run is active"
+    if run.state == "rescoring" and not run.holder:
+        yield "its images are being checked again: run the same `batch-infer rescore` to continue"
+
+
+@command(out_argument, *results_options, json_option)
+def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool) -> int:
+    """Write OUT/results.* from OUT's manifest.
+
+    The results are in table order. `run` merges at its end; use merge after a run was killed, and for the output of a
+    batch endpoint. Only rows of the tables that run.json names are merged; if these tables cannot be read, all rows
+    of the manifest are. Writes the formats of the run and those of --results.
+
+    Exit codes: 0; 2 if OUT holds no run; 75 if another command works in OUT, or interrupted.
+    """
+    with stoppable(hint="results.* are as they were. Run the same command again"):
+        from batch_infer.jobs import merge_results
+
+        counts, formats = merge_results(out, results, base64=base64)
+    if not quiet:
+        lines = [format_counts(counts), format_results(out, formats)]
+        if counts.remaining:
+            lines.append(f"{counts.remaining:,} left: run again to continue")
+        print_result(lines, counts.as_dict() if as_json else None)
+    return 0
+
+
+@command(
+    out_argument,
+    moved_tables_argument,
+    option(
+        "--safety",
+        type=click.Choice(["checker", "azure", "checker,azure"]),
+        required=True,
+        help="Check with the model's own checker, with Azure AI Content Safety, or with both.",
+    ),
+    on_flagged_option,
+    json_option,
+)
+def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+    """Check the stored images of OUT again, without rendering.
+
+    Use it to change the checker, its thresholds or --on-flagged; `run` with the same --safety continues from there.
+    blank, blur and drop destroy the originals of flagged images; a warning says so first. The service checks prompts
+    too: an image is flagged if the service refuses its prompt. A flagged image that was blanked, blurred or dropped
+    cannot be checked again: it stays flagged, its error says so, and `retry --status flagged` renders it. An image
+    fails if it is missing or damaged, or if the checker does not answer; `run` then renders it, and also prompts that
+    are no longer blocked. No image is lost if rescore is killed: run the same command again to continue.
+
+    Exit codes: 0; 2 usage or settings; 3 if images failed; 75 stopped, or the service is down: run again to continue.
+    """
+
+    def log_progress(result: RescoreCounts) -> None:
+        log.debug("%s checked", format_count(result.checked, "image"))
+
+    with stoppable() as stop:
+        from batch_infer.jobs import rescore_images
+
+        safety = make_safety_settings({**options, "require_safety": True})
+        result, counts = rescore_images(out, tables, safety, log_progress, stop)
+    code = ROWS_FAILED if result.failed else 0
+    if code or not quiet:
+        data = {**result.as_dict(), "counts": counts.as_dict()} if as_json else None
+        print_result(_rescore_lines(result, counts), data)
+    return code
+
+
+def _rescore_lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
+    yield f"{format_count(result.checked, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
+    if result.unchecked:
+        yield f"{result.unchecked:,} flagged earlier cannot be checked again: their images were not kept"
+    if result.failed:
+        yield f"{result.failed:,} failed: `batch-infer run` renders them"
+    yield format_counts(counts)
+    if counts.remaining:
+        yield f"{counts.remaining:,} left: `batch-infer run` renders them"
