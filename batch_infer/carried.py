@@ -183,12 +183,11 @@ def _temporal_text(value: int, dtype: pa.DataType) -> str:
     return f"{text}Z" if has_zone else text
 
 
-def find_common_type(
-    dtypes: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None
-) -> pa.DataType:
+def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] | None = None) -> pa.DataType:
     """Return a type that represents every value of all these result types, text if no other type does.
 
-    Whether 64-bit integers and floats share a type depends on their values in `arrays`. Without it, they become text.
+    Whether 64-bit integers and floats share a type depends on their values in `arrays`, which are only read if needed.
+    Without `arrays`, they become text.
     """
     distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
@@ -205,7 +204,7 @@ def find_common_type(
         return pa.int64()
     if not distinct & {pa.int64(), pa.uint64()}:
         return pa.float64()
-    return _find_lossless_type(arrays()) if arrays else pa.string()
+    return pa.string() if arrays is None else _find_lossless_type(arrays)
 
 
 def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:

@@ -58,9 +58,6 @@ class TableFile:
     is_named: bool = True
     url: str = field(default="", repr=False)
 
-    def default_id(self, row: int) -> str:
-        return make_default_id(self.stem, row)
-
 
 def make_default_id(stem: str, row: int) -> str:
     """Return the id of a row without an id cell."""

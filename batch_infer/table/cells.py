@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -156,17 +155,13 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
         dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
-        dtype = find_common_type(dtypes.values(), partial(_read_arrays, sources))
+        # Values are only read for numbers, so never for a column in a path, which is text.
+        arrays = (array for table, column in sources for array in table.reader.read_arrays(column))
+        dtype = find_common_type(dtypes.values(), arrays)
         fields.append((name, dtype))
         if pa.types.is_string(dtype):
             warnings += _warn_about_text(name, dtypes)
     return pa.schema(fields), warnings
-
-
-def _read_arrays(sources: Iterable[tuple[OpenTable, str]]) -> Iterator[pa.Array]:
-    """Yield all values of a column. It is in no path, since the type of text does not depend on its values."""
-    for table, column in sources:
-        yield from table.reader.read_arrays(column)
 
 
 def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[str]:
@@ -207,16 +202,16 @@ def _match_near(missing: list[str], names: Iterable[str]) -> Iterator[tuple[str,
         target = _normalize(field)
         matches = [name for name, key in keys.items() if key == target or key in SYNONYMS.get(field, ())]
         if not matches and len(target) >= MIN_FUZZY_LENGTH:
-            matches = [name for name, key in keys.items() if _is_similar(key, target)]
+            matches = [
+                name
+                for name, key in keys.items()
+                if len(key) >= MIN_FUZZY_LENGTH
+                and key[0] == target[0]
+                and difflib.SequenceMatcher(None, key, target).ratio() >= MIN_SIMILARITY
+            ]
         if matches:
             yield field, matches[0]
 
 
 def _normalize(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
-
-
-def _is_similar(key: str, target: str) -> bool:
-    if len(key) < MIN_FUZZY_LENGTH or key[0] != target[0]:
-        return False
-    return difflib.SequenceMatcher(None, key, target).ratio() >= MIN_SIMILARITY

@@ -143,10 +143,7 @@ class DelimitedReader(Reader):
         An unclosed quote swallows the rows below it, so the next row starts at the first line that is a complete row.
         (In a one-column table every line is a complete row, so this is only called for an unclosed quote.)
         """
-        for index in range(1, len(lines)):
-            if self._is_row(lines[index]):
-                return len(lines) - index
-        return 0
+        return next((len(lines) - index for index in range(1, len(lines)) if self._is_row(lines[index])), 0)
 
     def _is_row(self, line: str) -> bool:
         """Return whether a line is a complete row."""

@@ -48,13 +48,6 @@ def _is_empty(field: str, value: Any) -> bool:
     return value in ("", b"") or (isinstance(value, float) and math.isnan(value))
 
 
-def _parse_prompt(field: str, value: Any, sizes: SizeRules) -> str:
-    text = _parse_text(field, value, sizes)
-    if not text.strip():
-        raise RowError("the prompt is empty")
-    return text
-
-
 def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
     if isinstance(value, bytes):
         try:
@@ -65,6 +58,8 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
         raise RowError(f"{field} {format_value(value)} is not text but {type(value).__name__}")
     if "\0" in value:
         raise RowError(f"{field} holds a NUL byte")
+    if field == "prompt" and not value.strip():
+        raise RowError("the prompt is empty")
     return value
 
 
@@ -127,7 +122,7 @@ def format_value(value: Any) -> str:
 
 
 PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
-    "prompt": _parse_prompt,
+    "prompt": _parse_text,
     "negative_prompt": _parse_text,
     "seed": lambda field, value, sizes: _parse_integer(field, value, 0, MAX_SEED),
     "num_images_per_prompt": lambda field, value, sizes: _parse_integer(field, value, 1, MAX_IMAGES),

@@ -178,7 +178,9 @@ class _LocalFolder:
     def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
         self._user_path, self._folder, self._ignored = user_path, folder / user_path, ignored
         self._unreadable: list[OSError] = []
-        self._filter = TableFilter(replace_surrogates(argument), self._is_file, self._get_name, ignored)
+        self._filter = TableFilter(
+            replace_surrogates(argument), lambda path: (self._folder / path).is_file(), self._get_name, ignored
+        )
 
     def walk(self) -> list[TableFile]:
         """Return all tables below the folder."""
@@ -238,9 +240,6 @@ class _LocalFolder:
             raise_storage_error(error, name)
             files.append(_make_unreadable(self._folder, name, get_stem(name), format_error(error)))
         return files
-
-    def _is_file(self, relative: str) -> bool:
-        return (self._folder / relative).is_file()
 
     def _get_name(self, relative: str) -> str:
         return replace_surrogates((self._user_path / relative).as_posix()) + ("/" if relative.endswith("/") else "")

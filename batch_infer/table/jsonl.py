@@ -95,18 +95,13 @@ def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
     """Add the flags of a row's values to `columns`, except for invalid names, which `_check_row` rejects."""
     for name, value in cells.items():
         flags = _FLAGS.get(value.__class__)
-        if flags is None:
-            flags = _get_number_flags(value)
+        if flags is None:  # an integer or Decimal
+            is_int64 = value.__class__ is int and -(2**63) <= value < 2**63
+            flags = _TEXT if not is_int64 else _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
         if name in columns:
             columns[name] |= flags
         elif len(columns) < MAX_COLUMNS and is_utf8(name):
             columns[name] = flags
-
-
-def _get_number_flags(value: Any) -> int:
-    if value.__class__ is not int or not -(2**63) <= value < 2**63:  # a Decimal, or a larger integer
-        return _TEXT
-    return _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
 
 
 def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:

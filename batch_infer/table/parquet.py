@@ -153,20 +153,15 @@ def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
 
 def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
     """Yield the rows of a batch. Rows that are too long are not converted to Python values."""
-    start = 0
-    for index in _find_long_rows(batch):
+    start, long_rows = 0, []
+    if batch.nbytes > MAX_ROW_SIZE:
+        sizes = reduce(pc.add, map(_measure_cells, batch.columns))
+        long_rows = pc.indices_nonzero(pc.greater(sizes, MAX_ROW_SIZE)).to_pylist()
+    for index in long_rows:
         yield from _convert_rows(batch.slice(start, index - start), row_number + start)
         yield RawRow(row_number + index, {}, f"the row has more than {MAX_ROW_SIZE} bytes")
         start = index + 1
     yield from _convert_rows(batch.slice(start), row_number + start)
-
-
-def _find_long_rows(batch: pa.RecordBatch) -> list[int]:
-    """Return the indices of rows with more than MAX_ROW_SIZE bytes."""
-    if batch.nbytes <= MAX_ROW_SIZE:
-        return []
-    total = reduce(pc.add, map(_measure_cells, batch.columns))
-    return list(pc.indices_nonzero(pc.greater(total, MAX_ROW_SIZE)).to_pylist())
 
 
 def _measure_cells(column: pa.Array) -> pa.Array:

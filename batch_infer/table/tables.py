@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -13,7 +12,16 @@ from pathlib import Path
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import IdSource, TableSettings
-from batch_infer.table.base import BLANK_ROW, ID_DIGITS, NoticeCounts, RawRow, Scratch, TableFile, replace_surrogates
+from batch_infer.table.base import (
+    BLANK_ROW,
+    ID_DIGITS,
+    NoticeCounts,
+    RawRow,
+    Scratch,
+    TableFile,
+    make_default_id,
+    replace_surrogates,
+)
 from batch_infer.table.cells import CellReader, OpenTable, find_near_fields, make_carried_schema
 from batch_infer.table.columns import describe_renamed, map_fields
 from batch_infer.table.files import find_files, number_names
@@ -207,7 +215,7 @@ class Tables:
     def _read_all(self, ids: Ids, notices: NoticeCounts) -> Iterator[tuple[RowCells, str | None]]:
         for table in self._tables:
             if isinstance(table, TableFile):
-                name = ids.reserve_unique(table.default_id(0), table.name)
+                name = ids.reserve_unique(make_default_id(table.stem, 0), table.name)
                 yield RowCells(name, Source(table.name, 0), {}, {}), table.error
                 continue
             reader = CellReader(table, self.carried)
@@ -226,7 +234,7 @@ class Tables:
         if name is None and self._settings.id_from == "content":
             name = ids.reserve_numbered(reader.digest(fields, row), file.name)
         elif name is None:
-            name = ids.reserve_unique(file.default_id(row.number), file.name)
+            name = ids.reserve_unique(make_default_id(file.stem, row.number), file.name)
         source = Source(file.name, row.number, row.line)
         stem_collides = bool(self._colliding) and source.stem in self._colliding
         cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
@@ -247,19 +255,21 @@ def _describe_overlaps(tables: Iterable[OpenTable]) -> list[str]:
 
 def _reject_equal_ids(tables: list[OpenTable]) -> None:
     """Raise TableError if rows of two files would have the same default ids."""
-    count = Counter(table.file.stem for table in tables)
+    names: dict[str, list[str]] = {}
     for table in tables:
-        if count[table.file.stem] > 1 and "id" not in table.fields:
-            names = [other.file.name for other in tables if other.file.stem == table.file.stem]
-            message = f"{' and '.join(names)} would give their rows the same ids ({table.file.default_id(0)}, ...): "
-            if any(name.rpartition("#")[0] in names for name in names):
-                message += (
-                    "add an id column, use --id-from content, or save one under another name (#2 is a URL that differs "
-                    "only in parts that may be secret and are not shown)"
-                )
-            else:
-                message += "rename one, name the folder that holds them, or add an id column"
-            raise TableError(message)
+        names.setdefault(table.file.stem, []).append(table.file.name)
+    for table in tables:
+        same = names[table.file.stem]
+        if len(same) < 2 or "id" in table.fields:
+            continue
+        default_id = make_default_id(table.file.stem, 0)
+        message = f"{' and '.join(same)} would give their rows the same ids ({default_id}, ...): "
+        if any(name.rpartition("#")[0] in same for name in same):
+            raise TableError(
+                f"{message}add an id column, use --id-from content, or save one under another name (#2 is a URL that "
+                "differs only in parts that may be secret and are not shown)"
+            )
+        raise TableError(f"{message}rename one, name the folder that holds them, or add an id column")
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
