@@ -62,7 +62,7 @@ def number_names(files: Iterable[TableFile]) -> list[TableFile]:
 
 
 def _identity(file: TableFile) -> str | Path:
-    """Return the complete URL or path of a file, which is the same for all arguments that match the file."""
+    """Return the complete URL or path of a file, which does not depend on the argument that matches it."""
     if file.url:
         return file.url
     return file.path.resolve() if file.error is None and file.origin == "file" else file.name
@@ -72,7 +72,7 @@ def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles
     name = replace_surrogates(redact_url(argument))
     try:
         if argument == STDIN:
-            return [_spool(scratch)]
+            return [_copy_stdin(scratch)]
         if get_protocol(argument) and not (folder / argument).exists():
             return _find_remote(argument, name, scratch, ignored)
         return _find_local(argument, folder, ignored)
@@ -85,8 +85,8 @@ def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles
     return [TableFile(folder, name, get_stem(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
 
 
-def _spool(scratch: Scratch) -> TableFile:
-    """Copy standard input to a file, since tables are read more than once. Raises TableError and StorageError."""
+def _copy_stdin(scratch: Scratch) -> TableFile:
+    """Copy standard input to a file, since tables are read repeatedly. Raises TableError and StorageError."""
     if sys.stdin is None or sys.stdin.closed:
         raise TableError("-: there is no standard input to read")
     if sys.stdin.isatty():
@@ -114,8 +114,8 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
 def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
     """Download the tables behind a URL.
 
-    Raises TableError if the URL contains no table, ServiceError if a service does not answer, StorageError if the
-    temporary folder is full.
+    Raises TableError if it has no table, ServiceError if a service does not answer, StorageError if the temporary
+    folder is full.
     """
     from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
 
@@ -187,7 +187,7 @@ class _LocalFolder:
         return self._choose(self._files_in("."))
 
     def match(self, pattern: str) -> list[TableFile]:
-        """Return the tables that match a glob, and the tables below folders that match it."""
+        """Return the tables that match a glob, and those below folders that match it."""
         self._record_unreadable(pattern)
         matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
         files = [relative for relative, is_folder in matches.items() if not is_folder]
@@ -197,7 +197,7 @@ class _LocalFolder:
         return self._choose(dict.fromkeys(files))
 
     def _record_unreadable(self, pattern: str) -> None:
-        """Record unreadable folders along a glob's path, which pathlib skips silently."""
+        """Record unreadable folders on the path of a glob, which pathlib skips silently."""
         parts = pattern.split("/")
         for count in range(1, len(parts)):
             for path in self._folder.glob("/".join(parts[:count])):

@@ -98,7 +98,7 @@ def detect_format(file: TableFile) -> TableFile:
             lines = (line.strip() for line in iter(lambda: content.readline(MAX_ROW_SIZE), b""))
             nonblank = (line for line in lines if line)
             return replace(file, format=_detect_text_format(next(nonblank, b""), next(nonblank, b"")))
-    except OSError:  # the compressed data is damaged at the start, which opening the table reports
+    except OSError:  # the compressed data is damaged at the start, which `open_reader` reports
         return replace(file, format=".csv")
 
 

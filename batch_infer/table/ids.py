@@ -1,4 +1,4 @@
-"""Assign unique row ids, tracked on disk so that memory does not grow with the table."""
+"""Assign unique row ids. They are tracked on disk, so that memory does not grow with the table."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Ids:
     def collides(self, name: str) -> bool:
         """Return whether an id differs from an earlier one only by case.
 
-        If other tables are read elsewhere, only ids of the same file count: the files that are read together may change
-        between runs, but the name of a row's image must not.
+        In a shared folder, only ids of the same file count: the files that are read together may change between runs,
+        but the name of a row's image must not.
         """
         if not self._has_collisions:
             return False
@@ -89,13 +89,13 @@ def _get_key(name: str) -> tuple[str, str]:
 
 
 def find_colliding_stems(stems: Iterable[str]) -> frozenset[str]:
-    """Return the stems that differ from an earlier one only by case."""
+    """Return the stems that differ from an earlier stem only by case."""
     first: dict[str, str] = {}
     return frozenset(stem for stem in stems if first.setdefault(stem.lower(), stem) != stem)
 
 
 def assign_stems(names: Iterable[str]) -> dict[str, str]:
-    """Return a unique stem for each file of a folder. Tables come first, then names in order."""
+    """Return a unique stem for each file of a folder. If files share a stem, the first table by name gets it."""
     ordered = sorted(names, key=lambda name: (parse_name(name) is None, name))
     owners: dict[str, str] = {}
     for name in ordered:

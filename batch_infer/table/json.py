@@ -50,7 +50,7 @@ class DocumentFormat:
 
 
 def parse_payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names in a payload's `columns`. Raises RowError for too many or duplicate names."""
+    """Return the names in a payload's `columns`. Raises RowError for too many names or duplicates."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
     if duplicates := [name for name, count in Counter(map(str, values)).items() if count > 1]:
@@ -105,7 +105,7 @@ def _is_json_lines(file: TableFile, prompt_column: str) -> bool:
 
 
 def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, dict[str, str]]:
-    """Return the format of a document, and a map from renamed columns to their names in the document."""
+    """Return the format of a document, and the original names of renamed columns."""
     with open_bytes(file) as stream:
         scanner = Scanner(stream)
         match scanner.peek():
@@ -137,7 +137,7 @@ def _read_payload_format(
                     has_rows = has_rows or (key == "data" and character == "[")
                     scanner.skip_value()
     except OSError as exc:
-        error = format_error(exc)  # the rows before the damage can be read once the columns are known
+        error = format_error(exc)  # if the columns are known, the rows before the damage can be read
     except RowError as exc:
         raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
     if not has_rows or (error and not document.columns):

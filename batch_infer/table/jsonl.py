@@ -73,9 +73,9 @@ def open_objects(
     columns: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> JsonReader:
-    """Return a reader of the rows from `read`, after one pass to find their columns and types.
+    """Return a reader of the rows from `read`, after one pass that finds their columns and types.
 
-    `columns` come first, even if no row has them. Raises TableError if no row can be read.
+    The file has `columns` even if no row does. Raises TableError if no row can be read.
     """
     flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
@@ -173,7 +173,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a request's cells under our column names, and an error message if its size is invalid."""
+    """Return a request's cells by our column names, and an error message if its size is invalid."""
     if not _is_batch_request(line):
         raise RowError("has no custom_id and body, as the first line has")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
@@ -191,9 +191,9 @@ def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | Non
 
 
 def parse_exact_float(text: str) -> float | int | Decimal | JsonNumber:
-    """Parse a JSON number with a point or an exponent without rounding, to a float if possible.
+    """Parse a JSON number with a point or exponent without rounding, to a float if possible.
 
-    A float is exact if it prints as the same number, as 0.1 does. A number with an exponent beyond Decimal stays text.
+    A float is exact if it prints as the same number, like 0.1. A number with an exponent beyond Decimal stays text.
     """
     value = float(text)
     is_plain = "e" not in text.lower()

@@ -103,7 +103,7 @@ def make_requests(
 ) -> Iterator[PromptRequest | ResultRow]:
     """Yield one request for each image of a row, or a single invalid result.
 
-    A row with a finished image stays valid even if its texts or carried cells are too large, since earlier versions had
+    A row with a final result stays valid even if its texts or carried cells are too large, since earlier versions had
     no size limits.
     """
     errors: list[str] = []

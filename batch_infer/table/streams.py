@@ -1,4 +1,4 @@
-"""Read the bytes or lines of a file, with streaming decompression."""
+"""Read the bytes or lines of a file, and decompress them while reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parse paths and URLs, and remove parts that may be secret."""
+"""Parse paths and URLs, and redact parts that may be secret."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from urllib.parse import unquote
 from batch_infer.table.base import replace_surrogates
 
 URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-LINK = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
-HTTP = frozenset({"http", "https"})
+URL_PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
+HTTP_PROTOCOLS = frozenset({"http", "https"})
 PUBLIC_USERS = frozenset(
     {
         *("abfs", "abfss", "wasb", "wasbs"),  # CONTAINER@ACCOUNT
         *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
     }
 )
-"""Protocols in which a name before @ is not secret if it has no password."""
+"""Protocols in which a user without a password is not secret."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
-"""Matches the query in protocols other than HTTP, where a bare ? is part of a glob."""
+"""Matches the query in protocols other than HTTP, in which a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -30,7 +30,7 @@ def get_protocol(argument: str) -> str | None:
 
 
 def is_http(argument: str) -> bool:
-    return get_protocol(argument) in HTTP
+    return get_protocol(argument) in HTTP_PROTOCOLS
 
 
 def redact_url(argument: str) -> str:
@@ -51,7 +51,7 @@ def redact_urls(text: str) -> str:
 
 
 def _redact_link(link: str) -> str:
-    match = LINK.fullmatch(link)
+    match = URL_PARTS.fullmatch(link)
     if match is None:
         return link
     scheme, user, rest = match["scheme"], match["user"], match["rest"]
