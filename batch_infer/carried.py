@@ -29,9 +29,9 @@ def to_result_type(dtype: pa.DataType) -> pa.DataType:
     """
     if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
         return dtype  # skip the trial: an array of Python values imports pandas, which takes a third of a second
-    candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _result_leaf)
+    candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _to_result_leaf)
     try:
-        plain = _plain_type(candidate)
+        plain = _to_plain_type(candidate)
         _cast(pa.nulls(1, candidate), plain)
         _from_plain(pa.nulls(1, plain), candidate)
         pa.array([None], candidate).take(pa.array([0]))
@@ -57,14 +57,14 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     dtype = to_result_type(array.type)
     if types.is_string(dtype) and not _is_text(array.type):
         return [str(value) if value.is_valid else None for value in array]
-    return list(_cast(_cast(array, dtype), _plain_type(dtype)).to_pylist())
+    return list(_cast(_cast(array, dtype), _to_plain_type(dtype)).to_pylist())
 
 
 def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
     """Return an array of a result type from plain values or Python's own types such as datetime."""
     values = list(values)
     try:
-        return _from_plain(pa.array(values, _plain_type(dtype)), dtype)
+        return _from_plain(pa.array(values, _to_plain_type(dtype)), dtype)
     except (ValueError, TypeError):
         return pa.array(values, dtype)
 
@@ -72,7 +72,7 @@ def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
     """Return a function from plain values to Python's own types such as datetime, None if they are the same."""
     result = to_result_type(dtype)
-    if _plain_type(result) == result:
+    if _to_plain_type(result) == result:
         return None
 
     def read(value: Any) -> Any:
@@ -105,7 +105,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
         elif cls is list or cls is tuple:
             total += estimate_bytes(value)
         elif cls is dict:
-            total += estimate_bytes(value) + estimate_bytes(value.keys())
+            total += estimate_bytes(value.keys()) + estimate_bytes(value.values())
         else:
             total += 8
     return total
@@ -125,21 +125,21 @@ def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
     """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs in JSON."""
     value = _to_json_value(value, dtype)
     if isinstance(value, (bool, list, dict)):
-        return _json_text(value)
+        return _format_json(value)
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _json_text(value: Any) -> str:
+def _format_json(value: Any) -> str:
     """Return JSON with all digits of every number, since json.dumps cannot write a Decimal as a number."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:
         pass
     if isinstance(value, dict):
-        members = (f"{json.dumps(key, ensure_ascii=False)}: {_json_text(item)}" for key, item in value.items())
+        members = (f"{json.dumps(key, ensure_ascii=False)}: {_format_json(item)}" for key, item in value.items())
         return f"{{{', '.join(members)}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_json_text, value))}]"
+        return f"[{', '.join(map(_format_json, value))}]"
     is_number = isinstance(value, (Decimal, JsonNumber))
     return str(value) if is_number else json.dumps(str(value), ensure_ascii=False)
 
@@ -153,7 +153,7 @@ def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
     if isinstance(dtype, pa.BaseExtensionType):
         return _EXTENSIONS.get(dtype.extension_name, partial(_to_json_value, dtype=dtype.storage_type))(value)
     if types.is_temporal(dtype):
-        return _temporal_text(value, dtype)
+        return _format_temporal(value, dtype)
     if types.is_map(dtype):
         return [[_to_json_value(key, dtype.key_type), _to_json_value(item, dtype.item_type)] for key, item in value]
     if types.is_struct(dtype):
@@ -170,7 +170,7 @@ _EXTENSIONS: dict[str, Convert] = {
 """Converters for extension types whose values differ from their storage values."""
 
 
-def _temporal_text(value: int, dtype: pa.DataType) -> str:
+def _format_temporal(value: int, dtype: pa.DataType) -> str:
     """Convert the integer of a date, time or duration to text, and a timestamp with a time zone to UTC."""
     if types.is_duration(dtype):
         return f"{value} {dtype.unit}"
@@ -274,18 +274,18 @@ def _convert_leaves(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.Data
     return convert_items(dtype, lambda item: _convert_leaves(item, convert))
 
 
-def _result_leaf(dtype: pa.DataType) -> pa.DataType:
+def _to_result_leaf(dtype: pa.DataType) -> pa.DataType:
     if _is_text(dtype):
         return pa.string()
     return pa.binary() if types.is_binary_view(dtype) else dtype
 
 
-def _plain_type(dtype: pa.DataType) -> pa.DataType:
+def _to_plain_type(dtype: pa.DataType) -> pa.DataType:
     """Return the type of the plain values of a result type."""
-    return _convert_leaves(dtype, _plain_leaf)
+    return _convert_leaves(dtype, _to_plain_leaf)
 
 
-def _plain_leaf(dtype: pa.DataType) -> pa.DataType:
+def _to_plain_leaf(dtype: pa.DataType) -> pa.DataType:
     if types.is_date32(dtype) or types.is_time32(dtype):
         return pa.int32()
     if types.is_temporal(dtype) and not types.is_interval(dtype):

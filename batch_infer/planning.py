@@ -91,7 +91,7 @@ def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | 
     time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
-        for size, group in groupby(sorted(window, key=_sort_key), key=_size):
+        for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
             rows = list(group)
             if get_slots is not None and len(rows) <= MAX_BALANCED_ROWS:
                 rows = _balance(rows, get_slots(size) // 2)
@@ -112,16 +112,16 @@ def split_batches(items: Iterable[Row], count: int, size: int) -> Iterator[list[
         yield batch
 
 
-def _size(request: PromptRequest) -> tuple[int, int]:
+def _get_size(request: PromptRequest) -> tuple[int, int]:
     return request.params.height, request.params.width
 
 
-def _sort_key(request: PromptRequest) -> tuple[object, ...]:
+def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
     longest_first = -params.num_inference_steps, not params.uses_guidance
     # Rows with equal settings are adjacent: a pipeline's own __call__ renders them together.
     settings = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
-    return *_size(request), *longest_first, *settings, request.id, request.image_index
+    return *_get_size(request), *longest_first, *settings, request.id, request.image_index
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
@@ -134,8 +134,8 @@ def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     single = [row for row in rows if not row.params.uses_guidance]
     pieces = [[row] for row in rows if row.params.uses_guidance]
     pieces += [single[index : index + 2] for index in range(0, len(single), 2)]
-    pieces.sort(key=_steps, reverse=True)
-    total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
+    pieces.sort(key=_get_steps, reverse=True)
+    total, longest = sum(map(_get_steps, pieces)), _get_steps(pieces[0])
     low, high = max(-(-total // lane_count), longest), 2 * total // lane_count + longest
     while low < high:
         length = (low + high) // 2
@@ -145,7 +145,7 @@ def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     return [row for index in order for row in pieces[index]]
 
 
-def _steps(piece: list[PromptRequest]) -> int:
+def _get_steps(piece: list[PromptRequest]) -> int:
     return piece[0].params.num_inference_steps
 
 
@@ -153,7 +153,7 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
     """Assign each piece to the first lane with room. Return the start of each piece, or None if no lane has room."""
     lane_ends, starts = [0] * lane_count, []
     for piece in pieces:
-        steps = _steps(piece)
+        steps = _get_steps(piece)
         lane = next((lane for lane, end in enumerate(lane_ends) if end + steps <= length), None)
         if lane is None:
             return None
@@ -193,7 +193,7 @@ class StepBatchingEstimator:
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
-        size = _size(request)
+        size = _get_size(request)
         if self._current is None or self._current[0] != size:
             self.close()
             self._free = self._get_slots(size)
@@ -230,7 +230,7 @@ class PipelineBatchingEstimator:
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
-        size, needed = _size(request), request.params.slots
+        size, needed = _get_size(request), request.params.slots
         if size not in self.costs:
             self.costs[size] = SizeCost(self._get_slots(size))
         cost = self.costs[size]

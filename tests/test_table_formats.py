@@ -1017,6 +1017,12 @@ def test_cells_have_a_size_limit(suffix: str, text: str) -> None:
     assert isinstance(good, PromptRequest)
 
 
+def test_values_within_a_nested_cell_count_towards_its_size() -> None:
+    (row,) = read(write("t.jsonl", in_format("jsonl", [{"prompt": "x", "tag": {"key": ["y" * 2_000_000]}}])))
+    assert row.carried == {"tag": None}
+    assert errors_of([row]) == ["the row's carried cells exceed 1048576 bytes in total: dropped 'tag' of 2000003 bytes"]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_with_too_many_columns_is_refused(suffix: str) -> None:
     table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))

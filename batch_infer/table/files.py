@@ -36,7 +36,7 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            identity = _identity(file)
+            identity = _get_identity(file)
             first = files.setdefault(identity, file)
             if file.is_named and not first.is_named:
                 files[identity] = replace(first, is_named=True)
@@ -61,7 +61,7 @@ def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     return numbered
 
 
-def _identity(file: TableFile) -> str | Path:
+def _get_identity(file: TableFile) -> str | Path:
     """Return the complete URL or path of a file, which does not depend on the argument that matches it."""
     if file.url:
         return file.url
@@ -184,7 +184,7 @@ class _LocalFolder:
 
     def walk(self) -> list[TableFile]:
         """Return all tables below the folder."""
-        return self._choose(self._files_in("."))
+        return self._choose(self._walk_files("."))
 
     def match(self, pattern: str) -> list[TableFile]:
         """Return the tables that match a glob, and those below folders that match it."""
@@ -193,7 +193,7 @@ class _LocalFolder:
         files = [relative for relative, is_folder in matches.items() if not is_folder]
         for relative in find_outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
             if relative == "." or self._should_list(relative):
-                files += self._files_in(relative)
+                files += self._walk_files(relative)
         return self._choose(dict.fromkeys(files))
 
     def _record_unreadable(self, pattern: str) -> None:
@@ -208,7 +208,7 @@ class _LocalFolder:
                     except PermissionError as error:
                         self._unreadable.append(error)
 
-    def _files_in(self, relative: str) -> Iterator[str]:
+    def _walk_files(self, relative: str) -> Iterator[str]:
         """Yield the files at any depth below a folder."""
         for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             parent = Path(path).relative_to(self._folder)

@@ -28,12 +28,10 @@ EXTRAS = {
     **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
 }
 """The package that fsspec needs for each protocol, and the extra of batch-infer that installs it."""
-CLIENTS = frozenset(
-    {
-        *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub"),
-        *("paramiko", "requests", "smbprotocol", "urllib3"),
-    }
-)
+CLIENTS = {
+    *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub", "paramiko"),
+    *("requests", "smbprotocol", "urllib3"),
+}
 """Client packages of services. fsspec does not translate their errors, many of which are not OSErrors."""
 ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
 """Names of client errors, without an HTTP status, for requests that a service refuses."""

@@ -8,30 +8,26 @@ from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from glob import has_magic
 from pathlib import PurePosixPath
-from typing import Literal
 
 from batch_infer.errors import TableError
 from batch_infer.table.formats import TABLE_SUFFIXES, parse_name
 
-Reason = Literal["name", "ending", "run", "link"]
-
-RESULTS = frozenset(
-    {
-        *("run.json", "results.parquet", "results.csv", "results.jsonl"),
-        *("manifest", "images", "quarantine", "logs", "gallery"),
-    }
-)
+RESULTS = {
+    *("run.json", "results.parquet", "results.csv", "results.jsonl"),
+    *("manifest", "images", "quarantine", "logs", "gallery"),
+}
 """Names in OUT of tables and of folders with tables."""
 _DOCUMENTATION = re.compile(
     r"(README|LICEN[CS]E|CHANGELOG).*|(?i:readme|licen[cs]e|changelog)(\..*)?|.*\.(?i:crc)", re.DOTALL
 )
 """Matches names of data set documentation, and of Hadoop's checksums."""
-_REASONS: dict[str, str] = {
+REASONS = {
     "name": "for their names",
     "ending": "for their endings",
     "run": "as output of an earlier run",
     "link": "as links to folders",
 }
+"""Reasons why files are ignored, and their text in a message."""
 MAX_SIMILAR, MAX_SHOWN = 3, 8
 """Maximum number of similar files to list separately, and of entries per reason in a message."""
 
@@ -43,7 +39,7 @@ def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)
 
 
-class IgnoredFiles(dict[str, Reason]):
+class IgnoredFiles(dict[str, str]):
     """Files in folders and globs that are not read, with reasons. Keys are displayed names. Folders end in /."""
 
     def group(self) -> dict[str, dict[str, int]]:
@@ -51,11 +47,11 @@ class IgnoredFiles(dict[str, Reason]):
         names: dict[str, list[str]] = {}
         for name, reason in self.items():
             names.setdefault(reason, []).append(name)
-        return {reason: _count_similar(names[reason]) for reason in _REASONS if reason in names}
+        return {reason: _count_similar(names[reason]) for reason in REASONS if reason in names}
 
     def __str__(self) -> str:
         """Return one line for the user, or '' if no file is ignored."""
-        return "; ".join(f"{_REASONS[reason]}: {_join(counts)}" for reason, counts in self.group().items())
+        return "; ".join(f"{REASONS[reason]}: {_join(counts)}" for reason, counts in self.group().items())
 
 
 def _count_similar(names: Collection[str]) -> dict[str, int]:
@@ -92,7 +88,7 @@ class TableFilter:
         self._argument, self._get_name, self._ignored = argument, get_name, ignored
         self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
-    def find_reason(self, relative: str) -> tuple[str, Reason] | None:
+    def find_reason(self, relative: str) -> tuple[str, str] | None:
         """Return why a file or a folder (ending in /) is ignored, after the path that is the reason, else None."""
         is_folder = relative.endswith("/")
         parts = relative.rstrip("/").split("/")

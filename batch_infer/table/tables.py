@@ -79,7 +79,7 @@ class Tables:
         names = self.files if shared_folder is None else sorted(map(replace_surrogates, shared_folder.names))
         self._colliding = find_colliding_stems(Source(name, 0).stem for name in names)
         paths = [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
-        self._stamps = {path: _stamp(path) for path in paths}
+        self._stamps = {path: _get_stamp(path) for path in paths}
         self.carried, warnings = make_carried_schema(self._readable, frozenset(result_columns))
         self._notices = [
             *(describe_renamed(table.file.name, table.reader.renamed) for table in self._readable),
@@ -125,7 +125,7 @@ class Tables:
 
     def changed_files(self) -> list[str]:
         """Return the user's files that changed since they were opened."""
-        return [str(path) for path, stamp in self._stamps.items() if _stamp(path) != stamp]
+        return [str(path) for path, stamp in self._stamps.items() if _get_stamp(path) != stamp]
 
     def read_rows(
         self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
@@ -272,7 +272,7 @@ def _reject_equal_ids(tables: list[OpenTable]) -> None:
         raise TableError(f"{message}rename one, name the folder that holds them, or add an id column")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _get_stamp(path: Path) -> tuple[int, int] | None:
     """Return the size and modification time of a file, or None if it no longer exists."""
     try:
         status = path.stat()

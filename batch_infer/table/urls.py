@@ -10,13 +10,8 @@ from batch_infer.table.base import replace_surrogates
 URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 URL_PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
 HTTP_PROTOCOLS = frozenset({"http", "https"})
-PUBLIC_USERS = frozenset(
-    {
-        *("abfs", "abfss", "wasb", "wasbs"),  # CONTAINER@ACCOUNT
-        *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
-    }
-)
-"""Protocols in which a user without a password is not secret."""
+PUBLIC_USERS = frozenset(["abfs", "abfss", "wasb", "wasbs", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"])
+"""Protocols in which the text before @ is not secret if it has no password, as in abfss://CONTAINER@ACCOUNT."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
 """Matches the query in protocols other than HTTP, in which a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
