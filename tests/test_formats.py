@@ -89,10 +89,10 @@ def outcomes(out: Path) -> list[tuple[Any, ...]]:
 def from_csv(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("csv")
     assert run(write_bytes(folder / "t.csv", as_csv()), folder / "out").code == 3
-    found = outcomes(folder / "out")
-    assert [row[2] for row in found][-1] == "invalid"
-    assert len({row[5] for row in found}) == len(ROWS)
-    return found
+    rows = outcomes(folder / "out")
+    assert [row[2] for row in rows][-1] == "invalid"
+    assert len({row[5] for row in rows}) == len(ROWS)
+    return rows
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -29,8 +29,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
     """Return what must not depend on where a row is, sorted."""
-    found = read_requests(*tables, id_from="content", **options)
-    return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in found)
+    rows = read_requests(*tables, id_from="content", **options)
+    return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in rows)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
@@ -40,11 +40,11 @@ def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     parts = [write_bytes(Path(f"s/{n}.{suffix}"), in_format(suffix, shuffled[n::2])) for n in (0, 1)]
-    found = known("s")
-    assert [(*row[:4], row[4].replace("None", "")) for row in found] == [
+    rows = known("s")
+    assert [(*row[:4], row[4].replace("None", "")) for row in rows] == [
         (*row[:4], row[4].replace("None", "")) for row in expected
     ]
-    assert known(*reversed(parts)) == found
+    assert known(*reversed(parts)) == rows
 
 
 def test_equal_rows_are_numbered_and_own_ids_stay() -> None:

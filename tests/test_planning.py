@@ -88,8 +88,8 @@ def test_pending_requests_have_the_images_that_they_replace() -> None:
             ("failed", 0): Entry("failed", path=None),
         }
     )
-    found = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, index)]
-    assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
+    items = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, index)]
+    assert items == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
 
 
 def test_rows_of_one_size_are_adjacent_and_long_ones_come_first() -> None:
@@ -186,7 +186,7 @@ def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> No
             read += 1
             yield replace(request(f"{number}"), carried={"tag": "x" * 300})
 
-    found = planning.order_requests(source())
-    next(found)
+    rows = planning.order_requests(source())
+    next(rows)
     assert read < 5
-    assert sum(1 for _ in found) == 99
+    assert sum(1 for _ in rows) == 99

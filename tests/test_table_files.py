@@ -132,8 +132,8 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
         assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
-        found = list(tables.read_rows(RULES))
-    assert [item.id for item in found] == [
+        rows = list(tables.read_rows(RULES))
+    assert [item.id for item in rows] == [
         "a-00000000",
         "b-00000000",
         "c-00000000",
@@ -278,8 +278,8 @@ def partitioned(suffix: str, store: Callable[[str, bytes], Any]) -> None:
 
 
 def described(*tables: str, **options: Any) -> dict[str, tuple[Any, ...]]:
-    found = read_requests(*tables, **options)
-    return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in found}
+    rows = read_requests(*tables, **options)
+    return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in rows}
 
 
 PARTITIONED = {
@@ -346,9 +346,9 @@ def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> N
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
     with Tables(settings, SCHEMA.names, SharedFolder(("a.csv",), lambda name, file: False)) as tables:
-        (found,) = tables.read_rows(RULES)
-    assert isinstance(found, PromptRequest)
-    assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
+        (row,) = tables.read_rows(RULES)
+    assert isinstance(row, PromptRequest)
+    assert (row.id, row.params.height, row.carried) == ("a-00000000", 128, {"lang": "en"})
 
 
 @pytest.mark.parametrize("names", [("a.csv", "b.csv", "B.csv"), ("B.csv", "b.csv"), ("b.csv",)])
@@ -358,9 +358,9 @@ def test_collisions_in_a_mini_batch_do_not_depend_on_its_other_files(tmp_path: P
     settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
     others = SharedFolder(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
     with Tables(settings, SCHEMA.names, others) as tables:
-        found = {row.id: (row.id_collides, row.stem_collides) for row in tables.read_rows(RULES)
+        rows = {row.id: (row.id_collides, row.stem_collides) for row in tables.read_rows(RULES)
                  if isinstance(row, PromptRequest) and row.source.file == "b.csv"}  # fmt: skip
-    assert found == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
+    assert rows == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
 
 
 def test_only_a_name_and_an_equals_sign_make_a_column() -> None:
@@ -386,12 +386,12 @@ def test_any_format_may_be_piped_in(suffix: str, monkeypatch: pytest.MonkeyPatch
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
         assert tables.local_paths == []
-        found = list(tables.read_rows(RULES))
-        assert list(tables.read_rows(RULES)) == found, "it is read again and again"
+        items = list(tables.read_rows(RULES))
+        assert list(tables.read_rows(RULES)) == items, "it is read again and again"
         assert list(temporary.iterdir())
     assert not list(temporary.iterdir())
-    assert essence(item for item in found if isinstance(item, PromptRequest)) == essence(equal)
-    assert {item.source.file for item in found if isinstance(item, PromptRequest)} == {"stdin"}
+    assert essence(item for item in items if isinstance(item, PromptRequest)) == essence(equal)
+    assert {item.source.file for item in items if isinstance(item, PromptRequest)} == {"stdin"}
 
 
 @pytest.mark.parametrize(
@@ -501,9 +501,9 @@ def test_any_format_can_be_read_from_a_url(suffix: str, memory: Any, temporary: 
         with open_tables(url) as tables:
             assert tables.files == [url]
             assert tables.local_paths == []
-            found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-        assert essence(found) == expected()
-        assert {item.source.file for item in found} == {url}
+            rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
+        assert essence(rows) == expected()
+        assert {item.source.file for item in rows} == {url}
         assert not list(temporary.iterdir())
 
 
@@ -737,8 +737,8 @@ def test_any_format_can_be_read_over_http(suffix: str, server: str, temporary: P
     write_bytes(Path(f"served/t.{suffix}"), in_format(suffix, ROWS))
     with open_tables(f"{server}/t.{suffix}?sig=secret#part") as tables:
         assert tables.files == [f"{server}/t.{suffix}"]
-        found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-    assert essence(found) == expected()
+        rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
+    assert essence(rows) == expected()
     assert not list(temporary.iterdir())
 
 
@@ -767,9 +767,9 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
         archive.writestr("in/t.csv", "prompt\nx\n")
     url = f"{chain.format(server.replace('://', '://me:TOP-SECRET@'))}?sig=TOP-SECRET"
     if answer is None:
-        (found,) = read_requests(url)
-        assert (found.id, found.prompt) == ("t-00000000", "x")
-        text = found.source.file
+        (row,) = read_requests(url)
+        assert (row.id, row.prompt) == ("t-00000000", "x")
+        text = row.source.file
     else:
         with pytest.raises((TableError, RetryableError), match=answer) as caught:
             open_tables(url)
@@ -781,10 +781,10 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
 
 def test_urls_with_different_queries_are_different_files(server: str) -> None:
     write_bytes(Path("served/t.csv"), b"id,prompt\na,x\n")
-    found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
-    assert [item.id for item in found] == ["a", "t-00000000"]
-    assert isinstance(found[1], ResultRow)
-    assert found[1].error == "duplicate id 'a'"
+    rows = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
+    assert [item.id for item in rows] == ["a", "t-00000000"]
+    assert isinstance(rows[1], ResultRow)
+    assert rows[1].error == "duplicate id 'a'"
 
 
 @pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])
@@ -793,13 +793,13 @@ def test_urls_that_differ_in_secret_parts_are_different_files(chain: str, server
         write_bytes(Path(f"served/{name}/t.csv"), f"id,prompt\n{name},in {name}\n".encode())
         write_bytes(Path(f"served/{name}/t.csv.gz"), compress("gz", f"id,prompt\n{name},in {name}\n".encode()))
     urls = [chain.format(server, name) for name in "aba"]
-    found = read_requests(*urls)
-    assert [item.prompt for item in found] == ["in a", "in b"]
-    assert [item.source.file for item in found] == [redact_url(urls[0]), f"{redact_url(urls[0])}#2"]
-    assert {item.source.stem for item in found} == {"t"}
-    assert "SECRET" not in str(found)
+    rows = read_requests(*urls)
+    assert [item.prompt for item in rows] == ["in a", "in b"]
+    assert [item.source.file for item in rows] == [redact_url(urls[0]), f"{redact_url(urls[0])}#2"]
+    assert {item.source.stem for item in rows} == {"t"}
+    assert "SECRET" not in str(rows)
     with open_tables(*urls) as tables:
-        assert tables.files == [item.source.file for item in found]
+        assert tables.files == [item.source.file for item in rows]
     assert [item.id for item in read_requests(*urls, columns={"id": ""}, id_from="content")] == [
         item.id for item in read_requests(urls[1], urls[0], columns={"id": ""}, id_from="content")
     ][::-1]

@@ -53,8 +53,8 @@ def write(name: str, content: str | bytes | Any) -> Path:
     return write_bytes(Path(name), content.encode() if isinstance(content, str) else content)
 
 
-def errors_of(found: list[PromptRequest | ResultRow]) -> list[str | None]:
-    return [item.error if isinstance(item, ResultRow) else None for item in found]
+def errors_of(rows: list[PromptRequest | ResultRow]) -> list[str | None]:
+    return [item.error if isinstance(item, ResultRow) else None for item in rows]
 
 
 def refusal_of(path: Path | str, **options: Any) -> str:
@@ -82,13 +82,13 @@ def test_plain_text_is_a_prompt_a_line(compression: str) -> None:
     expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
     content = in_format("txt", rows).replace(b"\n", b"\r\n\r\n  \n")
     content = compress(compression[1:], content) if compression else content
-    found = read_requests(write(f"t.txt{compression}", content), columns={"prompt": "caption"})
-    assert essence(found) == expected
+    items = read_requests(write(f"t.txt{compression}", content), columns={"prompt": "caption"})
+    assert essence(items) == expected
 
 
 def test_a_line_of_plain_text_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
-    found = read(write("t.txt", b"one\ncaf\xe9\nthree"))
-    assert errors_of(found) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
+    rows = read(write("t.txt", b"one\ncaf\xe9\nthree"))
+    assert errors_of(rows) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
 
 
 @pytest.mark.parametrize("suffix", TEXT)
@@ -132,11 +132,11 @@ def test_a_file_with_the_wrong_compression_ending_is_refused(suffix: str, compre
 def test_a_truncated_gzip_file_gives_the_rows_before_the_break(suffix: str) -> None:
     rows = [{"prompt": f"prompt {i} {i**9}"} for i in range(2000)]
     whole = in_format(f"{suffix}.gz", rows)
-    found = read(write(f"t.{suffix}.gz", whole[: len(whole) // 2]))
-    assert errors_of(found)[-1] == "the file breaks off here: the gzip stream is cut off"
-    assert all(isinstance(item, PromptRequest) for item in found[:-1])
-    assert 700 < len(found) < 1300
-    assert [item.prompt for item in found[:-1]] == [row["prompt"] for row in rows[: len(found) - 1]]
+    items = read(write(f"t.{suffix}.gz", whole[: len(whole) // 2]))
+    assert errors_of(items)[-1] == "the file breaks off here: the gzip stream is cut off"
+    assert all(isinstance(item, PromptRequest) for item in items[:-1])
+    assert 700 < len(items) < 1300
+    assert [item.prompt for item in items[:-1]] == [row["prompt"] for row in rows[: len(items) - 1]]
 
 
 @pytest.mark.parametrize("compression", ["bz2", "xz"])
@@ -144,18 +144,18 @@ def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(compression
     """Here the rows of its first streams, which are compressed separately."""
     rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
     whole = compress(compression, b"prompt\n" + rows) + compress(compression, rows)
-    found = read(write(f"t.csv.{compression}", whole[:-20]))
+    items = read(write(f"t.csv.{compression}", whole[:-20]))
     name = {"bz2": "bzip2"}.get(compression, compression)
-    assert errors_of(found)[-1] == f"the file breaks off here: the {name} stream is cut off"
-    assert [item.prompt for item in found[:100]] == [f"prompt {i}" for i in range(100)]
-    assert not any(errors_of(found[:-1]))
+    assert errors_of(items)[-1] == f"the file breaks off here: the {name} stream is cut off"
+    assert [item.prompt for item in items[:100]] == [f"prompt {i}" for i in range(100)]
+    assert not any(errors_of(items[:-1]))
 
 
 def test_a_truncated_zstd_file_gives_the_rows_before_the_break() -> None:
     whole = in_format("csv.zst", [{"prompt": f"prompt {i} {i**9}"} for i in range(30_000)])
-    found = read(write("t.csv.zst", whole[:-100]))
-    assert "breaks off here" in (errors_of(found)[-1] or "")
-    assert len(found) > 10_000
+    rows = read(write("t.csv.zst", whole[:-100]))
+    assert "breaks off here" in (errors_of(rows)[-1] or "")
+    assert len(rows) > 10_000
 
 
 def test_a_damaged_checksum_loses_no_row() -> None:
@@ -178,18 +178,18 @@ def test_the_separator_is_detected_from_the_header(mark: str, quoted: bool) -> N
     """German Excel writes semicolons; a comma stays a comma."""
     form = {"delimiter": mark, "quoting": int(quoted)}
     table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
-    (found,) = read_requests(table)
-    assert (found.seed, found.prompt, found.carried) == (1, "a red, round circle", {"n,m": "x"})
+    (row,) = read_requests(table)
+    assert (row.seed, row.prompt, row.carried) == (1, "a red, round circle", {"n,m": "x"})
 
 
 def test_the_comma_comes_first() -> None:
-    (found,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
-    assert found.prompt == "x;y"
+    (row,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
+    assert row.prompt == "x;y"
 
 
 def test_a_renamed_prompt_column_decides_the_separator() -> None:
-    (found,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
-    assert found.prompt == "x"
+    (row,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
+    assert row.prompt == "x"
 
 
 def test_tsv_is_separated_by_tabs_only() -> None:
@@ -216,8 +216,8 @@ def test_too_many_cells_with_another_separator() -> None:
 
 def test_columns_without_a_name_are_named_by_position() -> None:
     """Spreadsheets' trailing commas and pandas' index make such columns."""
-    (found,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
-    assert found.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
+    (row,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
+    assert row.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
 
 
 def remarks_of(path: Path | str, **options: Any) -> list[str]:
@@ -239,16 +239,16 @@ def test_rows_of_separators_alone_are_skipped_and_counted(suffix: str) -> None:
 
 def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
     """pandas writes an empty prompt like this."""
-    found = read(write("t.csv", 'prompt\nx\n""\ny\n'))
-    assert errors_of(found) == [None, "the prompt is empty", None]
+    rows = read(write("t.csv", 'prompt\nx\n""\ny\n'))
+    assert errors_of(rows) == [None, "the prompt is empty", None]
 
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
     """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
     table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
-    found = read_requests(table)
-    assert [(item.prompt, item.seed) for item in found if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
-    assert found[1].carried == {"tag": None}
+    rows = read_requests(table)
+    assert [(item.prompt, item.seed) for item in rows if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
+    assert rows[1].carried == {"tag": None}
     (notice,) = remarks_of(table)
     assert notice == (
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
@@ -286,8 +286,8 @@ def test_two_carried_columns_of_one_name_have_two_names(suffix: str) -> None:
         pq.write_table(
             pa.Table.from_arrays([[cell] for cell in "1x234"], ["tag", "prompt", "tag", "tag_2", "tag"]), table
         )
-    (found,) = read_requests(table)
-    assert found.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
+    (row,) = read_requests(table)
+    assert row.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
     assert remarks_of(table) == [
         f"t.{suffix} has columns with the same name: "
         "another 'tag' is carried as 'tag_3', another 'tag' is carried as 'tag_4'"
@@ -298,8 +298,8 @@ def test_a_doubled_field_is_refused_unless_it_is_carried() -> None:
     table = write("t.csv", "prompt,seed,seed\nx,1,2\n")
     assert refusal_of(table) == "t.csv has two columns named 'seed'; rename one"
     assert refusal_of(table, columns={"guidance_scale": "seed"}) == "t.csv has two columns named 'seed'; rename one"
-    (found,) = read_requests(table, columns={"seed": ""})
-    assert found.carried == {"input_seed": "1", "seed_2": "2"}
+    (row,) = read_requests(table, columns={"seed": ""})
+    assert row.carried == {"input_seed": "1", "seed_2": "2"}
 
 
 @pytest.mark.parametrize(
@@ -323,17 +323,17 @@ def test_a_row_of_a_text_format_has_its_line(suffix: str) -> None:
     kind = suffix.partition(".")[0]
     lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
     content = b"\n".join([lines[0], b"", *lines[1:], b""])
-    found = read(write(f"t.{suffix}", compress("gz", content) if suffix.endswith("gz") else content))
+    rows = read(write(f"t.{suffix}", compress("gz", content) if suffix.endswith("gz") else content))
     first = 3 if kind == "csv" else 1
-    assert [str(item.source) for item in found] == [
+    assert [str(item.source) for item in rows] == [
         f"t.{suffix}, line {line}" for line in (first, *((4, 5) if kind == "csv" else (3, 4)))
     ]
-    assert [item.source.row for item in found] == [0, 1, 2]
+    assert [item.source.row for item in rows] == [0, 1, 2]
 
 
 def test_a_row_of_parquet_has_its_number() -> None:
-    (found,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
-    assert str(found.source) == "t.parquet, row 0"
+    (row,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
+    assert str(row.source) == "t.parquet, row 0"
 
 
 def test_empty_cells_beyond_the_header_are_ignored() -> None:
@@ -405,7 +405,7 @@ def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
     """Every row has its result with its line, and words within a quoted cell are not a row."""
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 80)
     content = "id,prompt\n" + rows.replace("GIANT", "red circle " * 100).replace("COMMAS", "," * 500)
-    found = read(write("t.csv", content.replace("\n", newline).encode()))
+    items = read(write("t.csv", content.replace("\n", newline).encode()))
 
     def short(item: PromptRequest | ResultRow) -> str:
         if isinstance(item, PromptRequest):
@@ -416,9 +416,9 @@ def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
         where = r"^lines (\d+) to (\d+) are a row in which line (\d+) is longer than 80 characters$"
         return re.sub(where, r"\1-\2 long \3", error)
 
-    assert [short(item) for item in found] == expected
-    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
-        range(len(found))
+    assert [short(item) for item in items] == expected
+    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in items] == list(
+        range(len(items))
     )
 
 
@@ -460,28 +460,28 @@ def test_a_long_row_of_parquet_is_invalid_alone() -> None:
         "number": [1, 2, 3, 4, None],
     }
     pq.write_table(pa.table(columns), "t.parquet")
-    found = read("t.parquet")
-    assert [isinstance(item, ResultRow) for item in found] == [True, True, True, True, False]
-    assert [(error or "").partition(":")[0] for error in errors_of(found[:4])] == [
+    rows = read("t.parquet")
+    assert [isinstance(item, ResultRow) for item in rows] == [True, True, True, True, False]
+    assert [(error or "").partition(":")[0] for error in errors_of(rows[:4])] == [
         "the row's carried cells exceed 1048576 bytes in total",
         "the row has more than 16777216 bytes",
         "the row has more than 16777216 bytes",
         "the prompt is empty",
     ]
-    assert [item.id for item in found] == [f"t-{row:08d}" for row in range(5)]
+    assert [item.id for item in rows] == [f"t-{row:08d}" for row in range(5)]
 
 
 def test_lines_are_counted_as_an_editor_does() -> None:
-    found = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
-    assert [(error or "")[:12] for error in errors_of(found)] == ["", "line 5 has 3", "line 6 canno"]
+    rows = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
+    assert [(error or "")[:12] for error in errors_of(rows)] == ["", "line 5 has 3", "line 6 canno"]
 
 
 # JSON Lines
 
 
 def test_blank_lines_and_key_order_do_not_matter() -> None:
-    found = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
-    assert [(item.id, item.prompt, item.seed) for item in found] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
+    rows = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
+    assert [(item.id, item.prompt, item.seed) for item in rows] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
 
 
 @pytest.mark.parametrize(
@@ -544,9 +544,9 @@ def test_a_column_has_the_type_that_holds_all_its_values(
     rows = [{"prompt": "x", "column": value} for value in values]
     table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x"}, *rows]))
     assert open_tables(table).carried.field("column").type == kind
-    found = [item.carried["column"] for item in read_requests(table)]
-    assert found == [None, *carried]
-    assert [type(value) for value in found[1:]] == [type(value) for value in carried]
+    items = [item.carried["column"] for item in read_requests(table)]
+    assert items == [None, *carried]
+    assert [type(value) for value in items[1:]] == [type(value) for value in carried]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
@@ -554,13 +554,13 @@ def test_keys_that_are_values_make_their_rows_invalid(suffix: str) -> None:
     """Memory must not grow with the table, nor must a result have a column for each row of it."""
     rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
     rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
-    found = read(write(f"t.{suffix}", in_format(suffix, rows)))
-    errors = [error for error in errors_of(found) if error]
+    items = read(write(f"t.{suffix}", in_format(suffix, rows)))
+    errors = [error for error in errors_of(items) if error]
     assert len(errors) == 2000 - 1023
     assert (
         "has a column that the table cannot have, 'key 1023': it is not UTF-8, or there are 1024 before it" in errors[0]
     )
-    assert isinstance(found[-1], PromptRequest)
+    assert isinstance(items[-1], PromptRequest)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
@@ -616,8 +616,8 @@ def test_invalid_sizes_make_their_row_invalid(size: Any) -> None:
 
 def test_the_body_overrides_the_request() -> None:
     line = {**batch_line("a", prompt="x", url="inner", id="inner"), "seed": 1}
-    (found,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
-    assert (found.id, found.seed, found.carried["url"]) == ("a", 1, "inner")
+    (row,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
+    assert (row.id, row.seed, row.carried["url"]) == ("a", 1, "inner")
 
 
 def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
@@ -627,8 +627,8 @@ def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
         "line 2 has no custom_id and body, as the first line has",
         "line 3 has no custom_id and body, as the first line has",
     ]
-    found = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
-    assert errors_of(found) == [None, "the prompt is empty"]
+    rows = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
+    assert errors_of(rows) == [None, "the prompt is empty"]
 
 
 # JSON documents
@@ -637,8 +637,8 @@ def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
 def test_an_array_of_prompts() -> None:
     expected = essence(read_requests(write("t.csv", "prompt\nx\ny\n")))
     assert essence(read_requests(write("t.json", ["x", "y"]))) == expected
-    found = read_requests(write("t.json", ["x", {"caption": "y", "seed": 1}]), columns={"prompt": "caption"})
-    assert [item.prompt for item in found] == ["x", "y"]
+    rows = read_requests(write("t.json", ["x", {"caption": "y", "seed": 1}]), columns={"prompt": "caption"})
+    assert [item.prompt for item in rows] == ["x", "y"]
 
 
 PAYLOADS: list[dict[str, Any]] = [
@@ -665,10 +665,10 @@ def test_parameters_fill_empty_cells(first: str) -> None:
         "data": [["x", 5], ["y", None], {"prompt": "z", "who": "you"}, ["short"]],
     }
     payload = {first: parts[first], **parts}
-    found = read_requests(write("t.json", {"input_data": payload}))
-    assert [item.params.num_inference_steps for item in found] == [5, 3, 3, 3]
-    assert {item.params.guidance_scale for item in found} == {2.0}
-    assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
+    rows = read_requests(write("t.json", {"input_data": payload}))
+    assert [item.params.num_inference_steps for item in rows] == [5, 3, 3, 3]
+    assert {item.params.guidance_scale for item in rows} == {2.0}
+    assert [item.carried["who"] for item in rows] == ["me", "me", "you", "me"]
 
 
 @pytest.mark.parametrize("compression", ["", ".gz"])
@@ -681,16 +681,16 @@ def test_json_lines_can_be_named_json(compression: str, mark: bytes) -> None:
     ]
     expected = essence(read_requests(write("t.jsonl", in_format("jsonl", rows))))
     content = mark + in_format("jsonl", rows)
-    found = read_requests(write(f"t.json{compression}", compress("gz", content) if compression else content))
-    assert essence(found) == expected
-    assert [item.source.line for item in found] == ([1, 2] if not mark else [2, 3])
-    assert [item.carried["tag"] for item in found] == ["t", None]
+    items = read_requests(write(f"t.json{compression}", compress("gz", content) if compression else content))
+    assert essence(items) == expected
+    assert [item.source.line for item in items] == ([1, 2] if not mark else [2, 3])
+    assert [item.carried["tag"] for item in items] == ["t", None]
 
 
 def test_one_line_of_json_is_a_row_if_it_has_a_prompt() -> None:
     assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
-    (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
-    assert found.prompt == "x"
+    (row,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
+    assert row.prompt == "x"
 
 
 def test_a_broken_first_line_of_json_lines_named_json_makes_only_its_row_invalid() -> None:
@@ -706,15 +706,15 @@ def test_an_openai_batch_file_can_be_named_json() -> None:
 
 def test_a_payload_on_one_long_line_may_begin_with_any_key() -> None:
     payload = {"version": 1, "input_data": {"columns": ["prompt"], "data": ["y" * 9_000] * 30}}
-    found = read(write("t.json", payload))
-    assert [len(item.prompt or "") for item in found] == [9_000] * 30
+    rows = read(write("t.json", payload))
+    assert [len(item.prompt or "") for item in rows] == [9_000] * 30
 
 
 @pytest.mark.parametrize("compression", ["", ".zst"])
 def test_a_long_first_line_of_json_lines_named_json(compression: str) -> None:
     content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])
-    found = read_requests(write(f"t.json{compression}", compress("zst", content) if compression else content))
-    assert [item.prompt for item in found] == ["x", "y"]
+    rows = read_requests(write(f"t.json{compression}", compress("zst", content) if compression else content))
+    assert [item.prompt for item in rows] == ["x", "y"]
 
 
 def test_a_payload_without_rows_is_a_table_without_rows() -> None:
@@ -758,16 +758,16 @@ def test_a_bad_element_makes_only_its_row_invalid(element: str, sentence: str) -
 )
 def test_a_document_breaks_off_where_it_is_not_json(element: str, reason: str) -> None:
     """The rows before are read, and one result says that the file breaks off."""
-    found = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
-    assert isinstance(found[0], PromptRequest)
-    assert isinstance(found[-1], ResultRow)
-    assert (found[-1].error or "").startswith(f"the file breaks off here: {reason}")
-    assert "z" not in [item.prompt for item in found]
+    rows = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
+    assert isinstance(rows[0], PromptRequest)
+    assert isinstance(rows[-1], ResultRow)
+    assert (rows[-1].error or "").startswith(f"the file breaks off here: {reason}")
+    assert "z" not in [item.prompt for item in rows]
 
 
 def test_an_element_that_is_not_utf_8_is_invalid_alone() -> None:
-    found = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
-    assert [bool(error) for error in errors_of(found)] == [False, True, True, False]
+    rows = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
+    assert [bool(error) for error in errors_of(rows)] == [False, True, True, False]
 
 
 def test_a_list_in_an_array_is_an_invalid_row() -> None:
@@ -790,9 +790,9 @@ def test_a_list_in_an_array_is_an_invalid_row() -> None:
     ],
 )
 def test_a_document_that_breaks_off_gives_the_rows_before(content: str, rows: int) -> None:
-    found = read(write("t.json", content))
-    assert [bool(error) for error in errors_of(found)] == [False] * rows + [True]
-    assert (errors_of(found)[-1] or "").startswith("the file breaks off here: ")
+    items = read(write("t.json", content))
+    assert [bool(error) for error in errors_of(items)] == [False] * rows + [True]
+    assert (errors_of(items)[-1] or "").startswith("the file breaks off here: ")
 
 
 @pytest.mark.parametrize(
@@ -834,8 +834,8 @@ def test_an_element_that_is_too_long_ends_the_document(monkeypatch: pytest.Monke
     """Parts of the document other than rows may be of any length."""
     monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, max_length=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
-    found = read(write("t.json", payload))
-    assert errors_of(found) == [None, "the file breaks off here: it is not JSON: Unterminated string starting"]
+    rows = read(write("t.json", payload))
+    assert errors_of(rows) == [None, "the file breaks off here: it is not JSON: Unterminated string starting"]
 
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
@@ -922,13 +922,13 @@ STARTS = {
 def survives(path: Path, readable: int = 0) -> None:
     """Every row is a request or an invalid result, with a key of its own and of text that a result can hold."""
     try:
-        found = read(path)
+        rows = read(path)
     except TableError as error:
         assert str(path) in str(error)
         assert not readable
         return
-    assert len({item.key for item in found}) == len(found) >= readable
-    for item in found:
+    assert len({item.key for item in rows}) == len(rows) >= readable
+    for item in rows:
         "".join(filter(None, [item.id, item.prompt, getattr(item, "error", None)])).encode()
 
 
