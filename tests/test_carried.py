@@ -30,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
-    """The carried columns of results.parquet for these tables, committed as if every row had failed."""
+    """Return the carried columns of results.parquet for these tables, as if every row had failed."""
     out.mkdir(exist_ok=True)
     with open_tables(table) as tables:
         rows = list(tables.read_rows(RULES))
@@ -110,7 +110,7 @@ def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
 def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]) -> None:
-    """Bytes are base64. Each column has one warning."""
+    """Bytes are in base64. There is one warning per column."""
     write_parquet(Path("t/a.parquet"), prompt=["x"] * len(array), column=array)
     write_parquet(Path("t/b.parquet"), prompt=["y"], column=["text"])
     result = carry("t")["column"]
@@ -123,7 +123,7 @@ def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(suffix: str) -> None:
+def test_numbers_in_a_nested_json_value_keep_all_digits(suffix: str) -> None:
     cell = '{"n": 0.1234567890123456789, "of": [1e400, 2E9999999999999999999, 123456789012345678901, -0.5, "0.5"]}'
     row = f'{{"prompt": "x", "column": {cell}}}'
     write_bytes(Path(f"t.{suffix}"), (row if suffix == "jsonl" else f"[{row}]").encode())
@@ -131,7 +131,7 @@ def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(suf
     assert (result.type, result.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
 
 
-def test_two_fields_of_one_name_in_a_struct_have_two_names() -> None:
+def test_struct_fields_with_the_same_name_are_renamed() -> None:
     struct = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array(["a", "b"])], names=["k", "k"])
     twins = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
     write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=twins, tag=pa.array([["p"], ["q"]]))
@@ -156,7 +156,7 @@ def test_whole_floats_with_large_integers_are_integers() -> None:
     assert [row.id for row in read_requests("t")] == ["1", "2", str(2**60)]
 
 
-def test_names_that_differ_by_case_alone_are_renamed() -> None:
+def test_names_that_differ_only_by_case_are_renamed() -> None:
     """SQL engines ignore case."""
     write_csv(Path("t/a.csv"), [["prompt", "Seed", "seed", "Tag"], ["x", "old", "1", "a"]])
     write_csv(Path("t/b.csv"), [["prompt", "tag", "STATUS"], ["y", "b", "c"]])
@@ -167,8 +167,8 @@ def test_names_that_differ_by_case_alone_are_renamed() -> None:
     ]
 
 
-def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> None:
-    """Earlier versions wrote them."""
+def test_parts_with_names_that_differ_only_by_case_are_merged(out: Path) -> None:
+    """Earlier versions wrote such parts."""
     out.mkdir()
     manifest = Manifest(out)
     usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
@@ -193,7 +193,7 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
         (["1e99999999999999999999", "1"], pa.string(), None),
     ],
 )
-def test_numbers_of_json_are_not_rounded(numbers: list[str], dtype: pa.DataType, carried: list[Any] | None) -> None:
+def test_json_numbers_are_not_rounded(numbers: list[str], dtype: pa.DataType, carried: list[Any] | None) -> None:
     lines = "".join(f'{{"prompt": "x", "column": {number}}}\n' for number in numbers)
     result = carry(write_bytes(Path("t.jsonl"), lines.encode()))["column"]
     assert result.type == dtype

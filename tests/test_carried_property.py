@@ -30,7 +30,7 @@ EVERYTHING = OutputSettings(results=("parquet", "csv", "jsonl"))
 
 
 def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
-    """The results of a folder of tables of which no row could be rendered."""
+    """Return the results of a folder of tables as if every row had failed."""
     out = folder / "out"
     out.mkdir()
     with open_tables(folder / "tables", id_from=id_from) as tables:
@@ -113,7 +113,7 @@ TWICE = "twice_2"
 
 
 def with_twins(array: pa.StructArray) -> pa.StructArray:
-    """An array of structs whose second field has the name of the first."""
+    """Return an array of structs whose two fields have the same name."""
     return array.view(pa.struct([array.type.field(0), array.type.field(1).with_name("twice")]))
 
 

@@ -35,7 +35,7 @@ def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
 def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
-    """Nor on how its table was split and sorted, nor on its format."""
+    """They do not depend on how the table is split and sorted, or on its format."""
     expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
@@ -47,7 +47,7 @@ def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
     assert known(*reversed(parts)) == rows
 
 
-def test_equal_rows_are_numbered_and_own_ids_stay() -> None:
+def test_equal_rows_are_numbered_and_id_cells_are_kept() -> None:
     write_csv(Path("t.csv"), [["id", "prompt"], ["", "x"], ["mine", "x"], ["", "x"], ["", "y"]])
     first, mine, second, other = (row.id for row in read_requests("t.csv", id_from="content"))
     assert mine == "mine"

@@ -97,7 +97,7 @@ def test_a_file_given_twice_is_read_once() -> None:
 
 
 def test_results_in_the_folder_are_not_read_as_tables() -> None:
-    """`run .` leaves its OUT among the tables, and is run again."""
+    """`run .` writes OUT next to the tables, and the next run must ignore it."""
     write_csv(Path("t.csv"), [["prompt"], ["x"]])
     for out in (Path("batch-infer-out"), Path(), Path("deep/out")):
         write_bytes(out / "run.json", b"{}")
@@ -129,7 +129,7 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
         ("missing/**/*.csv", "the glob matches no table"),
     ],
 )
-def test_an_argument_that_is_no_table_is_named(argument: str, sentence: str) -> None:
+def test_an_argument_without_a_table_is_named(argument: str, sentence: str) -> None:
     Path("empty").mkdir()
     Path("empty/notes.md").touch()
     Path("notes.md").touch()
@@ -177,7 +177,7 @@ def test_files_of_different_folders_have_different_default_ids() -> None:
         open_tables("t")
 
 
-def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on() -> None:
+def test_ids_and_files_that_differ_only_by_case_are_marked_from_the_second_on() -> None:
     write_csv(Path("t/A.csv"), [["id", "prompt"], ["SKU", "x"], ["other", "x"], ["sku", "x"], ["Sku", "x"]])
     write_csv(Path("t/a.csv"), [["id", "prompt"], ["sKU", "x"], ["", "x"], ["A-00000001", "x"]])
     rows = {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t/A.csv", "t/a.csv")}
@@ -196,7 +196,7 @@ def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on()
         ]
 
 
-def test_default_ids_that_differ_by_case_alone_are_marked_from_the_second_file_on() -> None:
+def test_default_ids_that_differ_only_by_case_are_marked_from_the_second_file_on() -> None:
     for folder in ("X", "x", "y"):
         write_csv(Path("t", folder, "a.csv"), [["prompt"], ["one"], ["two"]])
     assert {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t")} == {
@@ -245,7 +245,7 @@ def test_ids_of_any_type_become_text(values: list[Any], ids: list[str]) -> None:
 
 
 def test_other_columns_are_carried_unchanged() -> None:
-    """With their types and values."""
+    """Types and values are kept."""
     columns = {
         "number": pa.array([1, None], pa.int16()),
         "real": pa.array([0.1, None], pa.float32()),
@@ -331,7 +331,7 @@ def test_types_that_differ_between_files_have_a_common_type(
         assert len(read_requests(name)) == 2
 
 
-def test_a_field_can_have_another_name() -> None:
+def test_a_field_can_be_read_from_a_column_with_another_name() -> None:
     table = write_csv(Path("t.csv"), [["caption", "prompt", "n"], ["a red circle", "the other", "2"]])
     rows = read_requests(table, columns={"prompt": "caption", "num_images_per_prompt": "n"})
     assert [request.prompt for request in rows] == ["a red circle"] * 2
@@ -415,7 +415,7 @@ OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
 def test_invalid_whole_numbers(field: str, text: str) -> None:
-    """The short sentence names the column, shows the cell and says what is wrong with it."""
+    """The short error names the column, shows the cell and says what is wrong."""
     error = error_of(one_row(**{field: text}))
     assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", error)
     if text in OUT_OF_RANGE:
@@ -759,7 +759,7 @@ UNREADABLE = Path("/proc/self/mem")
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
 @pytest.mark.parametrize("when", ["at first", "later", "gone"])
 def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
-    """The file may be whole: the same command reads it once the disk can be read again."""
+    """The file may be intact: the same command reads it once the disk works again."""
     path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     sentence = "cannot read t/t.*: .*; run the same command again to continue"
@@ -774,7 +774,7 @@ def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
-def test_a_failing_disk_makes_no_row_of_parquet_invalid(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_makes_no_parquet_row_invalid(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*rest: Any, **options: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -901,7 +901,7 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_table_error(data: st.DataO
     assert len({item.key for item in rows}) == len(rows)
 
 
-def test_a_column_without_a_name_is_no_field(tmp_path: Path) -> None:
+def test_a_column_without_a_name_is_not_a_field(tmp_path: Path) -> None:
     """pandas writes its index without a name; `--column seed=` means that no column is the seed."""
     table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
     (row,) = read_requests(table, columns={"seed": ""})

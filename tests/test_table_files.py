@@ -52,7 +52,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary folders."""
+    """Return the folder for temporary folders."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -73,7 +73,7 @@ def refusal_of(*tables: Path | str, **options: Any) -> str:
 # Arguments that mean nothing, among others
 
 
-def test_every_argument_that_means_no_table_is_named() -> None:
+def test_every_argument_without_a_table_is_named() -> None:
     """Part of an option with a blank in it, or a misspelt name, must not become a table with one invalid row."""
     write_csv(Path("good.csv"), [["prompt"], ["x"]])
     Path("empty").mkdir()
@@ -116,7 +116,7 @@ def test_an_argument_that_cannot_be_a_file_name_is_refused() -> None:
     assert refusal_of("x" * 5000 + ".csv")
 
 
-def test_unreadable_files_are_known_by_name() -> None:
+def test_unreadable_files_are_listed_by_name() -> None:
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     write_bytes(Path("t/bad.csv"), b"caption\nx\n")
     with open_tables("t") as tables:
@@ -141,7 +141,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     ]
 
 
-def test_files_that_differ_in_their_ending_have_the_same_stem() -> None:
+def test_files_that_differ_in_their_suffix_have_the_same_stem() -> None:
     for name in ("t/a.csv", "t/a.jsonl.gz"):
         write_bytes(Path(name), in_format(Path(name).name.partition(".")[2], [{"prompt": "x"}]))
     assert "t/a.csv and t/a.jsonl.gz would give their rows the same ids (a-00000000, ...)" in refusal_of("t")
@@ -191,7 +191,7 @@ def fill(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
-def test_documentation_markers_and_other_endings_are_ignored_files_and_named(argument: str, memory: Any) -> None:
+def test_documentation_markers_and_other_suffixes_are_ignored_and_named(argument: str, memory: Any) -> None:
     """One rule for folders and globs, local and remote."""
     fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
     for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
@@ -225,20 +225,20 @@ def test_thousands_of_similar_files_are_one_item() -> None:
         )
 
 
-def test_a_file_that_another_argument_reads_is_not_ignored_files() -> None:
+def test_a_file_that_another_argument_reads_is_not_ignored() -> None:
     fill(Path("t"), "a.csv", "README.csv")
     with open_tables("t", "t/README.csv") as tables:
         assert tables.files == ["t/a.csv", "t/README.csv"]
         assert str(tables.ignored_files) == ""
 
 
-def test_the_error_of_a_folder_without_tables_names_its_files() -> None:
+def test_the_error_for_a_folder_without_tables_names_its_files() -> None:
     fill(Path("t"), "README.txt", "a.zip")
     assert refusal_of("t").endswith("after it); ignored for their names: t/README.txt; for their endings: t/a.zip")
 
 
 def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link that leads nowhere is an error; no file of a folder may be skipped silently."""
+    """A broken link is an error, since no file may be skipped silently."""
     fill(Path("t"), "a.csv", "closed/b.csv")
     fill(Path("elsewhere"), "c.csv")
     Path("t/linked").symlink_to(Path("elsewhere").absolute())
@@ -292,7 +292,7 @@ PARTITIONED = {
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
 def test_key_value_folders_are_columns(suffix: str, memory: Any, tmp_path: Path) -> None:
-    """In every format, local and remote, for every way to name the files."""
+    """This holds in every format, local and remote, for every kind of argument."""
     partitioned(suffix, lambda path, content: write_bytes(Path(path), content))
     partitioned(suffix, lambda path, content: memory.pipe(f"/{path}", content))
     for argument in ("ds", "ds/**/*.*", "memory://ds", "memory://ds/**/*.*", f"file://{tmp_path}/ds"):
@@ -314,7 +314,7 @@ def test_columns_in_the_path_of_a_served_file(server: str) -> None:
         assert described(url) == {"d": PARTITIONED["d"]}
 
 
-def test_columns_in_the_path_within_an_archive(tmp_path: Path) -> None:
+def test_columns_in_a_path_inside_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile("seed=9.zip", "w") as archive:
         partitioned("csv", archive.writestr)
     assert described(f"zip://ds::file://{tmp_path}/seed=9.zip") == PARTITIONED
@@ -342,7 +342,7 @@ def test_a_bad_value_in_the_path_makes_the_rows_of_its_file_invalid() -> None:
 
 
 def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> None:
-    """Although it is named by its last part alone."""
+    """Although its name is only the last part of the path."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
     with Tables(settings, SCHEMA.names, SharedFolder(("a.csv",), lambda name, file: False)) as tables:
@@ -571,7 +571,7 @@ def test_urls_without_a_table(url: str, sentence: str, memory: Any, monkeypatch:
 
 
 class Stubborn:
-    """A file system of which one call fails."""
+    """A file system with one failing call."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -595,7 +595,7 @@ class Stubborn:
         (type("OfNoKind", (Exception,), {})("secret?"), TableError, "x://a.csv cannot be opened: OfNoKind"),
     ],
 )
-def test_errors_of_clients_are_the_users_or_the_services(
+def test_client_errors_are_attributed_to_the_user_or_the_service(
     error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
@@ -758,7 +758,7 @@ def test_any_format_can_be_read_over_http(suffix: str, server: str, temporary: P
         ("zip://in/t.csv::{}/x.zip", "range requests"),
     ],
 )
-def test_secrets_of_a_chain_are_used_and_not_shown(
+def test_secrets_in_a_chain_are_used_and_not_shown(
     chain: str, answer: str | None, server: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
@@ -855,7 +855,7 @@ def test_answers_of_an_http_server(
 
 
 def test_a_service_that_is_down_ends_the_run_temporarily(temporary: Path) -> None:
-    """Its rows are not invalid: the same command, later, reads them."""
+    """Its rows are not invalid, since the same command can read them later."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: no server answers
         port = taken.getsockname()[1]

@@ -77,7 +77,7 @@ def test_every_format_gives_the_rows_of_the_equal_csv(suffix: str, compression: 
 
 
 @pytest.mark.parametrize("compression", PACKINGS)
-def test_plain_text_is_a_prompt_a_line(compression: str) -> None:
+def test_plain_text_has_one_prompt_per_line(compression: str) -> None:
     rows = [{"prompt": "a red circle"}, {"prompt": " two, three "}, {"prompt": 'say "é"'}]
     expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
     content = in_format("txt", rows).replace(b"\n", b"\r\n\r\n  \n")
@@ -123,7 +123,7 @@ def test_a_compressed_file_may_have_several_parts(compression: str) -> None:
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(("compression", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
-def test_a_file_with_the_wrong_compression_ending_is_refused(suffix: str, compression: str, name: str) -> None:
+def test_a_file_with_the_wrong_compression_suffix_is_refused(suffix: str, compression: str, name: str) -> None:
     path = write(f"t.{suffix}.{compression}", in_format(suffix, [{"prompt": "x"}]))
     assert refusal_of(path) == f"t.{suffix}.{compression} cannot be read: it is not {name}"
 
@@ -141,7 +141,7 @@ def test_a_truncated_gzip_file_gives_the_rows_before_the_break(suffix: str) -> N
 
 @pytest.mark.parametrize("compression", ["bz2", "xz"])
 def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(compression: str) -> None:
-    """Here the rows of its first streams, which are compressed separately."""
+    """The blocks before the damage are complete, since they are compressed separately."""
     rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
     whole = compress(compression, b"prompt\n" + rows) + compress(compression, rows)
     items = read(write(f"t.csv.{compression}", whole[:-20]))
@@ -175,14 +175,14 @@ def test_a_truncated_parquet_file_in_gzip_is_refused() -> None:
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 @pytest.mark.parametrize("quoted", [False, True])
 def test_the_separator_is_detected_from_the_header(mark: str, quoted: bool) -> None:
-    """German Excel writes semicolons; a comma stays a comma."""
+    """German Excel writes semicolons. A comma is then text."""
     form = {"delimiter": mark, "quoting": int(quoted)}
     table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
     (row,) = read_requests(table)
     assert (row.seed, row.prompt, row.carried) == (1, "a red, round circle", {"n,m": "x"})
 
 
-def test_the_comma_comes_first() -> None:
+def test_the_comma_is_tried_first() -> None:
     (row,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
     assert row.prompt == "x;y"
 
@@ -244,7 +244,7 @@ def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
 
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
-    """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
+    """Spreadsheets omit empty cells at the end of a row. A row that was split in two is short too."""
     table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
     rows = read_requests(table)
     assert [(item.prompt, item.seed) for item in rows if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
@@ -264,7 +264,7 @@ def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
 @pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=|", "sep=\t", "sep=,", "sep=:"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
-    """As Excel does, where the header alone would suggest another separator."""
+    """As Excel writes it. The header alone would suggest another separator."""
     mark = first.strip('"')[4]
     lines = [first, f"prompt{mark}tag", f"x{mark}1", f'"y{mark}"{mark}2', f"z{mark}{mark}{mark}3"]
     for suffix in ("csv", "tsv"):
@@ -276,7 +276,7 @@ def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
-def test_two_carried_columns_of_one_name_have_two_names(suffix: str) -> None:
+def test_carried_columns_with_the_same_name_are_renamed(suffix: str) -> None:
     if suffix == "csv":
         table = write("t.csv", "tag,prompt,tag,tag_2,tag\n1,x,2,3,4\n")
     elif suffix == "json":
@@ -294,7 +294,7 @@ def test_two_carried_columns_of_one_name_have_two_names(suffix: str) -> None:
     ]
 
 
-def test_a_doubled_field_is_refused_unless_it_is_carried() -> None:
+def test_a_duplicate_field_is_refused_unless_it_is_carried() -> None:
     table = write("t.csv", "prompt,seed,seed\nx,1,2\n")
     assert refusal_of(table) == "t.csv has two columns named 'seed'; rename one"
     assert refusal_of(table, columns={"guidance_scale": "seed"}) == "t.csv has two columns named 'seed'; rename one"
@@ -318,8 +318,8 @@ def test_comments_and_options_in_plain_text_are_rendered_with_a_notice(line: str
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl", "txt"])
-def test_a_row_of_a_text_format_has_its_line(suffix: str) -> None:
-    """As an editor counts it; `source_row` counts rows from 0."""
+def test_a_row_in_a_text_format_has_a_line_number(suffix: str) -> None:
+    """The line that an editor shows. `source_row` counts rows from 0."""
     kind = suffix.partition(".")[0]
     lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
     content = b"\n".join([lines[0], b"", *lines[1:], b""])
@@ -331,7 +331,7 @@ def test_a_row_of_a_text_format_has_its_line(suffix: str) -> None:
     assert [item.source.row for item in rows] == [0, 1, 2]
 
 
-def test_a_row_of_parquet_has_its_number() -> None:
+def test_a_row_in_parquet_has_a_row_number() -> None:
     (row,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
     assert str(row.source) == "t.parquet, row 0"
 
@@ -356,7 +356,7 @@ def test_a_line_that_is_too_long_makes_only_its_row_invalid(suffix: str, monkeyp
 
 @pytest.mark.parametrize("width", [2, 40])
 def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the length of its cells. Its lines are not rows."""
+    """The limit does not depend on the length of cells. Lines of the row are not rows."""
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
     good = ",".join(["x", *["y"] * (width - 1)])
@@ -449,8 +449,8 @@ def test_a_header_of_many_lines_has_the_limit_of_one_line(monkeypatch: pytest.Mo
         read(write("t.csv", 'prompt,"' + "word\n" * 400 + '"\nx,y\n'))
 
 
-def test_a_long_row_of_parquet_is_invalid_alone() -> None:
-    """It is not converted. A dictionary word counts for each row that has it."""
+def test_a_long_row_in_parquet_makes_only_itself_invalid() -> None:
+    """It is not converted. A dictionary value counts in every row that has it."""
     long = "x" * (9 << 20)
     columns: dict[str, Any] = {
         "prompt": ["1", "2", "3", None, "5"],
@@ -551,7 +551,7 @@ def test_a_column_has_the_type_that_holds_all_its_values(
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_keys_that_are_values_make_their_rows_invalid(suffix: str) -> None:
-    """Memory must not grow with the table, nor must a result have a column for each row of it."""
+    """Memory must not grow with the table, and results must not get a column per row."""
     rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
     rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
     items = read(write(f"t.{suffix}", in_format(suffix, rows)))
@@ -704,7 +704,7 @@ def test_an_openai_batch_file_can_be_named_json() -> None:
     assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
 
 
-def test_a_payload_on_one_long_line_may_begin_with_any_key() -> None:
+def test_a_payload_on_one_long_line_can_begin_with_any_key() -> None:
     payload = {"version": 1, "input_data": {"columns": ["prompt"], "data": ["y" * 9_000] * 30}}
     rows = read(write("t.json", payload))
     assert [len(item.prompt or "") for item in rows] == [9_000] * 30
@@ -765,7 +765,7 @@ def test_a_document_breaks_off_where_it_is_not_json(element: str, reason: str) -
     assert "z" not in [item.prompt for item in rows]
 
 
-def test_an_element_that_is_not_utf_8_is_invalid_alone() -> None:
+def test_an_element_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
     rows = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
     assert [bool(error) for error in errors_of(rows)] == [False, True, True, False]
 
@@ -920,7 +920,7 @@ STARTS = {
 
 
 def survives(path: Path, readable: int = 0) -> None:
-    """Every row is a request or an invalid result, with a key of its own and of text that a result can hold."""
+    """Every row is a request or an invalid result with a unique key and text that results can store."""
     try:
         rows = read(path)
     except TableError as error:
@@ -969,7 +969,7 @@ def test_any_json_is_accounted_for(values: list[Any]) -> None:
 
 @relaxed
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
-def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
+def test_every_format_gives_the_same_text(prompts: list[str]) -> None:
     rows: list[dict[str, Any]] = [{"prompt": "x"}, *({"prompt": prompt} for prompt in prompts)]
     outcomes = [
         [(item.id, item.prompt, item.fingerprint) for item in read(write(f"t.{suffix}", in_format(suffix, rows)))]
@@ -996,7 +996,7 @@ def test_one_long_text_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
     ("suffix", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
 )
 def test_cells_have_a_size_limit(suffix: str, text: str) -> None:
-    """Beyond it the row is invalid and keeps its other cells."""
+    """A row beyond the limit is invalid and keeps its other cells."""
     rows: list[dict[str, Any]] = [
         {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
         {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
