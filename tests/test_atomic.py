@@ -18,13 +18,12 @@ from batch_infer.errors import StorageError
 from batch_infer.store import (
     TEMPORARY_PREFIX,
     PinnedFolder,
-    atomic,
     atomic_write,
+    files,
     host_id,
     is_case_sensitive,
     is_temporary,
     path_exists,
-    paths,
     temporary_path,
 )
 
@@ -74,8 +73,7 @@ def test_the_file_is_fsynced_before_the_rename_and_then_the_folder(
     def sync(synced: Path) -> None:
         seen.append((synced.is_dir(), path.exists()))
 
-    for module in (atomic, paths):
-        monkeypatch.setattr(module, "fsync", sync)
+    monkeypatch.setattr(files, "fsync", sync)
     with atomic_write(path) as temporary:
         temporary.write_text("x")
     assert seen == [(False, False), (True, True)]
@@ -136,7 +134,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path.write_text("before")
     script = """
 import sys, time, pathlib
-from batch_infer.store.atomic import atomic_write
+from batch_infer.store.files import atomic_write
 with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
@@ -154,7 +152,7 @@ def test_no_two_processes_share_a_temporary_name() -> None:
     """Neither by chance nor after a fork; one process always uses the same name."""
     script = """
 import os, pathlib
-from batch_infer.store.atomic import temporary_path
+from batch_infer.store.files import temporary_path
 reading, writing = os.pipe()
 if os.fork() == 0:
     os.write(writing, str(temporary_path(pathlib.Path("file"))).encode())
@@ -203,7 +201,7 @@ def test_host_ids_of_containers_with_one_name_differ_by_boot_id(
 ) -> None:
     ids = set()
     for boot in ("a", "b", "a"):
-        monkeypatch.setattr(atomic, "_BOOT_ID", tmp_path / "boot_id")
+        monkeypatch.setattr(files, "_BOOT_ID", tmp_path / "boot_id")
         (tmp_path / "boot_id").write_text(boot)
         ids.add(host_id.__wrapped__())
     assert len(ids) == 2
@@ -218,7 +216,7 @@ def test_case_sensitivity_is_probed_on_the_disk(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "A").touch()
     assert is_case_sensitive(tmp_path) == (not (tmp_path / "a").exists())
     assert [path.name for path in tmp_path.iterdir()] == ["A"]
-    monkeypatch.setattr(atomic, "path_exists", lambda path: (path.parent / path.name.lower()).exists())
+    monkeypatch.setattr(files, "path_exists", lambda path: (path.parent / path.name.lower()).exists())
     assert not is_case_sensitive(tmp_path)
     with pytest.raises(StorageError, match="cannot write .*missing"):
         is_case_sensitive(tmp_path / "missing")

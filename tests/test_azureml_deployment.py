@@ -26,7 +26,7 @@ from batch_infer.cli.run import run
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
 from batch_infer.simulation import SimulationSettings
-from tests import pyproject
+from tests.pyproject import project
 from tests.runs import QUICK
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ README = (EXAMPLE / "README.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 SERVER_LOCK = (ROOT / "tools" / "azure-server.lock").read_text("utf-8")
 DOCKERFILE = (EXAMPLE / "environment" / "Dockerfile").read_text("utf-8")
-PROJECT = pyproject.project()
+PROJECT = project()
 
 SDK = Path(sys.prefix) / "azure-sdk" / "bin" / "python"
 SERVER = Path(sys.prefix) / "azure-server"

@@ -20,7 +20,7 @@ from PIL import Image
 from batch_infer.cli.azureml import export_mlflow
 from batch_infer.errors import SettingsError
 from batch_infer.models import DEMO_MODEL
-from tests import pyproject
+from tests.pyproject import project
 
 pytestmark = pytest.mark.promises
 
@@ -170,11 +170,11 @@ def test_a_model_contains_its_files_and_code_and_no_pickle(seen: dict[str, Any],
 
 def test_a_model_has_the_requirements_of_batch_infer(seen: dict[str, Any], folder: Path) -> None:
     """And does so in a way that does not contradict what MLflow asks for itself."""
-    project = pyproject.project()
-    own = project["dependencies"] + project["optional-dependencies"]["azure"]
+    metadata = project()
+    dependencies = metadata["dependencies"] + metadata["optional-dependencies"]["azure"]
     lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     names = {re.split("[^a-z-]", line)[0] for line in lines}
-    assert names == {re.split("[^a-z-]", line)[0] for line in own} | {"mlflow"}
+    assert names == {re.split("[^a-z-]", line)[0] for line in dependencies} | {"mlflow"}
     assert {re.split("[^a-z-]", line)[0] for line in lines if "==" in line} == {
         "mlflow", "torch", "diffusers", "transformers",
     }  # fmt: skip

@@ -219,7 +219,7 @@ def test_stopped_benchmark_prints_what_was_measured() -> None:
     assert process.returncode == 75
     assert re.search(r"^batch-infer +[0-9.]+ .*%$", stdout, re.MULTILINE)
     assert re.search(r"^grouped +[0-9.]+ .*(as fast|slower)", stdout, re.MULTILINE)
-    assert stdout.endswith("stopped early: this is what was measured until then\n")
+    assert stdout.endswith("stopped early: these are the figures measured so far\n")
 
 
 def test_remaining_seconds_are_estimated_from_past_rounds() -> None:

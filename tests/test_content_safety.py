@@ -493,8 +493,8 @@ def check_from_threads(service: Service, count: int, **settings: Any) -> list[Ve
 
 def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """In windows of 0.5 s instead of 10 s, so that requests on a busy machine have 2 s to arrive."""
-    monkeypatch.setattr(retries, "COUNTED", 0.5)
-    monkeypatch.setattr(retries, "WINDOW", 2.5)
+    monkeypatch.setattr(retries, "SERVICE_WINDOW_SECONDS", 0.5)
+    monkeypatch.setattr(retries, "WINDOW_SECONDS", 2.5)
     with serving() as service:
         check_from_threads(service, 40, requests_per_second=40)
     times = [request.at for request in service.requests]

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.pyproject import project
-from tools.lowest_versions import HELD, lowest_versions
+from tools.lowest_versions import PINNED, lowest_versions
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
@@ -25,7 +25,7 @@ LOCKED = {
 GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 REQUIREMENTS = [
     requirement
-    for requirement in (Requirement(text) for name in (*HELD, "dev") for text in GROUPS[name])
+    for requirement in (Requirement(text) for name in (*PINNED, "dev") for text in GROUPS[name])
     if requirement.name not in ("torch", "batch-infer")
     and (requirement.marker is None or requirement.marker.evaluate())
 ]

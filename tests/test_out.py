@@ -390,7 +390,7 @@ def test_status_is_unknown_where_the_lock_is_unreadable(shared: Path) -> None:
     (shared / ".lock").chmod(0o600)
     done = as_another_user(script, shared)
     assert "state='unknown', holder=None" in done.stdout, done.stderr
-    assert "left=0" in done.stdout
+    assert "remaining=0" in done.stdout
 
 
 def test_an_unreadable_manifest_is_an_error(shared: Path) -> None:

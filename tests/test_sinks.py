@@ -1,4 +1,4 @@
-"""Where images are stored: under OUT and nowhere else, whole, and no two of them at one place."""
+"""Sinks: images are complete, in OUT alone, and each has its own path. The first tests check every sink in SINKS."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import stat
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks.folder import FolderSink, resolve_path
+from batch_infer.sinks import BACKUP_PREFIX, IMAGE_FOLDERS, Sink, make_sink, original_path, resolve_path
+from batch_infer.sinks.folder import FolderSink
 from batch_infer.sinks.names import hashed_name, safe_name
+from batch_infer.sinks.sink import SINKS
 from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
 from batch_infer.table.ids import Ids, find_colliding_stems
 
@@ -52,6 +56,96 @@ def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **m
     return PromptRequest(name, index, "x", None, 1, params, Source(file, row), "f", **more)
 
 
+# The protocol
+
+
+@pytest.fixture(params=SINKS)
+def sink_of(request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
+    """Make a sink for an OUT. Tests with this fixture run for every sink in SINKS."""
+    return partial(make_sink, name=request.param)
+
+
+def test_images_appear_when_they_are_published(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
+    sink = sink_of(tmp_path)
+    path = sink.path_of(request("a"))
+    stored = sink.write(path, b"first")
+    assert (stored.path, stored.sha256, stored.image_bytes) == (path, hashlib.sha256(b"first").hexdigest(), 5)
+    assert (sink.has(path), sink.read(path)) == (False, None)
+    sink.publish([path])
+    assert sink.has(path)
+    assert (sink.read(path), sink.read(path, 5), sink.read(path, 4)) == (b"first", b"first", None)
+    assert sink.write(path, b"second") != stored
+    assert sink_of(tmp_path).read(path) == b"first", "until the second image is published"
+    sink.publish([path])
+    assert sink_of(tmp_path).read(path) == b"second"
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / path], "no temporary file remains"
+    sink.remove(path)
+    sink.remove(path)
+    assert not sink.has(path)
+
+
+def test_a_replaced_image_is_backed_up_until_its_backup_is_removed(
+    tmp_path: Path, sink_of: Callable[[Path], Sink]
+) -> None:
+    """By the names that recovery recognises, and only once: a second replacement is not committed either."""
+    sink = sink_of(tmp_path)
+    paths = [sink.path_of(request(name)) for name in "ab"]
+    backups = [sink.backup_path(path) for path in paths]
+    for path, backup in zip(paths, backups, strict=True):
+        assert Path(backup).name.startswith(BACKUP_PREFIX)
+        assert original_path(backup) == path
+        sink.write(path, b"old")
+    sink.publish(paths)
+    for content in (b"new", b"newer"):
+        for path in paths:
+            sink.write(path, content)
+        sink.back_up([*paths, sink.path_of(request("missing"))])
+        sink.publish(paths)
+    assert [sink.read(path) for path in (*paths, *backups)] == [b"newer", b"newer", b"old", b"old"]
+    sink.restore(backups[0])
+    sink.remove(backups[1])
+    assert [sink.read(path) for path in (*paths, *backups)] == [b"old", b"newer", None, None]
+
+
+def test_every_image_has_its_own_path(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
+    sink = sink_of(tmp_path)
+    requests = [request(name, index=index, row=row) for name, row in (("a", 0), ("b", 5000)) for index in (0, 1)]
+    paths = [sink.path_of(request, quarantine=quarantine) for request in requests for quarantine in (False, True)]
+    assert len(set(paths)) == 8
+    assert {path.partition("/")[0] for path in paths} == set(IMAGE_FOLDERS)
+    for number, path in enumerate(paths):
+        image = requests[number // 2]
+        assert path in sink.possible_paths(image)
+        assert sink.path_in(path, quarantine=True) == sink.path_of(image, quarantine=True)
+        assert sink.path_of(replace(image, replaces=path), quarantine=bool(number % 2)) == path
+        sink.write(path, path.encode())
+    sink.publish(paths)
+    assert [sink.read(path) for path in paths] == [path.encode() for path in paths]
+    assert {(tmp_path / path).parent for path in paths} <= set(sink.folders_of(["t.csv"]))
+
+
+@pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
+def test_paths_outside_out_are_missing(tmp_path: Path, sink_of: Callable[[Path], Sink], path: str) -> None:
+    """Paths come from manifest parts, which anyone may have edited."""
+    precious = tmp_path / "precious"
+    precious.touch()
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "link").symlink_to(tmp_path)
+    sink, path = sink_of(out), path if path != "/precious" else str(precious)
+    assert (sink.has(path), sink.read(path)) == (False, None)
+    sink.remove(path)
+    assert precious.exists()
+
+
+def test_publishing_a_missing_image_is_an_error(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
+    with pytest.raises(StorageError, match="a.png"):
+        sink_of(tmp_path).publish(["images/a.png"])
+
+
+# The folder sink
+
+
 def sink_on(*, case_matters: bool) -> FolderSink:
     """Return a sink on a file system that is case-sensitive, or not."""
     sink = FolderSink(Path("/out"), ".png")
@@ -66,9 +160,9 @@ def test_a_safe_name_is_kept(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
 def test_an_unsafe_name_is_hashed(name: str) -> None:
-    found = safe_name(name)
-    assert found != name
-    assert re.fullmatch(r"[A-Za-z0-9_-]{0,60}~[0-9a-f]{16}", found)
+    hashed = safe_name(name)
+    assert hashed != name
+    assert re.fullmatch(r"[A-Za-z0-9_-]{0,60}~[0-9a-f]{16}", hashed)
 
 
 def same_file(name: str) -> str:
@@ -225,45 +319,10 @@ def test_a_folder_holds_a_thousand_rows_of_a_file(file: str, row: int, folder: s
     assert sink.path_of(request("a", file=file, row=row), quarantine=True) == f"quarantine/{folder}/a-0.webp"
 
 
-def test_images_appear_when_they_are_published(tmp_path: Path) -> None:
-    sink = FolderSink(tmp_path, ".png")
-    stored = sink.write("images/t-00000/a-0.png", b"first")
-    assert (stored.sha256, stored.image_bytes) == (hashlib.sha256(b"first").hexdigest(), 5)
-    file = tmp_path / stored.path
-    assert not file.exists()
-    sink.publish([stored.path])
-    assert file.read_bytes() == b"first"
-    assert sink.write(stored.path, b"second") != stored
-    assert file.read_bytes() == b"first", "until the second image is published"
-    sink.publish([stored.path])
-    assert file.read_bytes() == b"second"
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
-    sink.remove(stored.path)
-    sink.remove(stored.path)
-    assert not file.exists()
-
-
 def test_the_error_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "images").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match=re.escape(str(tmp_path / "images"))):
         FolderSink(tmp_path, ".png").write("images/t/a.png", b"x")
-
-
-def test_publishing_a_missing_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot write .*a.png: No such file"):
-        FolderSink(tmp_path, ".png").publish(["images/a.png"])
-
-
-@pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
-def test_nothing_outside_out_is_removed(tmp_path: Path, path: str) -> None:
-    """Paths come from manifest parts, which anyone may have edited."""
-    precious = tmp_path / "precious"
-    precious.touch()
-    out = tmp_path / "out"
-    (out / "images").mkdir(parents=True)
-    (out / "images" / "link").symlink_to(tmp_path)
-    FolderSink(out).remove(path if path != "/precious" else str(precious))
-    assert precious.exists()
 
 
 NAMES = [f"images/t-0000{k % 2}/{k}-0.png" for k in range(6)]

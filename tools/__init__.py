@@ -1,1 +1,1 @@
-"""Tools for the project's maintainers; none of them is installed with the package."""
+"""Tools for the project's maintainers. They are not installed with the package."""

@@ -1,12 +1,13 @@
-"""Print pip constraints that hold each dependency of pyproject.toml at the lowest version that it allows.
+"""Print pip constraints that pin each dependency in pyproject.toml to its lowest allowed version.
 
-torch is left out: old builds of it are not available for every machine, and `make lowest` installs one first.
+torch is not pinned: old builds are not available for every machine, and `make lowest` installs torch first.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -15,15 +16,20 @@ if sys.version_info >= (3, 11):
 else:
     from pip._vendor import tomli as tomllib
 
-HELD = ("dependencies", "long-prompts", "lora", "plot", "https", "azure")
+PINNED = ("dependencies", "long-prompts", "lora", "plot", "https", "azure")
+
+
+def read_project(pyproject: Path) -> dict[str, Any]:
+    """Return the table `project` of pyproject.toml."""
+    return dict(tomllib.loads(pyproject.read_text("utf-8"))["project"])
 
 
 def lowest_versions(pyproject: Path) -> dict[str, str]:
-    """Return the lower bound of each dependency by name. Raises ValueError for one without."""
-    project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
+    """Return the lower bound of each dependency by name. Raises ValueError if one has no lower bound."""
+    project = read_project(pyproject)
     groups = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
     bounds = {}
-    for requirement in (Requirement(text) for name in HELD for text in groups[name]):
+    for requirement in (Requirement(text) for name in PINNED for text in groups[name]):
         lower = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if not lower:
             raise ValueError(f"{pyproject}: {requirement.name} has no lower bound")

@@ -7,28 +7,21 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MAIN = "Every package that the demo, the tests and the tools run with, except torch (see Makefile)."
-AZURE = "What {} needs besides requirements.lock, or in another version."
+MAIN = "Every package that the demo, the tests and the tools use, except torch (see Makefile)."
+AZURE = "Packages that {} in addition to requirements.lock, or in another version."
 LOCKS = {
     "requirements.lock": (".venv", MAIN),
-    "tools/azure-server.lock": (".venv/azure-server", AZURE.format("azureml-inference-server-http")),
-    "tools/azure-sdk.lock": (".venv/azure-sdk", AZURE.format("azure-ai-ml and mlflow-skinny")),
+    "tools/azure-server.lock": (".venv/azure-server", AZURE.format("azureml-inference-server-http needs")),
+    "tools/azure-sdk.lock": (".venv/azure-sdk", AZURE.format("azure-ai-ml and mlflow-skinny need")),
 }
 
 
-def frozen(environment: Path) -> list[str]:
-    """Return `name==version` of each package that lies in an environment itself, without torch and this project."""
+def freeze(environment: Path) -> list[str]:
+    """Return `name==version` of each package installed in an environment, except torch and this project."""
     base = {"base": str(environment), "platbase": str(environment)}
     folder = sysconfig.get_path("purelib", vars=base)
-    command: list[str | Path] = [
-        environment / "bin" / "python",
-        "-m",
-        "pip",
-        "freeze",
-        "--exclude-editable",
-        "--path",
-        folder,
-    ]
+    pip = [str(environment / "bin" / "python"), "-m", "pip"]
+    command = [*pip, "freeze", "--exclude-editable", "--path", folder]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if "==" in line and not line.startswith("torch==")]
 
@@ -36,4 +29,4 @@ def frozen(environment: Path) -> list[str]:
 if __name__ == "__main__":
     for name, (environment, contents) in LOCKS.items():
         header = f"# {contents} Written by `make lock`."
-        (ROOT / name).write_text("\n".join([header, *frozen(ROOT / environment), ""]), encoding="utf-8")
+        (ROOT / name).write_text("\n".join([header, *freeze(ROOT / environment), ""]), encoding="utf-8")

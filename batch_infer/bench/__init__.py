@@ -1,7 +1,4 @@
-"""The benchmark: batch-infer, plain diffusers and the bare UNet render the same rows in one process.
-
-`benchmark` takes BenchSettings and returns a BenchReport.
-"""
+"""Compare the throughput of batch-infer, plain diffusers and the bare UNet on the same rows in one process."""
 
 from typing import TYPE_CHECKING
 

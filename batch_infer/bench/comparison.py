@@ -1,4 +1,4 @@
-"""The benchmark: all contenders render the same rows in turns, round by round, and then the slots are swept."""
+"""Run the benchmark: contenders render the same rows in turns, round by round, and then the slots are swept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench import contenders as timing
 from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, unet_rate
 from batch_infer.bench.plotting import check_plot, draw
-from batch_infer.bench.renderers import BatchInfer, PlainDiffusers
+from batch_infer.bench.renderers import BatchInfer, PlainDiffusers, Renderer
 from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint
 from batch_infer.bench.settings import BenchSettings
 from batch_infer.bench.subject import Subject, load_subject, tune_batch_sizes
@@ -30,13 +30,13 @@ from batch_infer.models import is_compiled
 from batch_infer.worker import read_peak_memory
 
 SAMPLE = 24
-"""Number of rows whose images are compared, and that are timed one by one."""
+"""Number of rows to compare images of, and to time one by one."""
 
 log = logging.getLogger("batch_infer")
 
 
 def benchmark(settings: BenchSettings) -> BenchReport:
-    """Measure everything that the settings name. Raises UsageError before anything is timed."""
+    """Load the model, measure all contenders and draw the plot. Raises UsageError before anything is timed."""
     if settings.plot is not None:
         check_plot(settings.plot)
     subject = load_subject(settings)
@@ -50,9 +50,9 @@ def benchmark(settings: BenchSettings) -> BenchReport:
 
 
 def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
-    """Measure a loaded model. A stop during the measurement ends it with a report of what was measured.
+    """Compare the contenders on a loaded model. After a stop, the report has the figures measured so far.
 
-    Raises SettingsError for steps that the scheduler refuses, and for a baseline that is not available here.
+    Raises SettingsError if the scheduler refuses the steps, or if a baseline is unavailable.
     """
     workload = make_workload(settings.workload, subject)
     contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
@@ -65,9 +65,9 @@ def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
         if not contenders:
             raise
         stopped = True
-    measured = {each.name: _summarize(each, contenders[0], workload, peak) for each in contenders}
+    results = {contender.name: _summarize(contender, contenders[0], workload, peak) for contender in contenders}
     parity, memory = _compare_images(contenders), _peak_memory(subject, contenders, sweep)
-    return BenchReport(_conditions(settings, subject), workload, peak, measured, parity, sweep, memory, stopped)
+    return BenchReport(_conditions(settings, subject), workload, peak, results, parity, sweep, memory, stopped)
 
 
 def _make_contender(name: str, subject: Subject, workload: Workload) -> Contender:
@@ -77,43 +77,43 @@ def _make_contender(name: str, subject: Subject, workload: Workload) -> Contende
         return BareUNet(name, subject, workload)
     model, compute, rows = subject.model, subject.compute, workload.rows
     sample = sample_evenly(rows, SAMPLE)
-    compared = [row.id for row in sample]
-    if name == "one-by-one":
-        one_by_one = PlainDiffusers(model, compute, grouped=False)
-        share = workload.row_forwards_of(sample) / workload.row_forwards
-        return RenderingContender(name, one_by_one, sample, subject, compared=compared, share=share)
+    compared, share = [row.id for row in sample], 1.0
+    renderer: Renderer
     if name == OURS:
-        return RenderingContender(name, BatchInfer(model, compute), rows, subject, compared=compared)
-    grouped = PlainDiffusers(model, compute, grouped=True, compiled=name == "grouped-compiled")
-    return RenderingContender(name, grouped, rows, subject, compared=compared)
+        renderer = BatchInfer(model, compute)
+    else:
+        renderer = PlainDiffusers(model, compute, grouped=name != "one-by-one", compiled=name == "grouped-compiled")
+    if name == "one-by-one":
+        rows, share = sample, workload.row_forwards_of(sample) / workload.row_forwards
+    return RenderingContender(name, renderer, rows, subject, compared=compared, share=share)
 
 
 def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> None:
-    """Time all contenders in turns, and log how long the rest will take."""
-    for number, contender in enumerate(contenders, 1):
-        log.info("warming up: %s (%d of %d)", contender.name, number, len(contenders))
+    """Time all contenders in turns, and log the estimated remaining time."""
+    for index, contender in enumerate(contenders, 1):
+        log.info("warming up: %s (%d of %d)", contender.name, index, len(contenders))
         contender.warm_up()
-    remaining = [each.name for _ in range(settings.rounds) for each in contenders] + [OURS] * len(settings.sweep)
+    remaining = [contender.name for contender in contenders] * settings.rounds + [OURS] * len(settings.sweep)
     seconds: dict[str, float] = {}
-    for number in range(settings.rounds):
+    for round_number in range(1, settings.rounds + 1):
         for contender in contenders:
             started = time.monotonic()
             contender.run_round()
             seconds[remaining.pop(0)] = time.monotonic() - started
-            left = tqdm.format_interval(_estimate_seconds(remaining, seconds))
+            remaining_time = tqdm.format_interval(_estimate_seconds(remaining, seconds))
             message = "round %d of %d: %s %.1f s; about %s left"
-            log.info(message, number + 1, settings.rounds, contender.name, contender.seconds[-1], left)
+            log.info(message, round_number, settings.rounds, contender.name, contender.seconds[-1], remaining_time)
 
 
 def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
-    """Estimate the seconds of these contenders by their last round, or by the mean of the others."""
+    """Estimate the total seconds of these contenders from their last rounds, or from the mean of all last rounds."""
     mean = statistics.mean(seconds.values())
     return sum(seconds.get(name, mean) for name in names)
 
 
-def measure_sweep(sweep: Sweep, numbers: Sequence[int], subject: Subject, workload: Workload) -> None:
-    """Add a point for each number of slots, up to the first for which memory is too small."""
-    for slots in numbers:
+def measure_sweep(sweep: Sweep, slot_counts: Sequence[int], subject: Subject, workload: Workload) -> None:
+    """Add a point for each number of slots, and stop at the first that does not fit into memory."""
+    for slots in slot_counts:
         try:
             with out_of_memory_errors():
                 point = _measure_slots(slots, subject, workload)
@@ -150,14 +150,14 @@ def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
     measured = timing.matmul_tflops(model.device, model.dtype)
     if settings.peak_tflops is not None:
         return Peak(settings.peak_tflops, "given", measured)
-    known = peak_flops.peak_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
-    return Peak(known, "datasheet", measured) if known else Peak(measured, "measured matmul", measured)
+    published = peak_flops.peak_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
+    return Peak(published, "datasheet", measured) if published else Peak(measured, "measured matmul", measured)
 
 
 def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: Peak) -> Measurement:
     seconds = statistics.median(contender.seconds)
-    # The median over the rounds is robust: a busy moment of the machine slows all contenders. After a stop, the last
-    # round may lack some of them.
+    # The median of the ratios is robust: other work on the machine slows all contenders of a round. After a stop, the
+    # last round may be incomplete.
     ratios = [their / our for their, our in zip(contender.seconds, ours.seconds, strict=False)]
     tflop = workload.unet_tflop if isinstance(contender, BareUNet) else workload.tflop
     return Measurement(
@@ -173,20 +173,20 @@ def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: 
 
 
 def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
-    """Compare our images with those of the first baseline that made any."""
-    ours, *others = (each for each in contenders if isinstance(each, RenderingContender))
-    if not others:  # none was requested, or a stop came first
+    """Compare our images with those of the first baseline that renders images."""
+    ours, *baselines = (contender for contender in contenders if isinstance(contender, RenderingContender))
+    if not baselines:  # none was requested, or a stop came first
         return None
-    theirs = others[0].images
+    theirs = baselines[0].images
     differences = [np.abs(ours.images[name].astype(int) - image.astype(int)).max() for name, image in theirs.items()]
-    return Parity(len(theirs), int(max(differences)), others[0].name)
+    return Parity(len(theirs), int(max(differences)), baselines[0].name)
 
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
-    """Return the largest peak of all measurements, each of which starts the GPU's count anew."""
+    """Return the largest peak of all measurements. Each measurement resets the GPU's peak."""
     memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
-        peaks = [each.device_bytes for each in contenders] + [point.device_bytes for point in sweep.points]
+        peaks = [contender.device_bytes for contender in contenders] + [point.device_bytes for point in sweep.points]
         memory["device_bytes"] = max(peak or 0 for peak in peaks)
     return memory
 

@@ -1,4 +1,4 @@
-"""The contenders that are timed round by round, and the clock: seconds, memory and peak rate of a device."""
+"""Time each contender, and measure the bare UNet and the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MATMUL_REPEATS = 6
 class Contender:
     """A way to render the workload, timed round by round.
 
-    `seconds`: of the whole workload, per round; `device_bytes`: peak GPU memory of the last round, None on a CPU;
-    `sampled_rows`: number of rows that are timed, if not all; `details`: further figures for --json.
+    `seconds`: duration of the whole workload in each round; `device_bytes`: peak GPU memory of the last round, or None
+    on a CPU; `sampled_rows`: number of timed rows if not all rows are timed; `details`: more figures for --json.
     """
 
     sampled_rows: int | None = None
@@ -41,7 +41,7 @@ class Contender:
         self.details: Mapping[str, Any] = {}
 
     def warm_up(self) -> None:
-        """Do everything that is done on first use only, so that it is not timed."""
+        """Do everything that happens only on first use, so that it is not timed."""
         raise NotImplementedError
 
     def measure(self) -> float:
@@ -50,13 +50,15 @@ class Contender:
 
     def run_round(self) -> None:
         """Time one round."""
-        reset_peak_memory(self._device)
+        is_on_gpu = self._device.type == "cuda"
+        if is_on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
         self.seconds.append(self.measure())
-        self.device_bytes = peak_device_memory(self._device)
+        self.device_bytes = torch.cuda.max_memory_allocated(self._device) if is_on_gpu else None
 
 
 class RenderingContender(Contender):
-    """A renderer with its rows, the images of the `compared` ids, and the share of the workload that the rows are."""
+    """A renderer with its rows. `share` is their share of the workload, `images` has those of the `compared` ids."""
 
     def __init__(
         self,
@@ -75,18 +77,18 @@ class RenderingContender(Contender):
         self._compared, self._share = frozenset(compared), share
 
     def warm_up(self) -> None:
-        """Render every batch shape once, with few steps: compilation and allocation are not part of the rate."""
-        kinds = {(size_of(row), row.params.uses_guidance): row for row in self._rows}
+        """Render every batch shape once, with few steps, so that compilation and allocation are not timed."""
+        examples = {(size_of(row), row.params.uses_guidance): row for row in self._rows}
         rows = []
-        for kind, row in kinds.items():
+        for shape, row in examples.items():
             params = replace(row.params, num_inference_steps=self._few_steps)
-            rows += [replace(row, id=f"{kind} {k}", params=params) for k in range(self._renderer.capacity(row))]
+            rows += [replace(row, id=f"{shape} {k}", params=params) for k in range(self._renderer.capacity(row))]
         for _ in self._renderer.render(rows):
             pass
 
     def measure(self) -> float:
         seconds = seconds_of(self._render, self._device)
-        self.details = self._renderer.details()  # now, because a stop may come during the next round
+        self.details = self._renderer.details()  # now, because a stop may interrupt the next round
         return seconds / self._share
 
     def _render(self) -> None:
@@ -96,7 +98,7 @@ class RenderingContender(Contender):
 
 
 class BareUNet(Contender):
-    """The UNet calls of the workload and nothing else, with all slots full: the ceiling for any renderer.
+    """The workload's UNet calls alone, with all slots full: the ceiling for any renderer.
 
     Measures each size for about a second and extrapolates.
     """
@@ -109,9 +111,8 @@ class BareUNet(Contender):
         self.measure()
 
     def measure(self) -> float:
-        shape_of = self._subject.compute.shape_of
-        rates = {size: unet_rate(self._subject.model, self._workload.rows[0], size, shape_of(*size).slots)
-                 for size in self._workload.sizes}  # fmt: skip
+        model, example, shape_of = self._subject.model, self._workload.rows[0], self._subject.compute.shape_of
+        rates = {size: unet_rate(model, example, size, shape_of(*size).slots) for size in self._workload.sizes}
         self.details = {"row_forwards_per_second": {size_name(size): rate for size, rate in rates.items()}}
         return self._workload.unet_seconds(rates)
 
@@ -120,7 +121,7 @@ class BareUNet(Contender):
 def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots: int) -> float:
     """Return UNet evaluations per second of full batches, called one after the other with the same input.
 
-    `example`: a row whose prompt conditions the UNet. Raises torch.OutOfMemoryError.
+    The prompt of `example` conditions the UNet. Raises torch.OutOfMemoryError.
     """
     params = replace(example.params, height=size[0], width=size[1])
     (conditioning,) = model.condition([replace(example, params=params)])
@@ -139,33 +140,18 @@ def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that work takes, including all that it has queued on the device."""
-    _synchronize(device)
+    """Return the duration of a function in seconds, including the work that it queues on the device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    synchronize(device)
     started = time.perf_counter()
     work()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement of peak GPU memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_device_memory(device: torch.device) -> int | None:
-    """Return the peak bytes of GPU memory since `reset_peak_memory`, None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @torch.inference_mode()
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return TFLOP/s of a large matrix product: the fastest of several, since other processes only slow it down."""
+    """Return the TFLOP/s of a large matrix product. The fastest of several counts: other processes slow some down."""
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = [seconds_of(lambda: left @ right, device) for _ in range(MATMUL_REPEATS)]

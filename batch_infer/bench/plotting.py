@@ -1,4 +1,4 @@
-"""The plot of throughput against the number of slots, drawn with matplotlib."""
+"""Plot throughput against the number of slots with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(file: Path) -> None:
-    """Raise SettingsError if a plot cannot be written to this file."""
+    """Raise SettingsError if matplotlib is missing or a plot cannot be written to this file."""
     if find_spec("matplotlib") is None:
         raise SettingsError("--plot needs matplotlib: pip install 'batch-infer[plot]'")
     if file.suffix.lower() not in FORMATS:
@@ -29,10 +29,10 @@ def check_plot(file: Path) -> None:
 
 
 def draw(report: BenchReport, file: Path) -> None:
-    """Write the plot of a report with a sweep. Raises StorageError."""
+    """Plot a report that has a sweep. Raises StorageError."""
     from matplotlib.figure import Figure
 
-    # Not by pyplot, which needs a window system and keeps global state.
+    # pyplot would need a window system and keep global state.
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     _draw_sweep(axes, report)
@@ -56,7 +56,7 @@ def _draw_sweep(axes: Axes, report: BenchReport) -> None:
 
 
 def _draw_baselines(axes: Axes, report: BenchReport) -> None:
-    """Draw what does not depend on slots, or was measured at one number of them."""
+    """Draw the device's ceiling and the baselines, which do not depend on slots or were measured at one number."""
     markers = iter(("s", "D", "^", "v"))
     slots = max(report.ours.details["slots"].values())
     for name, measurement in report.contenders.items():

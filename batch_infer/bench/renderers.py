@@ -1,4 +1,4 @@
-"""What renders the rows: batch-infer's chain, or the diffusers pipeline as one would call it by hand."""
+"""Render the rows with batch-infer's chain, or with the diffusers pipeline as a script would call it."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ RowImage = tuple[PromptRequest, np.ndarray]
 
 
 class BatchInfer:
-    """The chain of a run, with rows in the order of a run."""
+    """Renders with the chain and row order of a run."""
 
     def __init__(self, model: LatentDiffusion, compute: Compute) -> None:
         self.chain = cast(StepLevelChain, make_chain(model, compute))
 
     def capacity(self, row: PromptRequest) -> int:
-        """Return how many rows like this one are computed together."""
+        """Return the number of rows with this row's size and guidance that fit into a batch."""
         return self.chain.batch_sizes.for_size(size_of(row))[0] // row.params.slots
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
-        """Yield each image once its pixels are on the host. Raises ModelError for a row that gives no image."""
+        """Yield each image once its pixels are on the host. Raises ModelError if a row has no image."""
         self.chain.stages_by_size.clear()
         for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.for_size(size)[0])):
             if isinstance(outcome, UnrenderedRow):
-                raise ModelError(f"a row of {outcome.request.params} gave no image: {outcome.error}")
+                raise ModelError(f"a row of {outcome.request.params} has no image: {outcome.error}")
             yield outcome.request, outcome.pixels
 
     def details(self) -> Mapping[str, Any]:
-        """Return further figures of the last rendering, as --json prints them."""
+        """Return more figures of the last rendering, as --json prints them."""
         stages = self.chain.stages
         shapes = {size_name(size): self.chain.batch_sizes.for_size(size) for size in self.chain.stages_by_size}
         return {
@@ -63,11 +63,11 @@ class BatchInfer:
 
 
 class PlainDiffusers:
-    """The diffusers pipeline around the same networks, with one generator per row and, like ours, no safety checker.
+    """Renders with the diffusers pipeline on the same networks, with one generator per row and no safety checker.
 
-    By default it calls the networks uncompiled. Their other optimisations for a GPU (channels last, fused projections)
-    speed it up too. With `compiled` it calls the networks that torch.compile made, in batches that are padded to one
-    size so that each is compiled once.
+    By default it calls the uncompiled networks, but with their other GPU optimisations (channels last, fused
+    projections). If `compiled`, it calls the networks that torch.compile made, and pads batches to one size so that
+    each network is compiled once.
     """
 
     def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
@@ -75,7 +75,7 @@ class PlainDiffusers:
         self._grouped, self._compiled = grouped, compiled
         self._pipeline = _build_pipeline(model)
         self.decodes_singly = False
-        """Whether images are decoded one by one, because memory is too small for a batch of them."""
+        """Whether images are decoded one by one because a batch of images does not fit into memory."""
 
     def capacity(self, row: PromptRequest) -> int:
         return self._compute.shape_of(*size_of(row)).slots // row.params.slots if self._grouped else 1
@@ -90,14 +90,14 @@ class PlainDiffusers:
         return {"vae_slicing": self.decodes_singly}
 
     def _batches(self, rows: Sequence[PromptRequest]) -> Iterator[list[PromptRequest]]:
-        """Yield rows with equal parameters together, as many as fit into the slots, or else single rows."""
+        """Yield batches of rows with equal parameters that fit into the slots, or single rows if not grouped."""
         if not self._grouped:
             yield from ([row] for row in rows)
             return
         for _, group in groupby(sorted(rows, key=_group_key), _group_key):
-            equal = list(group)
-            limit = self.capacity(equal[0])
-            yield from (equal[first : first + limit] for first in range(0, len(equal), limit))
+            group_rows = list(group)
+            limit = self.capacity(group_rows[0])
+            yield from (group_rows[start : start + limit] for start in range(0, len(group_rows), limit))
 
     def _call(self, batch: list[PromptRequest]) -> np.ndarray:
         try:
@@ -141,26 +141,27 @@ def _group_key(row: PromptRequest) -> tuple[float, ...]:
 
 
 def _build_pipeline(model: LatentDiffusion) -> Any:
-    own = model.pipeline
-    parts = dict(own.components)
-    parts |= {"scheduler": copy.deepcopy(own.scheduler), "safety_checker": None, "feature_extractor": None}
+    original = model.pipeline
+    parts = dict(original.components)
+    parts |= {"scheduler": copy.deepcopy(original.scheduler), "safety_checker": None, "feature_extractor": None}
     if "unet" in parts and parts["unet"] is None:
         parts["unet"] = UNetAdapter(model.networks[0])
-    names = inspect.signature(type(own)).parameters
-    values = {"requires_safety_checker": False, **{name: own.config[name] for name in own.config}, **parts}
-    pipeline = type(own)(**{name: value for name, value in values.items() if name in names})
+    names = inspect.signature(type(original)).parameters
+    values = {"requires_safety_checker": False, **original.config, **parts}
+    pipeline = type(original)(**{name: value for name, value in values.items() if name in names})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 class UNetAdapter(torch.nn.Module):
-    """A UNet that diffusers does not have, with the attributes that its pipeline reads."""
+    """Gives a UNet that diffusers lacks the attributes that its pipeline reads."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        own: Any = unet.config
-        self.config = SimpleNamespace(in_channels=own.in_channels, sample_size=own.sample_size, time_cond_proj_dim=None)
+        config: Any = unet.config
+        channels, size = config.in_channels, config.sample_size
+        self.config = SimpleNamespace(in_channels=channels, sample_size=size, time_cond_proj_dim=None)
         weight = next(unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -172,7 +173,7 @@ class UNetAdapter(torch.nn.Module):
 
 @contextmanager
 def _without_compilation(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Use the networks' own forward methods, not the compiled ones that replace them."""
+    """Use the networks' original forward methods instead of the compiled ones."""
     replaced = [(network, network.__dict__.pop("forward")) for network in networks if "forward" in vars(network)]
     try:
         yield
@@ -183,9 +184,9 @@ def _without_compilation(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _decoding_singly(vae: Any) -> Iterator[None]:
-    """Decode one image per call. The setting is restored, because the decoder is shared."""
-    before, vae.use_slicing = vae.use_slicing, True
+    """Decode one image per call inside the context. Other contenders share the decoder."""
+    previous, vae.use_slicing = vae.use_slicing, True
     try:
         yield
     finally:
-        vae.use_slicing = before
+        vae.use_slicing = previous

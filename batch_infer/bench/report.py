@@ -1,4 +1,4 @@
-"""The report of a benchmark, with the keys that --json prints."""
+"""Define the report of a benchmark, with the keys that --json prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS = "batch-infer"
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Peak TFLOP/s of the device, from which MFU is computed. `source`: `given`, `datasheet` or `measured matmul`."""
+    """Peak TFLOP/s of the device, for MFU. `source`: `given` (by --peak-tflops), `datasheet` or `measured matmul`."""
 
     tflops: float
     source: str
@@ -22,10 +22,11 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Speed of one contender. `seconds`: of the whole workload, per round.
+    """Speed of one contender.
 
-    `ratio`: how many times as fast batch-infer is, None for batch-infer itself; `sampled_rows`: number of rows that
-    were timed, if not all: seconds are then extrapolated by UNet evaluations.
+    `seconds`: duration of the whole workload in each round; `ratio`: how many times as fast batch-infer is, None for
+    batch-infer itself; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then
+    extrapolated by UNet evaluations.
     """
 
     seconds: Sequence[float]
@@ -45,7 +46,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """Throughput at a number of slots. `ceiling_images_per_second`: what the bare UNet's speed would allow."""
+    """Throughput at a number of slots. `ceiling_images_per_second`: the limit that the bare UNet sets."""
 
     slots: int
     row_forwards_per_second: Mapping[str, float]
@@ -57,7 +58,7 @@ class SweepPoint:
 
 @dataclass(slots=True)
 class Sweep:
-    """Points in order of slots, and the number for which memory was too small, if there was one."""
+    """Points in order of slots. `out_of_memory_at`: the number of slots that did not fit into memory."""
 
     points: list[SweepPoint] = field(default_factory=list)
     out_of_memory_at: int | None = None
@@ -74,7 +75,7 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: not all of it was measured."""
+    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: whether figures are missing."""
 
     conditions: Mapping[str, Any]
     workload: Workload
@@ -91,9 +92,9 @@ class BenchReport:
 
     @property
     def workload_line(self) -> str:
-        """The workload in words, for a person."""
+        """The workload as text."""
         settings, rows = self.workload.settings, len(self.workload.rows)
-        steps = " to ".join(str(number) for number in dict.fromkeys(settings.steps))
+        steps = " to ".join(map(str, dict.fromkeys(settings.steps)))
         sizes = ", ".join(self.ours.details["slots"])
         return f"{rows:,} row{'s' * (rows > 1)} of {steps} steps, {settings.unguided:.0%} without guidance, {sizes}"
 

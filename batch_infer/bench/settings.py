@@ -1,4 +1,4 @@
-"""Settings of the benchmark, and the parsers of its options."""
+"""Define the settings of the benchmark, and parse its options."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 ASPECT = 1.5
-"""Aspect ratio of the other two sizes of a mixed workload; the first is the model's native size."""
+"""Aspect ratio of the two sizes in a mixed workload that are not the model's native size."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSettings:
-    """The rows to render.
+    """Settings of the rows to render.
 
-    `steps`: smallest and largest number; `sizes`: `mixed`, `native`, or width x height as `640x448,512x512`;
-    `unguided`: share of rows without guidance.
+    `steps`: minimum and maximum; `sizes`: `mixed`, `native`, or width x height as in `640x448,512x512`; `unguided`:
+    share of rows without guidance.
     """
 
     rows: int = 200
@@ -50,7 +50,7 @@ class WorkloadSettings:
 
 
 def _scale(rules: SizeRules, factor: float) -> Size:
-    """Return the native sides times a factor, rounded to what the deepest level of the UNet is divisible by."""
+    """Multiply the native sides by a factor, and round them to multiples that the deepest UNet level supports."""
     unit = rules.min_side
     height, width = (max(1, round(side * factor / unit)) for side in (rules.native_height, rules.native_width))
     return unit * height, unit * width
@@ -63,10 +63,8 @@ def _parse_size(text: str, rules: SizeRules) -> Size:
     width, height = int(match[1]), int(match[2])
     for side in (width, height):
         if side % rules.side_multiple or not rules.min_side <= side <= rules.max_side:
-            raise SettingsError(
-                f"--sizes {text.strip()}: {side} is not a multiple of {rules.side_multiple} from {rules.min_side} to "
-                f"{rules.max_side}"
-            )
+            limits = f"{rules.side_multiple} from {rules.min_side} to {rules.max_side}"
+            raise SettingsError(f"--sizes {text.strip()}: {side} is not a multiple of {limits}")
     return height, width
 
 
@@ -80,15 +78,15 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def parse_sweep(text: str) -> tuple[int, ...]:
-    """Parse numbers of slots that are separated by commas. Raises SettingsError."""
-    numbers = tuple(sorted({int(part) for part in text.split(",") if part.strip().isdecimal()}))
-    if len(numbers) != len(set(text.split(","))) or min(numbers) < 2:
+    """Parse numbers of slots, separated by commas. Raises SettingsError."""
+    counts = tuple(sorted({int(part) for part in text.split(",") if part.strip().isdecimal()}))
+    if len(counts) != len(set(text.split(","))) or min(counts) < 2:
         raise SettingsError(f"--sweep {text}: write numbers of slots, at least 2 each: 4,8,16,32,64")
-    return numbers
+    return counts
 
 
 def parse_against(text: str) -> tuple[str, ...]:
-    """Parse names of baselines that are separated by commas. Raises SettingsError."""
+    """Parse names of baselines, separated by commas. Raises SettingsError."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if unknown := [name for name in names if name not in BASELINES]:
         raise SettingsError(f"--against {unknown[0]}: the baselines are {', '.join(BASELINES)}")
@@ -97,7 +95,7 @@ def parse_against(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """Settings of a benchmark. `architecture`: a released model's layers at full size with random weights."""
+    """Settings of a benchmark. `architecture`: a name in ARCHITECTURES, to use its layers with random weights."""
 
     workload: WorkloadSettings = WorkloadSettings()
     model: ModelSettings = ModelSettings()
@@ -111,7 +109,5 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         """Raises SettingsError."""
-        if self.architecture is not None and self.architecture not in ARCHITECTURES:
-            raise SettingsError(f"--architecture {self.architecture}: write one of {', '.join(ARCHITECTURES)}")
         if self.architecture is not None and self.model.name is not None:
             raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")

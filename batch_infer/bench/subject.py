@@ -1,4 +1,4 @@
-"""The model that is benchmarked, loaded on its device."""
+"""Load the model to benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEW_STEPS = (1, 2, 4, 10, 20)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A loaded model, which all contenders share, how it computes, and its default parameters of a row."""
+    """The loaded model that all contenders share, with its batch sizes, image sizes and default row parameters."""
 
     name: str
     model: LatentDiffusion
@@ -33,7 +33,7 @@ class Subject:
     defaults: SamplingParams
 
     def evaluations(self, steps: int) -> int:
-        """Return the number of model calls of a row. Raises SettingsError if the scheduler refuses these steps."""
+        """Return the number of model calls for a row. Raises SettingsError if the scheduler refuses these steps."""
         try:
             return self.model.solver.table(steps).evaluations
         except RowError as error:
@@ -52,7 +52,7 @@ class Subject:
 
 
 def load_subject(settings: BenchSettings) -> Subject:
-    """Load the model. Raises ModelError, and SettingsError if the device is missing or its memory too small."""
+    """Load the model. Raises ModelError, or SettingsError if the device is missing or has too little memory."""
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     with explain_out_of_memory():
@@ -79,7 +79,7 @@ def _defaults(sizes: SizeRules, *guidance: Any) -> SamplingParams:
 
 
 def tune_batch_sizes(subject: Subject, sizes: Sequence[Size]) -> Compute:
-    """Measure the batch sizes that `--slots auto` chooses for these image sizes."""
+    """Return `subject.compute` with the batch sizes that `--slots auto` measures for these image sizes."""
     shapes = []
     for size in sizes:
         params = SamplingParams(*size, subject.few_steps, subject.defaults.guidance_scale, 0.0)

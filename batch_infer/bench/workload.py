@@ -1,4 +1,4 @@
-"""The rows of the benchmark, which are the same for the same settings, and their cost."""
+"""Make the rows of the benchmark, the same ones for the same settings, and count their cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batch_infer.bench.subject import Subject
 
 SEED = 7
-"""Seed of the rows' parameters; the noise of row k has seed k."""
+"""Seed of the rows' parameters. The noise of row k has seed k."""
 WORDS = (
     ("small", "large"),
     ("red", "green", "blue", "yellow", "purple", "orange", "white", "black"),
@@ -29,7 +29,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class SizeWork:
-    """Images and UNet evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and one decoding."""
+    """Images and UNet evaluations (`row_forwards`) of one size, with the TFLOP of one evaluation and one decoding."""
 
     height: int
     width: int
@@ -41,7 +41,7 @@ class SizeWork:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Rows and their cost by size. `evaluations`: model calls of a row by its number of steps."""
+    """Rows and their cost by size. `evaluations`: model calls for a row, by number of steps."""
 
     rows: Sequence[PromptRequest]
     settings: WorkloadSettings
@@ -49,7 +49,7 @@ class Workload:
     sizes: dict[Size, SizeWork] = field(default_factory=dict)
 
     def row_forwards_of(self, rows: Sequence[PromptRequest]) -> int:
-        """Return the number of UNet evaluations of some rows."""
+        """Return the number of UNet evaluations for these rows."""
         return sum(row.params.slots * self.evaluations[row.params.num_inference_steps] for row in rows)
 
     @property
@@ -62,11 +62,11 @@ class Workload:
 
     @property
     def tflop(self) -> float:
-        """TFLOP of the UNet and the decoder. Text encoding, 0.02 % of it in released models, is left out."""
+        """TFLOP of the UNet and the decoder. Text encoding, 0.02 % of it in released models, does not count."""
         return self.unet_tflop + sum(work.images * work.decode_tflop for work in self.sizes.values())
 
     def unet_seconds(self, rates: Mapping[Size, float]) -> float:
-        """Return the seconds of all UNet evaluations at these rates per second, with no slot ever empty."""
+        """Return the seconds for all UNet evaluations at these rates per second, with all slots always full."""
         return sum(work.row_forwards / rates[size] for size, work in self.sizes.items())
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,25 +81,25 @@ def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
     model = subject.model
     rows = make_rows(settings, settings.sizes_of(subject.sizes), subject.defaults)
     steps = sorted({row.params.num_inference_steps for row in rows})
-    workload = Workload(rows, settings, {number: subject.evaluations(number) for number in steps})
+    workload = Workload(rows, settings, {count: subject.evaluations(count) for count in steps})
     for size in dict.fromkeys(map(size_of, rows)):
-        own, shape = [row for row in rows if size_of(row) == size], model.latent_shape(*size)
+        size_rows, shape = [row for row in rows if size_of(row) == size], model.latent_shape(*size)
         tflop = denoise_flops(model, shape) / TERA, decode_flops(model, shape) / TERA
-        workload.sizes[size] = SizeWork(*size, len(own), workload.row_forwards_of(own), *tflop)
+        workload.sizes[size] = SizeWork(*size, len(size_rows), workload.row_forwards_of(size_rows), *tflop)
     return workload
 
 
 def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
-    """Make rows with random sizes, steps and prompts, some without guidance; all else is that of `defaults`."""
-    draw = random.Random(SEED)
+    """Make rows with random prompts, sizes and steps, part of them unguided. Other parameters are `defaults`."""
+    generator = random.Random(SEED)
     rows = []
-    for number in range(settings.rows):
-        height, width = draw.choice(sizes)
-        params = replace(defaults, height=height, width=width, num_inference_steps=draw.randint(*settings.steps))
-        if draw.random() < settings.unguided:
+    for index in range(settings.rows):
+        height, width = generator.choice(sizes)
+        params = replace(defaults, height=height, width=width, num_inference_steps=generator.randint(*settings.steps))
+        if generator.random() < settings.unguided:
             params = replace(params, guidance_scale=1.0)
-        name = f"row-{number:08d}"
-        rows.append(PromptRequest(name, 0, draw.choice(PROMPTS), None, number, params, Source("bench", number), name))
+        name, prompt = f"row-{index:08d}", generator.choice(PROMPTS)
+        rows.append(PromptRequest(name, 0, prompt, None, index, params, Source("bench", index), name))
     return rows
 
 
@@ -113,7 +113,7 @@ def size_name(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def sample_evenly(rows: Sequence[PromptRequest], number: int) -> list[PromptRequest]:
-    """Return a number of rows from evenly spaced positions."""
-    count = min(number, len(rows))
+def sample_evenly(rows: Sequence[PromptRequest], max_count: int) -> list[PromptRequest]:
+    """Return at most `max_count` rows from evenly spaced positions."""
+    count = min(max_count, len(rows))
     return [rows[k * len(rows) // count] for k in range(count)]

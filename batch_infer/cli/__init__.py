@@ -1,6 +1,6 @@
-"""The command line: options become settings, one call of a job, and an exit code.
+"""Define the command line: each command turns options into settings, calls one job and returns an exit code.
 
-Nothing slow is imported before a command runs, so that --help answers at once.
+Slow libraries are imported only when a command runs, so that --help is fast.
 """
 
 from batch_infer.cli.config import detect_log_format, with_suggestion

@@ -12,7 +12,16 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.options import command, json_option, model_options, option, parse_duration, progress_option
+from batch_infer.cli.options import (
+    PATH,
+    POSITIVE,
+    command,
+    json_option,
+    model_options,
+    option,
+    parse_duration,
+    progress_option,
+)
 from batch_infer.cli.progress import LINE_EVERY, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
@@ -26,25 +35,18 @@ JOB_FAILED = 3
 
 
 @command(
-    click.Argument(["inputs"], metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    click.Argument(["inputs"], metavar="INPUT...", nargs=-1, required=True, type=PATH),
     option(
         "-o",
         "--out",
         default="batch-infer-out",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Folder for the script's output, predictions.csv and logs.",
     ),
-    option(
-        "--script",
-        type=click.Path(path_type=Path),
-        metavar="FILE.py",
-        help="Scoring script. Default: batch-infer's own.",
-    ),
-    option("--model-dir", type=click.Path(path_type=Path), metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
-    option("--mini-batch-size", type=click.IntRange(min=1), default=10, metavar="N", help="Files per call of run()."),
-    option(
-        "--workers", type=click.IntRange(min=1), metavar="N", help="Worker processes. Default: one per GPU, else 1."
-    ),
+    option("--script", type=PATH, metavar="FILE.py", help="Scoring script. Default: batch-infer's own."),
+    option("--model-dir", type=PATH, metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
+    option("--mini-batch-size", type=POSITIVE, default=10, metavar="N", help="Files per call of run()."),
+    option("--workers", type=POSITIVE, metavar="N", help="Worker processes. Default: one per GPU, else 1."),
     option(
         "--timeout",
         type=parse_duration,
@@ -87,7 +89,7 @@ JOB_FAILED = 3
     ),
     option(
         "--settings-file",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Format of predictions.csv. Default: parallel_run_step.settings.json in the script's folder.",
     ),
@@ -180,9 +182,7 @@ def _lines(outcome: SimulationOutcome) -> Iterator[str]:
         yield from f"the job failed: {outcome.fault}".split("\n")
 
 
-@command(
-    click.Argument(["folder"], metavar="DIR", type=click.Path(path_type=Path)), *model_options, name="export-mlflow"
-)
+@command(click.Argument(["folder"], metavar="DIR", type=PATH), *model_options, name="export-mlflow")
 def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
 

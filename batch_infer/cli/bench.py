@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import command, json_option, model_options, option
+from batch_infer.cli.options import POSITIVE, command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import StoppedError
@@ -33,27 +33,33 @@ if TYPE_CHECKING:
     option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),
-        help="A released architecture at full size with random weights, instead of a model.",
+        help="Use a released architecture at full size with random weights instead of a model.",
     ),
-    option("--rows", type=click.IntRange(min=1), default=200, metavar="N", help="Number of rows."),
-    option("--steps", default="20-50", metavar="A-B|N", help="Steps of each row, drawn from this range."),
+    option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
+    option("--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Range of each row's steps."),
     option(
         "--sizes",
         default="mixed",
         metavar="WxH,...",
-        help="native: the model's own; mixed: that and two of another aspect ratio; or a list: 512x512,640x448.",
+        help="Image sizes. native: the model's own size; mixed: also two sizes with another aspect ratio; or a list: "
+        "512x512,640x448.",
     ),
     option(
         "--unguided", type=click.FloatRange(0, 1), default=0.2, metavar="SHARE", help="Share of rows without guidance."
     ),
-    option("--rounds", type=click.IntRange(min=1), default=3, metavar="N", help="Timed rounds per contender."),
+    option("--rounds", type=POSITIVE, default=3, metavar="N", help="Timed rounds per contender."),
     option(
-        "--against", default="grouped,one-by-one,bare", metavar="NAME,...", help=f"Baselines: {', '.join(BASELINES)}."
+        "--against",
+        type=parse_against,
+        default="grouped,one-by-one,bare",
+        metavar="NAME,...",
+        help=f"Baselines: {', '.join(BASELINES)}.",
     ),
     option(
         "--sweep",
+        type=parse_sweep,
         metavar="N,...",
-        help="Numbers of slots to measure too: 4,8,16,32,64. Stops at the first for which memory is too small.",
+        help="Also measure these numbers of slots: 4,8,16,32,64. Stops at the first that does not fit into memory.",
     ),
     option(
         "--plot",
@@ -65,26 +71,38 @@ if TYPE_CHECKING:
         "--peak-tflops",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
-        help="Peak of the device, for MFU. Default: that of the GPU's datasheet if it is known, else the measured rate "
-        "of a large matrix product.",
+        help="Peak rate of the device, for MFU. Default: the peak in the GPU's datasheet if it is known, else the "
+        "measured rate of a large matrix product.",
     ),
     json_option,
 )
 def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     """Compare batch-infer with plain diffusers.
 
-    All contenders render the same rows with the same loaded networks in one process, in turns; a ratio is the median
-    over the rounds. The baselines: grouped, the diffusers pipeline on batches of rows with equal parameters that fill
-    the slots; one-by-one, a call per row, timed on 24 rows; grouped-compiled, grouped with the networks that
-    torch.compile made; bare, the UNet's calls and nothing else, which is the ceiling. No safety check runs and no
-    images are written.
+    All contenders take turns to render the same rows with the same loaded networks in one process. Each ratio is the
+    median over the rounds. No safety check runs, and no images are written.
 
-    By default the rows have mixed steps, guidance and sizes. For the rows of published figures: --steps 50 --unguided
-    0 --sizes native.
+    The baselines are: grouped, the diffusers pipeline on batches of rows with equal parameters that fill the slots;
+    grouped-compiled, the same with networks compiled by torch.compile; one-by-one, a pipeline call per row, timed on
+    24 rows; and bare, the UNet's calls alone, which are the ceiling.
 
-    Exit codes: 0; 2 usage or settings; 75 stopped, with the figures that were measured until then.
+    By default, rows have mixed steps, guidance and sizes. Published figures use rows like those of --steps 50
+    --unguided 0 --sizes native. A UNet evaluation is one batch element of a UNet call; --json counts them as
+    row_forwards.
+
+    Exit codes: 0; 2 usage or settings; 75 stopped, with the figures measured so far.
     """
-    settings = _make_settings(options)
+    settings = BenchSettings(
+        workload=WorkloadSettings(options["rows"], options["steps"], options["sizes"], options["unguided"]),
+        model=make_model_settings(options),
+        architecture=options["architecture"],
+        compute=make_compute_settings(options),
+        rounds=options["rounds"],
+        against=options["against"],
+        sweep=options["sweep"] or (SWEEP if options["plot"] else ()),
+        plot=options["plot"],
+        peak_tflops=options["peak_tflops"],
+    )
     with stoppable(hint=NOTHING_KEPT):
         from batch_infer.bench import benchmark  # imports torch
 
@@ -92,23 +110,6 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     if as_json or report.stopped or not quiet:
         print_result(_lines(report), report.as_dict() if as_json else None)
     return StoppedError.exit_code if report.stopped else 0
-
-
-def _make_settings(options: dict[str, Any]) -> BenchSettings:
-    """Raises SettingsError."""
-    sweep = parse_sweep(options["sweep"]) if options["sweep"] else ()
-    workload = options["rows"], parse_steps(options["steps"]), options["sizes"], options["unguided"]
-    return BenchSettings(
-        workload=WorkloadSettings(*workload),
-        model=make_model_settings(options),
-        architecture=options["architecture"],
-        compute=make_compute_settings(options),
-        rounds=options["rounds"],
-        against=parse_against(options["against"]),
-        sweep=sweep or (SWEEP if options["plot"] else ()),
-        plot=options["plot"],
-        peak_tflops=options["peak_tflops"],
-    )
 
 
 def _lines(report: BenchReport) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _lines(report: BenchReport) -> Iterator[str]:
     if report.sweep.out_of_memory_at is not None:
         yield f"{report.sweep.out_of_memory_at:4} slots: out of memory"
     if report.stopped:
-        yield "stopped early: this is what was measured until then"
+        yield "stopped early: these are the figures measured so far"
 
 
 def _condition_lines(report: BenchReport) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The log on stderr, as text or as JSON lines, including warnings, tracebacks and raw output of libraries."""
+"""Log to stderr as text or as JSON lines, including warnings, tracebacks and raw output of libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batch_infer.terminal import EscapingFormatter
 FORMATS = ("text", "json")
 log = logging.getLogger("batch_infer")
 stop_log = logging.getLogger("batch_infer.stop")
-"""Why a command stops early: logged with -q too."""
+"""Logs why a command stops early, with -q too."""
 _warnings_log = logging.getLogger("py.warnings")
 _stderr_log = logging.getLogger("stderr")
 _state = {"format": "text"}
@@ -33,10 +33,10 @@ def is_json() -> bool:
 
 
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send the package's log and Python's warnings to stderr: from INFO, with `verbose` from DEBUG.
+    """Send the package's log and Python's warnings to stderr, from level INFO, or DEBUG if `verbose`.
 
-    With `quiet` only errors and the reason of an early stop are logged. If the log is JSON, tracebacks and what
-    libraries write to stderr become JSON lines too.
+    With `quiet`, log only errors and the reason for an early stop. If the log is JSON, tracebacks and the output of
+    libraries to stderr become JSON lines too.
     """
     handler = StderrHandler(quiet=quiet)
     handler.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -51,7 +51,7 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
 
 
 def log_error(message: object, code: int) -> None:
-    """Log the error that ends a command, whose logging may not be set up yet."""
+    """Log the error that ends a command. Logging need not be set up yet."""
     set_up_logging()
     log.error("%s", message, extra={"exit_code": code})
 
@@ -76,25 +76,21 @@ class StderrHandler(logging.Handler):
         return super().filter(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # Python formats a warning as two lines: the second is the code
+        if record.name == _warnings_log.name:  # Python formats a warning as two lines, of which the second is code
             record.msg, record.args = " ".join(record.getMessage().split()), ()
         stream = sys.stderr.original if isinstance(sys.stderr, LoggedStream) else sys.stderr
         try:
             tqdm.write(self.format(record), file=stream)
         except OSError:  # stderr is closed or full, which must not end a run
-            _discard_stderr()
-
-
-def _discard_stderr() -> None:
-    """Drop what is written to stderr from here on. Otherwise Python flushes it again at exit, and fails."""
-    if isinstance(sys.stderr, LoggedStream):
-        sys.stderr.original = io.StringIO()
-    else:
-        sys.stderr = io.StringIO()
+            # Discard all further output, because Python flushes stderr again at exit and fails.
+            if isinstance(sys.stderr, LoggedStream):
+                sys.stderr.original = io.StringIO()
+            else:
+                sys.stderr = io.StringIO()
 
 
 def _capture_stderr() -> None:
-    """Log tracebacks, and each line that is written to stderr."""
+    """Log tracebacks and each line written to stderr."""
     if not isinstance(sys.stderr, LoggedStream):
         sys.stderr = LoggedStream(sys.stderr)
     sys.excepthook = _log_exception
@@ -109,13 +105,13 @@ def restore_stderr() -> None:
         sys.stderr = sys.stderr.original
 
 
-def _log_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-    error = error or kind()
-    log.critical("%s: %s", kind.__name__, error, exc_info=(kind, error, trace))
+def _log_exception(exc_type: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    error = error or exc_type()
+    log.critical("%s: %s", exc_type.__name__, error, exc_info=(exc_type, error, traceback))
 
 
 class LoggedStream(io.StringIO):
-    """A stream whose lines go to the log, each in its last state if it is overwritten, as a bar is."""
+    """A stream that logs each line. Of a line that is overwritten, such as a progress bar, it logs the last state."""
 
     def __init__(self, original: TextIO) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The registry of commands, and the settings of `run` as environment variables alone give them."""
+"""Define the command group, and read the settings of `run` from environment variables alone."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ for command in (run, plan, status, retry, rescore, merge, bench, azureml_simulat
 
 
 def settings_from_environment(table: str, out: str, ignored: Collection[str] = ()) -> RunSettings:
-    """Return the settings that `batch-infer run TABLE --out OUT` would have in this environment.
+    """Return the settings of `batch-infer run TABLE --out OUT` in this environment.
 
-    `ignored` names variables whose options keep their defaults: neither the variable nor a --config file sets them.
-    Raises SettingsError.
+    Neither an `ignored` variable nor a --config file changes the default of that variable's option. Raises
+    SettingsError.
     """
     endpoint_run = copy.copy(run)
     endpoint_run.params = [_without_sources(param, ignored) for param in run.params]
@@ -46,7 +46,7 @@ def settings_from_environment(table: str, out: str, ignored: Collection[str] = (
 
 
 def _without_sources(param: click.Parameter, ignored: Collection[str]) -> click.Parameter:
-    """Return a copy of an ignored option that no environment variable or file sets, any other parameter unchanged."""
+    """Return a copy of an ignored option that always has its default. Return other parameters unchanged."""
     if not isinstance(param, click.Option) or param.name == "out" or not {*variables_of_option(param)} & {*ignored}:
         return param
     option = copy.copy(param)

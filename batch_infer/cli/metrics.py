@@ -1,4 +1,4 @@
-"""`--metrics-file FILE`: the progress and the end of a run as Prometheus metrics.
+"""`--metrics-file FILE`: write the progress and the end of a run as Prometheus metrics.
 
 The text format is that of node_exporter's textfile collector (https://github.com/prometheus/node_exporter). Every
 series has the label `out`, so that each OUT can have its own file.
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, get_args
 
 import click
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
     from batch_infer.records import ResultRow
 
 WRITE_EVERY = 10.0
-"""Seconds between two writes while results are committed."""
+"""Seconds between writes while results are committed."""
 STATUSES: tuple[str, ...] = get_args(Status)
 GAUGES = {
     "results_left": "Images of the tables that have no result yet.",
     "images_rendered": "Images that the last run rendered.",
     "images_per_second": "Images per second of the last run, from when its first worker was ready.",
-    "workers": "Worker processes at the end of the last run, 0 if it rendered in its own process.",
+    "workers": "Worker processes at the end of the last run, 0 if it rendered in the command's process.",
     "worker_deaths": "Worker processes that died in the last run, known at its end.",
     "running": "1 during a run, else 0.",
     "start_timestamp_seconds": "When the last run started.",
@@ -43,20 +42,23 @@ GAUGES = {
     "last_success_timestamp_seconds": "When a run last ended with exit code 0.",
     "exit_code": "Exit code of the run that ended last.",
 }
-RESULTS = "Results of the tables, by status."
 BUG = 1
 
 
 class Metrics:
-    """The metrics file of a run, written on progress and when the context is left. Without a file, nothing is done.
+    """Writes the metrics file of a run on progress and at the end of the context. Without a file, it does nothing.
 
-    Until the run holds OUT, only an error that ends it is written, and not even that if another run holds OUT, because
-    the file is that run's. Values that this run does not know yet are kept from the file of an earlier run.
+    Before the run locks OUT, only an error that ends it is written. If another run has locked OUT, not even that is
+    written, because the file belongs to the other run. Values that are not known yet are kept from an earlier file.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
+        from batch_infer.engines import read_rank_info
+
         self.model = model
-        self._file = file if file is not None and _is_first_rank() else None
+        rank_info = read_rank_info()
+        is_reporting = rank_info is None or rank_info.rank == 0  # other ranks of a launcher write no metrics
+        self._file = file if is_reporting else None
         self._out = out if "://" in out else os.path.abspath(Path(out).expanduser())  # noqa: PTH100  # keep links
         self._gauges: dict[str, float] = {}
         self._results: dict[str, int] = {}
@@ -68,14 +70,19 @@ class Metrics:
     def __enter__(self) -> Metrics:
         """Raises SettingsError if the file cannot be written."""
         if self._file is not None:
-            _check_writable(self._file)
+            try:  # each write creates a temporary file next to the metrics file
+                with tempfile.NamedTemporaryFile(dir=self._file.parent, prefix=f"{self._file.name}."):
+                    pass
+            except OSError as error:
+                reason = error.strerror or error
+                raise SettingsError(f"--metrics-file {self._file} cannot be written: {reason}") from error
             if self._file.suffix != ".prom":
                 log.warning("node_exporter's textfile collector reads only *.prom, and not %s", self._file)
         self._entered = time.time()
         return self
 
     def start(self, scan: ScanResult) -> None:
-        """Write the first metrics of a run, which now holds OUT."""
+        """Write the first metrics of a run, which has locked OUT."""
         self._initialize()
         self._throughput = None
         results = dict(scan.skipped)
@@ -98,10 +105,10 @@ class Metrics:
             self._write()
 
     def close(self) -> None:
-        """Do nothing: rendering has ended, but the run has not."""
+        """Do nothing: the run continues after rendering."""
 
     def conclude(self, summary: Summary, code: int) -> None:
-        """Set the final values, which are written when the context is left."""
+        """Set the final values. They are written at the end of the context."""
         self._initialize()
         counts, self._code = summary.counts, code
         self._results = {status: getattr(counts, status) for status in STATUSES}
@@ -113,18 +120,22 @@ class Metrics:
             "worker_deaths": summary.deaths,
         }
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, LockedError) and not self._is_initialized:
             return
         self._initialize()
-        now, code = time.time(), self._code if error is None else _exit_code_of(error)
-        self._gauges |= {"running": 0, "end_timestamp_seconds": now, "exit_code": code}
-        if code == 0:
+        if isinstance(error, (BatchInferError, click.ClickException)):
+            self._code = error.exit_code
+        elif error is not None:
+            self._code = StoppedError.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG
+        now = time.time()
+        self._gauges |= {"running": 0, "end_timestamp_seconds": now, "exit_code": self._code}
+        if self._code == 0:
             self._gauges["last_success_timestamp_seconds"] = now
         self._write()
 
     def _initialize(self) -> None:
-        """Read the values of an earlier run, once, and set those with which this run begins."""
+        """On the first call, read the values of an earlier run and set the initial values of this run."""
         if self._is_initialized:
             return
         self._is_initialized = True
@@ -175,33 +186,11 @@ class Metrics:
         registry = CollectorRegistry()
         info = Info("batch_infer", "Version and model of the last run.", ["out"], registry=registry)
         info.labels(self._out).info({"version": __version__, "model": self.model})
-        results = Gauge("batch_infer_results", RESULTS, ["out", "status"], registry=registry)
+        results = Gauge(
+            "batch_infer_results", "Results of the tables, by status.", ["out", "status"], registry=registry
+        )
         for status, count in self._results.items():
             results.labels(self._out, status).set(count)
         for name, value in self._gauges.items():
             Gauge(f"batch_infer_{name}", GAUGES[name], ["out"], registry=registry).labels(self._out).set(value)
         return registry
-
-
-def _is_first_rank() -> bool:
-    """Return whether this process is the command itself or a launcher's rank 0. The other ranks write no metrics."""
-    from batch_infer.engines import read_rank_info
-
-    rank_info = read_rank_info()
-    return rank_info is None or rank_info.rank == 0
-
-
-def _check_writable(file: Path) -> None:
-    """Raise SettingsError if no temporary file can be made in the file's folder, which is how it is written."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}."):
-            pass
-    except OSError as error:
-        raise SettingsError(f"--metrics-file {file} cannot be written: {error.strerror or error}") from error
-
-
-def _exit_code_of(error: BaseException) -> int:
-    """Return the exit code with which `__main__` will end."""
-    if isinstance(error, (BatchInferError, click.ClickException)):
-        return error.exit_code
-    return StoppedError.exit_code if isinstance(error, (KeyboardInterrupt, click.Abort)) else BUG

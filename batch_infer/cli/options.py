@@ -15,6 +15,8 @@ from batch_infer import settings as s
 from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
 
+PATH = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)
@@ -139,7 +141,7 @@ model_options = (
     ),
     option(
         "--threads",
-        type=click.IntRange(min=1),
+        type=POSITIVE,
         metavar="N",
         help="torch threads of each process on a CPU. Default: the number of cores divided by the number of processes.",
     ),
@@ -186,7 +188,7 @@ unattended_options = (
     ),
 )
 
-out_argument = click.Argument(["out"], metavar="OUT", type=click.Path(path_type=Path))
+out_argument = click.Argument(["out"], metavar="OUT", type=PATH)
 """The folder of an existing run."""
 moved_tables_argument = click.Argument(["tables"], metavar="[TABLE...]", nargs=-1)
 """The tables of an existing run, if they were moved."""

@@ -1,4 +1,4 @@
-"""`batch-infer plan`: what a run would do and cost, without rendering."""
+"""`batch-infer plan`: show what a run would do and cost, without rendering."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ TOO_SHORT = "too short: the run would stop with exit code 75, and the same comma
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 
-    Takes the options of `run`. Validates every row and lists the invalid ones with their reasons, then the image
-    sizes, the UNet evaluations (a row with guidance takes two per step), the time, the disk space and, with
-    --price-per-hour, the cost. Rows that are finished in OUT are not counted again. The time is estimated from a
-    short calibration or the last run, which are remembered; with --time-limit, plan says whether that is enough (with
-    -q, only if it is not).
+    Takes the options of `run`. Validates every row, lists invalid rows with the reasons, and then shows image sizes,
+    UNet evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
+    with --price-per-hour, cost. Rows that are finished in OUT do not count again. The time is estimated from a short
+    calibration or the last run; both are remembered. With --time-limit, plan says whether the limit is sufficient
+    (with -q, only if it is not).
 
-    Exit codes: as `run` would have; 3 if more rows are invalid than --max-failed.
+    Exit codes: those of `run`; 3 if more rows are invalid than --max-failed.
     """
     settings = make_run_settings(options)
-    # Errors go to a file, because there may be as many as the table has rows.
+    # Errors go to a file, because every row of the table may have one.
     with stoppable(hint=NOTHING_KEPT), open_temporary_text() as errors:
         from batch_infer.jobs import make_plan
 
@@ -79,12 +79,12 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
 
 def _write_error(row: ResultRow, errors: TextIO) -> None:
     """Write an invalid result as a line of JSON."""
-    place = {"file": row.source_file, "row": row.source_row, "line": row.line}
-    errors.write(json.dumps({**place, "id": row.id, "image_index": row.image_index, "error": row.error}) + "\n")
+    source = {"file": row.source_file, "row": row.source_row, "line": row.line}
+    errors.write(json.dumps({**source, "id": row.id, "image_index": row.image_index, "error": row.error}) + "\n")
 
 
 def _print_json(plan: Plan, errors: TextIO, limits: Mapping[str, Any]) -> None:
-    """Print one object, whose last member is written row by row."""
+    """Print one JSON object. Its last member is the list of errors, read line by line."""
     click.echo(json.dumps({**plan.as_dict(), **limits, "invalid_results": []})[:-2], nl=False)
     for index, line in enumerate(errors):
         click.echo(f"{', ' if index else ''}{line.rstrip()}", nl=False)
@@ -115,14 +115,15 @@ def _lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
 def _cost_lines(plan: Plan) -> Iterator[str]:
     from batch_infer.jobs import format_reasons
 
-    if why := format_reasons(plan.reasons, plan.changes):
-        yield f"{plan.pending:,} to render: {why}"
+    if reasons := format_reasons(plan.reasons, plan.changes):
+        yield f"{plan.pending:,} to render: {reasons}"
     yield f"{'size':12}{'images':>12}{'evaluations':>16}{'UNet calls':>14}{'device time':>16}"
     for size in plan.sizes:
         name, seconds = f"{size.width}x{size.height}", format_duration(size.seconds)
         yield f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{seconds:>16}"
-    slots = sorted({size.slots for size in plan.sizes})
-    yield f"slots    {' to '.join(map(str, slots[:1] + slots[1:][-1:]))}, occupancy {plan.occupancy:.0%}"
+    slots = [size.slots for size in plan.sizes]
+    slot_range = " to ".join(map(str, sorted({min(slots), max(slots)})))
+    yield f"slots    {slot_range}, occupancy {plan.occupancy:.0%}"
     if plan.processes > 1:
         yield f"workers  {plan.processes}, one per device"
     yield f"time     about {format_duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC"

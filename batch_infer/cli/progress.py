@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, log lines elsewhere."""
+"""Show progress on stderr: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOADING = "loading model"
 LINE_EVERY = 10.0
-"""Seconds between two log lines."""
+"""Seconds between log lines."""
 
 
 def shows_bar() -> bool:
@@ -33,7 +33,7 @@ def make_progress(*, shown: bool) -> Progress:
 
 
 class ProgressGroup:
-    """Passes every call on to several listeners, or to none."""
+    """Passes every call to all listeners. Without listeners, it shows nothing."""
 
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
@@ -56,7 +56,7 @@ class ProgressGroup:
 
 
 class ProgressCounts:
-    """Counts results and logs the start; ProgressBar and ProgressLog show them."""
+    """Counts results and logs the start. Base class of ProgressBar and ProgressLog, which show the counts."""
 
     def __init__(self) -> None:
         self.total = self.done = self.flagged = self.failed = self.invalid = 0
@@ -99,14 +99,14 @@ class ProgressCounts:
 
 
 class ProgressBar(ProgressCounts):
-    """A tqdm bar with images per second, the time left, and flagged, failed and invalid results."""
+    """A tqdm bar with images per second, the remaining time, and flagged, failed and invalid results."""
 
     _bar: tqdm[Any] | None = None
 
     def start(self, scan: ScanResult) -> None:
         super().start(scan)
         if scan.pending:
-            # tqdm's own rate and time left would count from here, before the model is loaded.
+            # tqdm would start its rate and remaining time here, before the model is loaded.
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=self.total, initial=self.done, dynamic_ncols=True, bar_format=layout, postfix=LOADING

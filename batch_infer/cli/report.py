@@ -1,4 +1,4 @@
-"""How a command ends: a stop by a signal or the time limit, the result on stdout, and the exit code."""
+"""Stop a command on a signal or at the time limit, and print its result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,19 @@ if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
 
 ROWS_FAILED = 3
-"""Exit code if more rows failed or were invalid than --max-failed."""
+"""Exit code if more rows failed or were invalid than --max-failed allows."""
 RESUME = "what was committed is kept. Run the same command again to continue"
 NOTHING_KEPT = "nothing is kept. Run the same command again"
 
 
 @contextmanager
 def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
-    """Let SIGINT, SIGTERM, SIGHUP and the time limit stop the command. Previous signal handlers are restored.
+    """Let SIGINT, SIGTERM, SIGHUP and the time limit in seconds stop the command, inside the context only.
 
     `hint` says what is kept and what to do next. Raises StoppedError.
     """
-
-    def log_stop() -> None:
-        stop_log.warning("stopping; finished images are being committed (press Ctrl-C again to stop at once)")
-
-    def log_stop_error(message: str) -> None:
-        log_error(message, StoppedError.exit_code)
-
+    stopping = "stopping; finished images are being committed (press Ctrl-C again to stop at once)"
+    log_stop, log_stop_error = partial(stop_log.warning, stopping), partial(log_error, code=StoppedError.exit_code)
     stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:
         with stop:
@@ -49,37 +45,38 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
         raise stop.error() from None
 
 
-def log_time_limit(stop: Stopper, left: int) -> None:
-    """Log that the time limit stopped the command, if it did and `left` images are missing."""
-    if stop.reason == TIME_LIMIT and left and stop.time_limit is not None:
+def log_time_limit(stop: Stopper, remaining: int) -> None:
+    """Log that the time limit stopped the command, if it did and images remain."""
+    if stop.reason == TIME_LIMIT and remaining and stop.time_limit is not None:
+        images = f"{format_count(remaining, 'image')} {'is' if remaining == 1 else 'are'}"
         stop_log.warning(
             "the time limit of %s was reached, and %s left: run the same command again to continue",
             format_duration(stop.time_limit),
-            f"{format_count(left, 'image')} {'is' if left == 1 else 'are'}",
-            extra={"left": left},
+            images,
+            extra={"left": remaining},
         )
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print to stdout. If it is closed or full, an error is logged and the command continues."""
+    """Let the context print to stdout. If stdout is closed or full, log an error and continue."""
     try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
         sys.stdout = io.StringIO()  # otherwise Python flushes stdout again at exit, and fails
-        closed = error.errno == errno.EPIPE
-        log.error("the result is not printed: %s", "stdout is closed" if closed else error.strerror or error)
+        reason = "stdout is closed" if error.errno == errno.EPIPE else error.strerror or error
+        log.error("the result is not printed: %s", reason)
 
 
 def print_result(lines: Iterable[str], data: Mapping[str, Any] | None = None) -> None:
-    """Print `data` as JSON, or lines of text if there is none."""
+    """Print `data` as JSON, or lines of text if `data` is None."""
     with printing():
-        if data is not None:
-            click.echo(json.dumps(data))
-        else:
+        if data is None:
             print_lines(lines)
+        else:
+            click.echo(json.dumps(data))
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -89,7 +86,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterator[str]:
-    """Yield the summary of `run` and `retry`, one that is read in five seconds."""
+    """Yield the summary of `run` and `retry`, which takes five seconds to read."""
     counts = summary.counts
     yield format_counts(counts)
     yield from (f"  {line}" for line in counts.bad_results)
@@ -116,7 +113,7 @@ def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterat
 
 
 def format_counts(counts: Counts) -> str:
-    """Format the number of rows, and of results by status."""
+    """Format the number of rows, and the number of results by status."""
     images = f", {counts.images:,} images" if counts.images > counts.rows else ""
     parts = [f"{format_count(counts.rows, 'row')}{images}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
     parts += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]

@@ -11,6 +11,7 @@ import click
 
 from batch_infer import settings as s
 from batch_infer.cli.options import (
+    POSITIVE,
     SemicolonList,
     model_options,
     on_flagged_option,
@@ -44,7 +45,7 @@ job_options = (
         help="Default id of a row. row: file name and row number. content: a digest of its cells, so that renaming, "
         "sorting or splitting the tables changes no id, seed or image.",
     ),
-    option("--limit", type=click.IntRange(min=1), metavar="N", help="Render only the first N rows."),
+    option("--limit", type=POSITIVE, metavar="N", help="Render only the first N rows."),
     *model_options,
     option(
         "--num-processes",
@@ -54,11 +55,7 @@ job_options = (
         "command's own process.",
     ),
     option_with_aliases(
-        "--steps",
-        "--num-inference-steps",
-        type=int,
-        metavar="N",
-        help="Steps of rows without num_inference_steps.",
+        "--steps", "--num-inference-steps", type=int, metavar="N", help="Steps of rows without num_inference_steps."
     ),
     option_with_aliases(
         "--guidance-scale",

@@ -47,8 +47,7 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Raises DamagedPartError, NewerPartError, StorageError.
     """
     names = SCHEMA.names if columns is None else list(columns)
-    with open_part(part) as file:
-        version = _version_of(part, file.schema_arrow)
+    with open_part(part) as (file, version):
         available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
@@ -66,9 +65,8 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
-    with open_part(part) as file:
+    with open_part(part) as (file, version):
         schema = file.schema_arrow
-        version = _version_of(part, schema)
     added = {name for name, since in SINCE.items() if since > version}
     carried = (field for field in schema if field.name in added or field.name not in SCHEMA.names)
     return [field.with_name(f"input_{field.name}") if field.name in added else field for field in carried]
@@ -80,7 +78,7 @@ def commit_time(part: Path) -> tuple[str, float]:
     A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
     time of day, and its clock is "". Raises DamagedPartError, StorageError.
     """
-    with open_part(part) as file:
+    with open_part(part) as (file, _):
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
         clock, _, seconds = mark.partition(" ")
         with suppress(ValueError):
@@ -90,8 +88,8 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 
 @contextmanager
-def open_part(part: Path) -> Iterator[pq.ParquetFile]:
-    """Open a part and read only its footer.
+def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """Open a part, read only its footer, and yield the part with its format version.
 
     Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
     cannot be read or the part does not exist, because both may be temporary.
@@ -104,7 +102,7 @@ def open_part(part: Path) -> Iterator[pq.ParquetFile]:
                     f"{part} was written by a newer batch-infer (format {version}, this one reads up to {VERSION}):"
                     " upgrade batch-infer, or give another --out"
                 )
-            yield file
+            yield file, version
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:

@@ -1,6 +1,6 @@
-"""Safety checks: of prompts before they are rendered, and of images after.
+"""Check prompts before rendering and images afterwards.
 
-An ImageChecker is a model on the device, a Gate a service. `protocols` has the registry of both.
+An ImageChecker is a model on the device, and a Gate is a service. `protocols` contains the registries of both.
 """
 
 from typing import TYPE_CHECKING

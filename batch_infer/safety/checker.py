@@ -1,8 +1,8 @@
-"""The safety checker of Stable Diffusion checkpoints, with its scores.
+"""The safety checker of Stable Diffusion checkpoints, with scores.
 
-diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops its scores. The same decision is made
-here from the same weights: cosine similarity of the image's CLIP embedding to 17 concepts, each with its own threshold,
-and to 3 special-care concepts that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
+diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops the scores. This module makes the same
+decision with the same weights: the cosine similarity of the image's CLIP embedding to 17 concepts, each with a
+threshold, and to 3 special-care concepts that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn.functional import normalize
 
 from batch_infer.records import Verdict
 
-SPECIAL_CARE = 0.01
-"""Added by diffusers to the score of every concept if a special-care concept matches."""
+SPECIAL_CARE_ADJUSTMENT = 0.01
+"""As in diffusers, added to the score of every concept if a special-care concept matches."""
 
 
 class StableDiffusionChecker:
-    """A checkpoint's own checker, called with a fixed batch of `batch` images."""
+    """Checks images with a checkpoint's safety checker, in calls with exactly `batch` squares."""
 
     name = "stable_diffusion"
 
@@ -31,17 +31,17 @@ class StableDiffusionChecker:
         self._module, self._feature_extractor, self._batch = module, feature_extractor, batch
 
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        """Check images (H, W, 3) uint8 of one size, in calls that are padded to the full batch.
+        """Check images (H, W, 3) uint8 of one size.
 
-        The checker takes squares. An image that is not square is covered by overlapping squares, among them the centre
-        one, which is all that diffusers checks. The highest score of each concept counts.
+        The checker takes squares. Other images are covered by overlapping squares, including the centre square, the
+        only one that diffusers checks. The highest score of each concept counts.
         """
         tiles = [tiles_of(image) for image in images]
         per_image = len(tiles[0])
-        flat = [tile for group in tiles for tile in group]
-        flat += [flat[-1]] * (-len(flat) % self._batch)
-        calls = [self._scores(flat[first : first + self._batch]) for first in range(0, len(flat), self._batch)]
-        scores = [row for call in calls for row in call]
+        squares = [tile for group in tiles for tile in group]
+        squares += [squares[-1]] * (-len(squares) % self._batch)
+        starts = range(0, len(squares), self._batch)
+        scores = [row for start in starts for row in self._scores(squares[start : start + self._batch])]
         return [self._verdict(scores[k * per_image : (k + 1) * per_image]) for k in range(len(images))]
 
     @torch.inference_mode()
@@ -55,9 +55,9 @@ class StableDiffusionChecker:
         return [_adjust(*pair) for pair in zip(concepts.double().tolist(), care.double().tolist(), strict=True)]
 
     def _verdict(self, scores: list[dict[str, float]]) -> Verdict:
-        """Return the verdict on the scores of an image's squares."""
+        """Return the verdict on an image from the scores of its squares."""
         highest = {name: max(tile[name] for tile in scores) for name in scores[0]}
-        # Not `any(score > 0)`: nan must not pass as clean.
+        # Not any(score > 0): NaN must not pass.
         if all(score <= 0 for tile in scores for score in tile.values()):
             return Verdict(False, self.name, highest)
         name = max(highest, key=lambda concept: highest[concept])
@@ -65,10 +65,10 @@ class StableDiffusionChecker:
 
 
 def _adjust(concepts: list[float], care: list[float]) -> dict[str, float]:
-    """Return the scores of one square, rounded to 3 digits as in diffusers. A concept above 0 flags it."""
-    is_special = any(round(score, 3) > 0 for score in care)
-    # nan spreads to every concept, and flags.
-    adjustment = math.nan if any(map(math.isnan, care)) else SPECIAL_CARE if is_special else 0.0
+    """Return the scores of one square, rounded to 3 digits as in diffusers. A score above 0 flags the square."""
+    adjustment = SPECIAL_CARE_ADJUSTMENT if any(round(score, 3) > 0 for score in care) else 0.0
+    if any(map(math.isnan, care)):
+        adjustment = math.nan  # makes every score NaN, which flags the square
     return {f"concept_{k}": round(score + adjustment, 3) for k, score in enumerate(concepts)}
 
 
@@ -77,7 +77,7 @@ def _similarity(embeddings: torch.Tensor, concepts: torch.Tensor) -> torch.Tenso
 
 
 def tiles_of(image: np.ndarray) -> list[Image.Image]:
-    """Return squares that cover an image (H, W, 3): an odd number, so that the centre crop is one of them."""
+    """Return squares that cover an image (H, W, 3): an odd number, so that they include the centre crop."""
     height, width = image.shape[:2]
     side, long = min(height, width), max(height, width)
     count = -(-long // side)

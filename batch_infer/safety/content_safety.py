@@ -1,7 +1,7 @@
-"""Azure AI Content Safety through Microsoft's SDK.
+"""Call Azure AI Content Safety through Microsoft's SDK.
 
-The SDK's own retries are off: it retries a 429 only with a Retry-After header, and cannot be stopped. Each attempt is
-one request, and `retries` decides when to send the next one.
+The SDK's retries are off, because it retries a 429 only if there is a Retry-After header, and cannot be stopped. Each
+attempt is one request, and `retries` decides when to send the next one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -32,30 +33,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("batch_infer")
 
-KEY = "CONTENT_SAFETY_KEY"
+KEY_VARIABLE = "CONTENT_SAFETY_KEY"
 SCOPE = "https://cognitiveservices.azure.com/.default"
 CONNECTION_SECONDS, READ_SECONDS = 5.0, 10.0
 LIBRARIES = ("azure.ai.contentsafety", "azure.identity", "pyrate_limiter", "requests", "tenacity")
 MUTED_LOGGERS = ("azure", "msal", "urllib3", "pyrate_limiter")
-TIMED_OUT, TOO_MANY = 408, 429
-UNAUTHORIZED, FORBIDDEN, NOT_FOUND = 401, 403, 404
-LONGEST_REASON = 300
+TRANSIENT = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+MAX_REASON_LENGTH = 300
 TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
-"""The credentials that DefaultAzureCredential sends: JSON web tokens."""
+"""Matches the credentials that DefaultAzureCredential sends: JSON web tokens."""
 BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 
 
 class ContentSafety:
-    """The service as a gate. `stop` returns whether the run stops, which ends every wait.
+    """A gate to the service. Up to `concurrency` threads, which share connections and rate limit, may call it."""
 
-    Its methods may be called by `concurrency` threads, which share its connections and its rate limit.
-    """
-
-    name = payloads.NAME
+    name = payloads.CHECKER_NAME
     concurrency = 16
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool] = lambda: False) -> None:
-        """Raises SettingsError."""
+        """Every wait ends when `stop` returns True. Raises SettingsError."""
         _import_libraries()
         from azure.ai.contentsafety import ContentSafetyClient
         from azure.core.pipeline.transport import RequestsTransport
@@ -82,14 +79,14 @@ class ContentSafety:
         self._retrying = RetryingClient(settings, stop)
 
     def check_prompt(self, prompt: str) -> Verdict:
-        """Check a prompt. One of more than 10,000 characters is sent in overlapping pieces."""
+        """Check a prompt. If it has more than 10,000 characters, it is sent in overlapping pieces."""
         probe = partial(self._send_text, "a red square")
         attempts = [partial(self._send_text, piece, self._settings.blocklists) for piece in payloads.split_text(prompt)]
         analyses = [self._retrying.call("prompt", attempt, probe) for attempt in attempts]
         return payloads.make_verdict("prompt", analyses, self._settings)
 
     def check_image(self, image: np.ndarray) -> Verdict:
-        """Check an image (H, W, 3) uint8, scaled if it is too small or too large for the service."""
+        """Check an image (H, W, 3) uint8. It is scaled if it is too small or too large for the service."""
         attempt = partial(self._send_image, payloads.encode_image(image))
         analysis = self._retrying.call("image", attempt, partial(self._send_image, BLACK_IMAGE))
         return payloads.make_verdict("image", [analysis], self._settings)
@@ -126,7 +123,7 @@ class ContentSafety:
         from azure.core.exceptions import AzureError
 
         try:
-            # The plain JSON: in the SDK's model of it, missing values would not be seen.
+            # The plain JSON, because the SDK's model would hide missing values.
             body = method(options, cls=lambda response, *_: response.http_response.json())
             return Analysis.parse(body, with_blocklists=with_blocklists)
         except AzureError as error:
@@ -135,26 +132,31 @@ class ContentSafety:
             raise NoAnswerError(payloads.UNREADABLE) from error
 
     def _translate(self, error: AzureError, kind: Kind) -> Exception:
-        """Return our exception for one of the SDK."""
+        """Convert an exception of the SDK to one of this package."""
         from azure.core.exceptions import ClientAuthenticationError
 
         status: int = getattr(error, "status_code", None) or 0
         reason, service = _describe(error, status), f"{SERVICE} at {self._settings.endpoint}"
-        if status < 300 or status >= 500 or status in (TIMED_OUT, TOO_MANY):
+        if status < 300 or status >= 500 or status in TRANSIENT:
             headers = getattr(getattr(error, "response", None), "headers", {})
             return NoAnswerError(reason, payloads.parse_retry_after(headers.get("Retry-After")))
-        # ClientAuthenticationError comes from the token issuer, with any status.
-        if status in (UNAUTHORIZED, FORBIDDEN) or isinstance(error, ClientAuthenticationError):
-            return SettingsError(f"{service} refuses {_describe_credential()} ({reason})")
+        # The token issuer's ClientAuthenticationError may have any status.
+        if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) or isinstance(error, ClientAuthenticationError):
+            credential = (
+                "identity that DefaultAzureCredential found, which needs the role Cognitive Services User there"
+            )
+            if os.environ.get(KEY_VARIABLE, "").strip():
+                credential = f"key in {KEY_VARIABLE}, which must be one of that resource"
+            return SettingsError(f"{service} refuses the {credential} ({reason})")
         if self._settings.blocklists and "blocklist" in reason.lower():
             return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
-        if status < 400 or status == NOT_FOUND:
+        if status < 400 or status == HTTPStatus.NOT_FOUND:
             return SettingsError(f"{service} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
         return FailedRowError(f"{SERVICE} refuses this row's {kind} ({reason})")
 
 
 def check_credentials(settings: ServiceSettings) -> None:
-    """Raise SettingsError if there is neither a key nor an identity that gets a token."""
+    """Raise SettingsError if there is no key and no identity gets a token."""
     _import_libraries()
     from azure.core.credentials import AzureKeyCredential
     from azure.core.exceptions import AzureError
@@ -168,13 +170,13 @@ def check_credentials(settings: ServiceSettings) -> None:
         except AzureError as error:
             log.debug("%s", _redact(str(error)))
             raise SettingsError(
-                f"{SERVICE} needs a key in {KEY}, or an identity that DefaultAzureCredential finds (a managed identity,"
-                f" az login, AZURE_CLIENT_ID and its like), and there is neither: {_redact(first_line(error))}"
+                f"{SERVICE} needs a key in {KEY_VARIABLE}, or an identity that DefaultAzureCredential finds (a managed"
+                f" identity, az login, AZURE_CLIENT_ID and so on), but there is neither: {_redact(first_line(error))}"
             ) from error
 
 
 def _import_libraries() -> None:
-    """Import the libraries of the extra and mute their loggers. Raises SettingsError with the pip command."""
+    """Import the extra's libraries and mute their loggers. Raises SettingsError with the pip command."""
     for library in LIBRARIES:
         try:
             import_module(library)
@@ -185,28 +187,22 @@ def _import_libraries() -> None:
 
 
 def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
-    """Return the key from the environment, or azure-identity's default credential, which is not tried here."""
+    """Return the key from the environment, or else azure-identity's default credential without trying it."""
     from azure.core.credentials import AzureKeyCredential
     from azure.identity import DefaultAzureCredential
 
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise SettingsError(f"{KEY} holds characters that no key has: copy it again from the resource")
+        raise SettingsError(f"{KEY_VARIABLE} contains characters that no key has: copy it again from the resource")
     if key:
         return AzureKeyCredential(key)
     if settings.endpoint.startswith("http://"):
-        raise SettingsError(f"{SERVICE} at {settings.endpoint} takes no identity without https: set {KEY}")
+        raise SettingsError(f"{SERVICE} at {settings.endpoint} accepts no identity without https: set {KEY_VARIABLE}")
     return DefaultAzureCredential()
 
 
-def _describe_credential() -> str:
-    if os.environ.get(KEY, "").strip():
-        return f"the key in {KEY}, which must be one of that resource"
-    return "the identity that DefaultAzureCredential found, which needs the role Cognitive Services User there"
-
-
 def _make_session(connections: int) -> Session:
-    """Return a session that keeps one connection per thread, instead of the default of ten."""
+    """Create a session that keeps one connection per thread instead of the default of ten."""
     from requests import Session
     from requests.adapters import HTTPAdapter
 
@@ -217,28 +213,26 @@ def _make_session(connections: int) -> Session:
 
 
 def _describe(error: AzureError, status: int) -> str:
-    """Return one short line: the code and message of the service, or the cause of a connection error."""
+    """Return one short line: the service's error code and message, or the cause of a connection error."""
     if 200 <= status < 300:
         return payloads.UNREADABLE
     if status:
         details = getattr(error, "error", None)
-        # str: values may be of any JSON type.
+        # str, because values may have any JSON type.
         parts = [str(part) for part in (getattr(details, "code", None), getattr(details, "message", None)) if part]
-        text = ": ".join(part for part in parts if part != str(status)) or getattr(error, "reason", None)
-        return _shorten(f"HTTP {status}: {text or 'no reason given'}")
-    cause: BaseException = error.inner_exception or error
-    while cause.__context__ is not None:
-        cause = cause.__context__
-    return _shorten(str(cause) or type(cause).__name__)
-
-
-def _shorten(text: str) -> str:
-    return " ".join(_redact(text).split())[:LONGEST_REASON]
+        message = ": ".join(part for part in parts if part != str(status)) or getattr(error, "reason", None)
+        text = f"HTTP {status}: {message or 'no reason given'}"
+    else:
+        cause: BaseException = error.inner_exception or error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        text = str(cause) or type(cause).__name__
+    return " ".join(_redact(text).split())[:MAX_REASON_LENGTH]
 
 
 def _redact(text: str) -> str:
-    """Remove the key and tokens from a text: a proxy may echo the headers that it refuses."""
-    key = os.environ.get(KEY, "").strip()
+    """Remove the key and tokens from a text. A proxy may echo the headers of a request that it rejects."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     for secret in filter(None, (key, quote(key, safe=""))):
         text = text.replace(secret, "***")
     return TOKEN.sub("***", text)

@@ -1,13 +1,13 @@
-"""What a checker of images and a safety service do, and the registry that creates them.
+"""Protocols of image checkers and safety services, and the registries that create them.
 
-A new one is a new module and one line of the registry.
+To add one, write a module and one line in a registry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batch_infer.records import Verdict
 from batch_infer.settings import ServiceSettings
@@ -15,14 +15,12 @@ from batch_infer.settings import ServiceSettings
 if TYPE_CHECKING:
     import numpy as np
 
-IMAGE_CHECKERS: Mapping[str, tuple[str, str]] = {
-    "StableDiffusionSafetyChecker": ("batch_infer.safety.checker", "StableDiffusionChecker"),
+IMAGE_CHECKERS: Mapping[str, str] = {
+    "StableDiffusionSafetyChecker": "batch_infer.safety.checker:StableDiffusionChecker",
 }
-"""Module and class for each class of a checkpoint's safety checker. Modules load torch or libraries of an extra."""
-GATES: Mapping[type, tuple[str, str]] = {
-    ServiceSettings: ("batch_infer.safety.content_safety", "ContentSafety"),
-}
-"""Module and class for each type of service settings."""
+"""Class for each class of a checkpoint's safety checker, by name because its module loads torch."""
+GATES: Mapping[type, str] = {ServiceSettings: "batch_infer.safety.content_safety:ContentSafety"}
+"""Class for each type of service settings, by name because its module imports the libraries of an extra."""
 
 
 class ImageChecker(Protocol):
@@ -36,10 +34,10 @@ class ImageChecker(Protocol):
 
 
 class Gate(Protocol):
-    """A service that checks one prompt or image per call, called by up to `concurrency` threads.
+    """A service that checks one prompt or image per call. Up to `concurrency` threads may call it.
 
     Both checks raise FailedRowError if only this prompt or image cannot be checked, ServiceError if none can,
-    SettingsError if the service refuses the credentials or settings, and StoppedError if the run stops meanwhile.
+    SettingsError if the service rejects the credentials or settings, and StoppedError if the run stops.
     """
 
     name: str
@@ -55,14 +53,12 @@ class Gate(Protocol):
 
 
 def make_image_checker(module: Any, feature_extractor: Any, batch: int) -> ImageChecker:
-    """Return the checker for a checkpoint's safety checker, which checks `batch` images per call."""
-    return cast("ImageChecker", _load(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch))
+    """Create the checker for a checkpoint's safety checker. It checks `batch` images per call."""
+    checker: ImageChecker = resolve_name(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch)
+    return checker
 
 
 def make_gate(settings: ServiceSettings, stop: Callable[[], bool]) -> Gate:
-    """Connect to a service. Its waits end once `stop` returns True. Raises SettingsError."""
-    return cast("Gate", _load(GATES[type(settings)])(settings, stop))
-
-
-def _load(entry: tuple[str, str]) -> Any:
-    return getattr(import_module(entry[0]), entry[1])
+    """Connect to a service. Its waits end when `stop` returns True. Raises SettingsError."""
+    gate: Gate = resolve_name(GATES[type(settings)])(settings, stop)
+    return gate

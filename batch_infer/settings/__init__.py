@@ -1,6 +1,6 @@
-"""Settings of a run, from the command line, the environment, a TOML file or Python.
+"""Define the settings of a run, from the command line, the environment, a TOML file or Python.
 
-The dataclasses parse and check their values, and raise SettingsError.
+The classes parse and check their values, and raise SettingsError.
 """
 
 from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec

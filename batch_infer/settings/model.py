@@ -1,4 +1,4 @@
-"""Settings of the model, its scheduler and its LoRAs."""
+"""Define the settings of the model, its scheduler and its LoRAs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ https://huggingface.co/docs/diffusers/api/schedulers/overview
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Model settings. If `name` is None, the built-in demo model is used."""
+    """Model settings. If `name` is None, the demo model is used."""
 
     name: str | None = None
     revision: str | None = None
@@ -58,7 +58,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSpec:
-    """Diffusers scheduler class, with options that override the model's options."""
+    """Diffusers scheduler class, with options that override the model's."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
@@ -67,7 +67,7 @@ class SchedulerSpec:
     def parse(cls, text: str) -> SchedulerSpec:
         """Parse `NAME[:key=value,...]`. Values that are not valid JSON are strings. Raises SettingsError.
 
-        NAME is a class or one of SHORT_NAMES, in any case and with spaces, hyphens or underscores between words.
+        NAME is a class or one of SHORT_NAMES. Short names ignore case and may join words with hyphens or underscores.
         """
         word, _, rest = text.partition(":")
         short = re.sub(r"[\s_-]+", " ", word.strip().lower()).replace("dpmpp", "dpm++")
@@ -91,7 +91,7 @@ class SchedulerSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA file, and the weight with which it is added to the model."""
+    """LoRA file, and its weight when added to the model."""
 
     file: str
     weight: float = 1.0
@@ -99,17 +99,17 @@ class LoraSpec:
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
         """Parse `FILE[:WEIGHT]`. FILE ends in .safetensors and may contain colons. Raises SettingsError."""
-        file, ending, rest = text.rpartition(".safetensors")
-        colon, weight = rest[:1], rest[1:]
-        if not ending or colon not in ("", ":"):
+        name, suffix, rest = text.rpartition(".safetensors")
+        colon, number = rest[:1], rest[1:]
+        if not suffix or colon not in ("", ":"):
             raise SettingsError(f"--lora {text}: expected FILE.safetensors or FILE.safetensors:WEIGHT")
         try:
-            number = float(weight) if colon else 1.0
+            weight = float(number) if colon else 1.0
         except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise SettingsError(f"--lora {text}: the weight {weight!r} is not a finite number")
-        return cls(file + ending, number)
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise SettingsError(f"--lora {text}: the weight {number!r} is not a finite number")
+        return cls(name + suffix, weight)
 
 
 def _value(text: str) -> Any:

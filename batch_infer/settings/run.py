@@ -1,7 +1,4 @@
-"""Settings of a run: tables, row defaults, output and compute.
-
-run.json stores these settings, so fields must keep their names.
-"""
+"""Define the settings of a run, which run.json stores under the names of their fields."""
 
 from __future__ import annotations
 
@@ -17,32 +14,24 @@ from batch_infer.settings.model import ModelSettings
 from batch_infer.settings.safety import SafetySettings
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-"""Positive integer. The bounds are checked when run.json is read."""
+"""Positive integer. Reading run.json checks the bounds."""
 FIELDS = (
-    "prompt",
-    "id",
-    "negative_prompt",
-    "seed",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_rescale",
-    "num_images_per_prompt",
+    *("prompt", "id", "negative_prompt", "seed", "height", "width"),
+    *("num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt"),
 )
-"""Table columns that determine what is rendered. All other columns are carried through."""
+"""Table columns that determine what is rendered. Any other column is carried through."""
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
-"""Results that `retry` renders again. `missing`: the result has an image, but the image file does not exist."""
+"""Results that `retry` renders again. `missing` means that a result's image file does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """Default values for rows. None means the model's default."""
+    """Default values for rows. None stands for the model's default."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -68,10 +57,10 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """Tables as named by the user. `columns` maps a field to a column of the tables, or to '' to ignore that field.
+    """Tables as the user names them. `columns` maps a field to a table column, or to '' to ignore the field.
 
-    Table names are relative to `folder`, the current folder of the command. `id_from` says whether a missing id is made
-    from the file and row number or from the row's content.
+    Table names are relative to `folder`, the command's current folder. With `id_from` = row, a missing id is derived
+    from the file and row number, otherwise from the row's content.
     """
 
     tables: tuple[str, ...]
@@ -83,7 +72,7 @@ class TableSettings:
 
 @dataclass(frozen=True, slots=True)
 class FailureBudget:
-    """Acceptable failed or invalid rows, as a number or a percentage of all rows."""
+    """Maximum number or percentage of failed or invalid rows."""
 
     count: int = 0
     percent: float | None = None
@@ -110,10 +99,10 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. None means the value in run.json for a continued run, else one chosen for the device.
+    """Requested compute settings. None stands for the value in run.json, else for a value chosen for the device.
 
-    `processes` is the number of workers, each with its own device; with 0, the command itself renders. Image bytes do
-    not depend on it.
+    `processes` is the number of workers, each with its own device. With 0, the command itself renders. Image bytes do
+    not depend on `processes`.
     """
 
     slots: Count | Literal["auto"] | None = None
@@ -124,7 +113,7 @@ class ComputeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Devices of a run. `kind` is `cpu` or `cuda`, `name` the device model."""
+    """Devices of a run. `kind` is `cpu` or `cuda`, and `name` is the device's product name."""
 
     kind: str
     name: str
@@ -133,7 +122,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Batch sizes for one image size: batch elements per UNet call and images per decoder call."""
+    """Batch sizes for one image size: `slots` batch elements per UNet call, `decode_batch` images per decoder call."""
 
     height: Count
     width: Count
@@ -143,7 +132,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute settings in use. Image bytes depend on all of them except the device name.
+    """Compute settings in use. Image bytes depend on every field except `device_name`.
 
     `by_size` overrides the batch sizes for specific image sizes.
     """

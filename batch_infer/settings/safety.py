@@ -1,4 +1,4 @@
-"""Settings for safety checks of prompts and images, and for flagged images."""
+"""Define the settings for safety checks of prompts and images, and for flagged images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from batch_infer.errors import SettingsError
 SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 _ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
-"""http is allowed only on this machine: without TLS, the key must not leave it."""
+"""http is allowed only on this machine, because the key must not leave this machine without TLS."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
-"""Categories of Azure AI Content Safety, each with a severity of 0, 2, 4 or 6."""
+"""Categories of Azure AI Content Safety. Severities are 0, 2, 4 or 6."""
 
 
 class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "patience"}):
     """Settings for Azure AI Content Safety.
 
-    A severity above its category's threshold blocks a prompt or flags an image, as does a match in a blocklist of the
-    Azure resource. Thresholds are in the order of CATEGORIES. The key is not stored here but read from the environment.
+    A severity above its category's threshold, or a match in a blocklist of the Azure resource, blocks a prompt or flags
+    an image. Thresholds are in the order of CATEGORIES. The key is not a setting but is read from the environment.
     """
 
     endpoint: str
     thresholds: tuple[int, ...] = (1, 1, 1, 1)
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
-    """The service accepts 1,000 requests in 10 s. All workers share this rate."""
+    """Maximum rate of all workers together. The service accepts 1,000 requests in 10 s."""
     timeout_seconds: float = 120.0
-    """Seconds without a successful response after which a run ends."""
+    """Seconds without a successful response after which a run ends. The key in run.json is `patience`."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
@@ -55,7 +55,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
 
 
 def _thresholds(text: str) -> tuple[int, ...]:
-    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into one threshold per category. The default is 1."""
+    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into one threshold per category, by default 1."""
     parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
     pairs = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
     names = [name for name, _ in pairs]
@@ -71,7 +71,7 @@ def _thresholds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
-    """Safety checks, and how to store flagged images. The content safety `service` is used if it is set.
+    """Safety checks, and how to store flagged images. If `service` is set, Azure AI Content Safety checks too.
 
     If `on_flagged` is None, the policy of the earlier run in OUT applies, else `blank`.
     """
@@ -87,7 +87,7 @@ class SafetySettings:
         return self.on_flagged or "blank"
 
     def with_policy_of(self, earlier: SafetySettings | None) -> SafetySettings:
-        """Return a copy with the requested policy, else the earlier run's, else `blank`."""
+        """Return a copy with the requested policy, else the earlier run's policy, else `blank`."""
         return replace(self, on_flagged=self.on_flagged or (earlier or self).policy)
 
     def split_among(self, workers: int) -> SafetySettings:

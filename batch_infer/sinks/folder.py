@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, Source, StoredImage
-from batch_infer.sinks.names import Collisions, ImageIndex, earlier_names, hashed_name, possible_names, safe_name
+from batch_infer.sinks.names import Collisions, ImageIndex, hashed_name, safe_name
 from batch_infer.store import (
     TEMPORARY_PREFIX,
     PinnedFolder,
@@ -76,15 +76,20 @@ class FolderSink:
         return previous_path if request.replaces and previous_path in possible_paths else path
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        return set().union(*(self._possible_paths(request, top, earlier_names) for top in IMAGE_FOLDERS))
+        def hash_unsafe(text: str) -> set[str]:  # earlier versions kept a text that is a safe name
+            return {safe_name(text)} - {text}
+
+        return set().union(*(self._possible_paths(request, top, hash_unsafe) for top in IMAGE_FOLDERS))
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        stems = {stem for file in files for stem in possible_names(Source(file, 0).stem)}
+        stems = {Source(file, 0).stem for file in files}
+        spellings = ({safe_name(stem), safe_name(stem, capitals=True), hashed_name(stem)} for stem in stems)
+        names = set[str]().union(*spellings)
         tops = [self._out / top for top in IMAGE_FOLDERS]
-        folders = [top / name for top in tops for name in list_names(top) if re.sub(r"-[0-9]+$", "", name) in stems]
+        folders = [top / name for top in tops for name in list_names(top) if re.sub(r"-[0-9]+$", "", name) in names]
         return [*tops, *folders]
 
     def collisions(self, index: ImageIndex) -> Collisions:

@@ -31,16 +31,6 @@ def hashed_name(text: str) -> str:
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
-def earlier_names(text: str) -> set[str]:
-    """Return the hashed name that earlier versions used for a text, or an empty set if they used the text itself."""
-    return {safe_name(text)} - {text}
-
-
-def possible_names(text: str) -> set[str]:
-    """Return every name that may stand for a text in a path, on any file system."""
-    return {safe_name(text), safe_name(text, capitals=True), hashed_name(text)}
-
-
 def parse_path(path: str) -> tuple[str, str]:
     """Return `STEM` and `ID` of an image path `images/STEM-NNNNN/ID-K.png`."""
     folders, _, file = path.rpartition("/")
@@ -81,9 +71,7 @@ class Collisions:
         stems = self._stems.get(stem.lower(), set())
         id_collides = used_id != request.id and (
             request.id_collides
-            or any(parse_path(path)[1] == similar for similar, path in self._index.similar_ids(request.id))
+            or any(parse_path(other_path)[1] == other for other, other_path in self._index.similar_ids(request.id))
         )
         stem_collides = used_stem != stem and (bool(stems - {stem}) or (request.stem_collides and not stems))
-        if (id_collides, stem_collides) == (request.id_collides, request.stem_collides):
-            return request
         return replace(request, id_collides=id_collides, stem_collides=stem_collides)

@@ -3,32 +3,30 @@
 An error of the disk becomes StorageError, which names the path and says what to do.
 """
 
-from batch_infer.store.atomic import (
+from batch_infer.store.files import (
     TEMPORARY_PREFIX,
     atomic_write,
+    fsync,
+    fsync_folder,
     host_id,
     is_abandoned,
     is_case_sensitive,
+    is_folder,
+    is_link,
     is_temporary,
+    list_names,
+    make_folder,
     original_name,
+    path_exists,
+    read_errors,
     remove_unfinished,
     sweep,
     temporary_path,
     unique_name,
+    write_errors,
 )
 from batch_infer.store.folder import PinnedFolder, find_holder, locked_folder, marker_name, remove_stale_holder
 from batch_infer.store.logfile import log_handler, open_log
-from batch_infer.store.paths import (
-    fsync,
-    fsync_folder,
-    is_folder,
-    is_link,
-    list_names,
-    make_folder,
-    path_exists,
-    read_errors,
-    write_errors,
-)
 from batch_infer.store.temporary import (
     create_temporary,
     open_temporary_text,

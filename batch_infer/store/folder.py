@@ -6,16 +6,24 @@ import errno
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from batch_infer.errors import LockedError, SettingsError, StorageError
+from batch_infer.errors import BatchInferError, LockedError, SettingsError, StorageError
 from batch_infer.records import utc_now
-from batch_infer.store.atomic import TEMPORARY_PREFIX, atomic_write, unique_name
-from batch_infer.store.paths import NOT_FOUND, fsync_folder, path_exists, read_errors, write_errors
+from batch_infer.store.files import (
+    TEMPORARY_PREFIX,
+    atomic_write,
+    fsync_folder,
+    path_exists,
+    read_errors,
+    read_status,
+    unique_name,
+    write_errors,
+)
 
 LOCK_SECONDS = 0.2
 """Seconds to wait for a locked folder, since `find_holder` holds the lock for a moment."""
@@ -52,9 +60,7 @@ class PinnedFolder:
         """Pin the folder at a path, with this process's marker if the folder contains it. Raises StorageError."""
         if isinstance(path, PinnedFolder):
             return path
-        marker = marker_name()
-        with read_errors(path):
-            identity = _identity(path)
+        identity, marker = _identity(path), marker_name()
         return cls(path, identity, marker if path_exists(path / marker) else None)
 
     def with_marker(self, marker: str | None = None) -> PinnedFolder:
@@ -78,8 +84,7 @@ class PinnedFolder:
         return other inode numbers on each call, so an unexpected inode alone proves nothing. Only then does the marker
         decide, at the cost of one more call.
         """
-        with read_errors(self.path):
-            identity = _identity(self.path)
+        identity = _identity(self.path)
         if identity is not None and identity == self.identity:
             return
         if identity is None or self.marker is None or not path_exists(self.path / self.marker):
@@ -90,13 +95,8 @@ class PinnedFolder:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError as error:
-        if error.errno in NOT_FOUND:
-            return None
-        raise
-    return status.st_dev, status.st_ino
+    status = read_status(path, follow=True)
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 # Locks, which the operating system releases when their process dies
@@ -112,7 +112,10 @@ def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[Pinn
     lock = _acquire(folder)
     pinned = PinnedFolder.pin(folder)
     try:
-        with _keep_open(folder), _storage_errors(folder):
+        with ExitStack() as stack, _storage_errors(folder):
+            # While the folder is open, no folder created after its removal can get the same inode.
+            with suppress(OSError):  # Windows cannot open a folder, nor remove one that contains an open file
+                stack.callback(os.close, os.open(folder, os.O_RDONLY))
             with atomic_write(folder / HOLDER, flush=False, parents=False) as temporary:
                 started = f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"
                 temporary.write_text(f"{platform.node()}, process {os.getpid()}, since {started}")
@@ -172,16 +175,13 @@ def _check_lock(path: Path) -> None:
     try:
         _is_locked(path)
     except OSError as error:
-        fault = f"{path} cannot be locked: {error.strerror}"
+        error_class: type[BatchInferError] = SettingsError
+        advice = "mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock)"
         if error.errno in (errno.ENOLCK, errno.EIO):
-            raise StorageError(
-                f"{fault}; check that the lock service of its file system is running (NFS: rpc.statd), or give an"
-                " --out on a local disk"
-            ) from error
-        raise SettingsError(
-            f"{fault}; mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock), or"
-            " give an --out on a local disk"
-        ) from error
+            error_class = StorageError
+            advice = "check that the lock service of its file system is running (NFS: rpc.statd)"
+        message = f"{path} cannot be locked: {error.strerror}; {advice}, or give an --out on a local disk"
+        raise error_class(message) from error
 
 
 def _is_locked(path: Path) -> bool:
@@ -204,20 +204,6 @@ def _is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-@contextmanager
-def _keep_open(folder: Path) -> Iterator[None]:
-    """Keep a folder open, so that no folder created after its removal can get the same inode."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open a folder, nor remove one that contains an open file
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from batch_infer.store.paths import is_link, write_errors
+from batch_infer.store.files import is_link, write_errors
 from batch_infer.terminal import EscapingFormatter, escape_controls
 
 

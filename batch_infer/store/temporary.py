@@ -95,7 +95,10 @@ def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Par
         except sqlite3.DatabaseError as error:
             if not any(text in str(error) for text in _DATABASE_ERRORS):
                 raise
-            raise _storage_error("database", _database_folder(), error) from error
+            # The folders of SQLite's temporary files: https://www.sqlite.org/tempfiles.html, section 5
+            folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
+            writable = (folder for folder in folders if folder and os.access(folder, os.W_OK | os.X_OK))
+            raise _storage_error("database", next(writable, os.curdir), error) from error
 
     return call
 
@@ -121,9 +124,3 @@ class _Database(sqlite3.Connection):
 
     def executemany(self, sql: str, parameters: Iterable[Any]) -> sqlite3.Cursor:
         return self.cursor(_Cursor).executemany(sql, parameters)
-
-
-def _database_folder() -> str:
-    """Return the folder for SQLite's temporary files (https://www.sqlite.org/tempfiles.html, section 5)."""
-    folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
-    return next((folder for folder in folders if folder and os.access(folder, os.W_OK | os.X_OK)), os.curdir)

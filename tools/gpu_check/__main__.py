@@ -1,4 +1,4 @@
-"""Command line of the GPU check."""
+"""Run the GPU check from the command line."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ DEFAULT_SECONDS = {"cuda": 540.0, "cpu": 7200.0}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with a message where it is wrong."""
+    """Parse the command line. Exits with a message if it is invalid."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_check",
         description="Check and measure batch-infer on one NVIDIA GPU, without network, in about nine minutes.",
         epilog=f"Parts: {', '.join(part.name for part in PARTS)}.",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs what a CPU can, tiny")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check-out"), help="folder of the output files")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: run with tiny sizes what a CPU can"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-check-out"), help="folder for the output files")
     parser.add_argument("--seconds", type=float, help="time limit of the whole check; default: 540")
-    parser.add_argument("--parts", default="", metavar="NAME[,NAME]", help="run these parts alone")
+    parser.add_argument("--parts", default="", metavar="NAME[,NAME]", help="run only these parts")
     parsed = parser.parse_args(arguments)
     try:
         parsed.parts = select_parts([name for name in parsed.parts.split(",") if name], parsed.device)
@@ -38,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the check. Returns 0 where every part that ran succeeded and every check passed, 2 without a GPU, else 1."""
+    """Run the check. Return 0 if all parts succeeded and all checks passed, 2 without a GPU, and 1 otherwise."""
     options = parse_arguments(arguments)
     if options.device == "cuda" and not has_cuda():
         print("torch finds no CUDA device on this machine; --device cpu runs what a CPU can", file=sys.stderr)
@@ -61,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
             outputs.save()
     print(format_summary(outputs.results))
     print(f"Results: {out}")
-    broken = any(part.get("status") not in (None, "ok") for part in outputs.parts.values())
-    return int(broken or any(check.passed is False for check in evaluate(outputs.results)))
+    has_failed = any(part.get("status") not in (None, "ok") for part in outputs.parts.values())
+    return int(has_failed or any(check.passed is False for check in evaluate(outputs.results)))
 
 
 if __name__ == "__main__":
-    # SIGTERM becomes SystemExit, so that the parts are stopped and the results saved.
+    # SIGTERM raises SystemExit, which stops the parts and saves the results.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     sys.exit(main())

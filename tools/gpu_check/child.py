@@ -1,4 +1,4 @@
-"""Entry point of a part's process: `python -m tools.gpu_check.child NAME DEVICE SCRATCH OUT`."""
+"""Run one part in its own process: `python -m tools.gpu_check.child NAME DEVICE SCRATCH OUT`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tools.gpu_check.recorder import Recorder
 
 
 def main(name: str, device: str, scratch: str, out: str) -> int:
-    """Run one part and return its exit code: 1 where a section failed."""
-    # SIGTERM becomes SystemExit, so that a part that is stopped ends the processes that it started.
+    """Run one part. Return 1 if a section failed, else 0."""
+    # SIGTERM raises SystemExit, so that a stopped part ends its own processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at the time limit"))
     (part,) = select_parts([name], device)
     recorder = Recorder(name, device, part.architecture, Path(scratch), Path(out))

@@ -1,4 +1,4 @@
-"""The environment of the parts' processes, and a description of the machine."""
+"""Make the environment of the parts' processes, and describe the machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LIBRARIES = ("torch", "triton", "diffusers", "transformers", "accelerate", "nump
 
 
 def make_environment(scratch: Path) -> dict[str, str]:
-    """Return the environment for subprocesses: this checkout first on the path, no network, caches in `scratch`."""
+    """Return environment variables for subprocesses: this checkout first, no network, caches in `scratch`."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    if not is_installed(DISTRIBUTION):
+    if version_of(DISTRIBUTION) is None:
         paths.append(str(write_metadata(scratch / "metadata")))
     return {
         **os.environ,
@@ -31,13 +31,8 @@ def make_environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def is_installed(distribution: str) -> bool:
-    """Whether importlib.metadata knows a distribution."""
-    return version_of(distribution) is not None
-
-
 def version_of(distribution: str) -> str | None:
-    """Return a distribution's version, None where it is not installed."""
+    """Return a distribution's version, or None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -45,7 +40,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def write_metadata(folder: Path) -> Path:
-    """Write the metadata of a distribution that is not installed: the package asks for its own version."""
+    """Write the metadata of batch-infer, which reads its own version from there. Return the folder."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     match = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     version = match[1] if match else "0"
@@ -57,14 +52,14 @@ def write_metadata(folder: Path) -> Path:
 
 
 def has_cuda() -> bool:
-    """Whether torch can use a CUDA device."""
+    """Return whether torch can use a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def describe_machine(device: str) -> dict[str, str | None]:
-    """Return the GPU's name, driver, memory and clocks as nvidia-smi reports them, and the versions of libraries."""
+    """Return the versions of libraries, and the GPU's name, driver, memory and clocks from nvidia-smi."""
     machine: dict[str, str | None] = {"python": platform.python_version(), "cpu_cores": str(os.cpu_count())}
     machine |= {name: version_of(name) for name in LIBRARIES}
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""Which promises the results keep: one check a promise."""
+"""Check which promises the results keep, with one check for each promise."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST_DIFFERENCE = 1
-"""Of 255, in float32, against diffusers."""
-LEAST_PSNR_DB = 40.0
-"""Of half precision against float32, on the built-in model."""
+MAX_DIFFERENCE = 1
+"""Maximum difference from diffusers in float32, of 255."""
+MIN_PSNR_DB = 40.0
+"""Minimum PSNR of half precision against float32, with the built-in model."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise. `passed` is None where it was not measured."""
+    """The result for one promise. `passed` is None if it was not measured."""
 
     name: str
     passed: bool | None
@@ -22,7 +22,7 @@ class Check:
 
 
 def evaluate(results: Mapping[str, Any]) -> list[Check]:
-    """Return all checks for the parts in `results`."""
+    """Return the checks of all parts in `results`."""
     return [check for name, part in results["parts"].items() for check in _checks_of(name, part)]
 
 
@@ -39,16 +39,16 @@ def _checks_of(name: str, part: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _batch_invariance(architecture: str, part: Mapping[str, Any], sections: Mapping[str, Any]) -> Check:
-    """Every network in every mode has equal bytes at other positions and among other rows."""
+    """Check that the output of every network in every mode depends neither on batch position nor on other rows."""
     promised = ("finite", "repeatable", "same_at_other_positions", "same_among_other_rows")
     measured = {section: values for section, values in sections.items() if section != "first images"}
-    broken = [
+    failures = [
         f"{section}: {promise}" for section, values in measured.items() for promise in promised
         if "error" in values or not values.get(promise, False)
     ]  # fmt: skip
     name = f"batch invariance, {architecture}"
-    if broken:
-        return Check(name, False, "not so: " + ", ".join(broken))
+    if failures:
+        return Check(name, False, "not so: " + ", ".join(failures))
     if not measured or part.get("status") != "ok":
         return Check(name, None, "; ".join([_reason(part), *(f"passed: {section}" for section in measured)]))
     if "compiled" in {section.rpartition(", ")[2] for section in measured} and not sections["first images"]["compiled"]:
@@ -60,15 +60,15 @@ def _parity(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Ch
     exact = sections.get("float32", {}).get("parity_with_diffusers")
     yield _check(
         "parity with diffusers, float32", part, exact,
-        lambda one: one["largest_difference"] <= LARGEST_DIFFERENCE,
-        lambda one: f"largest difference {one['largest_difference']} of 255 in {one['images']} images",
+        lambda counts: counts["largest_difference"] <= MAX_DIFFERENCE,
+        lambda counts: f"largest difference {counts['largest_difference']} of 255 in {counts['images']} images",
     )  # fmt: skip
     for dtype, values in sections.items():
         for promise in ("equal_in_other_order", "equal_among_other_rows"):
             yield _equal(f"images {promise.replace('_', ' ')}, {dtype}", part, values.get(promise))
         if half := values.get("compared_with_float32"):
             psnr = half["worst_psnr_db"]
-            yield Check(f"PSNR to float32, {dtype}", psnr >= LEAST_PSNR_DB, f"{psnr} dB at worst")
+            yield Check(f"PSNR to float32, {dtype}", psnr >= MIN_PSNR_DB, f"{psnr} dB at worst")
 
 
 def _command(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Check]:
@@ -77,8 +77,8 @@ def _command(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[C
     if "killed_while_running" in killed:
         before = killed["images_before_the_kill"]
         yield Check("the command was killed while running", killed["killed_while_running"], f"{before} images before")
-    other = sections.get("other order", {})
-    yield _equal("the command, rows in another order: same bytes", part, other if "equal" in other else None)
+    reordered = sections.get("other order", {})
+    yield _equal("the command, rows in another order: same bytes", part, reordered if "equal" in reordered else None)
 
 
 def _memory(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Check]:
@@ -88,8 +88,8 @@ def _memory(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Ch
         if "equal" not in values:
             yield Check(name, False if "error" in values else None, values.get("error", _reason(part))[-200:])
             continue
-        smaller = values["shape_at_the_end"] != values["shape_at_first"]
-        passed = smaller and values["equal"] == values["images"] == values["rows"]
+        is_smaller = values["shape_at_the_end"] != values["shape_at_first"]
+        passed = is_smaller and values["equal"] == values["images"] == values["rows"]
         shapes = f"slots and decoder batch {values['shape_at_first']} became {values['shape_at_the_end']}"
         yield Check(name, passed, f"{shapes}; {values['equal']} of {values['rows']} rows with equal images")
 
@@ -97,8 +97,8 @@ def _memory(part: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[Ch
 def _equal(name: str, part: Mapping[str, Any], counts: Mapping[str, Any] | None) -> Check:
     return _check(
         name, part, counts,
-        lambda one: one["equal"] == one["images"] > 0,
-        lambda one: f"{one['equal']} of {one['images']}",
+        lambda values: values["equal"] == values["images"] > 0,
+        lambda values: f"{values['equal']} of {values['images']}",
     )  # fmt: skip
 
 

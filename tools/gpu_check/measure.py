@@ -1,4 +1,4 @@
-"""Timing, rates and comparison of images."""
+"""Measure durations and rates, and compare images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TERA = 1e12
 
 
 def synchronize() -> None:
-    """Wait until the GPU has finished all work; return at once where there is none."""
+    """Wait until the GPU has finished all work. Without a GPU, return at once."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def shortest_seconds(work: Callable[[], object], *, calls: int = 1, repeats: int = 3) -> float:
-    """Return the seconds of one call: the shortest of some repeats of `calls` calls, after a first one."""
+    """Return the seconds of one call, from the fastest repeat of `calls` calls after a warm-up call."""
     work()
     durations = []
     for _ in range(repeats):
@@ -33,14 +33,14 @@ def shortest_seconds(work: Callable[[], object], *, calls: int = 1, repeats: int
 
 
 def rate(flop: float, seconds: float) -> dict[str, float]:
-    """Return milliseconds and TFLOP/s of work, from its FLOP and seconds."""
+    """Return milliseconds and TFLOP/s."""
     return {"ms": round(seconds * 1e3, 3), "tflops": round(flop / seconds / TERA, 3)}
 
 
 def compare_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
-    """Compare the images of `theirs` with ours of the same ids.
+    """Compare the images of `theirs` with our images of the same ids.
 
-    Differences are in steps of 1/255; `worst_psnr_db` is the PSNR of the least similar image.
+    Differences are in steps of 1/255. `worst_psnr_db` is the PSNR of the least similar image.
     """
     gaps = [np.abs(ours[name].astype(int) - image.astype(int)) for name, image in theirs.items()]
     psnr = [10 * np.log10(255**2 / max(1e-9, float((gap.astype(float) ** 2).mean()))) for gap in gaps]
@@ -54,6 +54,6 @@ def compare_images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[s
 
 
 def count_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, int]:
-    """Count the images of `theirs` whose bytes equal ours."""
+    """Count the images of `theirs` that equal our images of the same ids."""
     equal = sum(bool(np.array_equal(ours[name], image)) for name, image in theirs.items())
     return {"equal": equal, "images": len(theirs)}

@@ -1,4 +1,4 @@
-"""Starts the parts as subprocesses with time limits: untimed ones side by side, then timed ones one by one."""
+"""Run the parts as subprocesses with time limits: untimed parts in parallel, then timed parts one by one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tools.gpu_check.plan import NEEDS_CUDA, Part
 
 POLL_SECONDS = 0.2
 TERMINATION_SECONDS = 5.0
-"""What a part gets between SIGTERM and SIGKILL."""
-COMPILE_THREADS_SIDE_BY_SIDE = 3
+"""Seconds between SIGTERM and SIGKILL."""
+PARALLEL_COMPILE_THREADS = 3
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Running:
     started: float
 
     def stop(self) -> None:
-        """End the process and those in its group."""
+        """End the process and its process group."""
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(TERMINATION_SECONDS)
@@ -43,7 +43,7 @@ class Running:
 
 
 class Orchestrator:
-    """Runs parts within a total time; records every end, a crash and a time limit included."""
+    """Runs parts within a total time limit, and records how each part ended, including crashes and timeouts."""
 
     def __init__(self, device: str, seconds: float, outputs: Outputs, environment: dict[str, str]) -> None:
         self._device, self._outputs, self._environment = device, outputs, environment
@@ -55,34 +55,33 @@ class Orchestrator:
         return time.monotonic() - self._started
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Run the untimed parts side by side, on a CPU one by one, and then the timed parts one by one."""
+        """Run the untimed parts in parallel (on a CPU one by one), and then the timed parts one by one."""
         untimed = [part for part in parts if not part.timed]
         timed = [part for part in parts if part.timed]
-        side_by_side = self._device == "cuda"
-        for group in [untimed] if side_by_side else [[part] for part in untimed]:
-            self._run_together(group, COMPILE_THREADS_SIDE_BY_SIDE if len(group) > 1 else None)
+        for group in [untimed] if self._device == "cuda" else [[part] for part in untimed]:
+            self._run_together(group, PARALLEL_COMPILE_THREADS if len(group) > 1 else None)
         for part in timed:
             self._run_together([part], None)
 
     def _run_together(self, parts: Sequence[Part], compile_threads: int | None) -> None:
-        running = [started for part in parts if (started := self._start(part, compile_threads)) is not None]
+        running = [process for part in parts if (process := self._start(part, compile_threads)) is not None]
         try:
             while running:
                 time.sleep(POLL_SECONDS)
-                running = [one for one in running if not self._has_ended(one)]
+                running = [process for process in running if not self._has_ended(process)]
                 self._outputs.refresh()
         finally:
-            for one in running:
-                one.stop()
+            for process in running:
+                process.stop()
 
     def _start(self, part: Part, compile_threads: int | None) -> Running | None:
         """Start a part, or record why it is skipped."""
-        left = self._deadline - time.monotonic()
+        remaining = self._deadline - time.monotonic()
         reason = None
         if self._device not in part.devices:
             reason = NEEDS_CUDA
-        elif (limit := part.limit_on(self._device)) > left:
-            reason = f"its time limit of {limit:.0f} s does not fit into the remaining {left:.0f} s"
+        elif (limit := part.limit_on(self._device)) > remaining:
+            reason = f"its time limit of {limit:.0f} s does not fit into the remaining {remaining:.0f} s"
         if reason is not None:
             self._report(part, f"skipped: {reason}")
             self._outputs.update(part.name, skipped=reason)
@@ -100,7 +99,7 @@ class Orchestrator:
         return Running(part, process, time.monotonic())
 
     def _has_ended(self, running: Running) -> bool:
-        """Whether a part has ended or had to be stopped, which is recorded."""
+        """Return whether a part has ended. Stop it at its time limit, and record how it ended."""
         seconds = time.monotonic() - running.started
         code = running.process.poll()
         if code is None and seconds < running.part.limit_on(self._device):

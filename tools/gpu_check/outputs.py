@@ -1,4 +1,4 @@
-"""The output files: results.json, gpu.md and log.txt.gz, written anew after every change."""
+"""Write the output files results.json, gpu.md and log.txt.gz again after every change."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from tools.gpu_check.recorder import sections_file, write_json
 from tools.gpu_check.report import format_report
 
-LONGEST_LOG = 200_000
-"""Characters kept of each part's log: its end."""
+MAX_LOG_CHARACTERS = 200_000
+"""Number of characters to keep from the end of each part's log."""
 
 
 @dataclass
 class Outputs:
-    """All results so far. `scratch` has the parts' own files, `out` gets the output files."""
+    """Collects the results. `scratch` has the files that parts write, `out` the output files."""
 
     scratch: Path
     out: Path
     results: dict[str, Any]
-    _sizes: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _file_states: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -34,18 +34,18 @@ class Outputs:
         return self.scratch / f"{part}.log"
 
     def update(self, part: str, **values: Any) -> None:
-        """Record how a part went, and save."""
+        """Record values for a part, and save."""
         self.parts.setdefault(part, {}).update(values)
         self.collect()
         self.save()
 
     def refresh(self) -> None:
-        """Save where a part has recorded a section since the last time."""
+        """Save if a part has recorded a section since the last time."""
         if self.collect():
             self.save()
 
     def collect(self) -> bool:
-        """Read what the parts have recorded; return whether anything changed."""
+        """Read the sections that the parts recorded. Return whether they changed."""
         changed = False
         for name, part in self.parts.items():
             path = sections_file(self.scratch, name)
@@ -53,8 +53,8 @@ class Outputs:
                 continue
             stat = path.stat()
             state = (stat.st_ino, stat.st_mtime_ns)
-            if self._sizes.get(path) != state:
-                self._sizes[path], changed = state, True
+            if self._file_states.get(path) != state:
+                self._file_states[path], changed = state, True
                 part["sections"] = json.loads(path.read_text(encoding="utf-8"))
         return changed
 
@@ -65,4 +65,4 @@ class Outputs:
         with gzip.open(self.out / "log.txt.gz", "wt", encoding="utf-8") as archive:
             for name in self.parts:
                 if (path := self.log_file(name)).exists():
-                    archive.write(f"==== {name}\n{path.read_text(errors='replace')[-LONGEST_LOG:]}\n")
+                    archive.write(f"==== {name}\n{path.read_text(errors='replace')[-MAX_LOG_CHARACTERS:]}\n")

@@ -1,4 +1,4 @@
-"""The parts of the check, their time limits and the order in which they run."""
+"""List the parts of the check, with their time limits, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NEEDS_CUDA = "needs a CUDA device"
-"""Reason recorded for parts that a CPU cannot run."""
+"""Reason to skip parts that a CPU cannot run."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One subprocess of the check.
 
-    `module`: a module of `tools.gpu_check.parts`; `limit`: seconds after which it is stopped; `timed`: whether it
-    measures and therefore runs alone; `devices`: where it runs; `stand_in`: whether it is listed only where it runs.
+    `module`: a module of `tools.gpu_check.parts`; `limit`: time limit in seconds; `timed`: whether it measures and
+    therefore runs alone; `devices`: devices that can run it; `stand_in`: whether other devices do not list it.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Part:
     stand_in: bool = False
 
     def limit_on(self, device: str) -> float:
-        """Return the time limit in seconds. On a CPU, which may be shared, it ends only parts that hang."""
+        """Return the time limit in seconds. It is generous on a CPU, which may be shared, to end only hung parts."""
         return self.limit if device == "cuda" else 10 * self.limit
 
 
@@ -47,14 +47,14 @@ PARTS = (
     Part("ceilings", "ceilings", 30, timed=True, devices=ANYWHERE),
     Part("slots", "slots", 60, "sd15", timed=True),
 )
-"""In order of importance: where time runs out, the last ones are skipped."""
+"""Parts in order of importance. If time runs out, the last parts are skipped."""
 
 
 def select_parts(names: Sequence[str], device: str) -> list[Part]:
-    """Return the parts with these names, or all parts, that are listed on `device`. Raises ValueError."""
-    known = {part.name: part for part in PARTS}
-    unknown = [name for name in names if name not in known]
+    """Return the parts for `device` that have these names, or all its parts without names. Raises ValueError."""
+    all_names = [part.name for part in PARTS]
+    unknown = [name for name in names if name not in all_names]
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}: choose from {', '.join(known)}")
+        raise ValueError(f"unknown part {unknown[0]!r}: choose from {', '.join(all_names)}")
     listed = [part for part in PARTS if device in part.devices or not part.stand_in]
     return [part for part in listed if not names or part.name in names]

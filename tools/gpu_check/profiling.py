@@ -1,4 +1,4 @@
-"""GPU kernels by torch.profiler: idle share, time by kind of kernel, and the longest ones."""
+"""Profile GPU kernels: idle share, time by kind of kernel, and the kernels that take the most time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KINDS = {
     "compiled": ("triton_",),
     "copy": ("memcpy", "memset"),
 }
-"""Kinds of kernels by what their names contain; the first match counts."""
-LONGEST_NAME = 110
+"""Kinds of kernels, with substrings of kernel names. The first match counts."""
+MAX_NAME_CHARACTERS = 110
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Kernel:
     @property
     def kind(self) -> str:
         name = self.name.lower()
-        return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "other")
+        return next((kind for kind, patterns in KINDS.items() if any(pattern in name for pattern in patterns)), "other")
 
 
 class ProfiledTicks:
-    """A chain's `stop` function that profiles some ticks and then stops the chain.
+    """Profiles `count` ticks of a chain from tick `first` on, and then stops the chain.
 
-    The chain calls it once before each tick.
+    The chain calls `stop` once before each tick.
     """
 
     def __init__(self, first: int, count: int) -> None:
@@ -60,7 +60,7 @@ class ProfiledTicks:
         return self._calls >= self._first + self._count
 
     def summarize(self) -> tuple[dict[str, Any], list[str]]:
-        """Return the summary and one line for each of the longest kernels. Raises RuntimeError without kernels."""
+        """Return the summary, and a line for each of the longest kernels. Raises RuntimeError without kernels."""
         events = [event for event in self._profile.events() if event.device_type.name == "CUDA"]
         kernels = [
             Kernel(
@@ -75,7 +75,7 @@ class ProfiledTicks:
 
 
 def summarize(kernels: Sequence[Kernel], ticks: int) -> dict[str, Any]:
-    """Return idle share, gaps, and shares of time by kind and by stream."""
+    """Return the idle share, the gaps, and the time by kind of kernel and by stream."""
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
     begin = reach = ordered[0].start
     gaps, busy = [], 0.0
@@ -103,11 +103,11 @@ def summarize(kernels: Sequence[Kernel], ticks: int) -> dict[str, Any]:
 
 
 def longest(kernels: Sequence[Kernel], count: int = 30) -> list[str]:
-    """Return a line for each of the kernels that take most time together: share, time, calls, kind, name."""
+    """Return a line for each of the kernels with the largest total time: share, time, calls, kind, name."""
     times: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     for kernel in kernels:
-        key = kernel.kind, kernel.name[:LONGEST_NAME]
+        key = kernel.kind, kernel.name[:MAX_NAME_CHARACTERS]
         times[key] += kernel.duration  # type: ignore[assignment]
         calls[key] += 1
     total = sum(times.values()) or 1.0

@@ -1,4 +1,4 @@
-"""Recording of one part's results, section by section, in a file that the orchestrator reads."""
+"""Record one part's results, section by section, in a file that the orchestrator reads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LONGEST_ERROR = 3000
+MAX_ERROR_CHARACTERS = 3000
 
 
 @dataclass
 class Recorder:
-    """The parameters of a part, and the results that it records.
+    """The parameters and results of a part.
 
-    `scratch`: a folder that is deleted after the check; `out`: the folder of the output files.
+    `scratch`: a folder that is deleted after the check; `out`: the folder for the output files.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Recorder:
 
     @property
     def small(self) -> bool:
-        """Whether to use tiny sizes, because the device is a CPU."""
+        """Whether to use tiny sizes because the device is a CPU."""
         return self.device == "cpu"
 
     @property
@@ -39,13 +39,13 @@ class Recorder:
 
     @contextmanager
     def section(self, name: str) -> Iterator[dict[str, Any]]:
-        """Record what is put into the dictionary, also after an exception, which ends the section and not the part."""
+        """Record the contents of the dictionary. An exception ends the section, but not the part."""
         results = self.sections[name] = {}
         started = time.monotonic()
         try:
             yield results
         except Exception as error:  # noqa: BLE001  # the other sections continue
-            results["error"] = "".join(traceback.format_exception(error))[-LONGEST_ERROR:]
+            results["error"] = "".join(traceback.format_exception(error))[-MAX_ERROR_CHARACTERS:]
             traceback.print_exception(error)
         except BaseException:
             results["error"] = "stopped before the end of the section"
@@ -57,12 +57,12 @@ class Recorder:
 
 
 def sections_file(scratch: Path, part: str) -> Path:
-    """Return the path of the file with a part's results."""
+    """Return the path of a part's results file."""
     return scratch / f"{part}.json"
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file in one step, so that a reader never sees half of it."""
+    """Replace a JSON file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)

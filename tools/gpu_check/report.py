@@ -1,4 +1,4 @@
-"""The report: results.json as Markdown tables for docs/gpu.md, and as a short table for the terminal."""
+"""Format results.json as Markdown tables for docs/gpu.md, and as a short table for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MISSING = "–"
 
 
 def format_report(results: Mapping[str, Any]) -> str:
-    """Return the Markdown of docs/gpu.md's results."""
+    """Return the results section of docs/gpu.md."""
     machine = {name: value for name, value in results.get("machine", {}).items() if value}
     blocks = [
         "## Results",
@@ -33,7 +33,7 @@ def format_report(results: Mapping[str, Any]) -> str:
 
 
 def format_summary(results: Mapping[str, Any]) -> str:
-    """Return a short table for the terminal: one line a part and one line a check."""
+    """Return a short table for the terminal, with a line for each part and each check."""
     lines = ["", f"{'part':26} {'status':10} seconds"]
     for name, part in results["parts"].items():
         lines.append(f"{name:26} {part.get('status', 'skipped'):10} {part.get('seconds', part.get('skipped', ''))}")
@@ -82,27 +82,27 @@ def _slots_table(results: Mapping[str, Any]) -> str | None:
     sections = _sections(results, "slots")
     if not sections:
         return None
-    measured = {name: one for name, one in sections.get("throughput", {}).items() if isinstance(one, dict)}
-    rows = [(name, *map(_number, (one["row_forwards_per_second"], one["tflops"], one["peak_gib"])))
-            for name, one in measured.items()]  # fmt: skip
+    measured = {name: values for name, values in sections.get("throughput", {}).items() if isinstance(values, dict)}
+    rows = [(name, *map(_number, (values["row_forwards_per_second"], values["tflops"], values["peak_gib"])))
+            for name, values in measured.items()]  # fmt: skip
     auto = sections.get("auto", {})
     text = f"`--slots auto` chooses {_number(auto.get('slots'))} slots and decodes {_number(auto.get('decode_batch'))} "
     text += f"images at a time, after {_number(auto.get('seconds'))} s."
-    return _table(("slots", "row-forwards/s", "TFLOP/s", "peak GiB"), rows) + "\n\n" + text
+    return _table(("slots", "UNet evaluations/s", "TFLOP/s", "peak GiB"), rows) + "\n\n" + text
 
 
 def _attention_table(results: Mapping[str, Any]) -> str | None:
     sections = _sections(results, "attention")
     columns = ("default", "flash", "cudnn", "efficient")
-    rows = [(name, *(_number(one.get(column, {}).get("tflops")) for column in columns))
-            for name, one in sections.items()]  # fmt: skip
+    rows = [(name, *(_number(values.get(column, {}).get("tflops")) for column in columns))
+            for name, values in sections.items()]  # fmt: skip
     return _table(("shape", *columns), rows) if rows else None
 
 
 def _ceilings_table(results: Mapping[str, Any]) -> str | None:
     measured = [item for section in _sections(results, "ceilings").values() for item in section.items()]
-    rows = [(name, _number(one.get("ms")), _number(one.get("tflops")), _number(one.get("tb_per_s")))
-            for name, one in measured if isinstance(one, dict)]  # fmt: skip
+    rows = [(name, *(_number(values.get(figure)) for figure in ("ms", "tflops", "tb_per_s")))
+            for name, values in measured if isinstance(values, dict)]  # fmt: skip
     return _table(("operation", "ms", "TFLOP/s", "TB/s"), rows) if rows else None
 
 

@@ -1,4 +1,4 @@
-"""Models, rows and images for the parts, made by the project's own code."""
+"""Load models, make rows and render images for the parts, with the project's own code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKLOADS = {
     "decidiffusion": WorkloadSettings(96, (30, 30), "native", 0.0),
     "sdxl": WorkloadSettings(24, (20, 20), "native", 0.0),
 }
-"""The bench's rows. All have guidance, so that images/s compare with published figures."""
+"""Rows of the bench. All have guidance, so that images/s are comparable with published figures."""
 
 
 def bench_settings(recorder: Recorder, *, against: Sequence[str] = (), compiled: bool = True) -> BenchSettings:
@@ -53,17 +53,17 @@ def load_demo(device: Any, dtype: Any, slots: int) -> Subject:
 
 
 def threads_on(device: str) -> int | None:
-    """Return the number of torch threads: one on a CPU, whose cores may be shared; else the project's default."""
+    """Return one torch thread on a CPU, whose cores may be shared, else None for the default."""
     return 1 if device == "cpu" else None
 
 
 def native_size(subject: Subject) -> tuple[int, int]:
-    """Return the height and width of the images that the model was made for."""
+    """Return the model's native image height and width."""
     return subject.sizes.native_height, subject.sizes.native_width
 
 
 def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: float = 0.0) -> list[PromptRequest]:
-    """Make rows of the native size with random prompts and steps, the same each time."""
+    """Make rows of the native size with random prompts and steps, the same ones on every call."""
     settings = WorkloadSettings(count, steps, "native", unguided)
     return make_rows(settings, [native_size(subject)], subject.defaults)
 
@@ -82,7 +82,7 @@ def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:
 
 
 def render_first_images(subject: Subject) -> dict[str, Any]:
-    """Render half as many rows as there are slots, which compiles the networks, and return how long that took."""
+    """Render half as many rows as slots, which compiles the networks, and return the duration."""
     started = time.perf_counter()
     rows = rows_for(subject, max(2, subject.compute.slots // 2), (2, 2))
     pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
@@ -92,15 +92,15 @@ def render_first_images(subject: Subject) -> dict[str, Any]:
 
 @torch.inference_mode()
 def example_context(subject: Subject, slots: int) -> dict[str, torch.Tensor]:
-    """Return the conditioning of one row for each of the slots, as the packer holds it."""
+    """Return the conditioning of one row for every slot, laid out as in the packer."""
     (conditioning,) = subject.model.condition(rows_for(subject, 1, (2, 2)))
     return as_packed({name: value.expand(slots, *value.shape) for name, value in conditioning.context[0].items()})
 
 
 @torch.inference_mode()
 def as_packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy tensors as the packer makes them: contiguous and in inference mode.
+    """Copy tensors like the packer's: contiguous and in inference mode.
 
-    torch.compile has guards on both; other tensors would be compiled for anew.
+    torch.compile guards on both properties and would compile again for other tensors.
     """
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}

@@ -1,1 +1,1 @@
-"""The parts of the check. Each module has a function `run(recorder)` and is started in a process of its own."""
+"""Parts of the check. Each module has a function `run(recorder)`, which runs in a separate process."""

@@ -1,4 +1,4 @@
-"""Throughput of one architecture: the bench, the bare UNet, the decoder, and a profile of the GPU."""
+"""Measure the throughput of one architecture: the bench, the bare UNet, the decoder, and a profile of the GPU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder
 
 AGAINST = {"sd15": ("grouped",), "demo": ("grouped",)}
-"""What the bench compares with: plain diffusers on batches of rows with equal parameters, once, to save time."""
+"""Baselines of the bench: plain diffusers on batches of rows with equal parameters, for one architecture."""
 
 
 def run(recorder: Recorder) -> None:
-    """Load and compile, then measure section by section."""
+    """Load and compile the model, then measure section by section."""
     settings = subjects.bench_settings(recorder, against=AGAINST.get(recorder.architecture, ()))
     subject = load_subject(settings)
     with recorder.section("first images") as results:
@@ -43,7 +43,7 @@ def run(recorder: Recorder) -> None:
 
 @torch.inference_mode()
 def measure_unet(subject: Subject, recorder: Recorder) -> dict[str, Any]:
-    """Time UNet calls with inputs like the packer's, and how long the host takes to start one."""
+    """Time UNet calls with inputs like the packer's, and the host's time to start one."""
     model, slots = subject.model, subject.compute.slots
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)
@@ -76,7 +76,7 @@ def measure_decoder(subject: Subject) -> dict[str, Any]:
 
 
 def profile(subject: Subject, recorder: Recorder) -> dict[str, Any]:
-    """Profile some ticks in the middle of rows of mixed steps, so that rows come and go and images are decoded."""
+    """Profile six ticks in the middle of a table with mixed steps, when rows come and go and images are decoded."""
     ticks = ProfiledTicks(first=14, count=6)
     chain = make_chain(subject.model, subject.compute, ticks.stop)
     rows = subjects.rows_for(subject, 2 * subject.compute.slots, (8, 24))

@@ -1,4 +1,4 @@
-"""Attention backends at the shapes of Stable Diffusion 1.5 (32 slots) and XL (16 slots)."""
+"""Measure attention backends at the shapes of Stable Diffusion 1.5 (32 slots) and XL (16 slots)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = {
 
 
 class Shape(NamedTuple):
-    """Batch, heads, queries, keys, and features of a head."""
+    """Batch size, heads, queries, keys, and features per head."""
 
     batch: int
     heads: int
@@ -57,11 +57,11 @@ def run(recorder: Recorder) -> None:
 
 
 def make_tensors(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make queries, keys and values as fused projections give them: views, with the heads in the third dimension."""
+    """Make queries, keys and values like those of fused projections: views with heads in the third dimension."""
     width = shape.heads * shape.features
     queries = torch.randn(shape.batch, shape.queries, width, device=device, dtype=torch.float16)
-    both = torch.randn(shape.batch, shape.keys, 2 * width, device=device, dtype=torch.float16)
-    keys, values = both.chunk(2, -1)
+    fused = torch.randn(shape.batch, shape.keys, 2 * width, device=device, dtype=torch.float16)
+    keys, values = fused.chunk(2, -1)
     q, k, v = (
         tensor.view(*tensor.shape[:2], shape.heads, shape.features).transpose(1, 2)
         for tensor in (queries, keys, values)
@@ -83,7 +83,7 @@ def measure(shape: Shape, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def measure_backend(
     shape: Shape, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], backend: SDPBackend
 ) -> dict[str, Any]:
-    """Measure one backend; one that does not support the shape is recorded as such."""
+    """Measure one backend, or record that it does not support the shape."""
     try:
         with sdpa_kernel(backend):
             return measure(shape, tensors)

@@ -1,4 +1,4 @@
-"""What the device reaches at most: matrix products, copies, and single layers of Stable Diffusion 1.5."""
+"""Measure the ceilings of a device: matrix products, copies, and single layers of Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder
 
 CONVOLUTIONS = ((32, 320, 320, 64, 3), (32, 640, 640, 32, 3), (32, 1280, 1280, 16, 3), (32, 960, 320, 64, 3))
-"""Batch, channels in and out, height and width, kernel: those of the UNet at 32 slots."""
+"""Batch size, input and output channels, side in pixels and kernel size of the UNet's convolutions at 32 slots."""
 DECODER_CONVOLUTION = (8, 256, 256, 512, 3)
 LINEARS = ((32 * 4096, 320, 2560), (32 * 1024, 640, 5120), (32 * 256, 1280, 10240), (32 * 4096, 320, 960))
-"""Rows, features in and out."""
+"""Rows, input and output features."""
 
 
 def run(recorder: Recorder) -> None:
@@ -47,7 +47,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, recorder: Recorder)
 
 
 def measure_copy(device: torch.device, recorder: Recorder) -> dict[str, float]:
-    """Time a copy in memory, whose bytes count twice: read and written."""
+    """Time a copy in memory. Its bytes count twice, as read and written."""
     source = torch.zeros(2**20 if recorder.small else 2**32, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = shortest_seconds(lambda: target.copy_(source), calls=8)
@@ -74,7 +74,7 @@ def measure_linear(device: torch.device, rows: int, inputs: int, outputs: int) -
 
 
 def measure_norm(device: torch.device, memory_format: torch.memory_format) -> dict[str, float]:
-    """Time a group norm in float16; TB/s of one read and one write."""
+    """Time a group norm in float16. TB/s count one read and one write."""
     layer = torch.nn.GroupNorm(32, 320, device=device, dtype=torch.float16)
     sample = torch.randn(32, 320, 64, 64, device=device, dtype=torch.float16).to(memory_format=memory_format)
     seconds = _seconds(lambda: layer(sample))

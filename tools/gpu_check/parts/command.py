@@ -1,4 +1,4 @@
-"""The `batch-infer run` command: equal bytes after `kill -9` and a resume, and with the rows in another order."""
+"""Check that `batch-infer run` writes equal bytes after `kill -9` and a resume, and with rows in another order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from tools.gpu_check.recorder import Recorder
 
 SMALL_TABLE = 40, (4, 6)
-"""Rows and steps on a CPU: enough to outlast the first commit, which comes after three seconds."""
+"""Number of rows and range of steps on a CPU: enough to outlast the first commit, after three seconds."""
 RUN_SECONDS = 600
-"""Time limit of one command; the part's own limit usually ends it earlier."""
+"""Time limit of one command in seconds. The part's limit usually ends it earlier."""
 SMALL_OPTIONS = ("--slots", "4", "--no-compile", "--threads", "1", "--num-processes", "0")
 
 
 def run(recorder: Recorder) -> None:
-    """Run the command uninterrupted, killed and resumed, and in another order; compare the results."""
+    """Run the command uninterrupted, killed and resumed, and in another order, and compare the results."""
     folder = recorder.scratch / "command"
     folder.mkdir(parents=True)
     rows = make_rows(*SMALL_TABLE) if recorder.small else make_rows(700, (20, 50))
@@ -38,7 +38,7 @@ def run(recorder: Recorder) -> None:
     table, other_table = write_table(folder / "rows.csv", rows), write_table(folder / "shuffled.csv", shuffled)
     with (folder / "log.txt").open("w+b") as log, Commands(recorder, folder, log) as commands:
         expected: dict[Any, Any] = {}
-        # Side by side, to save time: nothing is timed.
+        # The first two runs are parallel to save time, because nothing is timed.
         uninterrupted = commands.start(table, "uninterrupted")
         with recorder.section("killed and resumed") as results:
             results |= commands.kill_and_resume(table, "resumed")
@@ -58,7 +58,7 @@ def run(recorder: Recorder) -> None:
 
 
 def make_rows(count: int, steps: tuple[int, int]) -> list[list[object]]:
-    """Make rows of random prompts, steps and guidance, the same each time."""
+    """Make rows with random prompts, steps and guidance, the same ones on every call."""
     draw = random.Random(11)
     return [
         [f"id{k:04d}", draw.choice(PROMPTS), k, draw.randint(*steps), 5 if draw.random() < 0.8 else 1]
@@ -76,7 +76,7 @@ def write_table(path: Path, rows: list[list[object]]) -> Path:
 
 
 def read_results(out: Path) -> dict[Any, Any]:
-    """Return status and SHA-256 of each image by row id and image index."""
+    """Return the status and SHA-256 of each image by row id and image index."""
     rows = pq.read_table(out / "results.parquet").to_pylist()
     return {(row["id"], row["image_index"]): (row["status"], row["sha256"]) for row in rows}
 
@@ -88,7 +88,7 @@ def compare(expected: dict[Any, Any], actual: dict[Any, Any]) -> dict[str, Any]:
 
 
 class Commands:
-    """Starts `python -m batch_infer run` as a user would, compiled on a GPU. On exit, kills those that still run."""
+    """Starts `python -m batch_infer run` as a user would, compiled on a GPU. Kills running commands on exit."""
 
     def __init__(self, recorder: Recorder, folder: Path, log: IO[bytes]) -> None:
         self._folder, self._log = folder, log
@@ -104,9 +104,9 @@ class Commands:
             kill_group(process)
 
     def start(self, table: Path, out: str, cache: str | None = None) -> subprocess.Popen[bytes]:
-        """Start the command in a process group of its own.
+        """Start the command in a new process group.
 
-        `cache`: the run whose compiled code it uses; by default it compiles anew.
+        `cache`: the earlier run whose compiled code it uses. By default, it compiles again.
         """
         folder, caches = self._folder / out, self._folder / f"cache-{cache or out}"
         environment = os.environ | {
@@ -122,7 +122,7 @@ class Commands:
         return process
 
     def kill_and_resume(self, table: Path, out: str) -> dict[str, Any]:
-        """Kill the command and its workers once the manifest has its first part, then run it again."""
+        """Kill the command and its workers once the manifest has a part, then run the command again."""
         manifest = self._folder / out / "manifest"
         process = self.start(table, out)
         deadline = time.monotonic() + RUN_SECONDS
@@ -136,7 +136,7 @@ class Commands:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and its workers, and wait for it. Does nothing where the group has ended."""
+    """Kill a command and its workers, if they are still running, and wait for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

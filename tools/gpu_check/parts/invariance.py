@@ -1,4 +1,4 @@
-"""Batch invariance of the UNet and the decoder: equal bytes at every batch position and whatever the neighbours."""
+"""Check batch invariance of the UNet and decoder: equal bytes at every batch position and among any other rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Network = Callable[[Inputs], torch.Tensor]
 
 
 def run(recorder: Recorder) -> None:
-    """Compile by rendering a few rows, then compare bytes, compiled and eager."""
+    """Compile by rendering a few rows, then compare bytes in compiled and eager mode."""
     subject = load_subject(subjects.bench_settings(recorder))
     with recorder.section("first images") as results:
         results |= subjects.render_first_images(subject)
@@ -63,32 +63,32 @@ def decoder_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
 
 @torch.inference_mode()
 def compare_batches(network: Network, inputs: Inputs, others: Inputs) -> dict[str, Any]:
-    """Call a network with the same rows again, in another order, and among other rows; compare bytes."""
+    """Call a network with the same rows again, in another order and among other rows, and compare bytes."""
     count = len(next(iter(inputs.values())))
     device = next(iter(inputs.values())).device
     output, repeated = network(inputs), network(inputs)
     order = torch.roll(torch.randperm(count, generator=torch.Generator().manual_seed(3)), 1).to(device)
     permuted = network({name: value[order] for name, value in inputs.items()})
-    kept = torch.arange(count, device=device) < max(1, count // 4)
-    mixed = network({name: _mix(kept, value, others[name]) for name, value in inputs.items()})
+    is_kept = torch.arange(count, device=device) < max(1, count // 4)
+    mixed = network({name: _mix(is_kept, value, others[name]) for name, value in inputs.items()})
     gaps = (output[order].float() - permuted.float()).abs().flatten(1).amax(1)
     return {
         "batch": count,
         "finite": bool(torch.isfinite(output).all()),
         "repeatable": torch.equal(output, repeated),
         "same_at_other_positions": torch.equal(output[order], permuted),
-        "same_among_other_rows": torch.equal(output[kept], mixed[kept]),
+        "same_among_other_rows": torch.equal(output[is_kept], mixed[is_kept]),
         "largest_difference": float(gaps.max()),
         "largest_value": float(output.float().abs().max()),
         "positions_that_differ": gaps.nonzero().flatten().tolist(),
     }
 
 
-def _mix(kept: torch.Tensor, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Keep some rows of a batch and take the others from another batch; timesteps (N,) are kept as they are."""
+def _mix(is_kept: torch.Tensor, value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Replace the rows of a batch that are not kept by those of another batch. Timesteps (N,) are unchanged."""
     if value.dim() == 1:
         return value
-    return torch.where(kept.reshape(-1, *[1] * (value.dim() - 1)), value, other)
+    return torch.where(is_kept.reshape(-1, *[1] * (value.dim() - 1)), value, other)
 
 
 def _random(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Real out-of-memory errors: the run continues with half the batch, and its images equal those of a smaller start."""
+"""Check that a run continues with smaller batches after out-of-memory errors, with the images of a smaller start."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 GIB = 2**30
 TOO_MANY_SLOTS = 4096
 ROOM_FOR_THE_DECODER = 5 * GIB
-"""Enough for the UNet's calls of 16 slots, too little for a decoder call of 16 images of 512x512."""
+"""Bytes that suffice for UNet calls with 16 slots, but not to decode 16 images of 512x512 in one call."""
 
 
 def run(recorder: Recorder) -> None:
-    """Provoke both errors, uncompiled."""
+    """Cause out-of-memory errors in the UNet and in the decoder, uncompiled."""
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
     with recorder.section("too many slots") as results:
         results |= render_twice(subject, BatchSizes(TOO_MANY_SLOTS, 8), rows=10)
@@ -32,9 +32,9 @@ def run(recorder: Recorder) -> None:
 
 
 def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | None = None) -> dict[str, Any]:
-    """Render from `shape` until memory suffices, then again from the batch sizes that were left; count equal images.
+    """Render from `shape` down to batch sizes that fit, then with these from the start, and count equal images.
 
-    `leave`: bytes of memory left free in the first run.
+    `leave`: bytes of memory to leave free in the first run.
     """
     requests = subjects.rows_for(subject, rows, (2, 3), unguided=0.3)
     torch.cuda.empty_cache()
@@ -49,7 +49,7 @@ def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | No
     images = {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, RenderedImage)}
     del ballast, chain, outcomes
     torch.cuda.empty_cache()
-    kept = torch.cuda.memory_allocated() - before
+    not_freed = torch.cuda.memory_allocated() - before
     again = subjects.render(subject.model, requests, slots, decode) if images else {}
     return {
         "shape_at_first": [shape.slots, shape.decode],
@@ -57,13 +57,13 @@ def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | No
         "seconds": seconds,
         "rows": rows,
         "errors": errors[:3],
-        "bytes_not_freed": kept,
+        "bytes_not_freed": not_freed,
         **count_equal(again, images),
     }
 
 
 def occupy_memory(leave: int | None) -> torch.Tensor | None:
-    """Allocate what this process may take of the GPU's memory but `leave` bytes; None allocates nothing."""
+    """Allocate all GPU memory that this process may use except `leave` bytes, or nothing if `leave` is None."""
     if leave is None:
         return None
     free, total = torch.cuda.mem_get_info()

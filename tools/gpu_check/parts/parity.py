@@ -1,4 +1,4 @@
-"""The built-in model through the chain: parity with diffusers, bytes among any other rows, and half precision."""
+"""Check the built-in model: parity with diffusers, equal bytes among other rows, and half precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(recorder: Recorder) -> None:
     reference: dict[str, Any] = {}
     for dtype in ("float32",) if recorder.small else ("float32", "float16", "bfloat16"):
         with recorder.section(dtype) as results:
-            # Loading in float32 switches TensorFloat-32 off, for diffusers too; `tf32_...` has torch's default.
+            # Loading in float32 turns TensorFloat-32 off, for diffusers too. `tf32_...` uses torch's default.
             subject = subjects.load_demo(recorder.device, dtype, slots)
             rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
             images = render(subject, rows)
@@ -40,21 +40,21 @@ def run(recorder: Recorder) -> None:
 
 
 def render(subject: Subject, rows: list[PromptRequest]) -> dict[str, Any]:
-    """Render rows by the chain, with the subject's batch sizes."""
+    """Render rows with the subject's batch sizes."""
     return subjects.render(subject.model, rows, subject.compute.slots, subject.compute.decode_batch)
 
 
 def compare_with_diffusers(subject: Subject, rows: list[PromptRequest], images: dict[str, Any]) -> dict[str, float]:
-    """Compare a quarter of the images, at least two, with those of the diffusers pipeline, one row a call."""
-    few = rows[: max(2, len(rows) // 4)]
+    """Compare a quarter of the images, at least two, with those of the diffusers pipeline, one row per call."""
+    sample = rows[: max(2, len(rows) // 4)]
     plain = PlainDiffusers(subject.model, subject.compute, grouped=False)
-    return compare_images(images, {row.id: pixels for row, pixels in plain.render(few)})
+    return compare_images(images, {row.id: pixels for row, pixels in plain.render(sample)})
 
 
 def compare_in_other_batches(
     subject: Subject, rows: list[PromptRequest], images: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
-    """Count equal images where the rows come in another order, and where half of them are missing."""
+    """Count equal images if the rows are in another order, and if half of them are missing."""
     shuffled = rows[:]
     random.Random(5).shuffle(shuffled)
     return {

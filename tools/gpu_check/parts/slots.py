@@ -1,4 +1,4 @@
-"""Throughput of the UNet against the number of slots, and the numbers that `--slots auto` chooses."""
+"""Measure the UNet's throughput against the number of slots, and the batch sizes that `--slots auto` chooses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOTS = (4, 8, 16, 32, 64, 128, 256)
 
 
 def run(recorder: Recorder) -> None:
-    """Measure each number of slots, uncompiled, then search automatically."""
+    """Measure each number of slots, uncompiled, then run the automatic search."""
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
     size = subjects.native_size(subject)
     with recorder.section("throughput") as results:
@@ -38,7 +38,7 @@ def run(recorder: Recorder) -> None:
 
 @torch.inference_mode()
 def measure(subject: Subject, slots: int, flop: int) -> dict[str, Any]:
-    """Time UNet calls with this number of slots and report peak memory. `flop`: FLOP per batch element."""
+    """Time UNet calls with this number of slots, and report peak memory. `flop`: FLOP per batch element."""
     model = subject.model
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)

@@ -1,18 +1,20 @@
-"""Write files atomically: under a name unique to this process, then renamed."""
+"""Inspect paths and write files atomically: under a name unique to this process, then renamed."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from batch_infer.store.paths import fsync, fsync_folder, path_exists, write_errors
+from batch_infer.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
@@ -20,6 +22,91 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RANDOM_ID = secrets.token_hex(6)
 """Distinguishes two machines that write to the same folder, if their host ids and process ids are equal."""
 _unfinished: set[Path] = set()
+_NOT_FOUND = {errno.ENOENT, errno.ENOTDIR}
+_FSYNC_UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
+"""Errors of file systems that cannot fsync a folder."""
+
+
+@contextmanager
+def _storage_errors(verb: str, path: Path) -> Iterator[None]:
+    """Re-raise OSError as a StorageError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StorageError(f"cannot {verb} {path}: {reason}") from error
+
+
+write_errors = partial(_storage_errors, "write")
+read_errors = partial(_storage_errors, "read")
+
+
+def path_exists(path: Path) -> bool:
+    """Return whether a path exists, even as a broken link. Raises StorageError if that is unknown."""
+    return read_status(path) is not None
+
+
+def is_folder(path: Path, *, follow: bool = False) -> bool:
+    """Return whether a path is a folder or, with `follow`, a link to one. Raises StorageError if that is unknown."""
+    status = read_status(path, follow=follow)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def is_link(path: Path) -> bool:
+    """Return whether a path is a symbolic link. Raises StorageError if that is unknown."""
+    status = read_status(path)
+    return status is not None and stat.S_ISLNK(status.st_mode)
+
+
+def read_status(path: Path, *, follow: bool = False) -> os.stat_result | None:
+    """Return a path's status, or None if the path is missing. Raises StorageError."""
+    with read_errors(path):
+        try:
+            return path.stat(follow_symlinks=follow)
+        except OSError as error:
+            if error.errno in _NOT_FOUND:
+                return None
+            raise
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder, or an empty list if the folder is missing.
+
+    Raises StorageError if the folder cannot be listed. `Path.glob` would hide that error.
+    """
+    with read_errors(folder):
+        try:
+            return sorted(os.listdir(folder))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder durably in an existing folder. Raises StorageError."""
+    with write_errors(folder):
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable if its file system supports that. Raises OSError."""
+    try:
+        fsync(folder)
+    except OSError as error:
+        if error.errno not in _FSYNC_UNSUPPORTED:
+            raise
+
+
+# Names that are unique to a process
 
 
 @cache
@@ -68,6 +155,9 @@ def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
     except OSError:  # the process belongs to another user
         pass
     return False
+
+
+# Files
 
 
 @contextmanager
