@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,10 +23,14 @@ ID_DIGITS = 8
 BATCH_ROWS = 1024
 MAX_COLUMNS = 1024
 """Maximum number of columns. Rows whose keys are values ({"a red circle": 1, ...}) would add columns without limit."""
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
 MAX_SHOWN_COLUMNS = 5
 """Maximum number of column names in a message."""
 BLANK_ROW = "rows without any value, which are skipped"
 SHORT_ROW = "rows with fewer cells than there are columns, whose missing cells take their defaults"
+
+READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NON_BYTE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -109,29 +112,58 @@ class RawRow(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Reader(ABC):
-    """An open file with known columns, whose rows can be read repeatedly.
+class Reader:
+    """An open file with known columns.
 
-    `renamed` maps each column or struct field renamed in `schema` to its name in the file.
+    `renamed` maps each column or struct field renamed in `schema` to its name in the file. `read` yields all rows from
+    the start. `read_column` yields the readable values of a column in batches, faster than `read`.
     """
 
     file: TableFile
     schema: pa.Schema
     renamed: Mapping[str, str]
+    read: Callable[[], Iterator[RawRow]]
+    read_column: Callable[[str], Iterator[pa.Array]] | None = None
 
-    @abstractmethod
     def read_rows(self) -> Iterator[RawRow]:
         """Yield the rows in order. Unreadable rows contain an error. If the file is truncated, the last row says so.
 
         Raises StorageError if the disk fails.
         """
+        number = 0
+        try:
+            for row in self.read():
+                yield row
+                number = row.number + 1
+        except READ_ERRORS as error:
+            raise_storage_error(error, self.file.name, was_opened=True)
+            yield RawRow(number, {}, f"the file breaks off here: {format_error(error)}")
 
     def read_arrays(self, name: str) -> Iterator[pa.Array]:
         """Yield the values of one column in batches, without unreadable rows."""
+        if self.read_column is not None:
+            yield from self.read_column(name)
+            return
         dtype = self.schema.field(name).type
         values = (row.cells.get(name) for row in self.read_rows() if not row.error)
         while batch := list(islice(values, BATCH_ROWS)):
             yield to_array(batch, dtype)
+
+
+def rename_duplicates(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return unique names, with `tag_2` for the second `tag`, and a map from changed names to old names."""
+    used, count = set(names), Counter[str]()
+    distinct, renamed = [], {}
+    for name in names:
+        count[name] += 1
+        new = name
+        if count[name] > 1:
+            while (new := f"{name}_{count[name]}") in used:
+                count[name] += 1
+            used.add(new)
+            renamed[new] = name
+        distinct.append(new)
+    return distinct, renamed
 
 
 class Scratch:
@@ -165,23 +197,6 @@ def raise_storage_error(error: Exception, name: str, *, was_opened: bool = False
         raise StorageError(
             f"cannot read {name}: {format_error(error)}; run the same command again to continue"
         ) from error
-
-
-def report_truncation(
-    file: TableFile, rows: Iterator[RawRow], errors: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[RawRow]:
-    """Yield rows. If reading them raises one of `errors`, end with a row that contains it.
-
-    Raises StorageError if the disk fails.
-    """
-    number = 0
-    try:
-        for row in rows:
-            yield row
-            number = row.number + 1
-    except errors as error:
-        raise_storage_error(error, file.name, was_opened=True)
-        yield RawRow(number, {}, f"the file breaks off here: {format_error(error)}")
 
 
 def format_error(error: Exception) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.base import (
     BLANK_ROW,
+    SEPARATORS,
     Notice,
     RawRow,
     Reader,
@@ -21,9 +22,8 @@ from batch_infer.table.base import (
     TableFile,
     is_utf8,
     make_short_row_notice,
-    report_truncation,
+    rename_duplicates,
 )
-from batch_infer.table.columns import SEPARATORS, rename_duplicates
 from batch_infer.table.streams import MAX_ROW_SIZE, LineReader, open_text
 
 SEPARATOR_DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
@@ -32,7 +32,7 @@ SEPARATOR_DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.
 csv.field_size_limit(MAX_ROW_SIZE)  # The row limit applies first.
 
 
-def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> DelimitedReader:
+def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a CSV or TSV file. Raises OSError, csv.Error and TableError.
 
     The separator of a .csv is the first in SEPARATORS that gives the header a prompt column. If none does, it is the
@@ -57,7 +57,8 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Del
     separator = max(headers, key=lambda separator: (prompt_column in headers[separator], len(headers[separator])))
     names, renamed = rename_duplicates(_name_columns(file, headers[separator]))
     schema = pa.schema([(name, pa.string()) for name in names])
-    return DelimitedReader(file, schema, renamed, tuple(names), separator, declaration is not None)
+    rows = _DelimitedRows(file, names, separator, declaration is not None)
+    return Reader(file, schema, renamed, rows.read)
 
 
 def _read_header(file: TableFile, separator: str, *, is_declared: bool) -> list[str]:
@@ -92,17 +93,15 @@ def _name_columns(file: TableFile, header: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class DelimitedReader(Reader):
-    """Reads a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
+class _DelimitedRows:
+    """The rows of a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
 
-    header: tuple[str, ...]
+    file: TableFile
+    header: list[str]
     separator: str
     is_declared: bool
 
-    def read_rows(self) -> Iterator[RawRow]:
-        return report_truncation(self.file, self._read_lines())
-
-    def _read_lines(self) -> Iterator[RawRow]:
+    def read(self) -> Iterator[RawRow]:
         row_number = 0
         with open_text(self.file, newline="") as stream:
             lines = _CsvLines(stream, self.separator)

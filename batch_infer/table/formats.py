@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-import pyarrow as pa
-
 from batch_infer.errors import TableError
 from batch_infer.table.base import (
     MAX_COLUMNS,
+    READ_ERRORS,
     Reader,
     Scratch,
     TableFile,
@@ -72,7 +71,7 @@ def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader
     """Open a file. Raises TableError if it cannot be read, StorageError if the disk fails."""
     try:
         reader = FORMATS[file.format](file, prompt_column, scratch)
-    except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
+    except (*READ_ERRORS, csv.Error) as error:
         raise_storage_error(error, file.name)
         raise TableError(f"{file.name} cannot be read: {format_error(error)}") from error
     if not reader.schema.names:

@@ -19,9 +19,8 @@ from batch_infer.table.base import (
     format_error,
     is_utf8,
     make_short_row_notice,
-    report_truncation,
+    rename_duplicates,
 )
-from batch_infer.table.columns import rename_duplicates
 from batch_infer.table.jsonl import open_jsonl, open_objects
 from batch_infer.table.scanner import Scanner
 from batch_infer.table.streams import BUFFER, open_bytes
@@ -81,7 +80,7 @@ def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
         return open_jsonl(file, prompt_column, scratch)
     document, renamed = _read_format(file, prompt_column or "prompt")
     columns = (*document.columns, *document.parameters) if document.is_payload else ()
-    return open_objects(file, lambda: report_truncation(file, _read_elements(file, document)), columns, renamed)
+    return open_objects(file, lambda: _read_elements(file, document), columns, renamed)
 
 
 def _is_json_lines(file: TableFile, prompt_column: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from typing import Any
@@ -22,7 +21,6 @@ from batch_infer.table.base import (
     TableFile,
     is_utf8,
     replace_surrogates,
-    report_truncation,
 )
 from batch_infer.table.streams import open_text, read_lines
 
@@ -47,24 +45,11 @@ _TYPES = {
 }
 
 
-def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonReader:
+def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
-        pass  # raises OSError if the file cannot be opened, which `report_truncation` would turn into a row
-    return open_objects(file, lambda: report_truncation(file, _read_objects(file)))
-
-
-@dataclass(frozen=True, slots=True)
-class JsonReader(Reader):
-    """Reads the first `count` rows of a JSON file. Rows appended later are read by the next run."""
-
-    read: Callable[[], Iterator[RawRow]]
-    count: int
-
-    def read_rows(self) -> Iterator[RawRow]:
-        columns = frozenset(self.schema.names)
-        for row in islice(self.read(), self.count):
-            yield row if row.error else _check_row(row, columns)
+        pass  # raises OSError if the file cannot be opened, which `Reader.read_rows` would turn into a row
+    return open_objects(file, lambda: _read_objects(file))
 
 
 def open_objects(
@@ -72,15 +57,16 @@ def open_objects(
     read: Callable[[], Iterator[RawRow]],
     columns: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
-) -> JsonReader:
+) -> Reader:
     """Return a reader of the rows from `read`, after one pass that finds their columns and types.
 
-    The file has `columns` even if no row does. Raises TableError if no row can be read.
+    The file has `columns` even if no row does. Rows appended after the pass are read by the next run. Raises TableError
+    if no row can be read.
     """
     flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
     is_readable, count = False, 0
-    for row in read():
+    for row in Reader(file, pa.schema([]), {}, read).read_rows():
         _add_flags(row.cells, flags)
         error = error or row.error
         is_readable = is_readable or bool(row.cells) or not row.error
@@ -88,7 +74,8 @@ def open_objects(
     if error and not is_readable:
         raise TableError(f"{file.name} cannot be read: {error}")
     schema = pa.schema([(name, _TYPES.get(flag, pa.string())) for name, flag in flags.items()])
-    return JsonReader(file, schema, renamed or {}, read, count)
+    names = frozenset(flags)
+    return Reader(file, schema, renamed or {}, lambda: (_check_row(row, names) for row in islice(read(), count)))
 
 
 def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
@@ -107,6 +94,8 @@ def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
 def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
     """Return a row, with an error if it does not fit the table."""
     error = None
+    if row.error:
+        return row
     if not columns.issuperset(row.cells):
         unknown = replace_surrogates(next(name for name in row.cells if name not in columns))
         error = (

@@ -11,19 +11,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import types
 
-from batch_infer.carried import to_result_array, to_values
+from batch_infer.carried import convert_items, to_result_array, to_values
 from batch_infer.table.base import (
     BATCH_ROWS,
+    READ_ERRORS,
     RawRow,
     Reader,
     Scratch,
     TableFile,
     format_error,
     raise_storage_error,
-    report_truncation,
+    rename_duplicates,
 )
-from batch_infer.table.columns import rename_duplicate_fields, rename_duplicates
 from batch_infer.table.streams import MAX_ROW_SIZE, decompress
 
 BATCH_BYTES = 32 << 20
@@ -33,12 +34,11 @@ BUFFER = 1 << 20
 """Bytes per read of a column. Without this limit, pyarrow reads all of a row group's column at once."""
 PLAUSIBLE_ROWS = 1 << 20
 """Number of rows that a row group of any size can have, since a million equal rows take only a few bytes."""
-READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
-_HAS_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+_HAS_LENGTH = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
 
 
-def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> ParquetReader:
+def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a Parquet file. Raises OSError, pa.ArrowException and UnicodeError."""
     # The path is absolute because Arrow parses a relative path with a colon as a URI.
     path = decompress(file, scratch.new_path()) if file.compression else file.path.absolute()
@@ -46,27 +46,45 @@ def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Parqu
     names, renamed = rename_duplicates(schema.names)
     renamed_fields: dict[str, str] = {}
     fields = [
-        field.with_name(name).with_type(rename_duplicate_fields(field.type, name, renamed_fields))
+        field.with_name(name).with_type(_rename_duplicate_fields(field.type, name, renamed_fields))
         for field, name in zip(schema, names, strict=True)
     ]
-    return ParquetReader(file, pa.schema(fields), {**renamed, **renamed_fields}, path, renamed)
+    rows = _ParquetRows(file.name, path, pa.schema(fields), renamed, bool(renamed_fields))
+    return Reader(file, rows.schema, {**renamed, **renamed_fields}, rows.read, rows.read_column)
+
+
+def _rename_duplicate_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
+    """Return a type whose structs have unique field names, and add the changed names to `renamed`.
+
+    `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
+    """
+    if types.is_struct(dtype):
+        names, duplicates = rename_duplicates([field.name for field in dtype])
+        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in duplicates.items()})
+        return pa.struct(
+            field.with_name(new).with_type(_rename_duplicate_fields(field.type, f"{name}.{new}", renamed))
+            for field, new in zip(dtype, names, strict=True)
+        )
+    if types.is_map(dtype) or types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+        return convert_items(dtype, lambda item: _rename_duplicate_fields(item, name, renamed))
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetReader(Reader):
-    """Reads a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
+class _ParquetRows:
+    """The rows of a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
 
+    name: str
     path: Path
-    renamed_columns: Mapping[str, str]
+    schema: pa.Schema
+    renamed: Mapping[str, str]
+    has_renamed_fields: bool
 
-    def read_rows(self) -> Iterator[RawRow]:
+    def read(self) -> Iterator[RawRow]:
         """Yield as many rows as the footer counts. The rows of a damaged row group contain its error.
 
         If the counts in the footer are damaged, a single row says so.
         """
-        return report_truncation(self.file, self._read_groups(), READ_ERRORS)
-
-    def _read_groups(self) -> Iterator[RawRow]:
         row_number = counted_rows = 0
         with self._open_file() as parquet:
             for group in range(parquet.num_row_groups):
@@ -78,9 +96,9 @@ class ParquetReader(Reader):
                 message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
                 yield RawRow(row_number, {}, message)
 
-    def read_arrays(self, name: str) -> Iterator[pa.Array]:
-        original = self.renamed_columns.get(name, name)
-        duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == original]
+    def read_column(self, name: str) -> Iterator[pa.Array]:
+        original = self.renamed.get(name, name)
+        duplicates = [column for column in self.schema.names if self.renamed.get(column, column) == original]
         with self._skip_damage(), self._open_file() as parquet:
             for group in range(parquet.num_row_groups):
                 with self._skip_damage():
@@ -93,7 +111,7 @@ class ParquetReader(Reader):
         try:
             yield
         except READ_ERRORS as error:
-            raise_storage_error(error, self.file.name, was_opened=True)
+            raise_storage_error(error, self.name, was_opened=True)
 
     def _open_file(self) -> pq.ParquetFile:
         """Open the file. Repeated texts are read as dictionaries, since one long text may be in millions of rows."""
@@ -110,7 +128,7 @@ class ParquetReader(Reader):
                 yield from _read_batch(self._rename(batch), row_number)
                 row_number += len(batch)
         except READ_ERRORS as error:
-            raise_storage_error(error, self.file.name, was_opened=True)
+            raise_storage_error(error, self.name, was_opened=True)
             message = format_error(error)
         else:
             if row_number - first >= count:
@@ -124,10 +142,10 @@ class ParquetReader(Reader):
 
     def _rename(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch with the schema's names for columns and struct fields."""
-        if len(self.renamed) == len(self.renamed_columns):  # no struct field is renamed
+        if not self.has_renamed_fields:
             return batch.rename_columns(self.schema.names)
         columns = [
-            column.view(field.type) if pa.types.is_nested(field.type) else column
+            column.view(field.type) if types.is_nested(field.type) else column
             for column, field in zip(batch.columns, self.schema, strict=True)
         ]
         return pa.RecordBatch.from_arrays(columns, self.schema.names)
@@ -167,11 +185,11 @@ def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
 def _measure_cells(column: pa.Array) -> pa.Array:
     """Return the size of each cell in bytes. Fixed-width numbers count as 0."""
     dtype = column.type
-    if pa.types.is_dictionary(dtype):
+    if types.is_dictionary(dtype):
         sizes = _measure_cells(column.dictionary).take(column.indices)
     elif any(test(dtype) for test in _HAS_LENGTH):
         sizes = pc.binary_length(column).cast(pa.int64())
-    elif pa.types.is_primitive(dtype):
+    elif types.is_primitive(dtype):
         sizes = pa.nulls(len(column), pa.int64())
     else:
         cells = (column.slice(index, 1) for index in range(len(column)))

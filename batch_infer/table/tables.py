@@ -22,8 +22,7 @@ from batch_infer.table.base import (
     make_default_id,
     replace_surrogates,
 )
-from batch_infer.table.cells import CellReader, OpenTable, find_near_fields, make_carried_schema
-from batch_infer.table.columns import describe_renamed, map_fields
+from batch_infer.table.columns import CellReader, OpenTable, describe_columns, make_carried_schema, map_fields
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
 from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems
@@ -81,12 +80,7 @@ class Tables:
         paths = [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
         self._stamps = {path: _get_stamp(path) for path in paths}
         self.carried, warnings = make_carried_schema(self._readable, frozenset(result_columns))
-        self._notices = [
-            *(describe_renamed(table.file.name, table.reader.renamed) for table in self._readable),
-            *find_near_fields(self._readable, settings.columns),
-            *warnings,
-            *_describe_overlaps(self._readable),
-        ]
+        self._notices = [*describe_columns(self._readable, settings.columns), *warnings]
 
     def __enter__(self) -> Tables:
         return self
@@ -116,7 +110,7 @@ class Tables:
     @property
     def notices(self) -> list[str]:
         """Sentences that are not row errors: about files and, after `read_rows` ends, about rows."""
-        return [*filter(None, self._notices), *self._notice_counts.format_sentences()]
+        return [*self._notices, *self._notice_counts.format_sentences()]
 
     @property
     def default_id_source(self) -> IdSource | None:
@@ -239,18 +233,6 @@ class Tables:
         stem_collides = bool(self._colliding) and source.stem in self._colliding
         cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
         return cells, row.error or error
-
-
-def _describe_overlaps(tables: Iterable[OpenTable]) -> list[str]:
-    """Return a notice if columns of files are also in the path of the file."""
-    pairs = [
-        (table.file.name, name) for table in tables for name in table.path_columns if name in table.reader.schema.names
-    ]
-    if not pairs:
-        return []
-    file, name = pairs[0]
-    more = f" (and {len(pairs) - 1:,} more columns of files)" if pairs[1:] else ""
-    return [f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"]
 
 
 def _reject_equal_ids(tables: list[OpenTable]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pyarrow as pa
 
 from batch_infer.errors import TableError
-from batch_infer.table.base import Notice, RawRow, Reader, Scratch, TableFile, replace_surrogates, report_truncation
+from batch_infer.table.base import Notice, RawRow, Reader, Scratch, TableFile, replace_surrogates
 from batch_infer.table.streams import open_bytes, open_text, read_lines
 
 NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-z][ =]?[0-9.]+(\s|$)")
@@ -22,20 +21,12 @@ LOOKS_LIKE_OPTIONS = (
 MAX_SHOWN_CHARACTERS = 60
 
 
-def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> TextReader:
+def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a plain text file. Raises OSError, and TableError for an empty file."""
     with open_bytes(file) as stream:
         if not stream.peek(1):
             raise TableError(f"{file.name} is empty")
-    return TextReader(file, pa.schema([("prompt", pa.string())]), {})
-
-
-@dataclass(frozen=True, slots=True)
-class TextReader(Reader):
-    """Reads the nonblank lines of a plain text file."""
-
-    def read_rows(self) -> Iterator[RawRow]:
-        return report_truncation(self.file, _read_prompts(self.file))
+    return Reader(file, pa.schema([("prompt", pa.string())]), {}, lambda: _read_prompts(file))
 
 
 def _read_prompts(file: TableFile) -> Iterator[RawRow]:
