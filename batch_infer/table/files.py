@@ -162,13 +162,15 @@ def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[Tabl
     user_path = Path(argument).expanduser()
     path = folder / user_path
     if path.is_dir():
-        return _LocalFolder(argument, user_path, folder, ignored).walk()
+        local = _LocalFolder(argument, user_path, folder, ignored)
+        return local.choose(local.walk("."))
     if path.exists():
         return [_make_file(path, replace_surrogates(user_path.as_posix()), path.name)]
     if glob.has_magic(argument):
         parts = user_path.parts
         first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        return _LocalFolder(argument, Path(*parts[:first]), folder, ignored).match("/".join(parts[first:]))
+        local = _LocalFolder(argument, Path(*parts[:first]), folder, ignored)
+        return local.choose(local.match("/".join(parts[first:])))
     raise TableError(f"{replace_surrogates(argument)}: no such file or folder")
 
 
@@ -182,19 +184,21 @@ class _LocalFolder:
             replace_surrogates(argument), lambda path: (self._folder / path).is_file(), self._get_name, ignored
         )
 
-    def walk(self) -> list[TableFile]:
-        """Return all tables below the folder."""
-        return self._choose(self._walk_files("."))
+    def walk(self, relative: str) -> Iterator[str]:
+        """Yield the files at any depth below a folder."""
+        for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
+            parent = Path(path).relative_to(self._folder)
+            folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
+            yield from ((parent / name).as_posix() for name in files)
 
-    def match(self, pattern: str) -> list[TableFile]:
-        """Return the tables that match a glob, and those below folders that match it."""
+    def match(self, pattern: str) -> Iterator[str]:
+        """Yield the files that match a glob, and those below folders that match it."""
         self._record_unreadable(pattern)
         matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
-        files = [relative for relative, is_folder in matches.items() if not is_folder]
+        yield from (relative for relative, is_folder in matches.items() if not is_folder)
         for relative in find_outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
             if relative == "." or self._should_list(relative):
-                files += self._walk_files(relative)
-        return self._choose(dict.fromkeys(files))
+                yield from self.walk(relative)
 
     def _record_unreadable(self, pattern: str) -> None:
         """Record unreadable folders on the path of a glob, which pathlib skips silently."""
@@ -208,13 +212,6 @@ class _LocalFolder:
                     except PermissionError as error:
                         self._unreadable.append(error)
 
-    def _walk_files(self, relative: str) -> Iterator[str]:
-        """Yield the files at any depth below a folder."""
-        for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
-            parent = Path(path).relative_to(self._folder)
-            folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
-            yield from ((parent / name).as_posix() for name in files)
-
     def _should_list(self, relative: str) -> bool:
         """Return whether to list a folder. An ignored one may contain a million images."""
         if self._filter.is_ignored(f"{relative}/"):
@@ -224,8 +221,9 @@ class _LocalFolder:
             return False
         return True
 
-    def _choose(self, relatives: Iterable[str]) -> list[TableFile]:
-        relatives = list(relatives)
+    def choose(self, relatives: Iterable[str]) -> list[TableFile]:
+        """Return the tables among files, and an unreadable file for each broken link or unreadable folder."""
+        relatives = list(dict.fromkeys(relatives))
         if self._unreadable and not relatives:
             raise self._unreadable[0]
         files = []
