@@ -421,7 +421,7 @@ def test_plain_prompts_on_standard_input_are_refused_with_advice(monkeypatch: py
     pipe(monkeypatch, b"a red circle\na blue square\n")
     assert refusal_of("-") == (
         "stdin has no column 'prompt'; standard input is read as CSV, and its first line is 'a red circle': "
-        "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+        "plain prompts need a .txt file (or the first line 'prompt', if no prompt contains a comma)"
     )
 
 

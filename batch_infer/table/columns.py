@@ -209,7 +209,7 @@ def _advise(file: TableFile, field: str, missing: str, names: Sequence[str]) -> 
     if file.origin == "stdin" and file.format == ".csv":
         return (
             f"standard input is read as CSV, and its first line is {', '.join(names)[:80]!r}: "
-            "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+            "plain prompts need a .txt file (or the first line 'prompt', if no prompt contains a comma)"
         )
     present = ", ".join(repr(name) for name in names[:12])
     return f"it has {present}; name one with --column {field}=NAME"

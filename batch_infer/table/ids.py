@@ -20,8 +20,9 @@ class Ids:
         self._has_collisions = False
         self._database = temporary_database()
         self._execute = self._database.execute
+        self._execute("CREATE TABLE ids (folded TEXT PRIMARY KEY, id TEXT, scope TEXT) WITHOUT ROWID")
         self._execute(
-            "CREATE TABLE ids (folded TEXT, id TEXT, scope TEXT, collides INTEGER, PRIMARY KEY (folded, id))"
+            "CREATE TABLE similar (folded TEXT, id TEXT, scope TEXT, collides INTEGER, PRIMARY KEY (folded, id))"
             " WITHOUT ROWID"
         )
         self._execute("CREATE TABLE counts (name TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
@@ -30,13 +31,19 @@ class Ids:
         """Reserve an id for a row of `file`. Return False if the id is in use."""
         if self._distinct:
             return True
-        scope = file if self._find_conflict else ""
-        key = _get_key(name)
-        others = self._execute("SELECT id, scope FROM ids WHERE folded = ?", key[:1]).fetchall()
-        if any(other == key[1] for other, _ in others):
+        folded, scope = name.lower(), file if self._find_conflict else ""
+        row = folded, None if folded == name else name, scope
+        if self._execute("INSERT OR IGNORE INTO ids VALUES (?, ?, ?)", row).rowcount == 1:
+            return True
+        others = self._execute(
+            "SELECT coalesce(id, folded), scope FROM ids WHERE folded = ?1"
+            " UNION ALL SELECT id, scope FROM similar WHERE folded = ?1",
+            (folded,),
+        ).fetchall()
+        if any(other == name for other, _ in others):
             return False
         collides = any(other == scope for _, other in others)
-        self._execute("INSERT INTO ids VALUES (?, ?, ?, ?)", (*key, scope, collides))
+        self._execute("INSERT INTO similar VALUES (?, ?, ?, ?)", (folded, name, scope, collides))
         self._has_collisions |= collides
         return True
 
@@ -48,8 +55,8 @@ class Ids:
         """
         if not self._has_collisions:
             return False
-        sql = "SELECT 1 FROM ids WHERE folded = ? AND id = ? AND collides"
-        return self._execute(sql, _get_key(name)).fetchone() is not None
+        sql = "SELECT 1 FROM similar WHERE folded = ? AND id = ? AND collides"
+        return self._execute(sql, (name.lower(), name)).fetchone() is not None
 
     def reserve_cell(self, value: Any, file: str) -> tuple[str | None, str | None]:
         """Reserve the id in an id cell. Return the id, or None and an error message."""
@@ -80,12 +87,6 @@ class Ids:
 
     def close(self) -> None:
         self._database.close()
-
-
-def _get_key(name: str) -> tuple[str, str]:
-    """Return an id in lower case, and the id if it differs from that."""
-    folded = name.lower()
-    return folded, "" if folded == name else name
 
 
 def find_colliding_stems(stems: Iterable[str]) -> frozenset[str]:
