@@ -16,7 +16,7 @@ cuDNN and cuBLAS allocate memory outside this allocator. Without the limit they 
 chooses another algorithm, which changes image bytes.
 """
 PEAK_FRACTION = 0.85
-"""Maximum share of a GPU's memory for the peak of a measured batch size. The rest allows for fragmentation."""
+"""Maximum share of a GPU's memory that a measured batch size may use at its peak. The rest allows for fragmentation."""
 OUT_OF_MEMORY = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -24,9 +24,9 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this computation",
 )
-"""Messages of RuntimeErrors from CUDA, cuDNN, cuBLAS and Triton when device memory is exhausted.
+"""Messages of RuntimeErrors that CUDA, cuDNN, cuBLAS and Triton raise if device memory is exhausted.
 
-cuDNN raises the last message when no algorithm's workspace fits.
+The last one means that no cuDNN algorithm's workspace fits.
 """
 DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "Triton Error")
 
@@ -38,7 +38,7 @@ def limit_memory(device: torch.device) -> None:
 
 
 def has_memory_headroom(device: torch.device) -> bool:
-    """Return whether peak memory since `torch.cuda.reset_peak_memory_stats` is low enough. Always True on a CPU."""
+    """Return whether peak memory since `reset_peak_memory_stats` is at most PEAK_FRACTION. Always True on a CPU."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info()
@@ -48,8 +48,8 @@ def has_memory_headroom(device: torch.device) -> bool:
 def set_float32_precision(dtype: torch.dtype) -> None:
     """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
-    TF32 stays on for half-precision models. Stable Diffusion XL decodes in float32, but its activations are no more
-    precise than TF32.
+    TF32 stays on for half-precision models. Although Stable Diffusion XL decodes in float32, its activations are no
+    more precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
@@ -65,17 +65,13 @@ def out_of_memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+        if isinstance(error, torch.OutOfMemoryError) or not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         raise torch.OutOfMemoryError(first_line(error)) from error
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error reports exhausted device memory."""
-    return any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-def is_device_fault(error: BaseException) -> bool:
-    """Return whether the device or its libraries, not the computation, caused an error."""
-    accelerator_error = getattr(torch, "AcceleratorError", ())  # since torch 2.8
-    return isinstance(error, accelerator_error) or any(text in str(error) for text in DEVICE_FAULTS)
+def is_device_error(error: BaseException) -> bool:
+    """Return whether the device, its memory or its libraries caused an error, not the computation."""
+    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
+        return True  # AcceleratorError exists since torch 2.8
+    return any(text in str(error) for text in (*OUT_OF_MEMORY, *DEVICE_FAULTS))

@@ -10,7 +10,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import ExifTags, Image, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from batch_infer.errors import RowError, first_line
@@ -19,15 +19,12 @@ from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat, OnFlagged
 
 FORMAT_BY_SUFFIX: dict[str, ImageFormat] = {suffix: image_format for image_format, suffix in IMAGE_SUFFIXES.items()}
 PNG_LEVEL = 4
-JPEG_QUALITY = 95
-WEBP_QUALITY = 90
-EXIF_USER_COMMENT = 0x9286
-EXIF_IFD = 0x8769
-MAX_TEXT = 50_000
-"""Maximum number of characters of text in a PNG, at most 200 kB. Pillow rejects files with a text over 1 MiB."""
-MAX_EXIF = 15_000
-"""Maximum number of characters in Exif, at most 60 kB as UTF-16. A JPEG can hold 64 KiB of Exif."""
-MAX_LAST_LINE = 1_000
+QUALITY = {"jpeg": 95, "webp": 90}
+MAX_TEXT_LENGTH = 50_000
+"""Maximum number of characters in a text, up to 200 kB. Pillow rejects PNG files with a text over 1 MiB."""
+MAX_EXIF_LENGTH = 15_000
+"""Maximum number of characters in Exif, up to 60 kB as UTF-16. A JPEG can contain 64 KiB of Exif."""
+MAX_LAST_LINE_LENGTH = 1_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
@@ -45,8 +42,8 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 def format_parameters(request: PromptRequest, scheduler: str, model_hash: str) -> str:
     """Format a row's parameters like AUTOMATIC1111's web UI, so that other programs can read them.
 
-    The text has the model's fingerprint and no version of this package, so that image bytes depend neither on the name
-    of the model's folder nor on the release.
+    The text contains the model's fingerprint, but neither the name of its folder nor the version of this package, so
+    that image bytes do not depend on them.
     """
     params = request.params
     lines = [request.prompt]
@@ -67,33 +64,32 @@ def format_parameters(request: PromptRequest, scheduler: str, model_hash: str) -
 
 
 def _quote(value: Any) -> str:
-    """Return a value as JSON if it contains a separator at which A1111's parser would split the line."""
+    """Return a value as text, quoted as JSON if AUTOMATIC1111's parser would otherwise split it."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
 
 
 def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
     """Encode an image (H, W, 3) uint8 as a file that also contains its parameters and XMP."""
-    image = Image.fromarray(pixels)
-    stream = io.BytesIO()
-    parameters = _shorten(parameters, MAX_TEXT)
-    match image_format:
-        case "png":
-            text = PngInfo()
-            text.add_text("parameters", parameters)  # as iTXt if it is not Latin-1
-            text.add_itxt("XML:com.adobe.xmp", XMP)
-            image.save(stream, "PNG", pnginfo=text, compress_level=PNG_LEVEL)
-        case "jpeg":
-            image.save(stream, "JPEG", quality=JPEG_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
-        case "webp":
-            image.save(stream, "WEBP", quality=WEBP_QUALITY, xmp=XMP.encode(), exif=_exif(parameters))
+    image, stream = Image.fromarray(pixels), io.BytesIO()
+    parameters = _shorten(parameters, MAX_TEXT_LENGTH)
+    if image_format == "png":
+        text = PngInfo()
+        text.add_text("parameters", parameters)  # as iTXt if it is not Latin-1
+        text.add_itxt("XML:com.adobe.xmp", XMP)
+        image.save(stream, image_format, pnginfo=text, compress_level=PNG_LEVEL)
+    else:
+        exif = Image.Exif()
+        comment = _shorten(parameters, MAX_EXIF_LENGTH).encode("utf-16-be", "replace")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
+        image.save(stream, image_format, quality=QUALITY[image_format], xmp=XMP.encode(), exif=exif)
     return stream.getvalue()
 
 
 def decode(content: bytes) -> np.ndarray:
     """Decode an image file to pixels (H, W, 3) uint8. Raises RowError if it cannot be opened.
 
-    PNG text is skipped, since Pillow rejects files with more than 64 MiB of text.
+    Text in a PNG is skipped, because Pillow rejects files with more than 64 MiB of it.
     """
     try:
         with Image.open(io.BytesIO(_without_text(content))) as image:
@@ -103,7 +99,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def _without_text(content: bytes) -> bytes:
-    """Return a PNG without its text chunks. Other content is unchanged."""
+    """Remove the text chunks of a PNG. Other content is returned unchanged."""
     if not content.startswith(_PNG_SIGNATURE):
         return content
     chunks, offset = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
@@ -132,36 +128,22 @@ def _shorten(text: str, length: int) -> str:
     if len(text) <= length:
         return text
     start, _, last = text.rpartition("\n")
-    end = f"…\n{last}" if start and len(last) <= MAX_LAST_LINE else "…"
+    end = f"…\n{last}" if start and len(last) <= MAX_LAST_LINE_LENGTH else "…"
     return text[: length - len(end)] + end
 
 
-def _exif(parameters: str) -> Image.Exif:
-    """Return Exif with the parameters as UserComment."""
-    exif = Image.Exif()
-    comment = _shorten(parameters, MAX_EXIF).encode("utf-16-be", "replace")
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment
-    return exif
-
-
 def apply_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
-    """Return the pixels to store for a flagged image, or None to store no image."""
+    """Return the pixels to store for a flagged image, or None to store no image.
+
+    `blank` is black, as in diffusers. `blur` makes shapes unrecognisable with a radius of 1/16 of the longer side.
+    """
     match on_flagged:
         case "blank":
-            return blank(pixels)
+            return np.zeros_like(pixels)
         case "blur":
-            return blur(pixels)
+            radius = max(pixels.shape[:2]) / 16
+            return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
         case "drop":
             return None
         case "keep" | "quarantine":
             return pixels
-
-
-def blank(pixels: np.ndarray) -> np.ndarray:
-    """Return a black image of the same size, as diffusers does for a flagged image."""
-    return np.zeros_like(pixels)
-
-
-def blur(pixels: np.ndarray) -> np.ndarray:
-    """Blur an image until no shape is recognisable, with a radius of 1/16 of its longer side."""
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(max(pixels.shape[:2]) / 16)))

@@ -14,9 +14,9 @@ PEAK_TFLOPS = (
     ("A100", 312.0),
     ("A10", 125.0),
 )
-"""Words of a device name, and its peak float16 and bfloat16 tensor-core TFLOP/s without sparsity.
+"""Words in device names, with the peak float16 and bfloat16 tensor-core TFLOP/s without sparsity.
 
-More specific names come first. H100, H200 and B200 without a suffix are the SXM modules.
+The first match counts. H100, H200 and B200 without a suffix are SXM modules.
 """
 HALF_DTYPES = ("float16", "bfloat16")
 

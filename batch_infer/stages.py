@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 class Stages:
     """Seconds by stage, and counts of images and UNet calls.
 
-    `seconds` is the total without `compilation`, the time to compile a network for a new shape. On a GPU, decoding and
-    checking run concurrently with the UNet, so the UNet's seconds include theirs. `ticks` counts UNet calls,
-    `slot_ticks` their batch elements and `row_forwards` UNet evaluations: the elements that belong to a row.
-    `started_at` is the start of the first UNet call, `ended_at` the end of the last one.
+    `seconds` is the total without `compilation`, the seconds of compiling networks for new shapes. On a GPU, decoding
+    and checking run concurrently with the UNet, so the UNet's seconds include theirs. `ticks` counts UNet calls,
+    `slot_ticks` their batch elements, and `row_forwards` UNet evaluations: the elements that belong to a row.
+    `started_at` is the start of the first UNet call, and `ended_at` the end of the last.
     """
 
     encode: float = 0.0
@@ -31,27 +31,23 @@ class Stages:
 
     def __add__(self, other: Stages) -> Stages:
         totals = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Stages)}
-        return Stages(
-            **{
-                **totals,
-                "started_at": min(self.started_at, other.started_at),
-                "ended_at": max(self.ended_at, other.ended_at),
-            }
-        )
+        totals["started_at"] = min(self.started_at, other.started_at)
+        totals["ended_at"] = max(self.ended_at, other.ended_at)
+        return Stages(**totals)
 
     @property
     def occupancy(self) -> float:
-        """Share of UNet batch elements that belonged to a row."""
+        """Share of UNet batch elements that belong to a row."""
         return self.row_forwards / self.slot_ticks if self.slot_ticks else 0.0
 
     @property
     def span(self) -> float:
-        """Seconds from the start of the first UNet call to the end of the last one."""
+        """Seconds from the start of the first UNet call to the end of the last."""
         return max(0.0, self.ended_at - self.started_at)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each stage's share of the seconds of all stages."""
+        """Share of each stage in the total seconds of all stages."""
         by_stage = {name: getattr(self, name) for name in ("encode", "denoise", "decode", "check")}
         total = sum(by_stage.values()) or 1.0
         return {name: round(seconds / total, 4) for name, seconds in by_stage.items()}

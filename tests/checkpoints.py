@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from batch_infer.models import DEMO_MODEL
-from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
+from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 
 VIEW = 32
 """Side of the tiny checker's input."""
@@ -140,12 +140,12 @@ def save_decidiffusion(folder: Path) -> Path:
     pipe = StableDiffusionPipeline(vae, text_encoder, make_tokenizer(), None, scheduler, checker, _processor())
     _save(pipe, folder)
     amend(folder / "model_index.json", _class_name="DeciDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
-    own, stock = folder / "flexible_unet", folder / "unet"
-    own.mkdir()
+    flexible, stock = folder / "flexible_unet", folder / "unet"
+    flexible.mkdir()
     stock.mkdir()
-    (own / "config.json").write_text(json.dumps({**OUTER, "configurations": TINY_DECIDIFFUSION}), "utf-8")
+    (flexible / "config.json").write_text(json.dumps({**OUTER, "configurations": TINY_DECIDIFFUSION}), "utf-8")
     weights = {name: tensor.half() for name, tensor in unet.state_dict().items()}
-    save_file(weights, own / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, flexible / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (stock / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "block_out_channels": "nonsense"}')
     (stock / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     (folder / "pipeline.py").write_text('raise SystemExit("code of the checkpoint was run")\n', "utf-8")
@@ -267,8 +267,8 @@ def _set_thresholds(checker: StableDiffusionSafetyChecker, *kinds: list[np.ndarr
     """Set thresholds that flag some images of each kind and not others."""
     for name, quantile in (("concept_embeds", 0.95), ("special_care_embeds", 0.9)):
         concepts = normalize(getattr(checker, name)).T
-        found = [(_embed(checker, images) @ concepts).quantile(quantile, dim=0) for images in kinds]
-        getattr(checker, f"{name}_weights").copy_(torch.stack(found).amax(dim=0))
+        thresholds = [(_embed(checker, images) @ concepts).quantile(quantile, dim=0) for images in kinds]
+        getattr(checker, f"{name}_weights").copy_(torch.stack(thresholds).amax(dim=0))
 
 
 def _embed(checker: StableDiffusionSafetyChecker, images: list[np.ndarray]) -> torch.Tensor:

@@ -59,8 +59,8 @@ class _Endpoints(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.hub.requests.append(self.path)
-        found = re.match(r"/(?:api/models/)?([^/]+/[^/]+)/(resolve|tree|revision)/([^/?]+)/?([^?]*)", self.path)
-        repository, what, revision, file = found.groups() if found else ("", "", "", "")
+        match = re.match(r"/(?:api/models/)?([^/]+/[^/]+)/(resolve|tree|revision)/([^/?]+)/?([^?]*)", self.path)
+        repository, endpoint, revision, file = match.groups() if match else ("", "", "", "")
         if repository in self.hub.refusals:
             self._refuse(*self.hub.refusals[repository])
         elif repository not in self.hub.repositories:
@@ -68,14 +68,14 @@ class _Endpoints(BaseHTTPRequestHandler):
         elif revision not in ("main", COMMIT):
             self._refuse(404, "RevisionNotFound")
         else:
-            self._answer(repository, what, file)
+            self._answer(repository, endpoint, file)
 
-    def _answer(self, repository: str, what: str, file: str) -> None:
+    def _answer(self, repository: str, endpoint: str, file: str) -> None:
         folder = self.hub.repositories[repository]
-        if what == "tree":
+        if endpoint == "tree":
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             self._send(json.dumps([_describe(path, folder) for path in files]).encode(), "application/json")
-        elif what == "revision":
+        elif endpoint == "revision":
             self._send(json.dumps({"id": repository, "sha": COMMIT, "siblings": []}).encode(), "application/json")
         elif (folder / file).is_file():
             if self.command == "GET":

@@ -153,9 +153,9 @@ def byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedTokenizerF
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
-    found.chat_template = chat
-    return found
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
+    wrapped.chat_template = chat
+    return wrapped
 
 
 def _save(pipeline: Any, folder: Path) -> Path:

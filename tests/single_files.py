@@ -52,34 +52,34 @@ def save_single_file(folder: Path, file: Path) -> Path:
 def fill_cache(cache: Path, repository: str, folder: Path) -> Path:
     """Make a Hugging Face cache with a folder's configs and vocabulary as a repository without weights."""
     commit = "0" * 40
-    place = cache / f"models--{repository.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
-    snapshot = place / "snapshots" / commit
+    repository_folder = cache / f"models--{repository.replace('/', '--')}"
+    (repository_folder / "refs").mkdir(parents=True)
+    (repository_folder / "refs" / "main").write_text(commit)
+    snapshot = repository_folder / "snapshots" / commit
     shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
     return snapshot
 
 
 def _unet(name: str) -> str:
-    if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
-        way, block, kind, layer, rest = found.groups()
-        return _in_block(way, int(block), kind, int(layer), rest)
-    if found := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
-        kind, layer, rest = found.groups()
+    if match := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
+        direction, block, kind, layer, rest = match.groups()
+        return _in_block(direction, int(block), kind, int(layer), rest)
+    if match := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        kind, layer, rest = match.groups()
         return f"middle_block.1.{rest}" if kind == "attentions" else f"middle_block.{2 * int(layer)}.{_resnet(rest)}"
     stem, _, kind = name.rpartition(".")
     return f"{STEM[stem]}.{kind}"
 
 
-def _in_block(way: str, block: int, kind: str, layer: int, rest: str) -> str:
-    place = block * (LAYERS + 1) + (LAYERS if "samplers" in kind else layer)
-    start = f"input_blocks.{place + 1}" if way == "down" else f"output_blocks.{place}"
+def _in_block(direction: str, block: int, kind: str, layer: int, rest: str) -> str:
+    position = block * (LAYERS + 1) + (LAYERS if "samplers" in kind else layer)
+    start = f"input_blocks.{position + 1}" if direction == "down" else f"output_blocks.{position}"
     if kind == "resnets":
         return f"{start}.0.{_resnet(rest)}"
     if kind == "attentions":
         return f"{start}.1.{rest}"
     # The tiny UNet's only upsampler follows a block without attention.
-    return f"{start}.0.{rest.replace('conv', 'op')}" if way == "down" else f"{start}.1.{rest}"
+    return f"{start}.0.{rest.replace('conv', 'op')}" if direction == "down" else f"{start}.1.{rest}"
 
 
 def _resnet(rest: str) -> str:
@@ -88,13 +88,13 @@ def _resnet(rest: str) -> str:
 
 
 def _vae(name: str) -> str:
-    if found := re.match(r"(encoder|decoder)\.(down|up)_blocks\.(\d)\.(.*)", name):
-        net, way, level, rest = found.groups()
-        place = int(level) if way == "down" else LEVELS - 1 - int(level)
+    if match := re.match(r"(encoder|decoder)\.(down|up)_blocks\.(\d)\.(.*)", name):
+        net, direction, level, rest = match.groups()
+        position = int(level) if direction == "down" else LEVELS - 1 - int(level)
         rest = rest.replace("resnets.", "block.").replace("conv_shortcut", "nin_shortcut")
-        return f"{net}.{way}.{place}.{rest.replace('samplers.0', 'sample')}"
-    if found := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)\.(weight|bias)", name):
-        net, kind, layer, rest, end = found.groups()
+        return f"{net}.{direction}.{position}.{rest.replace('samplers.0', 'sample')}"
+    if match := re.match(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.*)\.(weight|bias)", name):
+        net, kind, layer, rest, end = match.groups()
         return f"{net}.mid." + (
             f"attn_1.{ATTENTION[rest]}.{end}" if kind == "attentions" else f"block_{int(layer) + 1}.{rest}.{end}"
         )

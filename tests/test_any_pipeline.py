@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
-from batch_infer.models.pipelines import find_class
+from batch_infer.models.any_pipeline import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
@@ -41,9 +41,9 @@ ONE_BY_ONE = {"z_image"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("pipelines")
-    saved = {name: save(place / name) for name, save in SAVED.items()}
-    return {**saved, "perturbed": save_perturbed(sd1_folder, place / "perturbed")}
+    parent = tmp_path_factory.mktemp("pipelines")
+    saved = {name: save(parent / name) for name, save in SAVED.items()}
+    return {**saved, "perturbed": save_perturbed(sd1_folder, parent / "perturbed")}
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], 
     """Before rounding: texts that fill the encoder, which need no mask, among shorter ones."""
     full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
     for first, neighbour in ((full, short), (short, full), (other, full)):
-        alone, beside = models[name].render([first], 2), models[name].render([first, neighbour], 2)
-        assert torch.equal(alone[0], beside[0])
+        alone, with_neighbour = models[name].render([first], 2), models[name].render([first, neighbour], 2)
+        assert torch.equal(alone[0], with_neighbour[0])
 
 
 def test_text_encoders_use_the_same_kernel_for_every_batch(models: dict[str, AnyPipeline]) -> None:
@@ -156,7 +156,7 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
         assert furthest(first.pixels, second.pixels) > 2
 
 
-def test_rows_share_calls_where_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
+def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
     assert {name for name, model in models.items() if model.needs_separate_calls} == ONE_BY_ONE
     for name, model in models.items():
         batch_sizes: list[int] = []
@@ -191,7 +191,7 @@ def test_noise_at_every_step_comes_from_the_rows_generator(folders: dict[str, Pa
     assert np.array_equal(alone["first"].pixels, together["first"].pixels)
 
 
-def test_noise_that_no_seed_decides_is_refused(folders: dict[str, Path]) -> None:
+def test_noise_that_does_not_depend_on_the_seed_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match=r"FluxPipeline with FlowMatchEulerDiscreteScheduler draws noise \(randn"):
         load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
 
@@ -219,7 +219,7 @@ def test_the_checkers_verdict_equals_that_of_diffusers(folders: dict[str, Path])
 
 
 class _Spy:
-    """A pipeline that is recorded or made to fail."""
+    """Records the calls of a pipeline, or makes them fail."""
 
     def __init__(self, pipeline: Any, before: Callable[[dict[str, Any]], object]) -> None:
         self._pipeline, self._before = pipeline, before
@@ -308,12 +308,12 @@ def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipelin
 
 
 def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(folders["flux"], tmp_path)
-    file = own / "transformer" / "diffusion_pytorch_model.safetensors"
+    copy = copied(folders["flux"], tmp_path)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (outcome,) = PipelineCallChain(load_model(own), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    (outcome,) = PipelineCallChain(load_model(copy), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
     assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error
@@ -341,31 +341,31 @@ def test_the_sampling_rules(folders: dict[str, Path]) -> None:
 
 
 def test_a_distilled_flux_has_no_guidance(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(folders["flux"], tmp_path)
-    amend(own / "transformer" / "config.json", guidance_embeds=False)
-    card = read_card(ModelSettings(name=str(own)))
+    copy = copied(folders["flux"], tmp_path)
+    amend(copy / "transformer" / "config.json", guidance_embeds=False)
+    card = read_card(ModelSettings(name=str(copy)))
     assert ("guidance_scale", 1.0) in card.unsupported_fields
     assert (card.guidance_scale, card.embedded_guidance) == (1.0, False)
 
 
 def test_the_fingerprint_changes_with_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(folders["perturbed"], tmp_path)
-    before = card_of(own).fingerprint
-    amend(own / "model_index.json", _diffusers_version="0.1")
-    assert card_of(own).fingerprint == before
-    amend(own / "model_index.json", _class_name="StableDiffusionSAGPipeline")
-    assert card_of(own).fingerprint != before
+    copy = copied(folders["perturbed"], tmp_path)
+    before = card_of(copy).fingerprint
+    amend(copy / "model_index.json", _diffusers_version="0.1")
+    assert card_of(copy).fingerprint == before
+    amend(copy / "model_index.json", _class_name="StableDiffusionSAGPipeline")
+    assert card_of(copy).fingerprint != before
 
 
 def test_the_fingerprint_changes_with_the_prompt_template(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(folders["z_image"], tmp_path)
-    before = card_of(own).fingerprint
-    template = own / "tokenizer" / "chat_template.jinja"
+    copy = copied(folders["z_image"], tmp_path)
+    before = card_of(copy).fingerprint
+    template = copy / "tokenizer" / "chat_template.jinja"
     template.write_text(template.read_text("utf-8") + "!", "utf-8")
-    assert card_of(own).fingerprint != before
+    assert card_of(copy).fingerprint != before
 
 
-def test_a_card_is_read_without_torch_where_another_process_inspects_the_pipeline(folders: dict[str, Path]) -> None:
+def test_reading_a_card_loads_no_torch_if_another_process_inspects_the_pipeline(folders: dict[str, Path]) -> None:
     script = f"""
 import sys
 from batch_infer.models import SamplingRules, read_card
@@ -375,8 +375,8 @@ facts = SamplingRules(SizeRules(8, 8, 8, 8), 7, 3.0)
 card = read_card(ModelSettings(name={str(folders["flux"])!r}), lambda path: facts)
 print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "transformers"}} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "any_pipeline 7 []\n"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "any_pipeline 7 []\n"
 
 
 @pytest.mark.parametrize(
@@ -384,11 +384,11 @@ print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "tra
     [
         ("NothingPipeline", "has no pipeline NothingPipeline"),
         ("AutoencoderKL", "has no pipeline AutoencoderKL"),
-        ("FluxControlPipeline", "FluxControlPipeline needs more than a text: control_image"),
-        ("StableDiffusionControlNetPipeline", "needs more than a text: controlnet"),
+        ("FluxControlPipeline", "FluxControlPipeline needs inputs other than text: control_image"),
+        ("StableDiffusionControlNetPipeline", "needs inputs other than text: controlnet"),
         ("StableDiffusionImg2ImgPipeline", "is not text-to-image: its __call__ has no height, width"),
-        ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs more than a text: image"),
-        ("FluxFillPipeline", "needs more than a text"),
+        ("FluxImg2ImgPipeline", "FluxImg2ImgPipeline needs inputs other than text: image"),
+        ("FluxFillPipeline", "needs inputs other than text"),
         ("KandinskyV22Pipeline", "is not text-to-image: its __call__ has no prompt"),
         ("WuerstchenPriorPipeline", "WuerstchenPriorPipeline is not text-to-image"),
         ("WanPipeline", "is not text-to-image: its __call__ has no num_images_per_prompt"),
@@ -430,39 +430,39 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code in a pipeline's name": (lambda f: bring_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
     "a library out of the folder": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
     "a class that is nowhere": (
-        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which diffusers",
+        lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which this version",
     ),
     "a pipeline that is nowhere": (
         lambda f: amend(f / "model_index.json", _class_name="NothingPipeline"), "has no pipeline NothingPipeline",
     ),
     "a component less": (lambda f: amend(f / "model_index.json", vae=None), "could not be loaded: .*expected"),
     "pickles": (pickle_weights, "text_encoder_2/pytorch_model.bin is pickled"),
-    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ holds none of tokenizer"),
+    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ has none of tokenizer"),
     "no folder": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SPOILED)
 def test_folders_are_refused(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
-    own = copied(folders["flux"], tmp_path)
+    copy = copied(folders["flux"], tmp_path)
     spoil, reason = SPOILED[case]
-    spoil(own)
+    spoil(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
-        card_of(own)
+        card_of(copy)
     assert "\n" not in str(refusal.value)
 
 
 def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(folders["z_image"], tmp_path)
-    file = own / "text_encoder" / "model.safetensors"
+    copy = copied(folders["z_image"], tmp_path)
+    file = copy / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     weights.pop("layers.0.mlp.up_proj.weight")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"text_encoder lacks 1 tensor \(layers.0.mlp.up_proj.weight\)"):
-        load_model(own)
+        load_model(copy)
 
 
-def test_half_precision_keeps_float32_where_float16_overflows(folders: dict[str, Path]) -> None:
+def test_layers_that_overflow_in_float16_stay_in_float32(folders: dict[str, Path]) -> None:
     """As in diffusers: T5 keeps the last projection of its blocks in float32."""
     model = AnyPipeline.load(card_of(folders["flux"]), CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_2
@@ -504,23 +504,23 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
     errors = {item["id"]: item["error"] for item in rows if item["error"]}
     assert errors["d"] == "negative_prompt 'green' is given, and this model takes none"
     assert "width 65 is not a multiple of 16" in errors["e"]
-    made = [item for item in rows if item["status"] == "ok"]
-    assert {item["scheduler"] for item in made} == {"FlowMatchEulerDiscreteScheduler"}
-    assert {item["nsfw_content_detected"] for item in made} == {None}
-    assert {item["prompt_truncated"] for item in made} == {None}
-    assert all(item["prompt_tokens"] > 0 for item in made)
-    assert [item["guidance_scale"] for item in made] == [3.5, 3.5, 2.5, 3.5, 3.5]
+    rendered_rows = [item for item in rows if item["status"] == "ok"]
+    assert {item["scheduler"] for item in rendered_rows} == {"FlowMatchEulerDiscreteScheduler"}
+    assert {item["nsfw_content_detected"] for item in rendered_rows} == {None}
+    assert {item["prompt_truncated"] for item in rendered_rows} == {None}
+    assert all(item["prompt_tokens"] > 0 for item in rendered_rows)
+    assert [item["guidance_scale"] for item in rendered_rows] == [3.5, 3.5, 2.5, 3.5, 3.5]
     assert run_json(out)["model"]["family"] == "any_pipeline"
     assert not run_json(out)["compute"]["compiled"]
 
 
 @pytest.mark.promises
 def test_a_continued_run_has_the_same_bytes(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flux_run(table, whole, folders)
+    single_run, parts = tmp_path / "whole", tmp_path / "parts"
+    flux_run(table, single_run, folders)
     for limit in ("1", "3", "6"):
         flux_run(table, parts, folders, "--limit", limit)
-    assert hashes(parts) == hashes(whole)
+    assert hashes(parts) == hashes(single_run)
     before = {item["id"]: item["finished_at"] for item in results(parts)}
     flux_run(table, parts, folders)
     assert {item["id"]: item["finished_at"] for item in results(parts)} == before
@@ -531,13 +531,13 @@ def test_a_continued_run_has_the_same_bytes(table: Path, tmp_path: Path, folders
 def test_a_plan_matches_the_run(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ("--slots", "8", "--threads", "1", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64")
     model = ("--model", folders["flux"])
-    planned = json.loads(command("plan", table, "--out", tmp_path / "out", *options, *model, "--json").stdout)
-    done = json.loads(flux_run(table, tmp_path / "out", folders, "--json").stdout)
-    assert planned["row_forwards"] == done["row_forwards"] == 3 * 2 + 2 * 1 + 3 * 1 + 3 * 1
-    assert planned["ticks"] == done["ticks"]
-    assert planned["occupancy"] == pytest.approx(done["occupancy"], abs=1e-3)
-    assert planned["truncated"] is None
-    errors = [(fault["id"], fault["error"]) for fault in planned["invalid_results"]]
+    plan = json.loads(command("plan", table, "--out", tmp_path / "out", *options, *model, "--json").stdout)
+    result = json.loads(flux_run(table, tmp_path / "out", folders, "--json").stdout)
+    assert plan["row_forwards"] == result["row_forwards"] == 3 * 2 + 2 * 1 + 3 * 1 + 3 * 1
+    assert plan["ticks"] == result["ticks"]
+    assert plan["occupancy"] == pytest.approx(result["occupancy"], abs=1e-3)
+    assert plan["truncated"] is None
+    errors = [(fault["id"], fault["error"]) for fault in plan["invalid_results"]]
     rows = results(tmp_path / "out")
     assert errors == [(item["id"], item["error"]) for item in rows if item["status"] == "invalid"]
 
@@ -547,9 +547,9 @@ def test_unsupported_options_are_refused(table: Path, tmp_path: Path, folders: d
         ("--negative-prompt", "green"): "negative_prompt 'green' is given, and this model takes none",
         ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, and this model takes none",
     }.items():
-        done = flux_run(table, tmp_path / "out", folders, *options)
-        assert done.code == 2
-        assert message in done.stderr
+        result = flux_run(table, tmp_path / "out", folders, *options)
+        assert result.code == 2
+        assert message in result.stderr
 
 
 def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The embedding cache: texts are encoded at one shape, once for all rows that share one, within a limit of bytes."""
+"""The embedding cache: every call has one shape, rows share the embeddings of a text, and the bytes are limited."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT = 16
 
 
 class Encoder:
-    """Encodes a text as its length, and records the batches."""
+    """Encodes a text as its length and records the batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []

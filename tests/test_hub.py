@@ -73,10 +73,10 @@ def read(served: Hub, tmp_path: Path) -> Read:
     def ask(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
         hidden = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
-        answer = json.loads(done.stdout)
+        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
+        answer = json.loads(process.stdout)
         assert answer.pop("slow") == []
-        assert done.stderr == ""
+        assert process.stderr == ""
         assert "\n" not in answer.get("error", "")
         return dict(answer)
 
@@ -92,7 +92,7 @@ def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_fol
     assert Path(answer["path"]).name == COMMIT
 
 
-def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) -> None:
+def test_components_without_the_variant_use_default_weights(read: Read, served: Hub) -> None:
     read(variant="fp16")
     weights = [file for file in served.files("owner/tiny") if file.endswith(".safetensors")]
     assert f"unet/{WEIGHTS}.fp16.safetensors" in weights
@@ -101,15 +101,17 @@ def test_a_variant_is_fetched_where_a_component_has_it(read: Read, served: Hub) 
 
 
 def test_sharded_weights_come_with_their_index(read: Read, served: Hub, repository: Path) -> None:
-    whole = repository / "unet" / f"{WEIGHTS}.safetensors"
-    weights = load_file(whole)
-    whole.unlink()
-    places: dict[str, str] = {}
+    unsharded = repository / "unet" / f"{WEIGHTS}.safetensors"
+    weights = load_file(unsharded)
+    unsharded.unlink()
+    shard_of: dict[str, str] = {}
     for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
         shard = f"{WEIGHTS}-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in names}, whole.with_name(shard), metadata={"format": "pt"})
-        places |= dict.fromkeys(names, shard)
-    whole.with_name(f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        save_file({name: weights[name] for name in names}, unsharded.with_name(shard), metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(names, shard)
+    unsharded.with_name(f"{WEIGHTS}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": shard_of})
+    )
     read()
     assert [file for file in served.files("owner/tiny") if file.startswith("unet/")] == [
         "unet/config.json",
@@ -119,7 +121,7 @@ def test_sharded_weights_come_with_their_index(read: Read, served: Hub, reposito
     ]
 
 
-def test_decidiffusion_does_not_fetch_what_it_does_not_read(read: Read, served: Hub, repository: Path) -> None:
+def test_unused_files_of_decidiffusion_are_not_fetched(read: Read, served: Hub, repository: Path) -> None:
     amend(repository / "model_index.json", _class_name="DeciDiffusionPipeline")
     assert "flexible_unet/" in read()["error"]
     (repository / "unet").rename(repository / "flexible_unet")
@@ -147,17 +149,17 @@ def test_a_complete_cache_requests_one_header_and_offline_nothing(read: Read, se
 @pytest.mark.parametrize("listed", [True, False], ids=["with its list of files", "without"])
 @pytest.mark.parametrize("lost", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
 def test_an_incomplete_cache_is_named_offline_and_completed_online(
-    read: Read, served: Hub, lost: str, listed: bool
+    read: Read, served: Hub, deleted: str, listed: bool
 ) -> None:
     first = read()
     folder = Path(first["path"])
     if not listed:  # as in earlier versions of the Hub's library
         shutil.rmtree(folder.parent.parent / "trees")
-    gone = folder / lost
+    gone = folder / deleted
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     sentence = read(offline=True)["error"]
     assert sentence.startswith("owner/tiny")
-    assert lost.partition("/")[0] in sentence
+    assert deleted.partition("/")[0] in sentence
     assert "local cache" in sentence
     assert "offline" in sentence
     assert read() == first
@@ -203,8 +205,8 @@ def test_unloadable_repositories_are_refused_before_fetching(
             (403, "GatedRepo"),
             "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN",
         ),
-        ((404, "RepoNotFound"), "the Hugging Face Hub has no owner/tiny, or does not show it .*HF_TOKEN"),
-        ((401, "RepoNotFound"), "the Hugging Face Hub has no owner/tiny, or does not show it .*HF_TOKEN"),
+        ((404, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
+        ((401, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
         ((401, ""), "owner/tiny could not be fetched .*HF_TOKEN.*401"),
         ((404, "EntryNotFound"), "owner/tiny is not a diffusers repository: it has no model_index.json"),
     ],

@@ -21,9 +21,9 @@ from tests.rendering import copied, load_family, make_request, render
 from tests.runs import results, run
 
 
-def embedded(name: str, **asked: Any) -> PromptRequest:
+def embedded(name: str, **request_options: Any) -> PromptRequest:
     """Make a row as the table does for such a model."""
-    request = make_request(name, **asked)
+    request = make_request(name, **request_options)
     return replace(request, params=replace(request.params, embedded_guidance=True))
 
 
@@ -63,9 +63,9 @@ def test_rows_look_as_in_both_pipelines(model: Any, lcm_folder: Path, kind: str)
 
 def test_rows_take_one_slot_and_encode_no_negative_prompt(model: Any) -> None:
     assert {row.params.slots for row in ROWS} == {1}
-    found = model.condition(ROWS)
-    assert {conditioning.context[1] for conditioning in found} == {None}
-    assert all(conditioning.context[0]["timestep_cond"].shape == (16,) for conditioning in found)
+    rows = model.condition(ROWS)
+    assert {conditioning.context[1] for conditioning in rows} == {None}
+    assert all(conditioning.context[0]["timestep_cond"].shape == (16,) for conditioning in rows)
 
 
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(model: Any) -> None:
@@ -91,20 +91,20 @@ def test_more_steps_than_it_was_distilled_from(model: Any) -> None:
 def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("id,prompt,seed,guidance_scale\na,a red circle,1,\nb,a red circle,1,2\n", "utf-8")
-    done = run(table, out, "--model", lcm_folder, "--steps", "4")
-    assert done.code == 0, done.stderr
-    found = {row["id"]: row for row in results(out)}
-    assert [found[name]["guidance_scale"] for name in "ab"] == [8.5, 2.0]
+    result = run(table, out, "--model", lcm_folder, "--steps", "4")
+    assert result.code == 0, result.stderr
+    rows = {row["id"]: row for row in results(out)}
+    assert [rows[name]["guidance_scale"] for name in "ab"] == [8.5, 2.0]
     pipe = load_pipeline(lcm_folder)
     for name in "ab":
-        asked = make_request(seed=1, steps=4, guidance=found[name]["guidance_scale"])
-        assert_close(np.asarray(Image.open(out / found[name]["generated_image"])), ask(pipe, asked)[0])
+        request_options = make_request(seed=1, steps=4, guidance=rows[name]["guidance_scale"])
+        assert_close(np.asarray(Image.open(out / rows[name]["generated_image"])), ask(pipe, request_options)[0])
 
 
 def test_an_unsupported_negative_prompt_is_reported(lcm_folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("id,prompt,negative_prompt\na,a red circle,\nb,a red circle,green\n", "utf-8")
     assert run(table, out, "--model", lcm_folder, "--steps", "4").code == 3
-    found = {row["id"]: row for row in results(out)}
-    assert (found["a"]["status"], found["b"]["status"]) == ("ok", "invalid")
-    assert found["b"]["error"] == "negative_prompt 'green' is given, and this model takes none"
+    rows = {row["id"]: row for row in results(out)}
+    assert (rows["a"]["status"], rows["b"]["status"]) == ("ok", "invalid")
+    assert rows["b"]["error"] == "negative_prompt 'green' is given, and this model takes none"

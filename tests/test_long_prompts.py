@@ -82,10 +82,12 @@ class Oracle:
     def embed(self, text: str) -> torch.Tensor:
         """(1, 3 * 77, width), cut off or filled up with the empty prompt."""
         embeddings = []
-        for each in self._compels:
-            own = each(text)
-            full = own.new_zeros(1, WINDOWS * 77, own.shape[-1])
-            embeddings.append(each.pad_conditioning_tensors_to_same_length([own, full])[0][:, : WINDOWS * 77])
+        for oracle_encoder in self._compels:
+            embedding = oracle_encoder(text)
+            full = embedding.new_zeros(1, WINDOWS * 77, embedding.shape[-1])
+            embeddings.append(
+                oracle_encoder.pad_conditioning_tensors_to_same_length([embedding, full])[0][:, : WINDOWS * 77]
+            )
         return torch.cat(embeddings, dim=-1)
 
     def pooled(self, text: str) -> torch.Tensor:
@@ -166,7 +168,7 @@ def test_words_beyond_the_last_window_have_no_effect(sd1_folder: Path, tmp_path:
     """The hundredth word changes the image only with the option, and the three hundredth never."""
     words = ["star"] * 400
     table = tmp_path / "t.csv"
-    prompts = [" ".join(words[:place] + ["circle"] + words[place:]) for place in (0, 99, 299, 399)]
+    prompts = [" ".join(words[:index] + ["circle"] + words[index:]) for index in (0, 99, 299, 399)]
     table.write_text("prompt,seed\n" + "".join(f"{prompt},7\n" for prompt in prompts))
     images: dict[str, list[bytes]] = {}
     for name, options in (("plain", ()), ("long", ("--long-prompts",))):
@@ -184,13 +186,18 @@ def test_words_beyond_the_last_window_have_no_effect(sd1_folder: Path, tmp_path:
 def test_tokens_are_counted_without_syntax(sd1: Any, sdxl: Any, sd1_folder: Path) -> None:
     counter = load_token_counter(card_of(sd1_folder))
     assert counter is not None
-    each = counter.count(["circle"])[0]
-    most = WINDOWS * 75 // each
+    token_count = counter.count(["circle"])[0]
+    most = WINDOWS * 75 // token_count
     for model in (sd1, sdxl):
         texts = ["", "(circle)1.3", "circle " * most, "circle " * (most + 1)]
         conditionings = model.condition([make_request(str(k), text) for k, text in enumerate(texts)])
         counts = [(row.prompt_tokens, row.prompt_truncated) for row in conditionings]
-        assert counts == [(0, False), (each, False), (most * each, False), ((most + 1) * each, True)]
+        assert counts == [
+            (0, False),
+            (token_count, False),
+            (most * token_count, False),
+            ((most + 1) * token_count, True),
+        ]
     assert counter.max_tokens == WINDOWS * 75, "as plan tells it"
 
 

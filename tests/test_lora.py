@@ -1,4 +1,4 @@
-"""LoRAs: fused as diffusers does, part of the fingerprint, and refused where they do not fit."""
+"""LoRAs: fused as diffusers does, part of the fingerprint, and refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -223,11 +223,13 @@ def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monke
 
 
 def test_a_family_without_lora_support(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    own = copied(sd1_folder, tmp_path)
-    (own / "unet").rename(own / "flexible_unet")
-    amend(own / "model_index.json", _class_name="DeciDiffusionPipeline")
-    with pytest.raises(ModelError, match="is of the family decidiffusion; --lora is for Stable Diffusion"):
-        card_of(own, LoraSpec(str(files["both"])))
+    copy = copied(sd1_folder, tmp_path)
+    (copy / "unet").rename(copy / "flexible_unet")
+    amend(copy / "model_index.json", _class_name="DeciDiffusionPipeline")
+    with pytest.raises(
+        ModelError, match="a DeciDiffusionPipeline; --lora supports only .* stable_diffusion, stable_diffusion_xl"
+    ):
+        card_of(copy, LoraSpec(str(files["both"])))
 
 
 def first(tensors: Tensors) -> str:
@@ -278,7 +280,7 @@ UNFIT: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "another kind of model": (target_another_part, "does not fit sd1.*family"),
     "the half of a layer": (remove_a_half, "does not fit sd1"),
     "one of Stable Diffusion XL": (of_xl, "does not fit sd1.*was it made for another family"),
-    "weights that are no numbers": (not_finite, "could not be added to sd1: NaN"),
+    "weights that are no numbers": (not_finite, "cannot be added to sd1: NaN"),
 }
 
 
@@ -302,8 +304,8 @@ def test_a_lora_of_another_model_is_refused(
     [
         ({"conv_in.weight": torch.zeros(1)}, "is not a LoRA"),
         ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_magnitude_vector": torch.zeros(1)}, "not DoRA"),
-        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "holds lora_unet_a.hada_w1_a: only plain LoRA"),
-        ({"lora_unet_a.diff": torch.zeros(1)}, "holds lora_unet_a.diff: .* not .* full differences"),
+        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "contains lora_unet_a.hada_w1_a: only plain LoRA"),
+        ({"lora_unet_a.diff": torch.zeros(1)}, "contains lora_unet_a.diff: .* not .* full differences"),
         (None, "there is no such file"),
     ],
     ids=["a checkpoint", "DoRA", "LoHa", "difference", "nothing"],
@@ -320,5 +322,5 @@ def test_files_other_than_plain_loras_are_refused(sd1_folder: Path, tmp_path: Pa
 def test_half_a_file_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(files["both"].read_bytes()[:5000])
-    with pytest.raises(ModelError, match="half.safetensors is incomplete: fetch it again"):
+    with pytest.raises(ModelError, match="half.safetensors is damaged or incomplete; download it again"):
         card_of(sd1_folder, LoraSpec(str(path)))

@@ -29,7 +29,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
 
 
 @pytest.fixture
-def own(sd1_folder: Path, tmp_path: Path) -> Path:
+def copy(sd1_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
     return copied(sd1_folder, tmp_path)
 
@@ -60,20 +60,20 @@ def test_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_the_fingerprint_changes_with_one_weight(own: Path, component: str) -> None:
-    before = card_of(own)
-    (file,) = (own / component).glob("*.safetensors")
+def test_the_fingerprint_changes_with_one_weight(copy: Path, component: str) -> None:
+    before = card_of(copy)
+    (file,) = (copy / component).glob("*.safetensors")
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    after = card_of(own)
+    after = card_of(copy)
     assert after.fingerprint != before.fingerprint
     assert after.checker_fingerprint == before.checker_fingerprint
 
 
-def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_path(own: Path, tmp_path: Path) -> None:
-    before = card_of(own)
-    moved = Path(shutil.move(own, tmp_path / "moved"))
+def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_path(copy: Path, tmp_path: Path) -> None:
+    before = card_of(copy)
+    moved = Path(shutil.move(copy, tmp_path / "moved"))
     assert card_of(moved).fingerprint == before.fingerprint
     plain = moved / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -89,21 +89,21 @@ def test_the_fingerprint_changes_with_vocabulary_and_configs_but_not_with_the_pa
     assert card_of(moved).fingerprint != configured
 
 
-def test_a_missing_variant_is_refused(own: Path) -> None:
+def test_a_missing_variant_is_refused(copy: Path) -> None:
     with pytest.raises(ModelError, match="has no weights of variant bf16"):
-        card_of(own, variant="bf16")
+        card_of(copy, variant="bf16")
 
 
-def test_scheduler_and_checker_have_separate_fingerprints(own: Path) -> None:
-    before = card_of(own)
-    amend(own / "scheduler" / "scheduler_config.json", beta_end=0.02)
-    amend(own / "safety_checker" / "config.json", note="changed")
-    after = card_of(own)
+def test_scheduler_and_checker_have_separate_fingerprints(copy: Path) -> None:
+    before = card_of(copy)
+    amend(copy / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    amend(copy / "safety_checker" / "config.json", note="changed")
+    after = card_of(copy)
     assert after.fingerprint == before.fingerprint
     assert after.scheduler_fingerprint != before.scheduler_fingerprint
     assert after.checker_fingerprint != before.checker_fingerprint
     karras = SchedulerSpec.parse("EulerDiscreteScheduler:use_karras_sigmas=true")
-    chosen = card_of(own, scheduler=karras)
+    chosen = card_of(copy, scheduler=karras)
     assert chosen.scheduler_name == str(karras)
     assert chosen.scheduler_fingerprint != after.scheduler_fingerprint
 
@@ -164,7 +164,7 @@ def empty(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
     "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
-    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are run"),
+    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are supported"),
     "another pipeline": (
         lambda f: amend(f / "model_index.json", _class_name="FluxPipeline"),
         "could not be loaded: .*FluxPipeline.* expected",
@@ -185,38 +185,44 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
     "no vocabulary": (
         lambda f: empty(f / "tokenizer"),
-        "tokenizer/ holds none of tokenizer.json",
+        "tokenizer/ has none of tokenizer.json",
     ),
     "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
-    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "not hold a JSON object"),
-    "half a UNet": (lambda f: cut(f, UNET), "unet/diffusion_pytorch_model.safetensors is incomplete: fetch it again"),
-    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is incomplete"),
+    "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "is not a JSON object"),
+    "half a UNet": (
+        lambda f: cut(f, UNET),
+        "unet/diffusion_pytorch_model.* is damaged or incomplete; download it again",
+    ),
+    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is damaged or incomplete"),
     "a missing last byte": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
-        "unet/diffusion_pytorch_model.safetensors is incomplete",
+        "unet/diffusion_pytorch_model.safetensors is damaged or incomplete",
     ),
-    "a pointer": (lambda f: write_lfs_pointer(f, UNET), "is a Git LFS pointer: fetch the weights with `git lfs pull`"),
-    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is incomplete|is not a safetensors file"),
+    "a pointer": (
+        lambda f: write_lfs_pointer(f, UNET),
+        "a Git LFS pointer: download the weights with `git lfs pull`",
+    ),
+    "a page of text": (lambda f: (f / UNET).write_text("not found"), "is damaged or incomplete"),
     "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
     "code named by a config": (
         lambda f: amend(f / "text_encoder" / "config.json", auto_map={"AutoModel": "m.Model"}),
-        "text_encoder/config.json names code to load .auto_map.: batch-infer does not run code from a checkpoint",
+        "text_encoder/config.json would run code .auto_map.: batch-infer does not run code from a checkpoint",
     ),
     "an Auto class": (
         lambda f: amend(f / "model_index.json", text_encoder=["transformers", "AutoModel"]),
-        "text_encoder is any class that its folder names",
+        "text_encoder is of class AutoModel, which loads any class",
     ),
     "an adapter": (
         lambda f: (f / "text_encoder" / "adapter_config.json").write_text("{}"),
-        "text_encoder/ holds an adapter; merge it",
+        "text_encoder/ contains an adapter; merge it",
     ),
     "a shard outside the folder": (
         lambda f: (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../out.safetensors"}}', "utf-8"),
-        "names ../../out.safetensors, which is no shard",
+        "names ../../out.safetensors, which is not a shard",
     ),
     "weights of a variant alone": (
         lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.fp16.safetensors"),
-        "unet/ has weights of a variant alone .*: set --variant",
+        "unet/ has only weights of a variant .*: set --variant",
     ),
     "no index": (lambda f: (f / "model_index.json").unlink(), "not a diffusers folder"),
 }
@@ -224,10 +230,10 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / UNET).unlink(), "could not be loaded"),
     "another width": (
         lambda f: amend(f / "unet" / "config.json", cross_attention_dim=48),
-        "unet/config.json has cross_attention_dim=48, but hidden_size of text_encoder makes 32",
+        "unet/config.json has cross_attention_dim=48, but the total hidden_size of text_encoder is 32",
     ),
     "a UNet without a weight": (lambda f: remove_a_weight(f, UNET), r"unet lacks 1 tensor \(conv_in.bias\)"),
-    "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"besides its network's, 1 tensor \(strange\)"),
+    "a UNet with an extra weight": (lambda f: add_a_weight(f, UNET), r"unet has 1 unexpected tensor \(strange\)"),
     "a text encoder without a weight": (lambda f: remove_a_weight(f, TEXT), r"text_encoder lacks 1 tensor \("),
     "a checker without a weight": (
         lambda f: remove_a_weight(f, "safety_checker/model.safetensors"),
@@ -244,37 +250,37 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_faults_that_reading_finds_are_refused(own: Path, case: str) -> None:
+def test_faults_are_refused_on_reading(copy: Path, case: str) -> None:
     damage, reason = FAULTS[case]
-    damage(own)
+    damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
-        card_of(own)
-    assert str(own) in str(refusal.value)
+        card_of(copy)
+    assert str(copy) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
-def test_faults_that_loading_finds_are_refused(own: Path, case: str) -> None:
+def test_faults_are_refused_on_loading(copy: Path, case: str) -> None:
     damage, reason = UNLOADABLE[case]
-    damage(own)
+    damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
-        load_family(own, with_checker=True)
-    assert str(own) in str(refusal.value)
+        load_family(copy, with_checker=True)
+    assert str(copy) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_an_inpainting_checkpoint_is_refused(own: Path) -> None:
-    weights = load_file(own / UNET)
+def test_an_inpainting_checkpoint_is_refused(copy: Path) -> None:
+    weights = load_file(copy / UNET)
     weights["conv_in.weight"] = weights["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].contiguous()
-    save_file(weights, own / UNET)
-    amend(own / "unet" / "config.json", in_channels=9)
-    with pytest.raises(ModelError, match="takes 9 channels"):
-        load_family(own)
+    save_file(weights, copy / UNET)
+    amend(copy / "unet" / "config.json", in_channels=9)
+    with pytest.raises(ModelError, match="has 9 input and 4 output channels"):
+        load_family(copy)
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("no/such/folder", "no model folder"), ("./nothing", "no model folder"), ("nothing", "no model folder")],
+    [("no/such/folder", "neither a model folder"), ("./nothing", "neither a model"), ("nothing", "neither a model")],
 )
 def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
@@ -282,13 +288,13 @@ def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
 
 
 def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
-    with pytest.raises(ModelError, match="give a complete checkpoint of Stable Diffusion, or the folder"):
+    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or the folder"):
         card_of(sd1_folder / UNET)
 
 
-def test_a_revision_needs_a_hub_id(own: Path) -> None:
-    for name in (str(own), None):
-        with pytest.raises(ModelError, match="--revision v1 is for a Hugging Face id"):
+def test_a_revision_needs_a_hub_id(copy: Path) -> None:
+    for name in (str(copy), None):
+        with pytest.raises(ModelError, match="--revision v1 needs a Hugging Face id"):
             read_card(ModelSettings(name=name, revision="v1"))
 
 
@@ -305,11 +311,11 @@ def test_a_revision_needs_a_hub_id(own: Path) -> None:
             "euler:use_karras_sigma=true",
             "EulerDiscreteScheduler has no option use_karras_sigma; did you mean use_karras_sigmas",
         ),
-        ("VQDiffusionScheduler", "cannot be built on this model's scheduler settings"),
+        ("VQDiffusionScheduler", "cannot be built from this model's scheduler settings"),
         ("FlowMatchEulerDiscreteScheduler", "does not fit: the model was trained for denoising, like its PNDMSched"),
         ("UniPCMultistepScheduler:use_flow_sigmas=true", "does not fit: the model was trained for denoising"),
         ("RePaintScheduler", "not a scheduler for latent diffusion"),
-        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built on this model's scheduler settings"),
+        ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built from this model's scheduler settings"),
     ],
 )
 def test_schedulers_that_are_unknown_or_do_not_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:

@@ -150,7 +150,7 @@ def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
     ("options", "sentence"),
     [
         (("--steps", "0"), "num_inference_steps '0' is not within"),
-        (("--model", "/nowhere"), "no model folder at /nowhere"),
+        (("--model", "/nowhere"), "/nowhere is neither a model folder nor"),
         (("--scheduler", "NoScheduler"), "diffusers has no scheduler NoScheduler"),
         (("--scheduler", "DDIMScheduler:clip_sample=true"), "clip_sample=true is not supported"),
     ],

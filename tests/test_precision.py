@@ -19,7 +19,7 @@ LEAST_DB = 40.0
 
 def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
     model = load_latent_diffusion(read_card(ModelSettings(name=str(folder))), CPU, dtype, with_checker=False)
-    return {name: found.pixels for name, found in render(model, ROWS).items()}
+    return {name: rendered.pixels for name, rendered in render(model, ROWS).items()}
 
 
 @pytest.mark.promises

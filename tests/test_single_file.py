@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.errors import ModelError
 from batch_infer.models import read_card
 from batch_infer.models.conversion import PIPELINES, infer_kind
-from batch_infer.models.untrusted import read_header
+from batch_infer.models.untrusted import read_shapes
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
 from tests.rendering import load_family, make_request, render
@@ -70,14 +70,14 @@ def test_the_folder_has_the_original_configs_and_the_files_weights(file: Path, f
     (filled / "unet" / "mine.py").write_text("raise SystemExit")
     (filled / "unet" / "diffusion_pytorch_model.bin").write_text("pickled")
     amend(filled / "unet" / "config.json", _diffusers_version="0.20.0")
-    made = card_of(file).path
-    files = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
+    converted = card_of(file).path
+    files = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
     settings = {path.relative_to(filled).as_posix() for path in filled.rglob("*.json")}
     left_out = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}
     weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
     assert files == settings - left_out | weights | {"text_encoder/model.safetensors"}
     for name in settings - left_out - {"model_index.json"}:
-        assert (made / name).read_bytes() == (filled / name).read_bytes()
+        assert (converted / name).read_bytes() == (filled / name).read_bytes()
 
 
 def test_a_file_renders_the_images_of_its_folder(file: Path, filled: Path, sd1_folder: Path) -> None:
@@ -118,8 +118,8 @@ def test_the_fingerprint_changes_with_a_weight_but_not_with_the_path(
 
 def test_weights_keep_their_precision(file: Path, filled: Path) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
-    header = read_header(card_of(file).path / "unet" / "diffusion_pytorch_model.safetensors", "the UNet")
-    assert {tensor["dtype"] for tensor in header.values()} == {"F16"}
+    weights = load_file(card_of(file).path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
 def test_a_run_names_the_file_and_the_folder(file: Path, filled: Path, tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeyp
         patch.setattr(Path, "rename", stop)
         with pytest.raises(KeyboardInterrupt):
             card_of(file)
-    made = user_cache_path("batch-infer") / "converted-1"
-    assert not [path for path in made.iterdir() if path.is_dir()]
-    half = made / f".tmp-{card_of(file).path.name}"  # as left by a power cut
+    converted = user_cache_path("batch-infer") / "converted-1"
+    assert not [path for path in converted.iterdir() if path.is_dir()]
+    half = converted / f".tmp-{card_of(file).path.name}"  # as left by a power cut
     shutil.copytree(card_of(file).path, half)
     shutil.rmtree(card_of(file).path)
     (half / "stray").mkdir()
@@ -205,7 +205,7 @@ def test_a_missing_tensor_is_named(file: Path, filled: Path, name: str) -> None:
 def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
     path = tmp_path / "some.safetensors"
     save_file(tensors, path)
-    assert infer_kind(read_header(path, str(path))) == kind
+    assert infer_kind(read_shapes(path, str(path))) == kind
     expected = {
         "v1": "StableDiffusionPipeline",
         "v2": "StableDiffusionPipeline",
@@ -214,7 +214,7 @@ def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, t
     if kind in expected:
         assert PIPELINES[kind].__name__ == expected[kind]
         return
-    with pytest.raises(ModelError, match=f"is of the kind {kind}; only files of Stable Diffusion 1.x, 2.x and XL"):
+    with pytest.raises(ModelError, match=f"is a {kind} checkpoint; only files of Stable Diffusion 1.x, 2.x and XL"):
         card_of(path)
 
 
@@ -236,15 +236,15 @@ def write(*names: str) -> Callable[[Path], object]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a LoRA of kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: give it with --lora"),
-    "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: give it with --lora"),
+    "a LoRA of kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: name it in --lora"),
+    "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: name it in --lora"),
     "a ControlNet": (write("control_model.time_embed.0.weight"), "is a ControlNet"),
     "a ControlNet of diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
-    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: give a complete checkpoint"),
+    "an embedding": (write("emb_params"), "UNet and VAE and text encoder: use a complete checkpoint"),
     "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
-    "half a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "is incomplete: fetch"),
-    "a page of text": (lambda f: f.write_text("not found, sorry"), "is incomplete|is not a safetensors file"),
+    "half a file": (lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]), "incomplete; download it again"),
+    "a page of text": (lambda f: f.write_text("not found, sorry"), "is damaged or incomplete"),
     "a pointer": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
 }  # fmt: skip
 
@@ -262,9 +262,9 @@ def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("a.ckpt", "is pickled and pickles run code"),
+        ("a.ckpt", "is pickled, and reading a pickle can run code"),
         ("a.bin", "is pickled"),
-        ("a.gguf", "is a file; give a .safetensors"),
+        ("a.gguf", "is a file; use a .safetensors"),
     ],
 )
 def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) -> None:

@@ -40,14 +40,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sd3(tmp_path_factory.mktemp("sd3") / "whole")
 
 
 @pytest.fixture
-def own(whole: Path, tmp_path: Path) -> Path:
+def copy(sd3_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
-    return copied(whole, tmp_path)
+    return copied(sd3_folder, tmp_path)
 
 
 def load_oracle(folder: Path) -> Any:
@@ -67,19 +67,19 @@ def test_batched_rows_look_as_in_diffusers(folder: Path) -> None:
         assert all(furthest(oracle, other) > 2 for other in others)
 
 
-def test_another_flow_matching_scheduler(whole: Path) -> None:
-    request, pipe = make_request(steps=5), load_oracle(whole)
+def test_another_flow_matching_scheduler(sd3_folder: Path) -> None:
+    request, pipe = make_request(steps=5), load_oracle(sd3_folder)
     before = ask(pipe, request)
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     oracle = ask(pipe, request)
     assert furthest(before, oracle) > 2
-    model = load_family(whole, "FlowMatchHeunDiscreteScheduler")
+    model = load_family(sd3_folder, "FlowMatchHeunDiscreteScheduler")
     assert furthest(render(model, [request])["row"].pixels, oracle) <= 1
 
 
-def test_an_image_depends_only_on_its_row(whole: Path) -> None:
+def test_an_image_depends_only_on_its_row(sd3_folder: Path) -> None:
     """Its bytes are the same alone and among others with any order, texts, steps and guidance."""
-    model = load_family(whole)
+    model = load_family(sd3_folder)
     crowd = [
         make_request(f"crowd {k}", f"{k} rings " * (k * k), steps=3 + k % 3, guidance=1 + k % 3, seed=k)
         for k in range(6)
@@ -91,20 +91,20 @@ def test_an_image_depends_only_on_its_row(whole: Path) -> None:
             assert np.array_equal(together[name].pixels, image), name
 
 
-def test_every_text_encoder_changes_the_image(whole: Path, own: Path) -> None:
-    before = render(load_family(whole), [make_request()])["row"].pixels
+def test_every_text_encoder_changes_the_image(sd3_folder: Path, copy: Path) -> None:
+    before = render(load_family(sd3_folder), [make_request()])["row"].pixels
     for component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        file = own / component / "model.safetensors"
+        file = copy / component / "model.safetensors"
         weights = load_file(file)
-        kept = {name: weight.clone() for name, weight in weights.items()}
+        originals = {name: weight.clone() for name, weight in weights.items()}
         weights[next(name for name in weights if "embed" in name or "shared" in name)].mul_(-1)
         save_file(weights, file, metadata={"format": "pt"})
-        assert furthest(render(load_family(own), [make_request()])["row"].pixels, before) > 0, component
-        save_file(kept, file, metadata={"format": "pt"})
+        assert furthest(render(load_family(copy), [make_request()])["row"].pixels, before) > 0, component
+        save_file(originals, file, metadata={"format": "pt"})
 
 
-def test_guidance_rescale_is_supported(whole: Path) -> None:
-    model = load_family(whole)
+def test_guidance_rescale_is_supported(sd3_folder: Path) -> None:
+    model = load_family(sd3_folder)
     plain, rescaled = (render(model, [make_request(rescale=rescale)])["row"].pixels for rescale in (0.0, 0.7))
     assert furthest(plain, rescaled) > 2
 
@@ -123,19 +123,19 @@ def test_the_card(folder: Path) -> None:
 
 
 def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path, tmp_path: Path) -> None:
-    own = copied(folder, tmp_path)
-    amend(own / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
-    card = read_card(ModelSettings(name=str(own)))
+    copy = copied(folder, tmp_path)
+    amend(copy / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    card = read_card(ModelSettings(name=str(copy)))
     assert card.uses_pipeline_call
     assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
     request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, RenderedImage)
-    assert furthest(outcome.pixels, ask(load_oracle(own), request)) <= 1
+    assert furthest(outcome.pixels, ask(load_oracle(copy), request)) <= 1
 
 
-def test_half_precision_keeps_float32_where_float16_overflows(whole: Path) -> None:
-    card = read_card(ModelSettings(name=str(whole)))
+def test_layers_that_overflow_in_float16_stay_in_float32(sd3_folder: Path) -> None:
+    card = read_card(ModelSettings(name=str(sd3_folder)))
     model: Any = load_latent_diffusion(card, CPU, torch.float16, with_checker=False)
     encoder = model.pipeline.text_encoder_3
     assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
@@ -146,31 +146,31 @@ def test_half_precision_keeps_float32_where_float16_overflows(whole: Path) -> No
     assert all(torch.isfinite(part).all() for part in context.values())
 
 
-def test_a_transformer_of_other_channels_is_refused(own: Path) -> None:
-    amend(own / "transformer" / "config.json", in_channels=8)
+def test_a_transformer_of_other_channels_is_refused(copy: Path) -> None:
+    amend(copy / "transformer" / "config.json", in_channels=8)
     with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is not a text-to-image checkpoint"):
-        load_family(own)
+        load_family(copy)
 
 
-def test_a_run_through_the_command(tmp_path: Path, whole: Path) -> None:
+def test_a_run_through_the_command(tmp_path: Path, sd3_folder: Path) -> None:
     rows: list[list[Any]] = [["id", "prompt", "num_inference_steps", "guidance_scale", "width"]]
     rows += [["a", "a red circle", 2, 1.0, ""], ["b", "a star", 4, "", ""], ["c", "a ring", "", "", 96]]
     rows += [["d", "a ring", "", "", 208], ["e", "a ring", "", "", 72]]
     out = tmp_path / "out"
-    assert run(write_csv(tmp_path / "t.csv", rows), out, "--model", whole).code == 3
+    assert run(write_csv(tmp_path / "t.csv", rows), out, "--model", sd3_folder).code == 3
     assert_whole(out)
-    written = results(out)
-    assert [item["status"] for item in written] == ["ok", "ok", "ok", "invalid", "invalid"]
-    assert "width '208' is not within 16 to 192" in written[3]["error"]
-    assert {item["nsfw_content_detected"] for item in written} == {None}
-    assert written[1]["guidance_scale"] == 7.0
+    stored = results(out)
+    assert [item["status"] for item in stored] == ["ok", "ok", "ok", "invalid", "invalid"]
+    assert "width '208' is not within 16 to 192" in stored[3]["error"]
+    assert {item["nsfw_content_detected"] for item in stored} == {None}
+    assert stored[1]["guidance_scale"] == 7.0
     assert run_json(out)["model"]["family"] == "stable_diffusion_3"
-    alone = render(load_family(whole), [as_made(written[1])], slots=8, decode=4)["b"]
+    alone = render(load_family(sd3_folder), [request_from(stored[1])], slots=8, decode=4)["b"]
 
-    assert np.array_equal(np.asarray(Image.open(out / written[1]["generated_image"])), alone.pixels)
+    assert np.array_equal(np.asarray(Image.open(out / stored[1]["generated_image"])), alone.pixels)
 
 
-def as_made(row: dict[str, Any]) -> PromptRequest:
+def request_from(row: dict[str, Any]) -> PromptRequest:
     """Return the request of a result."""
     params = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
     return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **params)

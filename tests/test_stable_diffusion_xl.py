@@ -51,7 +51,7 @@ NEGATIVES = (
 
 
 @pytest.fixture
-def own(sdxl_folder: Path, tmp_path: Path) -> Path:
+def copy(sdxl_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
     return copied(sdxl_folder, tmp_path)
 
@@ -78,9 +78,9 @@ def test_no_negative_prompt_differs_from_an_empty_one(sdxl: Any, sdxl_folder: Pa
     assert unguided.context[1] is None
 
 
-def test_no_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(own: Path) -> None:
-    amend(own / "model_index.json", force_zeros_for_empty_prompt=False)
-    rendered, pipe = render(load_family(own), NEGATIVES), load_pipeline(own)
+def test_a_missing_negative_prompt_is_empty_if_the_checkpoint_says_so(copy: Path) -> None:
+    amend(copy / "model_index.json", force_zeros_for_empty_prompt=False)
+    rendered, pipe = render(load_family(copy), NEGATIVES), load_pipeline(copy)
     for row in NEGATIVES:
         assert_close(rendered[row.id].pixels, ask(pipe, row)[0])
     assert np.array_equal(rendered["none"].pixels, rendered["empty"].pixels)
@@ -89,8 +89,8 @@ def test_no_negative_prompt_is_an_empty_one_where_the_checkpoint_says_so(own: Pa
 def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) -> None:
     pipe = load_pipeline(sdxl_folder)
     (conditioning,) = sdxl.condition([make_request(prompt="a red circle", negative="green", size=(48, 80))])
-    wanted = pipe.encode_prompt("a red circle", device="cpu", negative_prompt="green")
-    for part, embedding, pooled in zip(conditioning.context, wanted[:2], wanted[2:], strict=True):
+    expected = pipe.encode_prompt("a red circle", device="cpu", negative_prompt="green")
+    for part, embedding, pooled in zip(conditioning.context, expected[:2], expected[2:], strict=True):
         assert torch.allclose(part["encoder_hidden_states"], embedding[0], atol=1e-6)
         assert torch.allclose(part["text_embeds"], pooled[0], atol=1e-6)
         assert part["time_ids"].tolist() == [48, 80, 0, 0, 48, 80]
@@ -98,12 +98,12 @@ def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) ->
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
-    """Also where the sampler draws noise at every step."""
+    """Also if the sampler draws noise at every step."""
     model = load_family(request.getfixturevalue(f"{name}_folder"))
     row = make_request("row", "a small star", steps=4, negative="green", seed=3)
-    wanted = render(model, [row])["row"].pixels
+    expected = render(model, [row])["row"].pixels
     others = [make_request(str(k), f"{k} circles", steps=2 + k, guidance=k % 3, seed=k) for k in range(7)]
-    assert np.array_equal(render(model, [*others[:3], row, *others[3:]])["row"].pixels, wanted)
+    assert np.array_equal(render(model, [*others[:3], row, *others[3:]])["row"].pixels, expected)
 
 
 def test_turbo_takes_few_steps_without_guidance(sdxl_turbo_folder: Path) -> None:
@@ -121,29 +121,29 @@ def test_steps_that_share_a_timestep_are_distinguished(sdxl_folder: Path) -> Non
     assert_parity(with_scheduler(load_pipeline(sdxl_folder), scheduler), load_family(sdxl_folder, scheduler), rows)
 
 
-def test_a_distilled_guidance_scale_is_an_input(own: Path) -> None:
-    make_unet(**UNET, time_cond_proj_dim=16).save_pretrained(own / "unet")
-    model = load_family(own)
+def test_a_distilled_guidance_scale_is_an_input(copy: Path) -> None:
+    make_unet(**UNET, time_cond_proj_dim=16).save_pretrained(copy / "unet")
+    model = load_family(copy)
     requests = (
         make_request("one", steps=4, guidance=1.0),
         make_request("eight", steps=4, guidance=8.0, negative="green"),
     )
     rows = tuple(replace(row, params=replace(row.params, embedded_guidance=True)) for row in requests)
-    assert card_of(own).embedded_guidance
-    assert_parity(load_pipeline(own), model, rows)
+    assert card_of(copy).embedded_guidance
+    assert_parity(load_pipeline(copy), model, rows)
     assert {conditioning.context[1] for conditioning in model.condition(rows)} == {None}
 
 
-def test_a_prompt_is_truncated_where_either_encoder_cuts_it(own: Path) -> None:
+def test_a_prompt_is_truncated_if_either_encoder_truncates_it(copy: Path) -> None:
     """The second tokenizer has no merges and splits each word into letters."""
-    path = own / "tokenizer_2" / "tokenizer.json"
+    path = copy / "tokenizer_2" / "tokenizer.json"
     words = json.loads(path.read_text("utf-8"))
     words["model"]["merges"] = []
     path.write_text(json.dumps(words), "utf-8")
     texts = ["circle", "circle " * 12, "circle " * 13]
-    conditionings = load_family(own).condition([make_request(prompt=text) for text in texts])
+    conditionings = load_family(copy).condition([make_request(prompt=text) for text in texts])
     assert [(row.prompt_tokens, row.prompt_truncated) for row in conditionings] == [(6, False), (72, False), (78, True)]
-    counter = load_token_counter(card_of(own))
+    counter = load_token_counter(card_of(copy))
     assert counter is not None
     assert (counter.count(texts), counter.max_tokens) == ([6, 72, 78], 75)
 
@@ -160,46 +160,46 @@ def test_the_card(sdxl_folder: Path) -> None:
     assert load_solver(card).name == "EulerDiscreteScheduler"
 
 
-def test_the_fingerprint_changes_with_both_encoders_and_the_meaning_of_no_negative_prompt(own: Path) -> None:
-    before = card_of(own).fingerprint
-    index = own / "model_index.json"
+def test_the_fingerprint_depends_on_both_encoders_and_on_the_missing_negative_prompt(copy: Path) -> None:
+    before = card_of(copy).fingerprint
+    index = copy / "model_index.json"
     amend(index, force_zeros_for_empty_prompt=None)
-    assert card_of(own).fingerprint == before, "it is so where nobody says"
+    assert card_of(copy).fingerprint == before, "it is so where nobody says"
     amend(index, force_zeros_for_empty_prompt=False)
-    assert card_of(own).fingerprint != before
+    assert card_of(copy).fingerprint != before
     amend(index, force_zeros_for_empty_prompt=True)
-    amend(own / "text_encoder_2" / "config.json", note="changed")
-    assert card_of(own).fingerprint != before
+    amend(copy / "text_encoder_2" / "config.json", note="changed")
+    assert card_of(copy).fingerprint != before
 
 
-def test_latents_are_normalized_as_the_vae_config_says(own: Path) -> None:
+def test_latents_are_normalized_as_the_vae_config_says(copy: Path) -> None:
     row = (make_request("row", steps=4), make_request("other", steps=4, seed=1))
-    plain = render(load_family(own), row)["row"].pixels
-    amend(own / "vae" / "config.json", latents_mean=[-1.6, 1.4, 0.4, -0.1], latents_std=[8.4, 6.0, 3.0, 5.0])
-    model = load_family(own)
-    assert_parity(load_pipeline(own), model, row)
+    plain = render(load_family(copy), row)["row"].pixels
+    amend(copy / "vae" / "config.json", latents_mean=[-1.6, 1.4, 0.4, -0.1], latents_std=[8.4, 6.0, 3.0, 5.0])
+    model = load_family(copy)
+    assert_parity(load_pipeline(copy), model, row)
     assert furthest(render(model, row)["row"].pixels, plain) > 2
 
 
-def test_half_precision_decodes_in_float32_where_it_would_overflow(own: Path) -> None:
-    StableDiffusionXLPipeline.from_pretrained(own, dtype=torch.float16, add_watermarker=False).save_pretrained(
-        own, variant="fp16"
+def test_a_decoder_that_overflows_in_float16_decodes_in_float32(copy: Path) -> None:
+    StableDiffusionXLPipeline.from_pretrained(copy, dtype=torch.float16, add_watermarker=False).save_pretrained(
+        copy, variant="fp16"
     )
-    for file in own.glob("*/*.safetensors"):
+    for file in copy.glob("*/*.safetensors"):
         if ".fp16." not in file.name:
             file.unlink()
-    model: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    model: Any = load_latent_diffusion(card_of(copy, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in model.networks[0].parameters()} == {torch.float16}
     assert {weight.dtype for weight in model.networks[1].parameters()} == {torch.float32}
     assert model.pipeline.vae.dtype == torch.float16, "diffusers does so by itself, at every call"
     latents = torch.randn(2, 4, 8, 8)
     image = model.decode(latents)
     assert image.dtype == torch.float32
-    wanted = model.pipeline.vae.to(torch.float32).decode(latents / 0.13025, return_dict=False)[0]
-    assert torch.equal(image, wanted / 2 + 0.5)
+    expected = model.pipeline.vae.to(torch.float32).decode(latents / 0.13025, return_dict=False)[0]
+    assert torch.equal(image, expected / 2 + 0.5)
     assert render(model, [make_request("row", steps=2)])["row"].pixels.std() > 1
-    amend(own / "vae" / "config.json", force_upcast=False)
-    fixed: Any = load_latent_diffusion(card_of(own, variant="fp16"), CPU, torch.float16, with_checker=False)
+    amend(copy / "vae" / "config.json", force_upcast=False)
+    fixed: Any = load_latent_diffusion(card_of(copy, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in fixed.networks[1].parameters()} == {torch.float16}
 
 
@@ -211,26 +211,26 @@ def test_half_precision_decodes_in_float32_where_it_would_overflow(own: Path) ->
         ({"text_encoder_2": [None, None]}, "names no text_encoder_2"),
     ],
 )
-def test_only_base_checkpoints_are_accepted(own: Path, changed: dict[str, Any], reason: str) -> None:
+def test_only_base_checkpoints_are_accepted(copy: Path, changed: dict[str, Any], reason: str) -> None:
     """A refiner starts from an image and has only the second encoder."""
-    amend(own / "model_index.json", **changed)
+    amend(copy / "model_index.json", **changed)
     with pytest.raises(ModelError, match=reason) as refusal:
-        card_of(own)
+        card_of(copy)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     ("unet", "reason"),
     [
-        ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72 here; is it a refiner?"),
+        ({"projection_class_embeddings_input_dim": 64}, "takes 64 numbers .* takes 72; is it a refiner?"),
         ({"addition_embed_type": None}, "addition_embed_type=None is not Stable Diffusion XL"),
-        ({"in_channels": 9}, "takes 9 channels"),
+        ({"in_channels": 9}, "has 9 input and 4 output channels"),
     ],
 )
-def test_other_unets_are_refused(own: Path, unet: dict[str, Any], reason: str) -> None:
-    make_unet(**UNET | unet).save_pretrained(own / "unet")
+def test_other_unets_are_refused(copy: Path, unet: dict[str, Any], reason: str) -> None:
+    make_unet(**UNET | unet).save_pretrained(copy / "unet")
     with pytest.raises(ModelError, match=reason):
-        load_family(own)
+        load_family(copy)
 
 
 @pytest.mark.promises
@@ -261,8 +261,8 @@ def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) 
         writer = csv.DictWriter(stream, ["id", "prompt", "negative_prompt", "seed", "guidance_scale", "width"])
         writer.writeheader()
         writer.writerows(rows)
-    done = run(table, out, "--model", sdxl_folder, "--steps", "3")
-    assert done.code == 0, done.stderr
+    result = run(table, out, "--model", sdxl_folder, "--steps", "3")
+    assert result.code == 0, result.stderr
     rendered = {row["id"]: row for row in results(out)}
     assert {row["status"] for row in rendered.values()} == {"ok"}
     assert {row["nsfw_content_detected"] for row in rendered.values()} == {None}

@@ -21,20 +21,18 @@ from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
 if TYPE_CHECKING:
     from batch_infer.models.acceleration import decode_flops, denoise_flops, is_compiled, optimize_networks
-    from batch_infer.models.any_pipeline import AnyPipeline
+    from batch_infer.models.any_pipeline import AnyPipeline, inspect_pipeline
     from batch_infer.models.architectures import build_architecture
     from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
     from batch_infer.models.loading import load_checker
-    from batch_infer.models.pipelines import inspect_pipeline
 else:
     __getattr__ = import_on_use(
         __name__,
         acceleration=("decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
-        any_pipeline=("AnyPipeline",),
+        any_pipeline=("AnyPipeline", "inspect_pipeline"),
         architectures=("build_architecture",),
         latent_diffusion=("Conditioning", "LatentDiffusion"),
         loading=("load_checker",),
-        pipelines=("inspect_pipeline",),
     )
 
 __all__ = [

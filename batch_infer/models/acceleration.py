@@ -1,4 +1,4 @@
-"""Speed up networks by memory format, fused projections and compilation, and count their FLOP."""
+"""Speed up networks with memory formats, fused projections and compilation, and count their FLOP."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SHAPES = 256
-"""Maximum number of shapes to compile a network for. torch's default is 8, and a table may contain more sizes."""
+"""Maximum number of compiled shapes per network. torch's default is 8, and a table may contain more sizes."""
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
-"""torch._inductor errors that no damaged cache file causes: a missing compiler, or an operator without a kernel.
+"""torch._inductor errors that damaged cache files do not cause: a missing compiler, or an operator without a kernel.
 
-A list of the errors that damaged files cause would have to include RuntimeError (a truncated .py file, or any error
-in a compilation process) and CppCompileError (a truncated .cpp file).
+A list of the errors that damaged files do cause would include RuntimeError (a truncated .py file, or any error in a
+compilation process) and CppCompileError (a truncated .cpp file).
 """
 
 LatentShape = tuple[int, int, int]
@@ -41,14 +41,13 @@ def optimize_networks(
     """Optimize networks that are called with one fixed batch shape per image size.
 
     On a GPU, convolutions are fastest with channels last, and one product for queries, keys and values is faster than
-    three products. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, worthwhile for long
-    runs.
-    `threads` limits the compilation processes, because workers on one machine share its cores.
+    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, which long runs repay. `threads`
+    limits the compilation processes, because workers share the cores of a machine.
     """
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # Only UNets: for joint transformers diffusers' fused attention omits the norms.
+            # For UNets only: in joint transformers, diffusers' fused attention omits the norms.
             fuse: Any = getattr(network, "fuse_qkv_projections", None)
             if fuse and hasattr(network, "down_blocks"):
                 fuse()
@@ -63,7 +62,7 @@ def is_compiled(networks: Iterable[torch.nn.Module]) -> bool:
 
 
 class Compiled:
-    """A network's forward method, compiled separately for each input shape."""
+    """A forward method that is compiled separately for each input shape."""
 
     def __init__(self, forward: Callable[..., Any], threads: int | None = None) -> None:
         import torch._dynamo.config as dynamo
@@ -74,7 +73,7 @@ class Compiled:
         dynamo.cache_size_limit = MAX_SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
-        # If torch has this option, choose kernels by rule instead of by timing, so that later runs give the same bytes.
+        # Where torch has this option, kernels are chosen by rule and not by timing, so later runs give the same bytes.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
@@ -91,28 +90,25 @@ class Compiled:
             try:
                 return self._compiled(*args, **kwargs)
             except self._backend_error as error:
-                if isinstance(getattr(error, "inner_exception", None), self._unrelated):
-                    raise
-                if not _cache.replace(_reason(error)):
+                is_unrelated = isinstance(getattr(error, "inner_exception", None), self._unrelated)
+                if is_unrelated or not _cache.replace(_reason(error)):
                     raise
                 return self._compiled(*args, **kwargs)
         except self._errors as error:
             raise CompilationError(f"torch.compile failed ({_reason(error)}); --no-compile turns it off") from error
 
 
-class CompilerCache:
-    """The folder in which this process caches the results of torch.compile.
+class CompilerCache(ExitStack):
+    """The folder in which this process caches the results of torch.compile. Closing it removes a temporary folder.
 
-    By default other processes and later runs share the folder. A process killed while writing to it leaves a truncated
-    file, and every later compilation would fail on that file.
+    By default, other processes and later runs share the folder. If a process is killed while it writes a file, every
+    later compilation fails on the truncated file.
     """
 
-    def __init__(self) -> None:
-        self._temporary = ExitStack()
-        self._is_temporary = False
+    _is_temporary = False
 
     def replace(self, reason: str) -> bool:
-        """Switch to an empty temporary folder, or return False if it is already in use. Raises StorageError."""
+        """Switch to an empty temporary folder. Returns False if this already happened. Raises StorageError."""
         from torch._inductor import utils
 
         if self._is_temporary:
@@ -124,14 +120,10 @@ class CompilerCache:
         )
         fresh_cache = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # the name before torch 2.8
         with temporary_file_errors():
-            self._temporary.enter_context(fresh_cache())
+            self.enter_context(fresh_cache())
         self._is_temporary = True
         atexit.register(self.close)
         return True
-
-    def close(self) -> None:
-        """Remove the temporary folder."""
-        self._temporary.close()
 
 
 _cache = CompilerCache()
@@ -144,7 +136,7 @@ def _reason(error: BaseException) -> str:
 def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """Return the FLOP of one denoiser evaluation for one batch element, on latents (C, h, w).
 
-    A multiply-add counts as two FLOP, and attention products are included. Only a prompt embedding is computed.
+    A multiply-add counts as two FLOP, and attention products count. Only a prompt embedding is computed.
     """
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
@@ -166,7 +158,7 @@ def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
 
 
 def _count_flops(call: Callable[[], object]) -> int:
-    # The counter does not know all fused attention kernels, and compiled code would hide its operations.
+    # The counter does not support all fused attention kernels, and compiled code would hide its operations.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),

@@ -1,37 +1,47 @@
-"""Render batches of rows by calling a diffusers text-to-image pipeline that has no model family."""
+"""Build, inspect and call diffusers' text-to-image pipelines that have no model family."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from math import gcd
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import ModelMixin
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
 
-from batch_infer.accelerator import is_device_fault, out_of_memory_errors
-from batch_infer.errors import FailedRowError, RowError, first_line
-from batch_infer.models.card import ModelCard
+from batch_infer.accelerator import is_device_error, out_of_memory_errors
+from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
+from batch_infer.models.card import ModelCard, SamplingRules
+from batch_infer.models.components import named_components
+from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
-from batch_infer.models.pipelines import (
-    absent_components,
-    denoiser_config,
-    find_denoiser,
-    guidance_argument,
-    network_classes,
-    parameters_of,
-    pipeline_class,
-)
 from batch_infer.models.trial_calls import REFUSALS, can_share_calls
-from batch_infer.records import PromptRequest
+from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_object
+from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.settings import SchedulerSpec
+
+REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
+"""Parameters of the call of every text-to-image pipeline."""
+IMAGE_INPUTS = {"control_image", "mask_image"}
+VIDEO_INPUTS = {"num_frames", "video_length"}
+GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
+"""Candidates for the parameter that gets a row's guidance_scale: the first with a numeric default."""
+DENOISERS = ("transformer", "unet", "prior_prior", "prior")
+NATIVE_SIDE = 1024
+"""Default image side in pixels for a pipeline without one."""
 
 
 class AnyPipeline:
-    """A loaded pipeline. The rows of one call differ only in their texts and seeds.
+    """A loaded pipeline. The rows of a call differ only in their texts and seeds.
 
-    The text encoders use eager attention: faster kernels omit the mask if no row of the batch needs it, so that a row
+    The text encoders use eager attention: faster kernels omit the mask if no row of a batch needs one, so that a row
     would depend on its neighbours.
     """
 
@@ -41,30 +51,29 @@ class AnyPipeline:
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
         self.safety_checker: Any | None = None
         self.feature_extractor: Any | None = None
-        self.denoiser: torch.nn.Module | None = find_denoiser(pipeline)
+        self.denoiser: torch.nn.Module | None = _find_denoiser(pipeline)
         self.networks: Sequence[torch.nn.Module] = ()
-        """Networks that can be compiled: none, because no network certainly has a fixed shape."""
-        pipeline_type = type(pipeline)
-        self._guidance = guidance_argument(pipeline_type, denoiser_config(pipeline))
-        self._parameters = parameters_of(pipeline_type)
+        """Networks that can be compiled: none, because their shapes may vary."""
+        self._guidance = _guidance_argument(pipeline)
+        self._parameters = _parameters_of(type(pipeline))
         arguments = {
             "height": card.sizes.native_height,
             "width": card.sizes.native_width,
             "num_inference_steps": card.num_inference_steps,
         }
         self.needs_separate_calls: bool = not can_share_calls(pipeline, self.denoiser, card.path, arguments)
-        """Whether a row in a shared call would depend on the text lengths of other rows."""
+        """Whether a row in a shared call could depend on the text lengths of other rows."""
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
-        pipeline_type = pipeline_class(card.path)
-        networks = {name: _load(network, card, name, dtype) for name, network in network_classes(card.path).items()}
-        pipeline = load_pipeline(pipeline_type, card, {**networks, **absent_components(pipeline_type, card.path)})
+        pipeline = _build_pipeline(
+            card.path, lambda network_type, name: _load(network_type, card, name, dtype), card.scheduler
+        )
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-            pipeline.vae.enable_slicing()  # decodes one image at a time: same bytes as for a single row, less memory
+            pipeline.vae.enable_slicing()  # decodes one image at a time: less memory, and the bytes of a single row
         model = cls(pipeline, card, device, dtype)
         if with_checker:
             model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
@@ -73,8 +82,8 @@ class AnyPipeline:
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
 
-        The rows share one call, padded to `batch` with copies of the last row, or get separate calls. Raises RowError
-        if the pipeline does not support a row.
+        Rows get separate calls, or share one call, which is padded to `batch` with copies of the last row. Raises
+        RowError if the pipeline does not support a row, and FailedRowError for other errors of the pipeline.
         """
         if self.needs_separate_calls:
             return torch.cat([self._call([request]) for request in requests])
@@ -82,27 +91,34 @@ class AnyPipeline:
         return self._call([*requests, *padding])[: len(requests)]
 
     def count_tokens(self, request: PromptRequest) -> Conditioning:
-        """Count a prompt's tokens with the first tokenizer. Whether the prompt is truncated is unknown."""
+        """Count a prompt's tokens with the first tokenizer. It is unknown whether the pipeline truncates the prompt."""
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         if not callable(tokenizer):
             return Conditioning(({}, None), None, None)
         return Conditioning(({}, None), len(tokenizer(request.prompt, add_special_tokens=False).input_ids), None)
 
     def _call(self, requests: Sequence[PromptRequest]) -> torch.Tensor:
-        params = requests[0].params
-        with self._row_errors():
-            images = self.pipeline(**self._make_arguments(requests)).images
+        params, name = requests[0].params, type(self.pipeline).__name__
+        try:
+            with out_of_memory_errors():
+                images = self.pipeline(**self._make_arguments(requests)).images
+        except (*REFUSALS, RuntimeError, TypeError) as error:
+            if is_device_error(error):
+                raise
+            if isinstance(error, REFUSALS):
+                raise RowError(f"{name} does not support this row: {first_line(error)}") from error
+            raise FailedRowError(f"{name} failed: {first_line(error)}") from error
         # Some pipelines silently round sizes.
         if np.shape(images) != (len(requests), params.height, params.width, 3):
             height, width = np.shape(images)[1:3] if np.ndim(images) == 4 else (0, 0)
             raise RowError(
-                f"{self._name} makes images of {width}x{height} pixels instead of {params.width}x{params.height}; try "
+                f"{name} makes images of {width}x{height} pixels instead of {params.width}x{params.height}; try "
                 "multiples of 32"
             )
         return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
 
     def _make_arguments(self, requests: Sequence[PromptRequest]) -> dict[str, Any]:
-        """Return the arguments of a call shared by rows. The lists are new, because some pipelines modify them."""
+        """Return the arguments of a call for rows, in new lists because some pipelines modify them."""
         first = requests[0]
         params = first.params
         arguments: dict[str, Any] = {
@@ -122,29 +138,153 @@ class AnyPipeline:
         if first.negative_prompt is not None:
             arguments["negative_prompt"] = [request.negative_prompt for request in requests]
         elif self._guidance == "true_cfg_scale" and params.uses_guidance:
-            arguments["negative_prompt"] = [" "] * len(requests)  # without it the pipeline omits guidance
+            arguments["negative_prompt"] = [" "] * len(requests)  # otherwise the pipeline omits guidance
         return arguments
-
-    @property
-    def _name(self) -> str:
-        return type(self.pipeline).__name__
-
-    @contextmanager
-    def _row_errors(self) -> Iterator[None]:
-        """Raise RowError if the pipeline refuses a row, and FailedRowError for other errors except device errors."""
-        try:
-            with out_of_memory_errors():
-                yield
-        except (*REFUSALS, RuntimeError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or is_device_fault(error):
-                raise
-            if isinstance(error, REFUSALS):
-                raise RowError(f"{self._name} does not support this row: {first_line(error)}") from error
-            raise FailedRowError(f"{self._name} failed: {first_line(error)}") from error
 
 
 def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a network in a dtype, except for layers that it keeps in float32: T5 would overflow."""
+    """Load a network in a dtype, except for layers that need float32: T5 would overflow."""
     if issubclass(network_type, ModelMixin):
         return load_network(network_type, card, name, torch_dtype=dtype)
     return load_network(network_type, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+
+
+def find_class(name: str) -> Any:
+    """Return diffusers' pipeline class `name`. Raises ModelError unless it generates images from text alone."""
+    pipeline_type: Any = getattr(diffusers, name, None)
+    if backends := getattr(pipeline_type, "_backends", None):
+        missing = [library for library in backends if find_spec(library) is None]
+        raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if not (isinstance(pipeline_type, type) and issubclass(pipeline_type, DiffusionPipeline)):
+        raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later version may have it")
+    call = _parameters_of(pipeline_type)
+    if absent := [parameter for parameter in REQUIRED if parameter not in call]:
+        raise ModelError(f"{name} is not text-to-image: its __call__ has no {', '.join(absent)}")
+    if call["output_type"].default != "pil" or VIDEO_INPUTS & call.keys():
+        raise ModelError(f"{name} is not text-to-image: its output is not an image")
+    if inputs := sorted(_list_other_inputs(pipeline_type, call)):
+        raise ModelError(f"{name} needs inputs other than text: {', '.join(inputs)}")
+    return pipeline_type
+
+
+def _parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's call."""
+    return inspect.signature(pipeline_type.__call__).parameters
+
+
+def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
+    """Yield the names of required inputs other than text."""
+    for name, parameter in list(call.items())[1:]:
+        has_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        is_required = has_name and parameter.default is parameter.empty
+        if name in IMAGE_INPUTS or (is_required and name != "prompt"):
+            yield name
+    if "image" in call:
+        # Imported here only, because the module imports every pipeline of diffusers.
+        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+        if pipeline_type not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+            yield "image"
+    yield from {"controlnet", "adapter"} & inspect.signature(pipeline_type.__init__).parameters.keys()
+
+
+def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: SchedulerSpec | None = None) -> Any:
+    """Build the pipeline of a checkpoint, whose networks `load` returns by class and component. Raises ModelError.
+
+    The pipeline gets no safety checker, because batch-infer loads and calls it separately.
+    """
+    index = read_object(path / "model_index.json", path.name)
+    pipeline_type = find_class(index["_class_name"])
+    skipped = OTHER_FAMILY.skipped_components | CHECKER_COMPONENTS
+    missing = [name for name, value in index.items() if isinstance(value, list) and value[:1] == [None]]
+    absent = {**dict.fromkeys([*missing, *skipped]), "requires_safety_checker": False}
+    parameters = inspect.signature(pipeline_type.__init__).parameters
+    modules = {name: value for name, value in absent.items() if name in parameters}
+    for name, (library, class_name) in named_components(index, path.name).items():
+        if name in skipped:
+            continue
+        module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        with LoadingErrors(f"{path}: {name} ({class_name})"):
+            component_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
+        if component_type is None:
+            raise ModelError(f"{path}: {name} is a {class_name}, which this version of {library} does not have")
+        is_network = isinstance(component_type, type) and issubclass(component_type, torch.nn.Module)
+        if is_network or hasattr(component_type, "_model_mapping"):
+            modules[name] = load(component_type, name)
+    return load_pipeline(pipeline_type, path, modules, scheduler)
+
+
+def inspect_pipeline(path: Path) -> SamplingRules:
+    """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
+    pipeline = _build_pipeline(path, lambda network_type, name: _build_without_weights(network_type, path / name))
+    with LoadingErrors(f"{path}: the configs of {type(pipeline).__name__}"):
+        call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
+        steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
+        uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
+        unsupported: dict[str, Any] = {}
+        if guidance is None:
+            unsupported["guidance_scale"] = 1.0
+        if not uses_negative:
+            unsupported["negative_prompt"] = None
+        if "guidance_rescale" not in call:
+            unsupported["guidance_rescale"] = 0.0
+        return SamplingRules(
+            _size_rules(pipeline, config),
+            steps if isinstance(steps, int) else 50,
+            float(call[guidance].default) if guidance else 1.0,
+            embedded_guidance=_is_embedded(config),
+            unsupported_fields=tuple(unsupported.items()),
+        )
+
+
+def _find_denoiser(pipeline: Any) -> Any | None:
+    """Return the network that a pipeline evaluates at every step, or None if it is unknown."""
+    networks = (getattr(pipeline, name, None) for name in DENOISERS)
+    return next((network for network in networks if isinstance(network, torch.nn.Module)), None)
+
+
+def _denoiser_config(pipeline: Any) -> Mapping[str, Any]:
+    return dict(getattr(_find_denoiser(pipeline), "config", {}))
+
+
+def _guidance_argument(pipeline: Any) -> str | None:
+    """Return the name of the parameter for a row's guidance_scale, None if the scale would have no effect."""
+    call = _parameters_of(type(pipeline))
+    names = [name for name in GUIDANCE if name in call and isinstance(call[name].default, (int, float))]
+    if {"guidance_scale", "true_cfg_scale"} <= set(names) and not _is_embedded(_denoiser_config(pipeline)):
+        return None  # a distilled Flux, whose network has no input for guidance_scale
+    return names[0] if names else None
+
+
+def _is_embedded(denoiser: Mapping[str, Any]) -> bool:
+    return bool(denoiser.get("guidance_embeds")) or denoiser.get("time_cond_proj_dim") is not None
+
+
+def _build_without_weights(network_type: Any, folder: Path) -> Any | None:
+    """Build a network on the meta device, which needs no memory. Returns None on an error."""
+    try:
+        with torch.device("meta"):
+            if issubclass(network_type, ModelMixin):
+                return network_type.from_config(network_type.load_config(folder, local_files_only=True))
+            return network_type(network_type.config_class.from_pretrained(folder, local_files_only=True))
+    except LOADING_ERRORS:
+        return None
+
+
+def _size_rules(pipeline: Any, denoiser: Mapping[str, Any]) -> SizeRules:
+    """Return the pipeline's default image sides, and the side multiples that fit whole patches, in pixels.
+
+    If a pipeline has stricter rules, it refuses the row, and its message becomes the row's error.
+    """
+    scales = (getattr(pipeline, name, None) for name in ("vae_scale_factor", "vae_scale_factor_spatial"))
+    scale = next((value for value in scales if isinstance(value, int)), None)
+    native = getattr(pipeline, "default_sample_size", None) or denoiser.get("sample_size")
+    sides = [side * (scale or 1) for side in native] if isinstance(native, (list, tuple)) else []
+    if isinstance(native, int):
+        sides = [native * (scale or 1)] * 2
+    call = _parameters_of(type(pipeline))
+    defaults = [call[name].default for name in ("height", "width")]
+    height, width = defaults if all(isinstance(side, int) for side in defaults) else sides[:2] or [NATIVE_SIDE] * 2
+    levels = len(denoiser.get("block_out_channels", ()))
+    factor = gcd(height, width, (scale or 8) * (1 if levels else 2))
+    return SizeRules(height, width, factor, factor * 2 ** max(0, levels - 1))

@@ -1,4 +1,4 @@
-"""Build released architectures at full size with random weights, for benchmarks without downloads."""
+"""Build released architectures at full size with random weights, to benchmark without downloads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from batch_infer.errors import ModelError
 from batch_infer.models.card import DEMO_MODEL, SamplingRules
-from batch_infer.models.decidiffusion import DeciDiffusion
+from batch_infer.models.decidiffusion import DeciDiffusion, FlexibleUNet, FlexibleUNetConfig
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.flexible_unet import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.models.latent_diffusion import LatentDiffusion
 from batch_infer.models.stable_diffusion import StableDiffusion
 from batch_infer.models.stable_diffusion_xl import StableDiffusionXL
@@ -63,13 +62,7 @@ UNET_XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_L: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-}
+CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_BIG_G: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -77,6 +70,12 @@ CLIP_BIG_G: dict[str, Any] = {
     "num_attention_heads": 20,
     "hidden_act": "gelu",
     "projection_dim": 1280,
+}
+AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
 }
 
 
@@ -111,7 +110,7 @@ def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any,
     """Build a Stable Diffusion 1.5 pipeline around a UNet, with the demo model's tokenizer."""
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
-        vae = _build_autoencoder(sample_size=512, scaling_factor=0.18215)
+        vae = AutoencoderKL(**AUTOENCODER, sample_size=512, scaling_factor=0.18215)
         text_encoder = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, DDIMScheduler(**schedule), None, None, requires_safety_checker=False
@@ -123,7 +122,7 @@ def _build_stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
-        vae = _build_autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=False)
+        vae = AutoencoderKL(**AUTOENCODER, sample_size=1024, scaling_factor=0.13025, force_upcast=False)
         first = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
         second = CLIPTextModelWithProjection(_make_text_config(tokenizer, **CLIP_BIG_G))
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION_XL)
@@ -139,25 +138,14 @@ def _load_tokenizer() -> CLIPTokenizer:
 def _make_text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
     """Return a text encoder's config with the tokenizer's special tokens."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **special, **layers)
-
-
-def _build_autoencoder(**options: Any) -> AutoencoderKL:
-    levels = 4
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        **options,
-    )
+    return CLIPTextConfig(**special, **layers)
 
 
 @contextmanager
 def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Initialize networks with reproducible random weights, directly on the device and in the dtype.
+    """Initialize networks with reproducible random weights directly on a device and in a dtype.
 
-    In float32 on the host, the largest networks would take four times their size.
+    In float32 in host memory, the largest networks would need four times their size.
     """
     previous_dtype = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []

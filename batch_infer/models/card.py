@@ -1,4 +1,4 @@
-"""Describe a checkpoint for commands, engines and workers."""
+"""Describe a checkpoint and its sampling parameters for commands, engines and workers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from batch_infer.settings import SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 ANY_PIPELINE = "any_pipeline"
-"""Family name of checkpoints that are rendered by calls of their diffusers pipeline."""
+"""Family name of checkpoints without a model family, which render through calls of their diffusers pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
-    """Limits and defaults of a model's sampling parameters.
+    """A model's limits and defaults for sampling parameters.
 
     `unsupported_fields` pairs each row field that the model does not support with its only valid value. With
     `embedded_guidance`, the guidance scale is a model input (Meng et al., arXiv 2210.03142), and each step needs one
@@ -32,14 +32,13 @@ class SamplingRules:
     unsupported_fields: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """A local checkpoint.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard(SamplingRules):
+    """A local checkpoint and its sampling rules.
 
     `name` is the Hub id, the folder name or the file name without its path, because images contain it. `revision` is
-    the commit of a Hub checkpoint. `pipeline` is the class named by model_index.json. `scheduler` is the requested
-    scheduler, None for the checkpoint's default. `windows` is the number of windows of 77 tokens that a prompt may
-    fill. SamplingRules describes `embedded_guidance` and `unsupported_fields`.
+    the commit of a Hub checkpoint. `pipeline` is the class in model_index.json. `scheduler` is the requested scheduler,
+    or None for the checkpoint's default. `windows` is the maximum number of windows of 77 tokens in a prompt.
     """
 
     name: str
@@ -49,16 +48,10 @@ class ModelCard:
     family: str
     pipeline: str
     fingerprint: str
-    sizes: SizeRules
     scheduler: SchedulerSpec | None
     scheduler_name: str
     scheduler_fingerprint: str
     checker_fingerprint: str | None
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_rescale: float
-    embedded_guidance: bool = False
-    unsupported_fields: tuple[tuple[str, Any], ...] = ()
     loras: tuple[Lora, ...] = ()
     windows: int = 1
 

@@ -13,13 +13,14 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
-from batch_infer.models.lora import Lora, read_loras
+from batch_infer.models.lora import Lora, read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
 from batch_infer.records import digest
 from batch_infer.settings import ModelSettings
 
+DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 """Components with separate fingerprints, excluded from the model's fingerprint."""
@@ -36,55 +37,31 @@ def read_card(
     `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
     Without `needs_checker` the safety checker may be missing.
     """
-    spec = settings.scheduler
-    if spec:
-        refuse_unknown_scheduler(spec)
+    if settings.scheduler:
+        refuse_unknown_scheduler(settings.scheduler)
     path, repository = _locate(settings)
-    name = settings.name or "built-in demo model"
+    name = settings.name or DEMO_NAME
     index = read_object(path / "model_index.json", name)
-    family, all_components = _find_family(index, name), named_components(index, name)
-    components = _choose_components(all_components, family, name)
+    components = _choose_components(index, name)
     if not needs_checker:
-        components -= {component for component in CHECKER_COMPONENTS if not (path / component).is_dir()}
-    chosen = {component: all_components.get(component, ("", "")) for component in components}
+        missing = {component for component in CHECKER_COMPONENTS if not (path / component).is_dir()}
+        components = {component: value for component, value in components.items() if component not in missing}
     if repository is not None:
         from batch_infer.models.hub import fetch
 
-        fetch(repository, path, chosen, settings.variant)
-    _check(path, chosen, name, settings.variant, strict=family is not OTHER_FAMILY)
-    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in all_components else {}
-    if scheduler.get("use_dynamic_shifting"):
-        family = OTHER_FAMILY  # timesteps depend on the image size, so rows of different sizes could not share a step
-    if spec and not scheduler:
-        raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
-    rules = _read_rules(family, path, name, inspect)
-    loras, windows = _read_loras(settings, family, name), _count_windows(settings, family, name)
-    weights = hash_files(path, components - SEPARATE, settings.variant)
-    return ModelCard(
-        name=_short_name(name) if settings.name else name,
-        path=path,
-        revision=path.name if repository else None,
-        variant=settings.variant,
-        family=family.name,
-        pipeline=index["_class_name"],
-        fingerprint=_fingerprint(weights, index, family, loras, windows),
-        scheduler=spec,
-        scheduler_name=str(spec) if spec else all_components["scheduler"][1] if scheduler else "None",
-        scheduler_fingerprint=digest([scheduler, str(spec)]),
-        checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant)
-        if "safety_checker" in components
-        else None,
-        loras=loras,
-        windows=windows,
-        **{field.name: getattr(rules, field.name) for field in fields(rules)},
-    )
+        fetch(repository, path, components, settings.variant)
+    check_weights(path, components, name, settings.variant)
+    refuse_code(path, components, name)
+    check_vocabularies(path, components, name)
+    check_configs(path, components, name, settings.variant, strict=index["_class_name"] in FAMILIES)
+    return _make_card(settings, path, path.name if repository else None, index, components, inspect)
 
 
 def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
-    """Return the model's folder, and its Hub repository if the other files may be missing."""
+    """Return the model's folder, and its Hub repository if files may have to be downloaded."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
-        raise ModelError(f"--revision {settings.revision} is for a Hugging Face id, and {path} is local")
+        raise ModelError(f"--revision {settings.revision} needs a Hugging Face id, but {path} is local")
     if settings.name is None:
         return DEMO_MODEL, None
     if path.is_dir():
@@ -96,45 +73,72 @@ def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
 
         return convert_once(path), None
     if settings.name.count("/") != 1 or settings.name.startswith((".", "/", "~")):
-        raise ModelError(f"no model folder at {settings.name}, and that is not a Hugging Face id (owner/name) either")
+        raise ModelError(f"{settings.name} is neither a model folder nor a Hugging Face id (owner/name)")
     from batch_infer.models.hub import fetch_index
 
     return fetch_index(settings.name, settings.revision), settings.name
 
 
-def _short_name(name: str) -> str:
+def _choose_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
+    """Map each component to load to its library and class. Raises ModelError if a required component is missing."""
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or not pipeline.isidentifier():
+        raise ModelError(f"{name} is a {pipeline}, but only pipeline classes of diffusers are supported")
+    family, components = FAMILIES.get(pipeline, OTHER_FAMILY), named_components(index, name)
+    skipped = family.skipped_components
+    if family.denoiser is not None:
+        components.setdefault(family.denoiser, ("", ""))  # model_index.json of DeciDiffusion does not name it
+    elif components.get("safety_checker") != SUPPORTED_CHECKER:
+        skipped |= CHECKER_COMPONENTS
+    if missing := family.required_components - components.keys():
+        raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")
+    return {component: value for component, value in components.items() if component not in skipped}
+
+
+def _make_card(
+    settings: ModelSettings,
+    path: Path,
+    revision: str | None,
+    index: Mapping[str, Any],
+    components: Mapping[str, tuple[str, str]],
+    inspect: Callable[[Path], SamplingRules] | None,
+) -> ModelCard:
+    """Describe a checkpoint whose files are complete and safe to load. Raises ModelError."""
+    spec, pipeline, name = settings.scheduler, index["_class_name"], settings.name or DEMO_NAME
+    family = FAMILIES.get(pipeline, OTHER_FAMILY)
+    scheduler = read_object(path / "scheduler" / "scheduler_config.json", name) if "scheduler" in components else {}
+    if scheduler.get("use_dynamic_shifting"):
+        family = OTHER_FAMILY  # timesteps depend on the image size, so rows of different sizes could not share a step
+    if spec and not scheduler:
+        raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
+    _check_options(settings, family, f"{name} is a {pipeline}")
+    rules = _read_rules(family, path, name, inspect)
+    loras = tuple(map(read_lora, settings.loras))
+    windows = WINDOWS if settings.long_prompts else 1
+    weights = hash_files(path, components.keys() - SEPARATE, settings.variant)
+    has_checker = "safety_checker" in components
+    return ModelCard(
+        **{field.name: getattr(rules, field.name) for field in fields(rules)},
+        name=_shorten(settings.name) if settings.name else name,
+        path=path,
+        revision=revision,
+        variant=settings.variant,
+        family=family.name,
+        pipeline=pipeline,
+        fingerprint=_fingerprint(weights, index, family, loras, windows),
+        scheduler=spec,
+        scheduler_name=str(spec) if spec else components["scheduler"][1] if scheduler else "None",
+        scheduler_fingerprint=digest([scheduler, str(spec)]),
+        checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant) if has_checker else None,
+        loras=loras,
+        windows=windows,
+    )
+
+
+def _shorten(name: str) -> str:
     """Return a folder's name, a file's name without its suffix, or a repository's id."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_dir() else path.stem if path.is_file() else name
-
-
-def _find_family(index: Mapping[str, Any], name: str) -> Family:
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or not pipeline.isidentifier():
-        raise ModelError(f"{name} is a {pipeline}, and only pipeline classes of diffusers are run")
-    return FAMILIES.get(pipeline, OTHER_FAMILY)
-
-
-def _choose_components(all_components: Mapping[str, tuple[str, str]], family: Family, name: str) -> set[str]:
-    """Return the names of the components to load. Raises ModelError if a required component is missing."""
-    components = set(all_components) - family.skipped_components
-    if family.denoiser is not None:
-        components.add(family.denoiser)  # model_index.json of DeciDiffusion does not name it
-    elif all_components.get("safety_checker") != SUPPORTED_CHECKER:
-        components -= CHECKER_COMPONENTS
-    if missing := family.required_components - components:
-        raise ModelError(f"{name}: model_index.json names no {', '.join(sorted(missing))}; is the folder complete?")
-    return components
-
-
-def _check(
-    path: Path, components: Mapping[str, tuple[str, str]], name: str, variant: str | None, *, strict: bool
-) -> None:
-    """Run all checks that need no loaded components. Raises ModelError."""
-    check_weights(path, components, name, variant)
-    refuse_code(path, components, name)
-    check_vocabularies(path, components, name)
-    check_configs(path, components, name, variant, strict=strict)
 
 
 def _read_rules(
@@ -148,32 +152,22 @@ def _read_rules(
         return rules
     if inspect is not None:
         return inspect(path)
-    from batch_infer.models.pipelines import inspect_pipeline
+    from batch_infer.models.any_pipeline import inspect_pipeline
 
     return inspect_pipeline(path)
 
 
-def _read_loras(settings: ModelSettings, family: Family, name: str) -> tuple[Lora, ...]:
-    if not settings.loras:
-        return ()
-    if not family.supports_lora:
-        raise ModelError(f"{name} is of the family {family.name}; --lora is for Stable Diffusion 1.x, 2.x and XL")
-    if find_spec("peft") is None:
-        raise ModelError("--lora needs peft: pip install 'batch-infer[lora]'")
-    return read_loras(settings.loras)
-
-
-def _count_windows(settings: ModelSettings, family: Family, name: str) -> int:
-    """Return how many windows of 77 tokens a prompt may fill. Raises ModelError if long prompts are unsupported."""
-    if not settings.long_prompts:
-        return 1
-    if not family.supports_long_prompts:
-        raise ModelError(
-            f"{name} is of the family {family.name}; --long-prompts is for Stable Diffusion and DeciDiffusion"
-        )
-    if find_spec("compel") is None:
-        raise ModelError("--long-prompts needs compel: pip install 'batch-infer[long-prompts]'")
-    return WINDOWS
+def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
+    """Raise ModelError if the family or this environment does not support --lora or --long-prompts."""
+    for option, is_set, flag, library in (
+        ("lora", settings.loras, "supports_lora", "peft"),
+        ("long-prompts", settings.long_prompts, "supports_long_prompts", "compel"),
+    ):
+        if is_set and not getattr(family, flag):
+            names = sorted({known.name for known in FAMILIES.values() if getattr(known, flag)})
+            raise ModelError(f"{model}; --{option} supports only the model families {', '.join(names)}")
+        if is_set and find_spec(library) is None:
+            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{option}]'")
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:

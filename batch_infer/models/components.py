@@ -1,8 +1,8 @@
-"""Parse the components in model_index.json, and refuse those that would run code from the checkpoint."""
+"""Parse the components in model_index.json and refuse components that would run code from the checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ VOCABULARIES = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"),
     "sentencepiece.bpe.model",
 )
-"""Vocabulary files. Every tokenizer has at least one of them."""
+"""Vocabulary files. A tokenizer needs at least one of them."""
 BPE_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 """Tokenizers that need tokenizer.json, or vocab.json with merges.txt."""
 BYTE_TOKENIZERS = ("ByT5Tokenizer",)
@@ -23,25 +23,25 @@ BYTE_TOKENIZERS = ("ByT5Tokenizer",)
 REFUSED_KEYS = {
     **dict.fromkeys(
         ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate"),
-        "names code to load",
+        "would run code",
     ),
-    **dict.fromkeys(("use_kernels", "kernel_config"), "requests kernels, which would be fetched and run"),
-    "attribute_map": "renames settings, so that one of these could pass under another name",
-    "transformers_weights": "names weights to load in place of those that are checked",
-    "gguf_file": "names a tokenizer to load in place of the one that is checked",
-    "audio_tokenizer": "names another model to load",
+    **dict.fromkeys(("use_kernels", "kernel_config"), "would fetch and run kernels"),
+    "attribute_map": "renames settings, which could hide any of these keys",
+    "transformers_weights": "would load unchecked weights",
+    "gguf_file": "would load an unchecked tokenizer",
+    "audio_tokenizer": "would load another model",
 }
-"""Effects of config keys that make a library run code from the checkpoint, or load unchecked files."""
+"""Effects of config keys that a library would obey by running code or loading unchecked files."""
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
-"""Suffixes of keys that may name a kernel, which transformers fetches from the Hub and runs."""
+"""Suffixes of keys whose value may name a kernel. transformers fetches the kernel from the Hub and runs it."""
 ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """Attention implementations that torch and transformers include."""
 QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum"}
-"""Packages that contain the kernels of a quantization method. Kernels for other methods come from the Hub."""
+"""Package with the kernels of each quantization method. Kernels for other methods come from the Hub."""
 
 
 def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
-    """Map each component in model_index.json to its library and class. Raises ModelError for other code."""
+    """Map each component in model_index.json to its library and class. Raises ModelError for any other class."""
     components = {}
     for key, value in index.items():
         match value:
@@ -49,12 +49,12 @@ def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str
                 continue
             case ["transformers", str(class_name)] if class_name.startswith("Auto"):
                 raise ModelError(
-                    f"{name}: {key} is any class that its folder names ({class_name}); name the class itself"
+                    f"{name}: {key} is of class {class_name}, which loads any class; name the component's class instead"
                 )
             case [str(library), str(class_name)] if key.isidentifier() and is_library(library):
                 components[key] = library, class_name
             case [*_] if not key.startswith("_"):
-                raise ModelError(f"{name}: {key} is {value}, and only classes of diffusers and transformers are run")
+                raise ModelError(f"{name}: {key} is {value}: only classes of diffusers and transformers are supported")
     return components
 
 
@@ -63,41 +63,37 @@ def is_library(name: str) -> bool:
 
     diffusers interprets any other name as a Python file in the model's folder.
     """
-    return name in COMPONENT_LIBRARIES or (name.isidentifier() and any(_find_pipelines(name)))
+    folder = diffusers_folder() / "pipelines" / name
+    return name in COMPONENT_LIBRARIES or (name.isidentifier() and (folder / "__init__.py").is_file())
 
 
-def _find_pipelines(name: str) -> Iterator[Path]:
-    """Yield diffusers' pipeline folder `name`, without importing it."""
+def diffusers_folder() -> Path:
+    """Return the folder of the diffusers package, without importing the package."""
     spec = find_spec("diffusers")
-    for package in (spec and spec.submodule_search_locations) or ():
-        folder = Path(package) / "pipelines" / name
-        if (folder / "__init__.py").is_file():
-            yield folder
+    return Path(str(spec and spec.origin)).parent
 
 
 def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
     """Raise ModelError for components that would run code or load unchecked weights.
 
-    A Python file named like a library would run instead of that library. transformers would run code named by
+    A Python file with the name of a library would run instead of the library. transformers would run code named by
     `auto_map`, and load an adapter if peft is installed.
     """
     for component in sorted(components):
         for file in (path / component).glob("*.json"):
             if file.name == "adapter_config.json":
-                raise ModelError(
-                    f"{name}: {component}/ holds an adapter; merge it into the weights, or give it with --lora"
-                )
+                raise ModelError(f"{name}: {component}/ contains an adapter; merge it into the weights, or use --lora")
             for settings in json_objects(read_json(file, name)):
                 _refuse_code_keys(settings, f"{name}: {component}/{file.name}")
         for file in (path / component).glob("*.py"):
             if is_library(file.stem):
-                raise ModelError(f"{name}: {component}/{file.name} is code, and would be run in place of {file.stem}")
+                raise ModelError(f"{name}: {component}/{file.name} is code that would run instead of {file.stem}")
 
 
 def _refuse_code_keys(settings: Mapping[str, Any], source: str) -> None:
     """Raise ModelError for a setting that makes a library fetch or run code."""
     for key, value in settings.items():
-        if not value or type(value) is int:  # a vocabulary maps words, such as these keys, to numbers
+        if not value or type(value) is int:  # a vocabulary maps words, even these keys, to numbers
             continue
         if key in REFUSED_KEYS:
             raise ModelError(
@@ -121,7 +117,7 @@ def _refuse_quantizer(settings: Any, source: str) -> None:
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
             f"{source} has quant_method {method!r}, which may fetch and run code; "
-            f"methods that can be loaded are {', '.join(QUANTIZERS)}. Use the checkpoint that is not quantized"
+            f"supported methods are {', '.join(QUANTIZERS)}. Use the unquantized checkpoint"
         )
     if find_spec(QUANTIZERS[method]) is None:
         package = "optimum-quanto" if method == "quanto" else method
@@ -138,6 +134,6 @@ def check_vocabularies(path: Path, components: Mapping[str, tuple[str, str]], na
             continue
         files = {file.name for file in (path / component).glob("*")}
         if class_name not in BYTE_TOKENIZERS and not files.intersection(VOCABULARIES):
-            raise ModelError(f"{name}: {component}/ holds none of {', '.join(VOCABULARIES)}; is the folder complete?")
+            raise ModelError(f"{name}: {component}/ has none of {', '.join(VOCABULARIES)}; is the folder complete?")
         if class_name in BPE_TOKENIZERS and "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
             raise ModelError(f"{name}: {component}/ lacks vocab.json or merges.txt; is the folder complete?")

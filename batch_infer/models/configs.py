@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from batch_infer.errors import ModelError
 from batch_infer.models.families import Family
-from batch_infer.models.untrusted import read_object, read_shapes
+from batch_infer.models.untrusted import choose_weights, json_objects, read_object, read_shapes
 
 MAX_IMAGE_SIDE = 8192
-"""Maximum image or latent side in the config of a network or image processor."""
+"""Maximum side of an image or latents in the config of a network or image processor."""
 MAX_SIZE = 1 << 24
 """Maximum for all other sizes, such as the positions of a language model."""
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
-"""Minimum length of a tokenized text: a start token, one token of text and an end token."""
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+"""Minimum number of tokens of a text: a start token, one token and an end token."""
 
 LAYER_COUNTS = {
     *("layers_per_block", "num_layers", "num_hidden_layers", "num_single_layers", "num_decoder_layers", "n_layers"),
     *("n_refiner_layers", "transformer_layers_per_block", "down_blocks_num_attentions", "down_blocks_num_resnets"),
     *("mid_num_resnets", "mid_num_attentions", "up_blocks_num_attentions", "depth"),
 }
-"""Keys that count layers. A layer has at least one tensor, so no count can exceed the number of tensors."""
+"""Keys that count layers. Each layer has a tensor, so no count can exceed the number of tensors."""
 SIDES = {"sample_size", "image_size", "crop_size", "pos_embed_max_size"}
 POSITIVE = {
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups", "patch_size"),
@@ -35,14 +37,27 @@ POSITIVE = {
     *("num_heads", "joint_attention_dim", "pooled_projection_dim", "caption_projection_dim"),
     *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
 }
-"""Keys whose values are positive whole numbers. Null means the default of the class."""
-LISTS = LAYER_COUNTS | {"block_out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads"}
-"""Keys whose values may be lists with one entry per level of the network."""
-NUMBERS = {
-    *("scaling_factor", "shift_factor", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rescale_factor"),
-    *("beta_start", "beta_end"),
+"""Keys whose values are positive whole numbers."""
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[int, Meta(ge=1)]
+Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(POSITIVE, Size),
+    **dict.fromkeys(
+        ("block_out_channels", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
+        Size | Annotated[list[Size], Meta(min_length=1)],
+    ),
+    **dict.fromkeys(LAYER_COUNTS, Count | Annotated[list[Count | list[Count]], Meta(min_length=1)]),
+    **dict.fromkeys(SIDES, Size | Annotated[list[Size], Meta(min_length=1, max_length=2)] | dict[str, Any]),
+    **dict.fromkeys(("shift_factor", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rescale_factor"), Number),
+    **dict.fromkeys(("beta_start", "beta_end"), Number),
+    **dict.fromkeys(("act_fn", "hidden_act", "beta_schedule", "timestep_spacing"), str),
+    "scaling_factor": Annotated[float, Meta(gt=0, le=1e6)],  # latents are divided by it
+    "prediction_type": Annotated[str, Meta(pattern="^(epsilon|sample|v_prediction|flow_prediction)$")],
+    "num_train_timesteps": Size,
+    "steps_offset": int,
 }
-TEXTS = {"act_fn", "hidden_act", "beta_schedule", "timestep_spacing", "prediction_type"}
+"""Types of values in the configs of model families. Lists have one entry per level of the network."""
 
 Fault = str | None
 
@@ -50,45 +65,40 @@ Fault = str | None
 def check_configs(path: Path, components: Iterable[str], name: str, variant: str | None, *, strict: bool) -> None:
     """Check the configs of the components to load. Raises ModelError naming the file and the key.
 
-    `strict` also checks types, and is for model families whose networks are known. Without it only sizes are checked,
-    so that no network requests more memory than can be allocated.
+    `strict` also checks types, and is for model families, whose networks are known. Without it only sizes are checked,
+    to bound the memory that networks allocate.
     """
     for component in sorted(components):
         folder = path / component
-        if (folder / "config.json").is_file():
-            fault_of = partial(_network_fault, read_shapes(folder, variant, name))
-            _check(folder / "config.json", name, fault_of, strict=strict)
-        for file in ("preprocessor_config.json", "scheduler_config.json"):
-            if (folder / file).is_file():
-                _check(folder / file, name, _size_fault, strict=strict)
-        if (folder / "tokenizer_config.json").is_file():
-            _check(folder / "tokenizer_config.json", name, _tokenizer_fault, strict=False)
+        files = choose_weights(folder.glob("*"), variant)
+        shapes = [shape for file in files for shape in read_shapes(file, f"{name}: {component}/{file.name}").values()]
+        find_network_fault = partial(_network_fault, shapes)
+        for file, find_fault in (
+            ("config.json", find_network_fault),
+            ("preprocessor_config.json", _size_fault),
+            ("scheduler_config.json", _size_fault),
+            ("tokenizer_config.json", _tokenizer_fault),
+        ):
+            document = read_object(folder / file, name) if (folder / file).is_file() else {}
+            for key, value in ((key, value) for settings in json_objects(document) for key, value in settings.items()):
+                fault = find_fault(key, value)
+                if strict and not fault and file != "tokenizer_config.json":
+                    fault = _type_fault(key, value)
+                if fault:
+                    raise ModelError(f"{name}: {component}/{file} has {key}={_shorten(value)}, but {fault}")
 
 
-def _check(path: Path, name: str, fault_of: Callable[[str, Any], Fault], *, strict: bool) -> None:
-    for key, value in _settings(read_object(path, name)):
-        if fault := fault_of(key, value) or (_type_fault(key, value) if strict else None):
-            raise ModelError(f"{name}: {path.parent.name}/{path.name} has {key}={_shorten(value)}, but {fault}")
-
-
-def _settings(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield all keys and values of a config and its nested configs (text_config, vision_config)."""
-    for key, value in document.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _settings(value)
-
-
-def _network_fault(shapes: Mapping[str, tuple[int, ...]], key: str, value: Any) -> Fault:
+def _network_fault(shapes: Sequence[tuple[int, ...]], key: str, value: Any) -> Fault:
     """Return why a network with these tensor shapes cannot have this value, or None."""
     if shapes:
-        longest = max((side for shape in shapes.values() for side in shape), default=0)
-        if key in LAYER_COUNTS and any(number > len(shapes) for number in _integers(value)):
-            return f"its weights are {len(shapes)} tensors"
+        longest = max((side for shape in shapes for side in shape), default=0)
+        too_many = any(number > len(shapes) for number in _integers(value)) if key in LAYER_COUNTS else False
+        if isinstance(value, list) and key.endswith(("_channels", "_types")):
+            too_many |= len(value) > len(shapes)
+        if too_many:
+            return f"its weights have only {len(shapes)} tensors"
         if key == "pos_embed_max_size" and any(number**2 > longest for number in _integers(value)):
-            return f"the largest tensor of its weights has a side of {longest}"
-        if isinstance(value, list) and key.endswith(("_channels", "_types")) and len(value) > len(shapes):
-            return f"its weights are {len(shapes)} tensors"
+            return f"the longest side of its tensors is {longest}"
     return _size_fault(key, value)
 
 
@@ -103,36 +113,15 @@ def _size_fault(key: str, value: Any) -> Fault:
     else:
         return None
     numbers = _integers([*value.values()] if isinstance(value, dict) else value)
-    return f"at most {maximum} can be used" if any(abs(number) > maximum for number in numbers) else None
+    return f"the maximum is {maximum}" if any(abs(number) > maximum for number in numbers) else None
 
 
 def _type_fault(key: str, value: Any) -> Fault:
-    """Return what the type or value should be, or None. Null is valid and means the default of the class."""
-    if value is None:
-        return None
-    if key in POSITIVE | LAYER_COUNTS:
-        minimum = 0 if key in LAYER_COUNTS else 1
-        parts = list(_flatten(value))
-        if isinstance(value, list) and key not in LISTS:
-            return "it should be a whole number"
-        if not parts or not all(type(part) is int and part >= minimum for part in parts):
-            return f"it should be a whole number of at least {minimum}"
-    if key in SIDES and not isinstance(value, dict):
-        parts = value if isinstance(value, list) else [value]
-        if len(parts) not in (1, 2) or not all(type(part) is int and part > 0 for part in parts):
-            return "it should be a whole number above 0, or two"
-    if key in NUMBERS and (type(value) not in (int, float) or not math.isfinite(value)):
-        return "it should be a finite number"
-    if key == "scaling_factor" and value == 0:
-        return "latents are divided by it"
-    if key == "prediction_type" and value not in PREDICTION_TYPES:
-        return f"it should be one of {', '.join(PREDICTION_TYPES)}"
-    if "train_timesteps" in key and (type(value) is not int or value < 1):
-        return "it should be a whole number above 0"
-    if key == "steps_offset" and type(value) is not int:
-        return "it should be a whole number"
-    if key in TEXTS and not isinstance(value, str):
-        return "it should be a text"
+    """Return why a value is invalid, or None. Null is valid and means the default of the class."""
+    try:
+        msgspec.convert(value, TYPES.get(key, Any) | None)
+    except msgspec.ValidationError as error:
+        return f"that is invalid: {error}"
     return None
 
 
@@ -170,63 +159,58 @@ def check_widths(path: Path, family: Family, name: str) -> None:
     denoiser = family.denoiser or ""
     network = _read_config(path, denoiser, name)
     network = network.get("configurations", network)
-    inputs, outputs = (_get(network, key, family.latent_channels) for key in ("in_channels", "out_channels"))
+    inputs, outputs = (network.get(key) or family.latent_channels for key in ("in_channels", "out_channels"))
     if inputs != outputs:
         raise ModelError(
-            f"{name}: its {denoiser} takes {inputs} channels and gives {outputs}, so it is not a text-to-image "
+            f"{name}: its {denoiser} has {inputs} input and {outputs} output channels, so it is not a text-to-image "
             "checkpoint"
         )
-    latents = _get(_read_config(path, "vae", name), "latent_channels", 4)
+    latents = _read_config(path, "vae", name).get("latent_channels") or 4
     _compare(name, f"{denoiser}/config.json has in_channels", inputs, "vae/config.json has latent_channels", latents)
-    encoders = [_text_config(_read_config(path, component, name)) for component in family.text_encoders]
-    width = sum(_get(encoder, "hidden_size", 512) for encoder in encoders)
+    encoders = [_read_text_config(path, component, name) for component in family.text_encoders]
+    width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if family.joint_attention:
         _check_joint_attention(path, network, encoders, name)
         return
-    expected = _get(network, "cross_attention_dim", 1280)
-    source = f"hidden_size of {' and '.join(family.text_encoders)} makes"
+    expected = network.get("cross_attention_dim") or 1280
+    source = f"the total hidden_size of {' and '.join(family.text_encoders)} is"
     for dim in expected if isinstance(expected, list) else [expected]:
         _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
 
 
-def _check_joint_attention(
-    path: Path, network: Mapping[str, Any], encoders: list[Mapping[str, Any]], name: str
-) -> None:
+def _check_joint_attention(path: Path, network: Mapping[str, Any], encoders: list[Any], name: str) -> None:
     """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
-    projection = sum(_get(encoder, "projection_dim", 512) for encoder in encoders)
-    pooled = _get(network, "pooled_projection_dim", 2048)
-    _compare(name, "transformer/config.json has pooled_projection_dim", pooled, "both projection_dim make", projection)
-    key, joint = "transformer/config.json has joint_attention_dim", _get(network, "joint_attention_dim", 4096)
+    projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
+    pooled = network.get("pooled_projection_dim") or 2048
+    key = "transformer/config.json has pooled_projection_dim"
+    _compare(name, key, pooled, "the total projection_dim of both text encoders is", projection)
+    key, joint = "transformer/config.json has joint_attention_dim", network.get("joint_attention_dim") or 4096
     if (path / "text_encoder_3").is_dir():
-        t5_width = _get(_read_config(path, "text_encoder_3", name), "d_model", 512)
+        t5_width = _read_config(path, "text_encoder_3", name).get("d_model") or 512
         _compare(name, key, joint, "text_encoder_3 has d_model", t5_width)
-    width = sum(_get(encoder, "hidden_size", 512) for encoder in encoders)
+    width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if width > joint:
-        _compare(name, key, joint, "two text encoders make", width)
+        _compare(name, key, joint, "the total hidden_size of both text encoders is", width)
+
+
+def _compare(name: str, key: str, value: Any, other: str, expected: Any) -> None:
+    if value != expected:
+        raise ModelError(
+            f"{name}: {key}={_shorten(value)}, but {other} {_shorten(expected)}; do these components belong together?"
+        )
 
 
 def _read_config(path: Path, component: str, name: str) -> dict[str, Any]:
     return read_object(path / component / "config.json", name)
 
 
-def _compare(name: str, key: str, value: Any, other: str, expected: Any) -> None:
-    if value != expected:
-        raise ModelError(
-            f"{name}: {key}={_shorten(value)}, but {other} {_shorten(expected)}; do its parts belong together?"
-        )
-
-
-def _get(config: Mapping[str, Any], key: str, default: int) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _read_text_config(path: Path, encoder: str, name: str) -> Mapping[str, Any]:
+    config = _read_config(path, encoder, name)
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def text_positions(path: Path, encoder: str, name: str) -> tuple[int, int]:
     """Return the numbers of positions and of token embeddings of a CLIP text encoder. Raises ModelError."""
-    config = _text_config(_read_config(path, encoder, name))
-    return _get(config, "max_position_embeddings", 77), _get(config, "vocab_size", 49408)
+    config = _read_text_config(path, encoder, name)
+    return config.get("max_position_embeddings") or 77, config.get("vocab_size") or 49408

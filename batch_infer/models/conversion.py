@@ -27,39 +27,39 @@ PIPELINES: dict[str, Any] = {
     "v2": StableDiffusionPipeline,
     "xl_base": StableDiffusionXLPipeline,
 }
-"""Pipeline class for each kind of checkpoint, as inferred by diffusers."""
+"""Pipeline class for each type of checkpoint that diffusers infers."""
 ABSENT_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components of the original repository that a single-file checkpoint does not contain."""
+"""Components of the original repository that a single file does not contain."""
 READING_ERRORS = (*LOADING_ERRORS, SingleFileComponentError)
 
 log = logging.getLogger("batch_infer")
 
 
-def convert(file: Path, header: Mapping[str, Any], folder: Path) -> None:
-    """Write a checkpoint's weights, and its original model's configs and vocabularies, as a diffusers folder.
+def convert(file: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Write a checkpoint's weights and its base model's configs and vocabularies as a diffusers folder.
 
-    `header` is the safetensors header of `file`. Configs and vocabularies, a few small files, come from the Hub or its
-    cache. Raises ModelError.
+    `shapes` are the tensor shapes of `file` by name. Configs and vocabularies, a few small files, come from the Hub or
+    its cache. Raises ModelError.
     """
-    kind = infer_kind(header)
+    kind = infer_kind(shapes)
     if kind not in PIPELINES:
-        raise ModelError(f"{file} is of the kind {kind}; only files of Stable Diffusion 1.x, 2.x and XL are converted")
-    if any(key.endswith("time_embed.cond_proj.weight") for key in header):
-        raise ModelError(f"{file} is a latent consistency model: give its diffusers folder, which names its scheduler")
+        raise ModelError(f"{file} is a {kind} checkpoint; only files of Stable Diffusion 1.x, 2.x and XL are converted")
+    if any(key.endswith("time_embed.cond_proj.weight") for key in shapes):
+        raise ModelError(f"{file} is a latent consistency model: use its diffusers folder, which names its scheduler")
     repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     _copy_configs(file, repository, folder)
     _write_networks(file, PIPELINES[kind], folder)
-    _set_scheduler(file, kind, header, folder)
+    _set_scheduler(file, kind, shapes, folder)
 
 
-def infer_kind(header: Mapping[str, Any]) -> str:
-    """Return the kind of checkpoint that diffusers infers from tensor names and shapes."""
-    tensors = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in header.items()}
+def infer_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the type of checkpoint that diffusers infers from tensor names and shapes."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return str(infer_diffusers_model_type(tensors))
 
 
 def _copy_configs(file: Path, repository: str, folder: Path) -> None:
-    """Copy only configs and vocabularies. The Hub's cache may also contain code and another checkpoint's weights."""
+    """Copy configs and vocabularies only. The Hub's cache may also contain code, and weights of the base model."""
     try:
         configs = fetch_configs(repository)
     except ModelError as error:
@@ -79,7 +79,7 @@ def _copy_configs(file: Path, repository: str, folder: Path) -> None:
 
 
 def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
-    """Write the weights but keep the original configs, because diffusers' configs name a path and a version."""
+    """Write the weights but not diffusers' configs, which contain a path and a version."""
     absent = dict.fromkeys(ABSENT_COMPONENTS[:2])
     try:
         pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **absent)
@@ -98,24 +98,24 @@ def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
 
 
 def _narrow(module: Any) -> Any:
-    """Convert to half precision if that is lossless, because diffusers widens half-precision weights."""
+    """Undo the widening of half-precision weights by diffusers, if the conversion is lossless."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in module.parameters()):
             return module.to(dtype)
     return module
 
 
-def _set_scheduler(file: Path, kind: str, header: Mapping[str, Any], folder: Path) -> None:
+def _set_scheduler(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Set velocity prediction if the checkpoint contains a tensor `v_pred`."""
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
-    if "v_pred" in header:
-        scheduler |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in header}
+    if "v_pred" in shapes:
+        scheduler |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in shapes}
         path.write_text(json.dumps(scheduler, indent=2), "utf-8")
     elif kind == "v2":
         log.warning(
-            "%s does not say what it predicts; assuming velocity, as Stable Diffusion 2.1 at 768x768 does. For a base "
-            "checkpoint add --scheduler %s:prediction_type=epsilon --height 512 --width 512",
+            "%s does not define its prediction type; assuming velocity, as in Stable Diffusion 2.1 at 768x768. For a "
+            "base checkpoint add --scheduler %s:prediction_type=epsilon --height 512 --width 512",
             file,
             scheduler["_class_name"],
         )

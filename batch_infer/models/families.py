@@ -18,22 +18,23 @@ if TYPE_CHECKING:
     from batch_infer.models.latent_diffusion import LatentDiffusion
 
 CHECKER_COMPONENTS = frozenset({"safety_checker", "feature_extractor"})
-"""Components of the safety checker."""
+"""Components of a checkpoint's safety checker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family: its components, its implementation and the defaults of diffusers' pipeline class.
+    """A model family: the components of its checkpoints, its implementation and its default parameters.
 
-    `implementation` is `module.Class` in this package. `skipped_components` are neither downloaded nor read.
-    `pixel_options` pairs each key of model_index.json that affects pixels with its default. `fingerprints_class`
-    includes the pipeline class in the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the
-    denoiser's config omits them. `joint_attention` means attention over text and image together (Stable Diffusion 3)
-    instead of cross-attention.
+    `implementation` is `module.Class` in this package. `pipeline_class` is the class to build in diffusers, if it is
+    not the class in model_index.json. `skipped_components` are neither downloaded nor read. `pixel_options` pairs each
+    key of model_index.json that affects pixels with its default. `fingerprints_class` includes the pipeline class in
+    the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the denoiser's config omits them.
+    `joint_attention` means attention over text and image together (Stable Diffusion 3) instead of cross-attention.
     """
 
     name: str
     implementation: str = ""
+    pipeline_class: str | None = None
     denoiser: str | None = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     skipped_components: frozenset[str] = frozenset()
@@ -54,20 +55,20 @@ class Family:
 
     @property
     def required_components(self) -> set[str]:
-        """Components that every checkpoint of this family must have."""
+        """Components that every checkpoint of the family has."""
         if self.denoiser is None:
             return set()
         return {self.denoiser, "vae", "scheduler", *self.text_encoders, *self.tokenizers}
 
     def make_rules(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> SamplingRules:
-        """Derive the sampling rules of checkpoint `name` from two configs. Raises ModelError if they lack the sizes."""
+        """Derive a checkpoint's sampling rules from two configs. Raises ModelError naming `name` if they lack sizes."""
         try:
             settings = denoiser.get("configurations", denoiser)
             native = settings.get("sample_size") or self.sample_size
             sizes = _size_rules({**settings, "sample_size": native}, 2 ** (len(vae["block_out_channels"]) - 1))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             source = f"{name}: {self.denoiser}/config.json or vae/config.json"
-            raise ModelError(f"{source} does not give the image sizes: {error}") from error
+            raise ModelError(f"{source} does not define the image size: {error}") from error
         is_embedded = denoiser.get("time_cond_proj_dim") is not None
         return SamplingRules(
             sizes,
@@ -81,11 +82,11 @@ class Family:
 
 
 def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
-    """Return the size rules in pixels. `factor` is the number of pixels per latent element along a side."""
+    """Return the size rules in pixels, for `factor` pixels per latent element along a side."""
     native = denoiser["sample_size"]
     height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
     if patch := denoiser.get("patch_size"):
-        # Position embeddings exist for at most this number of patches per side.
+        # The maximum side in pixels: each side has at most this number of position embeddings.
         largest = denoiser["pos_embed_max_size"] * patch * factor
         return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
     # In DeciDiffusion every down block halves the sides, in other UNets every block except the last.
@@ -98,7 +99,7 @@ _STABLE_DIFFUSION = Family(
 )
 FAMILIES = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
-    # Unlike StableDiffusionPipeline, this pipeline class does not correct old scheduler settings.
+    # Unlike StableDiffusionPipeline, this class does not correct old scheduler settings.
     "LatentConsistencyModelPipeline": replace(
         _STABLE_DIFFUSION, num_inference_steps=4, guidance_scale=8.5, fingerprints_class=True
     ),
@@ -106,7 +107,7 @@ FAMILIES = {
         "stable_diffusion_xl",
         "stable_diffusion_xl.StableDiffusionXL",
         text_encoders=("text_encoder", "text_encoder_2"),
-        # The image encoder is for image prompts, and diffusers' pipeline class has no safety checker.
+        # The image encoder reads image prompts, and diffusers' class has no safety checker.
         skipped_components=CHECKER_COMPONENTS | {"image_encoder"},
         pixel_options=(("force_zeros_for_empty_prompt", True),),
         guidance_scale=5.0,
@@ -129,6 +130,7 @@ FAMILIES = {
     "DeciDiffusionPipeline": Family(
         "decidiffusion",
         "decidiffusion.DeciDiffusion",
+        pipeline_class="StableDiffusionPipeline",
         denoiser="flexible_unet",
         skipped_components=frozenset({"unet"}),
         num_inference_steps=30,
@@ -137,11 +139,11 @@ FAMILIES = {
         supports_long_prompts=True,
     ),
 }
-"""Model families by the pipeline class in model_index.json."""
+"""Model families by pipeline class in model_index.json."""
 OTHER_FAMILY = Family(
     ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
 )
-"""Family of all other pipeline classes, which use pipeline-call batching. The image encoder is for image prompts."""
+"""Family of all other pipeline classes, which use pipeline-call batching. The image encoder reads image prompts."""
 
 
 def load_latent_diffusion(

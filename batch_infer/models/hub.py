@@ -1,18 +1,18 @@
-"""Download only the required files of a Hugging Face Hub repository."""
+"""Download only the required files from a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import CONFIG_SUFFIXES, choose_variant, is_loaded, refuse_pickles
+from batch_infer.models.untrusted import CONFIG_SUFFIXES, choose_variant, choose_weights, refuse_pickles
 
 INDEX = "model_index.json"
-TOKEN_HINT = "a private or gated model needs HF_TOKEN"
+TOKEN_HINT = "for a private or gated model set HF_TOKEN"
 
 log = logging.getLogger("batch_infer")
 
@@ -20,7 +20,7 @@ log = logging.getLogger("batch_infer")
 def fetch_index(name: str, revision: str | None) -> Path:
     """Download a repository's model_index.json unless it is cached, and return its folder in the local cache.
 
-    The folder's name is the commit of the revision. Raises ModelError.
+    The folder has the name of the revision's commit. Raises ModelError.
     """
     from huggingface_hub import hf_hub_download
 
@@ -34,12 +34,15 @@ def fetch(name: str, folder: Path, components: Collection[str], variant: str | N
     Components without weights of `variant` use their default weights. Raises ModelError, before any download, if a
     component is missing or has only pickled weights.
     """
-    files, note = _list(name, folder)
-    if variant and not any(choose_variant(_files_of(component, files), variant) for component in components):
+    files, note = _list_files(name, folder)
+    candidates = {
+        component: [file for file in files if file.parent == PurePosixPath(component)] for component in components
+    }
+    if variant and not any(choose_variant(component_files, variant) for component_files in candidates.values()):
         raise ModelError(f"{name} has no weights of variant {variant}{note}")
     chosen: list[str] = []
     for component in sorted(components):
-        chosen += _choose(component, files, variant, name, note)
+        chosen += _choose_files(component, candidates[component], variant, name, note)
     missing = [file for file in chosen if not (folder / file).is_file()]
     if missing:
         _download(name, folder.name, missing)
@@ -60,11 +63,11 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
 
 
-def _list(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
+def _list_files(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
     """Return the repository's files at the folder's commit. Offline, return local files and a note for messages."""
     import huggingface_hub
 
-    # The file list of a commit never changes, and later versions of the library cache it.
+    # The list of a commit never changes, and recent versions of the library cache it.
     if get_cached := getattr(huggingface_hub, "get_cached_repo_tree", None):
         with suppress(huggingface_hub.errors.CachedRepoTreeNotFoundError):
             return [PurePosixPath(file.path) for file in get_cached(name, revision=folder.name)], ""
@@ -77,15 +80,12 @@ def _list(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
         return local, f" in the local cache, and the Hub does not respond: {first_line(error)}"
 
 
-def _files_of(component: str, files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
-    return [file for file in files if file.parent == PurePosixPath(component)]
-
-
-def _choose(component: str, files: Iterable[PurePosixPath], variant: str | None, name: str, note: str) -> Iterator[str]:
+def _choose_files(
+    component: str, candidates: Sequence[PurePosixPath], variant: str | None, name: str, note: str
+) -> Iterator[str]:
     """Yield the paths of the files to load for a component. Raises ModelError if files are missing."""
-    candidates = _files_of(component, files)
     refuse_pickles(component, candidates, name)
-    weights = [file for file in candidates if is_loaded(file, choose_variant(candidates, variant))]
+    weights = choose_weights(candidates, variant)
     has_config = any(file.name == "config.json" for file in candidates)
     if not candidates or bool(weights) != has_config:
         missing = "safetensors" if has_config else "config.json" if weights else "files"
@@ -96,7 +96,7 @@ def _choose(component: str, files: Iterable[PurePosixPath], variant: str | None,
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Convert errors of the Hub's library to ModelError."""
+    """Re-raise errors of the Hub's library as ModelError."""
     from huggingface_hub import errors
 
     try:
@@ -107,7 +107,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"the Hugging Face Hub has no {name}, or does not show it ({TOKEN_HINT})") from error
+        raise ModelError(f"{name} is not on the Hugging Face Hub, or is private ({TOKEN_HINT})") from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision}") from error
     except errors.LocalEntryNotFoundError as error:
@@ -120,38 +120,34 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-class _RetryFilter(logging.Filter):
-    """Logs one line for all retries instead of the two lines per retry that the Hub's library writes."""
+@contextmanager
+def _one_line_for_retries() -> Iterator[None]:
+    """Log one line for all retries, because the Hub's library logs two lines for each."""
+    is_logged = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._is_logged = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def replace_line(record: logging.LogRecord) -> bool:
+        nonlocal is_logged
         reason, is_failure, _ = record.getMessage().partition(" thrown while requesting ")
-        if is_failure and not self._is_logged:
-            self._is_logged = True
+        if is_failure and not is_logged:
+            is_logged = True
             log.warning("the Hugging Face Hub does not respond (%s); retrying", reason.strip("'"))
         return not is_failure and "[Retry " not in reason
 
-
-@contextmanager
-def _one_line_for_retries() -> Iterator[None]:
-    logger, retry_filter = logging.getLogger("huggingface_hub.utils._http"), _RetryFilter()
-    logger.addFilter(retry_filter)
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(replace_line)
     try:
         yield
     finally:
-        logger.removeFilter(retry_filter)
+        logger.removeFilter(replace_line)
 
 
 def _http_errors() -> tuple[type[Exception], ...]:
-    """Return OSError, ValueError and the errors of the HTTP library, which depends on the huggingface_hub version."""
+    """Return OSError, ValueError and the errors of the HTTP library that this version of huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (*HfHubHTTPError.__bases__, ValueError)
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of the error's cause, if any, because the Hub's library itself gives no reason."""
+    """Return the message of the error's cause, if any: messages of the Hub's library give no reason."""
     return first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error).rstrip(".")

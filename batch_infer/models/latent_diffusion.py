@@ -1,4 +1,4 @@
-"""The base class of model families with step-level batching, and a cache of prompt embeddings."""
+"""Load and run checkpoints with step-level batching, and cache prompt embeddings."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import torch
 
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
+from batch_infer.models.families import FAMILIES
 from batch_infer.models.loading import load_checker, load_pipeline
-from batch_infer.models.lora import fuse_loras
+from batch_infer.models.lora import fuse_lora
 from batch_infer.models.schedulers import make_solver
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
 
 TEXT_BATCH = 8
-"""Number of texts in every text encoder call, after padding: another batch size changes embeddings by 1e-8."""
+"""Number of texts per text encoder call, after padding. Other batch sizes change embeddings by 1e-8."""
 CACHE_BYTES = 128 << 20
-"""Maximum bytes of cached embeddings on the device: about 1,000 half-precision texts of Stable Diffusion, 48 of 3.5."""
+"""Maximum bytes of cached embeddings on the device: in half precision, 1,000 texts of Stable Diffusion or 48 of 3.5."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """A row's token count and its denoiser inputs other than the sample.
 
-    `context` is conditional and, with guidance, also unconditional. `prompt_tokens` excludes start, end and padding
-    tokens. `prompt_truncated` is True if the text encoder drops tokens. Unknown values are None.
+    `context` is the conditional context and, with guidance, the unconditional one. `prompt_tokens` excludes start, end
+    and padding tokens. `prompt_truncated` is True if the text encoder drops tokens. Unknown values are None.
     """
 
     context: tuple[Context, Context | None]
@@ -39,23 +40,23 @@ class Conditioning:
 
 
 class EmbeddingCache:
-    """Caches the most recently used embeddings, for rows that share a prompt or the empty negative prompt."""
+    """Caches the most recently used embeddings for rows with equal prompts or negative prompts."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
         self._contexts: OrderedDict[str, Context] = OrderedDict()
 
     def get(self, texts: Iterable[str], encode: Callable[[Sequence[str]], Iterable[Context]]) -> Mapping[str, Context]:
-        """Map texts to their embeddings. Every call of `encode` gets TEXT_BATCH texts."""
+        """Map texts to their embeddings, with TEXT_BATCH texts per call of `encode`."""
         requested = set(texts)
         for text in requested & self._contexts.keys():
             self._contexts.move_to_end(text)
         missing = sorted(requested - self._contexts.keys())
         for start in range(0, len(missing), TEXT_BATCH):
             batch = missing[start : start + TEXT_BATCH]
-            padded = batch + [""] * (TEXT_BATCH - len(batch))
-            for text, context in zip(batch, encode(padded), strict=False):
-                # A view would keep the whole batch in memory.
+            padding = [""] * (TEXT_BATCH - len(batch))
+            for text, context in zip(batch, encode(batch + padding), strict=False):
+                # A view would retain the memory of the whole batch.
                 self._contexts[text] = {name: part.clone() for name, part in context.items()}
                 self._bytes += _count_bytes(self._contexts[text])
         embeddings = {text: self._contexts[text] for text in requested}
@@ -69,27 +70,27 @@ def _count_bytes(context: Context) -> int:
 
 
 class LatentDiffusion:
-    """A loaded checkpoint. Every method computes with a fixed, padded batch shape for any number of rows.
+    """A loaded checkpoint. Batch shapes are fixed, with padding, so that a row does not depend on others.
 
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
     """
 
     absent_components: ClassVar[Mapping[str, Any]] = {}
-    """Constructor arguments that replace pipeline components that are not loaded."""
+    """Arguments of the pipeline's constructor for components that are not loaded."""
     begin_index: ClassVar[int | None] = None
-    """The begin index that diffusers' pipeline sets, None if its scheduler searches for the index."""
+    """The scheduler's begin index in diffusers' pipeline, None if the scheduler searches for it."""
 
     def __init__(
         self, pipeline: Any, denoiser: Any, device: torch.device, dtype: torch.dtype, windows: int = 1
     ) -> None:
-        """`pipeline` contains all components except the denoiser, which may be a class outside diffusers."""
+        """`pipeline` contains all components except `denoiser`, whose class may be unknown to diffusers."""
         self.pipeline, self.denoiser, self.device, self.dtype = pipeline, denoiser, device, dtype
         self.solver = make_solver(pipeline.scheduler, self.begin_index)
         self.safety_checker: Any | None = getattr(pipeline, "safety_checker", None)
         self.feature_extractor: Any | None = getattr(pipeline, "feature_extractor", None)
         self._vae = pipeline.vae
         self._embeddings = EmbeddingCache()
-        # Excludes tokenizer_3: T5 sees text beyond the limit of the CLIP tokenizers, which count alike.
+        # Not tokenizer_3: T5 reads tokens beyond the limit of the CLIP tokenizers.
         tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
@@ -105,24 +106,21 @@ class LatentDiffusion:
         modules = {**cls.absent_components, **modules}
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
-        pipeline = load_pipeline(cls.pipeline_class(card), card, modules)
-        fuse_loras(pipeline, card.loras, card.name)
+        pipeline = load_pipeline(_pipeline_class(card), card.path, modules, card.scheduler)
+        for lora in card.loras:
+            fuse_lora(pipeline, lora, card.name)
         pipeline.to(device)
         return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
-        """Load the full pipeline's sampler without its networks. Raises ModelError."""
-        pipeline_type = cls.pipeline_class(card)
-        arguments = inspect.signature(pipeline_type).parameters.values()
-        components = [argument.name for argument in arguments if argument.default is argument.empty]
-        absent = {**dict.fromkeys(name for name in components if name != "scheduler"), **cls.absent_components}
-        return make_solver(load_pipeline(pipeline_type, card, absent).scheduler, cls.begin_index)
-
-    @classmethod
-    def pipeline_class(cls, card: ModelCard) -> Any:
-        """Return the diffusers pipeline class for the networks."""
-        return getattr(diffusers, card.pipeline)
+        """Load the sampler of the full pipeline without networks. Raises ModelError."""
+        pipeline_type = _pipeline_class(card)
+        parameters = inspect.signature(pipeline_type).parameters
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        absent = {name: None for name in required if name != "scheduler"}
+        pipeline = load_pipeline(pipeline_type, card.path, {**absent, **cls.absent_components}, card.scheduler)
+        return make_solver(pipeline.scheduler, cls.begin_index)
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -131,7 +129,7 @@ class LatentDiffusion:
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:
-        """Networks that can be compiled, because they are called with one fixed shape per image size."""
+        """Networks with one fixed input shape per image size, which can be compiled."""
         return self.denoiser, self._vae.decoder
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -148,20 +146,19 @@ class LatentDiffusion:
         counts = self._counter.count([request.prompt for request in requests])
         conditionings = []
         for request, text, count in zip(requests, negatives, counts, strict=True):
-            prompt, extra, negative = embeddings[request.prompt], self._make_inputs(request.params), None
-            if request.params.uses_guidance:
-                if text is None:
-                    unconditional: Context = {name: torch.zeros_like(part) for name, part in prompt.items()}
-                else:
-                    unconditional = embeddings[text]
-                negative = {**unconditional, **extra}
+            prompt, extra = embeddings[request.prompt], self._make_inputs(request.params)
+            unconditional: Context | None = None
+            if text is not None:
+                unconditional = {**embeddings[text], **extra}
+            elif request.params.uses_guidance:
+                unconditional = {**{name: torch.zeros_like(part) for name, part in prompt.items()}, **extra}
             truncated = count > self._counter.max_tokens
-            conditionings.append(Conditioning(({**prompt, **extra}, negative), count, truncated))
+            conditionings.append(Conditioning(({**prompt, **extra}, unconditional), count, truncated))
         return conditionings
 
     @torch.inference_mode()
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        """Evaluate the denoiser once for all slots: sample (N, C, h, w), timestep (N,), context tensors (N, ...)."""
+        """Evaluate the denoiser for all slots at once: sample (N, C, h, w), timestep (N,), context tensors (N, ...)."""
         output: torch.Tensor = self.denoiser(sample, timestep=timestep, **context, return_dict=False)[0]
         return output
 
@@ -176,13 +173,13 @@ class LatentDiffusion:
         raise NotImplementedError
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return the text for the unconditional input of a row with guidance, None for zeros."""
+        """Return the text of the unconditional context of a row with guidance, or None for zeros."""
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Return a row's other denoiser inputs: the guidance scale if it is embedded (Meng et al., arXiv 2210.03142).
+        """Return the inputs of a row besides texts: the embedded guidance scale (Meng et al., arXiv 2210.03142).
 
-        The scale starts at 1 in diffusers and at 0 in these UNets.
+        The scale starts at 1 in diffusers but at 0 in these UNets.
         """
         width = getattr(self.denoiser.config, "time_cond_proj_dim", None)
         if width is None:
@@ -192,6 +189,10 @@ class LatentDiffusion:
         return {"timestep_cond": embedding[0].to(self.device, self.dtype)}
 
     def _unscale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the latents with the scale and offset that the VAE's decoder expects."""
+        """Rescale latents for the VAE's decoder."""
         scaled: torch.Tensor = latents / self._vae.config.scaling_factor
         return scaled
+
+
+def _pipeline_class(card: ModelCard) -> Any:
+    return getattr(diffusers, FAMILIES[card.pipeline].pipeline_class or card.pipeline)

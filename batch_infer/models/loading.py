@@ -1,4 +1,4 @@
-"""Load networks, safety checkers and diffusers pipelines, and refuse incomplete checkpoints."""
+"""Load networks, safety checkers and diffusers pipelines, and refuse incomplete weights."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
-from batch_infer.models.untrusted import LoadingErrors, variant_of
+from batch_infer.models.untrusted import LoadingErrors, choose_variant
+from batch_infer.settings import SchedulerSpec
 
-# These progress bars would interleave with batch-infer's.
+# These progress bars would disturb those of batch-infer.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 COMPUTED_SUFFIX = "position_ids"
-"""Name suffix of buffers that earlier versions of transformers saved; released checkpoints contain them."""
+"""Suffix of the names of buffers that earlier versions of transformers saved with released checkpoints."""
 
 
-def load_module(component_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
-    """Load a component in a dtype. Raises ModelError, also for missing and unexpected weights."""
-    # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
-    network = load_network(component_type, card, name)
-    with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
-        return network.to(dtype)
+def load_components(classes: Mapping[str, Any], card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
+    """Load components of the given classes in a dtype. Raises ModelError, also for missing and unexpected weights."""
+    components = {}
+    for name, component_type in classes.items():
+        # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
+        component = load_network(component_type, card, name)
+        with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
+            components[name] = component.to(dtype)
+    return components
 
 
 def load_network(component_type: Any, card: ModelCard, name: str, **options: Any) -> Any:
     """Load a component with options of its library. Raises ModelError, also for missing and unexpected weights.
 
     diffusers and transformers silently initialize missing weights at random. A safety checker would then flag images
-    at random or never.
+    at random, or none.
     """
     folder = card.path / name
     with LoadingErrors(folder):
         module, info = component_type.from_pretrained(
-            folder, variant=variant_of(folder, card.variant), use_safetensors=True, local_files_only=True,
+            folder, variant=choose_variant(folder.glob("*"), card.variant), use_safetensors=True, local_files_only=True,
             output_loading_info=True, **options,
         )  # fmt: skip
     refuse_unmatched_weights(folder, info["missing_keys"], info["unexpected_keys"])
@@ -52,18 +56,18 @@ def load_network(component_type: Any, card: ModelCard, name: str, **options: Any
 
 
 def refuse_unmatched_weights(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ModelError if a checkpoint lacks tensors of the network or has additional tensors."""
-    additional = [key for key in unexpected if not key.endswith(COMPUTED_SUFFIX)]
-    for keys, verb in ((sorted(missing), "lacks"), (sorted(additional), "holds, besides its network's,")):
+    """Raise ModelError for missing and unexpected tensors."""
+    unexpected = [key for key in unexpected if not key.endswith(COMPUTED_SUFFIX)]
+    for keys, verb, adjective in ((sorted(missing), "lacks", ""), (sorted(unexpected), "has", "unexpected ")):
         if keys:
             names = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-            tensors = "1 tensor" if len(keys) == 1 else f"{len(keys)} tensors"
-            raise ModelError(f"{folder} {verb} {tensors} ({names}); is the checkpoint complete and of this class?")
+            count = f"{len(keys)} {adjective}tensor{'s' if len(keys) > 1 else ''}"
+            raise ModelError(f"{folder} {verb} {count} ({names}); is the checkpoint complete and of this class?")
 
 
 def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a checkpoint's safety checker and its image processor. Raises ModelError."""
-    checker = load_module(StableDiffusionSafetyChecker, card, "safety_checker", dtype)
+    checker = load_components({"safety_checker": StableDiffusionSafetyChecker}, card, dtype)["safety_checker"]
     folder = card.path / "feature_extractor"
     with LoadingErrors(folder):
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -71,31 +75,30 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     side = checker.config.vision_config.image_size
     if pixels.shape != (1, 3, side, side) or not pixels.isfinite().all():
         raise ModelError(
-            f"{folder}/preprocessor_config.json makes images of shape {list(pixels.shape[1:])}, and the safety checker "
-            f"takes finite ones of {[3, side, side]} (crop_size, size, image_mean, image_std)"
+            f"{folder}/preprocessor_config.json makes images of shape {list(pixels.shape[1:])}, but the safety checker "
+            f"takes finite images of shape {[3, side, side]} (crop_size, size, image_mean, image_std)"
         )
     return checker.to(device), processor
 
 
-def load_pipeline(pipeline_type: Any, card: ModelCard, modules: Mapping[str, Any]) -> Any:
-    """Build a diffusers pipeline from loaded components and the requested scheduler. Raises ModelError."""
-    pipeline = make_pipeline(pipeline_type, card.path, modules)
-    if card.scheduler is not None:
-        pipeline.scheduler = build_scheduler(card.scheduler, pipeline.scheduler)
-    return pipeline
+def load_pipeline(
+    pipeline_type: Any, path: Path, modules: Mapping[str, Any], scheduler: SchedulerSpec | None = None
+) -> Any:
+    """Build a diffusers pipeline from loaded components and, if requested, another scheduler. Raises ModelError.
 
-
-def make_pipeline(pipeline_type: Any, path: Path, modules: Mapping[str, Any]) -> Any:
-    """Build a diffusers pipeline from loaded components; diffusers loads the remaining ones. Raises ModelError."""
+    diffusers loads components that are not in `modules`.
+    """
     with LoadingErrors(path):
         pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
+    if scheduler is not None:
+        pipeline.scheduler = build_scheduler(scheduler, pipeline.scheduler)
     for suffix in ("", "_2", "_3"):
         _limit_tokenizer(pipeline, path, suffix)
     return pipeline
 
 
 def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
-    """Limit a tokenizer to its text encoder's length, which pipelines read from the tokenizer. Raises ModelError."""
+    """Limit a tokenizer, whose length pipelines use, to the length of its text encoder. Raises ModelError."""
     tokenizer: Any = getattr(pipeline, f"tokenizer{suffix}", None)
     encoder: Any = getattr(pipeline, f"text_encoder{suffix}", None)
     if not hasattr(tokenizer, "model_max_length") or encoder is None:

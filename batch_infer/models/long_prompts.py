@@ -1,13 +1,14 @@
 """Encode prompts of more than 77 tokens and weighted words with compel, in consecutive windows of 77 tokens.
 
-Each window is encoded in a separate call. As in compel, a row is padded to the same number of windows with the empty
-prompt, so that no shape depends on other rows or on the length of a prompt.
+Each window is encoded in a separate call. Every text is padded with the empty prompt, as in compel, to the same number
+of windows, so that no shape depends on other rows or on the length of a prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from batch_infer.models.tokens import WINDOWS
 SYNTAX = frozenset('()"+-\\')
 """Characters of the weight syntax. Texts without them skip the slow parser."""
 SPECIAL = "<|"
-"""Prefix of special tokens. In a text they would shift the weights."""
+"""Prefix of special tokens, which would shift the weights in a text."""
 MAX_PARENTHESES = 16
 MAX_CHARACTERS = 5000
-"""Maximum nesting of parentheses and maximum length of a parsed text, to bound the parser's stack and time."""
+"""Maximum nesting and length of a parsed text, to bound the stack and the time of the parser."""
 PARSE_CACHE_SIZE = 1024
 SYNTAX_ERRORS = (ParseBaseException, PromptParser.ParsingException, IndexError, RecursionError)
-"""Parser errors for texts in another syntax."""
+"""Errors of the parser for texts in another syntax."""
 
 Piece = tuple[str, float]
 
@@ -57,7 +58,12 @@ class LongPrompts:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return each text's token count without weights, start, end and padding tokens."""
-        return [max(_count(provider, read_weights(text)) for provider in self._providers) for text in texts]
+        counts = []
+        for text in texts:
+            pieces = [piece for piece, _ in read_weights(text)]
+            ids = [provider.get_token_ids(pieces, include_start_and_end_markers=False) for provider in self._providers]
+            counts.append(max(sum(map(len, piece_ids)) for piece_ids in ids))
+        return counts
 
     def __call__(self, texts: Sequence[str]) -> list[Context]:
         """Return an embedding (WINDOWS * 77, width) per text, with a pooled embedding if there are two encoders."""
@@ -73,7 +79,7 @@ class LongPrompts:
         return context
 
     def _encode_windows(self, provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> torch.Tensor:
-        # The text is cut within an additional window, which is dropped, so that the cut affects no other tokens.
+        # The text is cut in an additional window, which is dropped, so that the cut affects no other tokens.
         texts, weights = zip(*_cut(provider, pieces, (WINDOWS + 1) * (self._window - 2)), strict=True)
         device = provider.device
         if set(weights) == {1.0}:
@@ -90,10 +96,12 @@ class LongPrompts:
 def read_weights(text: str) -> tuple[Piece, ...]:
     """Split a text into weighted pieces: `(word)1.2`, `word++`, `(two words)0.8`, `\\(` for a parenthesis.
 
-    A text in another syntax, or with other features of compel, becomes one literal piece.
+    A text in another syntax, or one that uses other features of compel, is one literal piece.
     """
     literal = ((text, 1.0),)
-    if not SYNTAX.intersection(text) or SPECIAL in text or len(text) > MAX_CHARACTERS or _depth(text) > MAX_PARENTHESES:
+    depths = accumulate((character == "(") - (character == ")") for character in text)
+    is_too_complex = len(text) > MAX_CHARACTERS or max(depths, default=0) > MAX_PARENTHESES
+    if not SYNTAX.intersection(text) or SPECIAL in text or is_too_complex:
         return literal
     try:
         conjunction = _parser().parse_conjunction(text)
@@ -107,22 +115,9 @@ def read_weights(text: str) -> tuple[Piece, ...]:
 
 @cache
 def _parser() -> PromptParser:
-    # Without a cache, parsing time doubles with every nested parenthesis: ten take minutes.
+    # Without a cache, each nested parenthesis doubles the parsing time: ten take minutes.
     ParserElement.enable_packrat(cache_size_limit=None)
     return PromptParser()
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _count(provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> int:
-    texts = [text for text, _ in pieces]
-    return sum(map(len, provider.get_token_ids(texts, include_start_and_end_markers=False)))
 
 
 def _cut(provider: EmbeddingsProvider, pieces: Iterable[Piece], budget: int) -> list[Piece]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_header
+from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_shapes
 from batch_infer.settings import LoraSpec
 
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
-"""Substrings of a LoRA's tensor names. The last two belong to LoHa and LoKr."""
+"""Substrings of a LoRA's tensor names. The last two are of LoHa and LoKr."""
 UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Name substrings of tensors that diffusers ignores, or adds to weights that these families lack."""
+"""Substrings of the names of tensors that diffusers ignores, or adds to weights that these families lack."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
-"""Name suffixes of full weights and full differences, which diffusers also ignores."""
+"""Suffixes of the names of full weights and full differences, which diffusers also ignores."""
 ADAPTER = "lora"
 
-# This module logs why a LoRA does not fit, and raises an error with the same text.
+# diffusers logs why a LoRA does not fit, and raises an error with the same text.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
@@ -39,60 +39,46 @@ class Lora:
 
 def is_lora(names: Collection[str]) -> bool:
     """Return whether any tensor name belongs to a LoRA."""
-    return any(mark in name for name in names for mark in NAME_PARTS)
+    return any(part in name for name in names for part in NAME_PARTS)
 
 
-def read_loras(specs: Sequence[LoraSpec]) -> tuple[Lora, ...]:
-    """Read the headers of LoRA files. Raises ModelError for missing, damaged and unsupported files."""
-    return tuple(map(_read, specs))
-
-
-def _read(spec: LoraSpec) -> Lora:
+def read_lora(spec: LoraSpec) -> Lora:
+    """Read the header of a LoRA file. Raises ModelError for a missing, damaged or unsupported file."""
     path = Path(spec.file).expanduser().absolute()
     if not path.is_file():
         raise ModelError(f"--lora {spec.file}: there is no such file")
-    names = read_header(path, str(path)).keys()
+    names = read_shapes(path, str(path)).keys()
     if not is_lora(names):
         raise ModelError(f"{path} is not a LoRA: none of its tensors has a LoRA's name")
     for name in names:
-        if name.endswith(UNSUPPORTED_SUFFIXES) or any(mark in name for mark in UNSUPPORTED_NAME_PARTS):
+        if name.endswith(UNSUPPORTED_SUFFIXES) or any(part in name for part in UNSUPPORTED_NAME_PARTS):
             raise ModelError(
-                f"{path} holds {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
+                f"{path} contains {name}: only plain LoRA is supported, not DoRA, LoHa, LoKr or full differences"
             )
     return Lora(path, spec.weight, hash_file(path), sum(not name.endswith("alpha") for name in names))
 
 
-def fuse_loras(pipeline: Any, loras: Sequence[Lora], model: str) -> None:
-    """Fuse LoRAs into the weights of a loaded pipeline, in order. Raises ModelError for a LoRA that does not fit.
+def fuse_lora(pipeline: Any, lora: Lora, model: str) -> None:
+    """Fuse a LoRA into the weights of a loaded pipeline. Raises ModelError if the LoRA does not fit.
 
     The loaded tensors are counted, because diffusers silently drops tensors that do not match the model.
     """
-    for lora in loras:
-        try:
-            pipeline.load_lora_weights(
-                str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
-                local_files_only=True,
-            )  # fmt: skip
-        except LOADING_ERRORS as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise _misfit_error(lora, model, reason) from error
-        loaded = _count_loaded(pipeline)
-        if loaded != lora.tensors:
-            raise _misfit_error(lora, model, f"{loaded} of its {lora.tensors} tensors have a place in it")
-        pipeline.set_adapters(ADAPTER, lora.weight)
-        try:
-            pipeline.fuse_lora(safe_fusing=True)
-        except ValueError as error:
-            raise ModelError(f"{lora.path} could not be added to {model}: {first_line(error)}") from error
-        pipeline.unload_lora_weights()
-
-
-def _count_loaded(pipeline: Any) -> int:
-    """Count the adapter's tensors in the pipeline's networks."""
+    misfit = f"{lora.path} does not fit {model}; was it made for another family?"
+    try:
+        pipeline.load_lora_weights(
+            str(lora.path.parent), weight_name=lora.path.name, adapter_name=ADAPTER, use_safetensors=True,
+            local_files_only=True,
+        )  # fmt: skip
+    except LOADING_ERRORS as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ModelError(f"{misfit} ({reason})") from error
     networks = [network for network in pipeline.components.values() if hasattr(network, "named_parameters")]
-    names = [name for network in networks for name, _ in network.named_parameters()]
-    return sum(f".{ADAPTER}." in name for name in names)
-
-
-def _misfit_error(lora: Lora, model: str, reason: str) -> ModelError:
-    return ModelError(f"{lora.path} does not fit {model}; was it made for another family? ({reason})")
+    loaded = sum(f".{ADAPTER}." in name for network in networks for name, _ in network.named_parameters())
+    if loaded != lora.tensors:
+        raise ModelError(f"{misfit} (only {loaded} of its {lora.tensors} tensors match the model)")
+    pipeline.set_adapters(ADAPTER, lora.weight)
+    try:
+        pipeline.fuse_lora(safe_fusing=True)
+    except ValueError as error:
+        raise ModelError(f"{lora.path} cannot be added to {model}: {first_line(error)}") from error
+    pipeline.unload_lora_weights()

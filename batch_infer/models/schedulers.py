@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 from difflib import get_close_matches
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.errors import ModelError
+from batch_infer.models.components import diffusers_folder
 from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, describe
 from batch_infer.settings import SHORT_NAMES, SchedulerSpec
 
@@ -24,7 +24,7 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
     options = _list_arguments(classes[spec.name], spec.name, "__init__")
     for key, _ in spec.options:
-        if key not in options:  # from_config would ignore it
+        if key not in options:  # which from_config would ignore
             matches = get_close_matches(key, options, n=1)
             hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(options)}"
             if key in _list_arguments(classes[spec.name], spec.name, "step"):
@@ -41,11 +41,11 @@ def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
     if backends := getattr(scheduler_type, "_backends", None):
         raise ModelError(f"{spec.name} needs {' and '.join(backends)}: pip install {' '.join(backends)}")
     if not (isinstance(scheduler_type, type) and issubclass(scheduler_type, diffusers.SchedulerMixin)):
-        raise ModelError(f"diffusers keeps its scheduler {spec.name} for one of its own pipelines; choose another")
+        raise ModelError(f"{spec.name} works only in one of diffusers' pipelines; choose another scheduler")
     try:
         scheduler: Any = cast(Any, scheduler_type).from_config(original.config, **dict(spec.options))
     except LOADING_ERRORS as error:
-        raise ModelError(f"{spec} cannot be built on this model's scheduler settings: {describe(error)}") from error
+        raise ModelError(f"{spec} cannot be built from this model's scheduler settings: {describe(error)}") from error
     if _is_flow(scheduler) != _is_flow(original):
         objective = "flow matching" if _is_flow(original) else "denoising"
         name = type(original).__name__
@@ -73,7 +73,7 @@ def _suggest(name: str, classes: dict[str, Path]) -> str:
     matches += get_close_matches(_stem(name), by_stem, n=3, cutoff=0.7)
     if matches:
         return f"did you mean {' or '.join(by_stem[stem] for stem in list(dict.fromkeys(matches))[:3])}?"
-    return f"short names are {', '.join(SHORT_NAMES)}; or give a class of diffusers, such as UniPCMultistepScheduler"
+    return f"short names are {', '.join(SHORT_NAMES)}; or use a class of diffusers, such as UniPCMultistepScheduler"
 
 
 def _stem(name: str) -> str:
@@ -83,10 +83,8 @@ def _stem(name: str) -> str:
 @cache
 def _find_classes() -> dict[str, Path]:
     """Map each scheduler class to its source file."""
-    spec = find_spec("diffusers")
-    folders = [Path(package) / "schedulers" for package in (spec and spec.submodule_search_locations) or ()]
     classes = {}
-    for file in sorted(file for folder in folders for file in folder.rglob("scheduling_*.py")):
+    for file in sorted((diffusers_folder() / "schedulers").rglob("scheduling_*.py")):
         for line in file.read_text("utf-8").splitlines():
             if line.startswith("class ") and "SchedulerMixin" in line and not line.startswith("class Flax"):
                 classes[line.removeprefix("class ").partition("(")[0]] = file

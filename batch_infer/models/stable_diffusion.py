@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and their distilled latent consistency models."""
+"""Load Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752) and latent consistency models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from batch_infer.diffusion import Context
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module
+from batch_infer.models.loading import load_components
 from batch_infer.models.untrusted import read_object
+
+VAE_AND_ENCODER = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
 class StableDiffusion(LatentDiffusion):
@@ -27,11 +29,11 @@ class StableDiffusion(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion 1.x or 2.x")
-        unet = load_module(UNet2DConditionModel, card, "unet", dtype)
-        return unet, {"unet": unet, **load_vae_and_encoder(card, dtype)}
+        modules = load_components({"unet": UNet2DConditionModel, **VAE_AND_ENCODER}, card, dtype)
+        return modules["unet"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return an embedding (77, width) per text. Longer texts are truncated."""
+        """Return an embedding (77, width) per text, truncating longer texts."""
         network = self.pipeline.text_encoder
         tokens = tokenize(self.pipeline.tokenizer, texts)
         use_mask = getattr(network.config, "use_attention_mask", False)
@@ -40,21 +42,15 @@ class StableDiffusion(LatentDiffusion):
         return [{"encoder_hidden_states": embedding} for embedding in embeddings.to(self.dtype).unbind()]
 
 
-def load_vae_and_encoder(card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
-    """Load the VAE and text encoder of Stable Diffusion or DeciDiffusion. Raises ModelError."""
-    classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return {name: load_module(component_type, card, name, dtype) for name, component_type in classes.items()}
-
-
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Tokenize texts, padded and truncated to the text encoder's length."""
+    """Tokenize texts, padding and truncating them to the text encoder's length."""
     return tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError if a UNet's inputs are not the family's. `embedding` is the family's `addition_embed_type`."""
+    """Raise ModelError if a UNet takes other inputs than its family's, whose `addition_embed_type` is `embedding`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
         actual = config.get(option)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer trained with flow matching."""
+"""Load Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206): a transformer trained with flow matching."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from batch_infer.diffusion import Context
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module, load_network
+from batch_infer.models.loading import load_components, load_network
 
 NETWORKS = {
     "transformer": SD3Transformer2DModel,
@@ -21,7 +21,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 T5 = "text_encoder_3"
-"""An optional component. If it is missing, diffusers' pipeline replaces its embeddings by zeros."""
+"""An optional component. Without it, diffusers' pipeline uses zeros as its embeddings."""
 
 
 class StableDiffusion3(LatentDiffusion):
@@ -31,11 +31,9 @@ class StableDiffusion3(LatentDiffusion):
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        modules: dict[str, Any] = {
-            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
-        }
+        modules = load_components(NETWORKS, card, dtype)
         if (card.path / T5).is_dir():
-            # With the `dtype` argument, the layers that would overflow in float16 stay in float32.
+            # Because of `dtype`, layers that would overflow in float16 stay in float32.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}
@@ -46,12 +44,8 @@ class StableDiffusion3(LatentDiffusion):
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )
-        return [
-            {"encoder_hidden_states": embedding, "pooled_projections": projection}
-            for embedding, projection in zip(
-                embeddings.to(self.dtype).unbind(), pooled.to(self.dtype).unbind(), strict=True
-            )
-        ]
+        pairs = zip(embeddings.to(self.dtype), pooled.to(self.dtype), strict=True)
+        return [{"encoder_hidden_states": text, "pooled_projections": projection} for text, projection in pairs]
 
     def _unscale(self, latents: torch.Tensor) -> torch.Tensor:
         return super()._unscale(latents) + (self._vae.config.shift_factor or 0.0)

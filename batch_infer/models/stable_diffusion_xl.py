@@ -1,12 +1,12 @@
-"""Stable Diffusion XL (Podell et al., arXiv 2307.01952), and checkpoints distilled from it to need few steps.
+"""Load Stable Diffusion XL (Podell et al., arXiv 2307.01952) and distilled checkpoints such as SDXL-Turbo.
 
-Images have no invisible watermark, which diffusers adds if its watermark package is installed.
+Images get no invisible watermark, which diffusers adds if its watermark package is installed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from batch_infer.diffusion import Context
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.latent_diffusion import LatentDiffusion
-from batch_infer.models.loading import load_module
+from batch_infer.models.loading import load_components
 from batch_infer.models.stable_diffusion import refuse_variations, tokenize
 from batch_infer.models.untrusted import read_object
 from batch_infer.records import PromptRequest, SamplingParams
@@ -30,7 +30,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 SIZE_INPUTS = 6
-"""Number of size inputs to the UNet: original size, top left corner of the crop and image size, two numbers each."""
+"""Number of size inputs of the UNet: two each for the original size, the crop's top left corner and the image size."""
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -45,17 +45,22 @@ class StableDiffusionXL(LatentDiffusion):
         super().__init__(pipeline, denoiser, device, dtype, windows)
         vae = pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:
-            # This VAE overflows in float16. The pipeline still holds the float16 VAE.
+            # This VAE overflows in float16. The pipeline retains the float16 VAE.
             self._vae = copy.deepcopy(vae).to(torch.float32)
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         config = read_object(card.path / "unet" / "config.json", card.name)
         refuse_variations(config, card, "Stable Diffusion XL", embedding="text_time")
-        modules: dict[str, Any] = {
-            name: load_module(network_type, card, name, dtype) for name, network_type in NETWORKS.items()
-        }
-        _refuse_refiner(config, modules["text_encoder_2"].config.projection_dim, card)
+        modules = load_components(NETWORKS, card, dtype)
+        actual = config.get("projection_class_embeddings_input_dim")
+        text_width = modules["text_encoder_2"].config.projection_dim
+        expected = SIZE_INPUTS * config.get("addition_time_embed_dim", 0) + text_width
+        if actual != expected:
+            raise ModelError(
+                f"{card.path}: its UNet takes {actual} numbers besides the text, but a base checkpoint of Stable "
+                f"Diffusion XL takes {expected}; is it a refiner?"
+            )
         return modules["unet"], modules
 
     @torch.inference_mode()
@@ -74,19 +79,17 @@ class StableDiffusionXL(LatentDiffusion):
             output = network(copy_to(network.device, tokens.input_ids), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         embeddings, pooled = torch.cat(hidden, dim=-1).to(self.dtype), output.text_embeds.to(self.dtype)
-        return [
-            {"encoder_hidden_states": embedding, "text_embeds": text_embedding}
-            for embedding, text_embedding in zip(embeddings.unbind(), pooled.unbind(), strict=True)
-        ]
+        pairs = zip(embeddings, pooled, strict=True)
+        return [{"encoder_hidden_states": text, "text_embeds": projection} for text, projection in pairs]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return None for zeros, which some checkpoints use for a missing but not for an empty negative prompt."""
+        """Return None for zeros, which replace a missing, but not an empty, negative prompt in some checkpoints."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Add the size inputs of an image that is neither scaled nor cropped."""
+        """Add the size inputs for an image without scaling or cropping."""
         size = (params.height, params.width)
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtype, device=self.device)
         return {"time_ids": sizes, **super()._make_inputs(params)}
@@ -99,13 +102,3 @@ class StableDiffusionXL(LatentDiffusion):
         mean, deviation = (latents.new_tensor(values).reshape(1, -1, 1, 1) for values in (means, deviations))
         scaled: torch.Tensor = latents * deviation / config.scaling_factor + mean
         return scaled
-
-
-def _refuse_refiner(config: Mapping[str, Any], projection: int, card: ModelCard) -> None:
-    actual = config.get("projection_class_embeddings_input_dim")
-    expected = SIZE_INPUTS * config.get("addition_time_embed_dim", 0) + projection
-    if actual != expected:
-        raise ModelError(
-            f"{card.path}: its UNet takes {actual} numbers besides the text, and a base checkpoint of Stable Diffusion "
-            f"XL takes {expected} here; is it a refiner?"
-        )

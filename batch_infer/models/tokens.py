@@ -1,4 +1,4 @@
-"""Count the tokens of prompts to detect those that the text encoder truncates. Imports no torch."""
+"""Count the tokens of prompts to detect which prompts the text encoder truncates. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batch_infer.models.families import FAMILIES
 from batch_infer.models.untrusted import LoadingErrors
 
 WINDOWS = 3
-"""Number of windows of 77 tokens that a prompt may fill with --long-prompts."""
+"""Maximum number of windows of 77 tokens per prompt with --long-prompts."""
 COUNT_BATCH = 1024
 MAX_PENDING = 8
 
@@ -29,11 +29,11 @@ class TokenCounter:
         """Maximum number of tokens that every text encoder sees."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return each text's token count without start, end and padding tokens: the maximum over the tokenizers."""
+        """Return the maximum token count of each text over the tokenizers, without start, end and padding tokens."""
         texts = list(texts)
         counts = []
         for tokenizer in self._tokenizers:
-            # Counting on the backend takes two thirds of the time: transformers also converts every encoding.
+            # Counting on the backend takes a third less time, because transformers also converts every encoding.
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()
@@ -41,7 +41,7 @@ class TokenCounter:
         return [max(text_counts) for text_counts in zip(*counts, strict=True)]
 
     def is_short(self, text: str) -> bool:
-        """Return whether a text certainly fits: no token of ASCII text is shorter than one character."""
+        """Return whether a text certainly fits, because a token of ASCII text has at least one character."""
         return len(text) <= self.max_tokens and text.isascii()
 
 
@@ -82,26 +82,23 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
     """Load a checkpoint's token counter, or return None if only its pipeline can count tokens. Raises ModelError."""
     if card.uses_pipeline_call:
         return None
-    tokenizers = (_load_clip(card.path, name) for name in FAMILIES[card.pipeline].tokenizers)
-    return TokenCounter(*tokenizers, windows=card.windows)
-
-
-def _load_clip(path: Path, name: str) -> Any:
-    """Load a CLIP tokenizer and limit it to its text encoder's length. Raises ModelError."""
     from transformers import CLIPTokenizer
 
-    folder = path / name
-    with LoadingErrors(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        positions = text_positions(path, name.replace("tokenizer", "text_encoder"), path.name)
-        limit_tokenizer(tokenizer, *positions, folder)
-    return tokenizer
+    tokenizers = []
+    for name in FAMILIES[card.pipeline].tokenizers:
+        folder = card.path / name
+        with LoadingErrors(folder):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            positions, embeddings = text_positions(card.path, name.replace("tokenizer", "text_encoder"), card.path.name)
+            limit_tokenizer(tokenizer, positions, embeddings, folder)
+        tokenizers.append(tokenizer)
+    return TokenCounter(*tokenizers, windows=card.windows)
 
 
 def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:
     """Limit a tokenizer's maximum length to the positions of its text encoder.
 
-    Raises ModelError if a token has no embedding or if the limit leaves no room for a word.
+    Raises ModelError if a token has no embedding, or if the limit leaves no room for a word.
     """
     if isinstance(positions, int):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))
@@ -111,6 +108,6 @@ def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | Non
     if isinstance(embeddings, int) and last_id >= embeddings:
         encoder = folder.name.replace("tokenizer", "text_encoder")
         raise ModelError(
-            f"{folder}: token {token!r} has the number {last_id}, but {encoder} has {embeddings} embeddings; do they "
+            f"{folder}: token {token!r} has id {last_id}, but {encoder} has only {embeddings} embeddings; do they "
             "belong together?"
         )

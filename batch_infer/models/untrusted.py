@@ -11,23 +11,19 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from batch_infer.errors import ModelError, first_line
 
 MAX_DEPTH = 64
-"""Maximum nesting of a JSON file. Libraries copy and print parsed files recursively."""
+"""Maximum nesting of a JSON file. Libraries copy and print its content recursively."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-"""Suffixes of configs and vocabularies. Other files of a component, except its weights, are not read."""
-MAX_HEADER = 100_000_000
-"""Maximum length in bytes of a safetensors header that the safetensors library reads."""
-MAX_SIDE = 1 << 40
-"""Maximum side of a tensor."""
+"""Suffixes of configs and vocabularies. Of a component's other files, only weights are read."""
 LFS_POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, which replaces a file until it is fetched."""
+"""First bytes of a Git LFS pointer, a text file that stands in for weights until they are downloaded."""
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -41,9 +37,11 @@ LOADING_ERRORS = (
     MemoryError,
     SafetensorError,
 )
-"""Errors that diffusers, transformers and torch raise for a folder with invalid files."""
+"""Errors that diffusers, transformers and torch raise for invalid files."""
 LIBRARIES = ("accelerate", "diffusers", "huggingface_hub", "safetensors", "tokenizers", "transformers")
-"""Packages whose error classes count as loading errors even if LOADING_ERRORS does not cover them."""
+"""Packages whose own error classes count as loading errors."""
+
+File = TypeVar("File", bound=PurePath)
 
 
 class LoadingErrors:
@@ -61,11 +59,10 @@ class LoadingErrors:
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        is_library_error = isinstance(error, LOADING_ERRORS) or (
-            exc_type is not None and exc_type.__module__.partition(".")[0] in LIBRARIES
-        )
-        is_library_error |= exc_type is Exception  # raised by tokenizers
-        if isinstance(error, Exception) and is_library_error and not _is_from_device(error):
+        package = exc_type.__module__.partition(".")[0] if exc_type else ""
+        # tokenizers raises Exception itself.
+        is_library_error = isinstance(error, LOADING_ERRORS) or package in LIBRARIES or exc_type is Exception
+        if isinstance(error, Exception) and is_library_error and not _is_device_error(error):
             raise ModelError(f"{self._source} could not be loaded: {describe(error)}") from error
 
 
@@ -79,27 +76,25 @@ def describe(error: Exception) -> str:
     return line if is_clear or line == name else f"{name}: {line}"
 
 
-def _is_from_device(error: Exception) -> bool:
+def _is_device_error(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return False
-    from batch_infer.accelerator import is_device_fault, is_out_of_memory
+    from batch_infer.accelerator import is_device_error
 
-    if isinstance(error, sys.modules["torch"].OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (is_device_fault(error) or is_out_of_memory(error))
+    return is_device_error(error)
 
 
 def parse_json(content: bytes, source: object) -> Any:
     """Parse the bytes of a JSON file. Raises ModelError naming `source` for invalid JSON and deep nesting."""
     try:
         document = json.loads(content.decode("utf-8"))
+        is_too_deep = sum(1 for _ in _levels(document)) > MAX_DEPTH
     except RecursionError:
-        raise ModelError(f"{source} is nested more than {MAX_DEPTH} levels deep") from None
+        is_too_deep = True
     except ValueError as error:
         raise ModelError(f"{source} is not JSON: {error}") from error
-    for depth, _ in enumerate(_levels(document), 1):
-        if depth > MAX_DEPTH:
-            raise ModelError(f"{source} is nested more than {MAX_DEPTH} levels deep")
+    if is_too_deep:
+        raise ModelError(f"{source} is nested more than {MAX_DEPTH} levels deep")
     return document
 
 
@@ -134,12 +129,12 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON file whose top level is an object. Raises ModelError."""
     document = read_json(path, name)
     if not isinstance(document, dict):
-        raise ModelError(f"{name}: {path} does not hold a JSON object")
+        raise ModelError(f"{name}: {path} is not a JSON object")
     return document
 
 
-def is_loaded(file: PurePath, variant: str | None) -> bool:
-    """Return whether a file has a variant's weights: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
+def _has_variant(file: PurePath, variant: str | None) -> bool:
+    """Return whether a file has weights of a variant: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
     _, *infixes = file.name.removesuffix(".safetensors").split(".")
     file_variant = infixes[0].split("-")[0] if infixes else None
     return file.suffix == ".safetensors" and file_variant == variant
@@ -147,35 +142,33 @@ def is_loaded(file: PurePath, variant: str | None) -> bool:
 
 def choose_variant(files: Iterable[PurePath], variant: str | None) -> str | None:
     """Return `variant` if a component's files include weights of that variant, else None for the default weights."""
-    return variant if variant and any(is_loaded(file, variant) for file in files) else None
+    return variant if variant and any(_has_variant(file, variant) for file in files) else None
 
 
-def variant_of(folder: Path, variant: str | None) -> str | None:
-    """Apply `choose_variant` to the files in a component's folder."""
-    return choose_variant(folder.glob("*.safetensors"), variant)
-
-
-def list_weights(folder: Path, variant: str | None) -> list[Path]:
-    """Return the weight files to load for a component, sorted by name."""
-    chosen = variant_of(folder, variant)
-    return sorted(file for file in folder.glob("*.safetensors") if is_loaded(file, chosen))
+def choose_weights(files: Iterable[File], variant: str | None) -> list[File]:
+    """Return the weight files to load among a component's files, sorted by name."""
+    files = sorted(files)
+    chosen = choose_variant(files, variant)
+    return [file for file in files if _has_variant(file, chosen)]
 
 
 def check_weights(path: Path, components: Iterable[str], name: str, variant: str | None) -> None:
     """Check that each component has a folder and that its weights are complete safetensors. Raises ModelError."""
-    components = sorted(components)
-    for component in components:
+    has_variant = False
+    for component in sorted(components):
         folder = path / component
         if not folder.is_dir():
             raise ModelError(f"{name}: model_index.json names {component}/, which is missing; is the folder complete?")
-        refuse_pickles(component, list(folder.iterdir()), name)
-        loaded = list_weights(folder, variant)
-        for file in (*loaded, *_list_shards(folder, variant_of(folder, variant))):
-            read_header(file, f"{name}: {component}/{file.name}")
-        files = sorted(folder.glob("*.safetensors"))
-        if files and not loaded:
-            raise ModelError(f"{name}: {component}/ has weights of a variant alone ({files[0].name}): set --variant")
-    if variant and not any(variant_of(path / component, variant) for component in components):
+        files = list(folder.iterdir())
+        refuse_pickles(component, files, name)
+        weights, chosen = choose_weights(files, variant), choose_variant(files, variant)
+        has_variant |= chosen is not None
+        for file in (*weights, *_list_shards(folder, chosen)):
+            read_shapes(file, f"{name}: {component}/{file.name}")
+        others = sorted(file.name for file in files if file.suffix == ".safetensors")
+        if others and not weights:
+            raise ModelError(f"{name}: {component}/ has only weights of a variant ({others[0]}): set --variant")
+    if variant and not has_variant:
         raise ModelError(f"{name} has no weights of variant {variant}")
 
 
@@ -184,19 +177,19 @@ def refuse_pickles(component: str, files: Collection[PurePath], name: str) -> No
     pickles = sorted(file.name for file in files if file.suffix in PICKLE_SUFFIXES)
     if pickles and not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(
-            f"{name}: {component}/{pickles[0]} is pickled and pickles run code when read; "
+            f"{name}: {component}/{pickles[0]} is pickled, and reading a pickle can run code; "
             "convert the checkpoint to safetensors (save_pretrained does)"
         )
 
 
 def _list_shards(folder: Path, variant: str | None) -> Iterator[Path]:
-    """Yield the weight files named by a component's index, including missing files. Raises ModelError."""
+    """Yield the weight files in a component's index, including missing files. Raises ModelError."""
     infix = f".{variant}" if variant else ""
     for index in folder.glob(f"*.safetensors.index{infix}.json"):
         try:
             for file in sorted(set(read_object(index, folder.name)["weight_map"].values())):
-                if Path(file).name != file or not is_loaded(Path(file), variant):
-                    raise ModelError(f"{index} names {file}, which is no shard of this component's weights")
+                if Path(file).name != file or not _has_variant(Path(file), variant):
+                    raise ModelError(f"{index} names {file}, which is not a shard of this component's weights")
                 yield folder / file
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not an index of weights: {error}") from error
@@ -206,10 +199,10 @@ def hash_files(path: Path, components: Iterable[str], variant: str | None) -> st
     """Return a sha256 digest of the names and bytes of the components' loaded files. Raises ModelError."""
     hasher = hashlib.sha256()
     for component in sorted(components):
-        folder = path / component
-        chosen = variant_of(folder, variant)
-        for file in sorted(folder.glob("*")):
-            if file.suffix in CONFIG_SUFFIXES or is_loaded(file, chosen):
+        files = sorted((path / component).glob("*"))
+        weights = choose_weights(files, variant)
+        for file in files:
+            if file.suffix in CONFIG_SUFFIXES or file in weights:
                 hasher.update(f"{component}/{file.name}\0".encode())
                 _hash(hasher, file)
     return hasher.hexdigest()[:32]
@@ -231,46 +224,21 @@ def _hash(hasher: hashlib._Hash, file: Path) -> None:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def read_shapes(folder: Path, variant: str | None, name: str) -> dict[str, tuple[int, ...]]:
-    """Map each tensor name of a component to the tensor's shape. Raises ModelError."""
-    files = list_weights(folder, variant)
-    headers = [read_header(file, f"{name}: {folder.name}/{file.name}") for file in files]
-    return {key: tuple(tensor["shape"]) for header in headers for key, tensor in header.items()}
+def read_shapes(file: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Map each tensor name of a safetensors file to the tensor's shape. Raises ModelError, which calls the file `name`.
 
-
-def read_header(file: Path, name: str) -> dict[str, Any]:
-    """Read the dtype, shape and offsets of each tensor in a safetensors file. Error messages call the file `name`.
-
-    The file contains the length of the header, the header and the tensors. Raises ModelError if the file does not end
-    with the last tensor, or if a shape or offset is impossible.
+    The safetensors library checks the header, each shape and offset, and that the file ends with the last tensor.
     """
     try:
         with file.open("rb") as stream:
-            start = stream.read(8)
-            if start + stream.read(len(LFS_POINTER) - 8) == LFS_POINTER:
-                raise ModelError(f"{name} is a Git LFS pointer: fetch the weights with `git lfs pull`")
-            stream.seek(8)
-            length = int.from_bytes(start, "little")
-            size = file.stat().st_size
-            if length > MAX_HEADER:
-                raise ModelError(f"{name} is not a safetensors file: its header would be {length} bytes long")
-            header = parse_json(stream.read(length), f"the header of {name}") if 8 + length <= size else {}
-            header.pop("__metadata__", None)
-            ends = [_check_tensor(key, tensor, name) for key, tensor in header.items()]
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(f"{name} is a Git LFS pointer: download the weights with `git lfs pull`")
+        with safe_open(file, framework="np") as tensors:
+            keys = tensors.keys()
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     except FileNotFoundError:
         raise ModelError(f"{name} is missing; is the folder complete?") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{name} is not a safetensors file: {error}") from error
-    if size != 8 + length + max(ends, default=0):
-        raise ModelError(f"{name} is incomplete: fetch it again")
-    return dict(header)
-
-
-def _check_tensor(key: str, tensor: dict[str, Any], name: str) -> int:
-    """Check a tensor's shape and offsets, and return its end offset. Raises ModelError."""
-    shape, offsets = tensor["shape"], tensor["data_offsets"]
-    if not all(isinstance(part, list) and all(type(number) is int for number in part) for part in (shape, offsets)):
-        raise ModelError(f"{name}: shape or data_offsets of {key} are not lists of whole numbers")
-    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or not all(0 <= side <= MAX_SIDE for side in shape):
-        raise ModelError(f"{name}: {key} cannot have shape {shape} and data_offsets {offsets}")
-    return int(offsets[1])
+    except OSError as error:
+        raise ModelError(f"{name} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ModelError(f"{name} is damaged or incomplete; download it again ({error})") from error
