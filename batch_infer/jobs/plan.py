@@ -134,7 +134,7 @@ class _Planner:
             plan.refusal = str(error)
         self._count_evaluations()
         plan.default_ids = tables.default_id_source
-        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.items()
+        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.group()
         plan.truncated = self._tokens.close() if self._tokens else None
         plan.finished = plan.total - plan.invalid - plan.pending
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
