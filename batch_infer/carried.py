@@ -1,7 +1,7 @@
-"""Carry column values from tables to results exactly, in a common type or as text if types differ between files.
+"""Carry column values from tables to results exactly, in a common type or as text.
 
-Between reading and writing, a cell is a plain Python value: an integer for a date, time or duration, the storage value
-for an extension type. This preserves years beyond 9999 and nanoseconds, which Python's own types cannot represent.
+Between reading and writing, a cell is a plain Python value: an integer for a date, time or duration, and the storage
+value for an extension type. Plain values preserve years beyond 9999 and nanoseconds, unlike Python's own types.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Convert = Callable[[Any], Any]
 
 @lru_cache(maxsize=4096)
 def to_result_type(dtype: pa.DataType) -> pa.DataType:
-    """Return the type of a column in the results: the same type without dictionaries and views.
+    """Return the type of a column in the results, without dictionaries and views.
 
-    Types that Arrow cannot build from plain values become their storage type, or text.
+    Types that Arrow cannot build from plain values become their storage type or text.
     """
     if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
         return dtype  # skip the trial: an array of Python values imports pandas, which takes a third of a second
-    candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _map_leaves(dtype, _result_leaf)
+    candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _to_result_leaf)
     try:
-        plain = _plain_type(candidate)
+        plain = _to_plain_type(candidate)
         _cast(pa.nulls(1, candidate), plain)
         _from_plain(pa.nulls(1, plain), candidate)
         pa.array([None], candidate).take(pa.array([0]))
@@ -41,13 +41,13 @@ def to_result_type(dtype: pa.DataType) -> pa.DataType:
 
 
 def to_result_array(array: pa.Array) -> pa.Array:
-    """Cast an array to its result type. Return it unchanged if that type is text only as a last resort."""
+    """Cast an array to its result type. Return it unchanged if only text can represent its values."""
     dtype = to_result_type(array.type)
     return array if types.is_string(dtype) and not _is_text(array.type) else _cast(array, dtype)
 
 
 def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the plain Python values of an array. Raises ValueError (UnicodeDecodeError) for text that is not UTF-8."""
+    """Return the plain values of an array. Raises ValueError (UnicodeDecodeError) for text that is not UTF-8."""
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in to_values(chunk)]
     if isinstance(array, pa.DictionaryArray):  # convert each distinct value only once
@@ -57,22 +57,22 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     dtype = to_result_type(array.type)
     if types.is_string(dtype) and not _is_text(array.type):
         return [str(value) if value.is_valid else None for value in array]
-    return list(_cast(_cast(array, dtype), _plain_type(dtype)).to_pylist())
+    return list(_cast(_cast(array, dtype), _to_plain_type(dtype)).to_pylist())
 
 
 def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
-    """Return an array of a result type from plain values or from Python's own types such as datetime."""
+    """Return an array of a result type from plain values or Python's own types such as datetime."""
     values = list(values)
     try:
-        return _from_plain(pa.array(values, _plain_type(dtype)), dtype)
+        return _from_plain(pa.array(values, _to_plain_type(dtype)), dtype)
     except (ValueError, TypeError):
         return pa.array(values, dtype)
 
 
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
-    """Return a function from plain values to Python's own types such as datetime, or None if they are the same."""
+    """Return a function from plain values to Python's own types such as datetime, None if they are the same."""
     result = to_result_type(dtype)
-    if _plain_type(result) == result:
+    if _to_plain_type(result) == result:
         return None
 
     def read(value: Any) -> Any:
@@ -105,7 +105,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
         elif cls is list or cls is tuple:
             total += estimate_bytes(value)
         elif cls is dict:
-            total += estimate_bytes(value) + estimate_bytes(value.keys())
+            total += estimate_bytes(value.keys()) + estimate_bytes(value.values())
         else:
             total += 8
     return total
@@ -113,7 +113,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class JsonNumber:
-    """A number beyond Python's numeric types, as JSON text."""
+    """JSON text of a number beyond the range of Python's numeric types."""
 
     text: str
 
@@ -125,27 +125,27 @@ def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
     """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs in JSON."""
     value = _to_json_value(value, dtype)
     if isinstance(value, (bool, list, dict)):
-        return _json_text(value)
+        return _format_json(value)
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _json_text(value: Any) -> str:
-    """Return JSON with all digits of every number. json.dumps cannot write a Decimal as a number."""
+def _format_json(value: Any) -> str:
+    """Return JSON with all digits of every number, since json.dumps cannot write a Decimal as a number."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:
         pass
     if isinstance(value, dict):
-        members = (f"{json.dumps(key, ensure_ascii=False)}: {_json_text(item)}" for key, item in value.items())
+        members = (f"{json.dumps(key, ensure_ascii=False)}: {_format_json(item)}" for key, item in value.items())
         return f"{{{', '.join(members)}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_json_text, value))}]"
+        return f"[{', '.join(map(_format_json, value))}]"
     is_number = isinstance(value, (Decimal, JsonNumber))
     return str(value) if is_number else json.dumps(str(value), ensure_ascii=False)
 
 
 def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
-    """Convert values to text if JSON has no type for them."""
+    """Convert a value to text if JSON has no type for it."""
     if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
     if value is None or dtype is None:
@@ -153,7 +153,7 @@ def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
     if isinstance(dtype, pa.BaseExtensionType):
         return _EXTENSIONS.get(dtype.extension_name, partial(_to_json_value, dtype=dtype.storage_type))(value)
     if types.is_temporal(dtype):
-        return _temporal_text(value, dtype)
+        return _format_temporal(value, dtype)
     if types.is_map(dtype):
         return [[_to_json_value(key, dtype.key_type), _to_json_value(item, dtype.item_type)] for key, item in value]
     if types.is_struct(dtype):
@@ -170,8 +170,8 @@ _EXTENSIONS: dict[str, Convert] = {
 """Converters for extension types whose values differ from their storage values."""
 
 
-def _temporal_text(value: int, dtype: pa.DataType) -> str:
-    """Convert the integer of a date, time or duration to text. Timestamps with a time zone are in UTC."""
+def _format_temporal(value: int, dtype: pa.DataType) -> str:
+    """Convert the integer of a date, time or duration to text, and a timestamp with a time zone to UTC."""
     if types.is_duration(dtype):
         return f"{value} {dtype.unit}"
     has_zone = types.is_timestamp(dtype) and dtype.tz is not None
@@ -183,12 +183,11 @@ def _temporal_text(value: int, dtype: pa.DataType) -> str:
     return f"{text}Z" if has_zone else text
 
 
-def find_common_type(
-    dtypes: Collection[pa.DataType], arrays: Callable[[], Iterable[pa.Array]] | None = None
-) -> pa.DataType:
+def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] | None = None) -> pa.DataType:
     """Return a type that represents every value of all these result types, text if no other type does.
 
-    Whether 64-bit integers and floats share a type depends on their values, which `arrays` returns if given.
+    Whether 64-bit integers and floats share a type depends on their values in `arrays`, which are only read if needed.
+    Without `arrays`, they become text.
     """
     distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
@@ -197,7 +196,7 @@ def find_common_type(
         return pa.uint64()
     if all(map(types.is_floating, distinct)):
         return pa.float64()
-    if all(map(_is_bytes, distinct)):
+    if all(dtype in (pa.binary(), pa.large_binary()) or types.is_fixed_size_binary(dtype) for dtype in distinct):
         return pa.large_binary() if pa.large_binary() in distinct else pa.binary()
     if not all(types.is_integer(dtype) or types.is_floating(dtype) for dtype in distinct):
         return pa.string()
@@ -205,27 +204,23 @@ def find_common_type(
         return pa.int64()
     if not distinct & {pa.int64(), pa.uint64()}:
         return pa.float64()
-    return _lossless_type(arrays()) if arrays else pa.string()
+    return pa.string() if arrays is None else _find_lossless_type(arrays)
 
 
-def _lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
+def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
     """Return int64 or float64 if it represents all values exactly, else text."""
     candidates = [pa.int64(), pa.float64()]
     for array in arrays:
-        candidates = [dtype for dtype in candidates if _is_lossless(array, dtype)]
+        for dtype in list(candidates):
+            try:
+                array.cast(dtype)  # raises an error instead of rounding
+            except pa.ArrowInvalid:
+                candidates.remove(dtype)
     return candidates[0] if candidates else pa.string()
 
 
-def _is_lossless(array: pa.Array, dtype: pa.DataType) -> bool:
-    try:
-        array.cast(dtype)  # raises an error instead of rounding
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
 def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
-    """Return a function from plain values of one type to those of a common type, or None if they are the same."""
+    """Return a function from plain values of one type to those of a common type, None if they are the same."""
     if types.is_string(target):
         return partial(to_text, dtype=None if types.is_string(source) else source)
     if types.is_float64(target):  # a JSON column of floats may contain integers
@@ -238,8 +233,8 @@ def make_result_names(
 ) -> dict[str, str]:
     """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
-    SQL engines ignore case. A conflicting name is prefixed with `input_` until it is unique. With `reuse_prefixed`, an
-    `input_<name>` in `names` is the earlier result name of the same column, and both share that result name.
+    SQL engines ignore case. Conflicting names are prefixed with `input_` until they are unique. With `reuse_prefixed`,
+    `input_<name>` in `names` is an earlier result name of the column `name`, and both have that result name.
     """
     distinct = dict.fromkeys(names)
     used = {name.lower() for name in reserved}
@@ -255,37 +250,42 @@ def make_result_names(
     return result_names
 
 
-def _map_leaves(dtype: pa.DataType, convert: Convert) -> pa.DataType:
-    """Apply `convert` to each non-nested type within a type."""
-    if isinstance(dtype, pa.BaseExtensionType):
-        return _map_leaves(dtype.storage_type, convert)
-    if types.is_dictionary(dtype) or types.is_run_end_encoded(dtype):
-        return _map_leaves(dtype.value_type, convert)
+def convert_items(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """Return the type of a map, list or struct with converted item types. List views become lists."""
     if types.is_map(dtype):
-        key, item = (field.with_type(_map_leaves(field.type, convert)) for field in (dtype.key_field, dtype.item_field))
+        key, item = (field.with_type(convert(field.type)) for field in (dtype.key_field, dtype.item_field))
         return pa.map_(key, item, dtype.keys_sorted)
     if types.is_struct(dtype):
-        return pa.struct([field.with_type(_map_leaves(field.type, convert)) for field in dtype])
-    if not types.is_nested(dtype) or types.is_union(dtype):
-        return convert(dtype)
-    field = dtype.value_field.with_type(_map_leaves(dtype.value_type, convert))
+        return pa.struct([field.with_type(convert(field.type)) for field in dtype])
+    field = dtype.value_field.with_type(convert(dtype.value_type))
     if types.is_fixed_size_list(dtype):
         return pa.list_(field, dtype.list_size)
     return pa.large_list(field) if types.is_large_list(dtype) or types.is_large_list_view(dtype) else pa.list_(field)
 
 
-def _result_leaf(dtype: pa.DataType) -> pa.DataType:
+def _convert_leaves(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """Convert each type without items within a type."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _convert_leaves(dtype.storage_type, convert)
+    if types.is_dictionary(dtype) or types.is_run_end_encoded(dtype):
+        return _convert_leaves(dtype.value_type, convert)
+    if not types.is_nested(dtype) or types.is_union(dtype):
+        return convert(dtype)
+    return convert_items(dtype, lambda item: _convert_leaves(item, convert))
+
+
+def _to_result_leaf(dtype: pa.DataType) -> pa.DataType:
     if _is_text(dtype):
         return pa.string()
     return pa.binary() if types.is_binary_view(dtype) else dtype
 
 
-def _plain_type(dtype: pa.DataType) -> pa.DataType:
+def _to_plain_type(dtype: pa.DataType) -> pa.DataType:
     """Return the type of the plain values of a result type."""
-    return _map_leaves(dtype, _plain_leaf)
+    return _convert_leaves(dtype, _to_plain_leaf)
 
 
-def _plain_leaf(dtype: pa.DataType) -> pa.DataType:
+def _to_plain_leaf(dtype: pa.DataType) -> pa.DataType:
     if types.is_date32(dtype) or types.is_time32(dtype):
         return pa.int32()
     if types.is_temporal(dtype) and not types.is_interval(dtype):
@@ -307,7 +307,3 @@ def _from_plain(array: pa.Array, dtype: pa.DataType) -> pa.Array:
 
 def _is_text(dtype: pa.DataType) -> bool:
     return any(test(dtype) for test in (types.is_string, types.is_large_string, types.is_string_view))
-
-
-def _is_bytes(dtype: pa.DataType) -> bool:
-    return any(test(dtype) for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary))

@@ -14,18 +14,18 @@ from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, Res
 WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
-"""Maximum bytes of texts and carried cells in a window. A window ends early when it reaches this size."""
+"""Maximum bytes of texts and carried cells in a window. A window ends early if it reaches this size."""
 MAX_BALANCED_ROWS = 2048
-"""Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end matter little."""
+"""Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end cost little."""
 
-SlotsOf: TypeAlias = "Callable[[tuple[int, int]], int]"
+SlotsForSize: TypeAlias = "Callable[[tuple[int, int]], int]"
 """Returns the number of slots for an image size (height, width)."""
 Item: TypeAlias = PromptRequest | ResultRow
 Row = TypeVar("Row", PromptRequest, ResultRow, Item)
 
 
 class ManifestEntry(Protocol):
-    """The manifest's record of an image."""
+    """What planning needs to know about an image in the manifest."""
 
     @property
     def status(self) -> str: ...
@@ -40,13 +40,11 @@ class ManifestEntry(Protocol):
 
 
 class ManifestLookup(Protocol):
-    """The part of the manifest index that planning needs."""
-
     def find(self, key: tuple[str, int]) -> ManifestEntry | None: ...
 
 
 SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
-"""Returns whether a command skips an item, given its manifest entry."""
+"""Returns whether a command skips an item with this manifest entry."""
 
 
 def get_source(item: Item) -> tuple[str, int]:
@@ -66,7 +64,7 @@ def is_finished(item: Item, entry: ManifestEntry | None) -> bool:
 
 
 def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool]:
-    """Return a function that checks whether the manifest has a final result with a request's current fingerprint."""
+    """Return a function that checks whether the manifest has a final result for a request's fingerprint."""
 
     def has_final_result(request: PromptRequest) -> bool:
         entry = index.find(request.key)
@@ -78,32 +76,30 @@ def make_finished_check(index: ManifestLookup) -> Callable[[PromptRequest], bool
 def select_pending(
     items: Iterable[Item], index: ManifestLookup, is_skipped: SkipRule = is_finished
 ) -> Iterator[PromptRequest]:
-    """Yield the requests to render with their attempt numbers. Invalid rows are skipped."""
+    """Yield the requests to render with their attempt numbers, without invalid rows."""
     for item in items:
-        if not isinstance(item, PromptRequest):
-            continue
-        entry = index.find(item.key)
-        if not is_skipped(item, entry):
+        if isinstance(item, PromptRequest) and not is_skipped(item, entry := index.find(item.key)):
             yield item if entry is None else replace(item, attempt=entry.attempt + 1, replaces=entry.path)
 
 
-def order_requests(requests: Iterable[PromptRequest], slots_of: SlotsOf | None = None) -> Iterator[PromptRequest]:
+def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | None = None) -> Iterator[PromptRequest]:
     """Yield requests in rendering order, window by window.
 
     Rows of one size are adjacent, since all slots must empty before the size changes. Rows with many steps come first,
-    so that slots idle only briefly at the end. With `slots_of` (total slots of all devices), up to FEW rows of one size
-    are also balanced, so that all slots become idle at about the same time.
+    so that slots idle only briefly at the end. `get_slots` returns the slots of all devices for a size. If it is not
+    None, up to MAX_BALANCED_ROWS rows of one size are also balanced, so that all slots become idle at about the same
+    time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
-        for size, group in groupby(sorted(window, key=_sort_key), key=_size):
+        for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
             rows = list(group)
-            if slots_of is not None and len(rows) <= MAX_BALANCED_ROWS:
-                rows = _balance(rows, slots_of(size) // 2)
+            if get_slots is not None and len(rows) <= MAX_BALANCED_ROWS:
+                rows = _balance(rows, get_slots(size) // 2)
             yield from rows
 
 
 def split_batches(items: Iterable[Row], count: int, size: int) -> Iterator[list[Row]]:
-    """Yield lists of at most `count` items. A list ends early when it reaches `size` bytes."""
+    """Yield lists of at most `count` items. A list ends early if it reaches `size` bytes."""
     batch: list[Row] = []
     total = 0
     for item in items:
@@ -116,30 +112,30 @@ def split_batches(items: Iterable[Row], count: int, size: int) -> Iterator[list[
         yield batch
 
 
-def _size(request: PromptRequest) -> tuple[int, int]:
+def _get_size(request: PromptRequest) -> tuple[int, int]:
     return request.params.height, request.params.width
 
 
-def _sort_key(request: PromptRequest) -> tuple[object, ...]:
+def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
     longest_first = -params.num_inference_steps, not params.uses_guidance
     # Rows with equal settings are adjacent: a pipeline's own __call__ renders them together.
     settings = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
-    return *_size(request), *longest_first, *settings, request.id, request.image_index
+    return *_get_size(request), *longest_first, *settings, request.id, request.image_index
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     """Order rows by start time in a schedule in which all lanes end at about the same time.
 
-    `rows` must be sorted longest first. A lane is two slots, for one row with guidance or two parallel rows without it.
-    The schedule has the shortest length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
+    `rows` must be sorted longest first. A lane is two slots, for one row with guidance or two rows without. The
+    schedule has the shortest length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
     SIAM J. Comput. 7, 1978).
     """
     single = [row for row in rows if not row.params.uses_guidance]
     pieces = [[row] for row in rows if row.params.uses_guidance]
     pieces += [single[index : index + 2] for index in range(0, len(single), 2)]
-    pieces.sort(key=_steps, reverse=True)
-    total, longest = sum(map(_steps, pieces)), _steps(pieces[0])
+    pieces.sort(key=_get_steps, reverse=True)
+    total, longest = sum(map(_get_steps, pieces)), _get_steps(pieces[0])
     low, high = max(-(-total // lane_count), longest), 2 * total // lane_count + longest
     while low < high:
         length = (low + high) // 2
@@ -149,7 +145,7 @@ def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     return [row for index in order for row in pieces[index]]
 
 
-def _steps(piece: list[PromptRequest]) -> int:
+def _get_steps(piece: list[PromptRequest]) -> int:
     return piece[0].params.num_inference_steps
 
 
@@ -157,7 +153,7 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
     """Assign each piece to the first lane with room. Return the start of each piece, or None if no lane has room."""
     lane_ends, starts = [0] * lane_count, []
     for piece in pieces:
-        steps = _steps(piece)
+        steps = _get_steps(piece)
         lane = next((lane for lane, end in enumerate(lane_ends) if end + steps <= length), None)
         if lane is None:
             return None
@@ -168,7 +164,7 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
 
 @dataclass(slots=True)
 class SizeCost:
-    """Cost of the rows of one image size.
+    """Cost of all rows of one image size.
 
     `row_forwards` counts UNet evaluations: batch elements of UNet calls, two per step for a row with guidance. `ticks`
     counts UNet calls over all slots.
@@ -184,23 +180,23 @@ class StepBatchingEstimator:
     """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
     Rows start in the order in which they are added, as soon as enough slots are free, and all slots empty before the
-    size changes. The packer does the same, except that a row without guidance may overtake a row that waits for a
-    second slot.
+    size changes. The packer does the same, except that a row without guidance may overtake one that needs a second
+    slot.
     """
 
-    def __init__(self, slots_of: SlotsOf) -> None:
+    def __init__(self, get_slots: SlotsForSize) -> None:
         self.costs: dict[tuple[int, int], SizeCost] = {}
-        self._slots_of, self._free = slots_of, 0
+        self._get_slots, self._free = get_slots, 0
         self._now = self._last = 0
         self._running: list[tuple[int, int]] = []
         self._current: tuple[tuple[int, int], SizeCost] | None = None
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
-        size = _size(request)
+        size = _get_size(request)
         if self._current is None or self._current[0] != size:
             self.close()
-            self._free = self._slots_of(size)
+            self._free = self._get_slots(size)
             self._current = size, self.costs.setdefault(size, SizeCost(self._free))
         cost, needed = self._current[1], request.params.slots
         while self._free < needed:
@@ -226,17 +222,17 @@ class PipelineBatchingEstimator:
     Slots are UNet evaluations in one UNet call here too, so a call renders half as many rows with guidance.
     """
 
-    def __init__(self, slots_of: SlotsOf) -> None:
+    def __init__(self, get_slots: SlotsForSize) -> None:
         self.costs: dict[tuple[int, int], SizeCost] = {}
-        self._slots_of = slots_of
+        self._get_slots = get_slots
         self._batch_key: tuple[object, ...] | None = None
         self._room = 0
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
-        size, needed = _size(request), request.params.slots
+        size, needed = _get_size(request), request.params.slots
         if size not in self.costs:
-            self.costs[size] = SizeCost(self._slots_of(size))
+            self.costs[size] = SizeCost(self._get_slots(size))
         cost = self.costs[size]
         if self._batch_key != request.batch_key or not self._room:
             self._batch_key, self._room = request.batch_key, cost.slots // needed

@@ -64,26 +64,26 @@ def open_tables(
 def read(*tables: Path | str, rules: RowRules = RULES, **options: Any) -> list[PromptRequest | ResultRow]:
     """Read all rows of tables, and check that carried cells fit into the results."""
     with open_tables(*tables, **options) as opened:
-        found = list(opened.read_rows(rules))
+        items = list(opened.read_rows(rules))
         for field in opened.carried:
-            to_array([item.carried.get(field.name) for item in found], field.type).validate(full=True)
-    return found
+            to_array([item.carried.get(field.name) for item in items], field.type).validate(full=True)
+    return items
 
 
 def read_requests(*tables: Path | str, **options: Any) -> list[PromptRequest]:
     """Read all rows of tables, which must be valid."""
-    found = read(*tables, **options)
-    assert not (errors := [item.error for item in found if isinstance(item, ResultRow)]), errors
-    return [item for item in found if isinstance(item, PromptRequest)]
+    items = read(*tables, **options)
+    assert not (errors := [item.error for item in items if isinstance(item, ResultRow)]), errors
+    return [item for item in items if isinstance(item, PromptRequest)]
 
 
 def error_of(*tables: Path | str, **options: Any) -> str:
     """Return the error of the only row of a table."""
-    (found,) = read(*tables, **options)
-    assert isinstance(found, ResultRow), found
-    assert found.status == "invalid"
-    assert found.error
-    return found.error
+    (item,) = read(*tables, **options)
+    assert isinstance(item, ResultRow), item
+    assert item.status == "invalid"
+    assert item.error
+    return item.error
 
 
 ROWS: list[dict[str, Any]] = [
@@ -94,25 +94,25 @@ ROWS: list[dict[str, Any]] = [
 """A table that every format except plain text can hold."""
 
 
-def in_format(ending: str, rows: list[dict[str, Any]]) -> bytes:
-    """Encode a table as the content of a file with this ending."""
-    ending, _, packing = ending.lstrip(".").partition(".")
+def in_format(suffix: str, rows: list[dict[str, Any]]) -> bytes:
+    """Encode a table as the content of a file with this suffix. Raises ValueError for an unknown suffix."""
+    suffix, _, compression = suffix.lstrip(".").partition(".")
     names = list(rows[0]) if rows else []
-    if packing:
-        return pack(packing, in_format(ending, rows))
-    if ending in ("csv", "tsv"):
+    if compression:
+        return compress(compression, in_format(suffix, rows))
+    if suffix in ("csv", "tsv"):
         text = io.StringIO(newline="")
-        writer = csv.writer(text, delimiter="\t" if ending == "tsv" else ",")
+        writer = csv.writer(text, delimiter="\t" if suffix == "tsv" else ",")
         writer.writerows([names, *([row[name] for name in names] for row in rows)])
         return text.getvalue().encode()
-    if ending in ("jsonl", "ndjson"):
+    if suffix in ("jsonl", "ndjson"):
         return "".join(f"{exact_json(row, ensure_ascii=False)}\n" for row in rows).encode()
-    if ending == "json":
+    if suffix == "json":
         return exact_json(rows).encode()
-    if ending == "txt":
+    if suffix == "txt":
         return "".join(f"{row['prompt']}\n" for row in rows).encode()
-    if ending not in ("parquet", "pq", "parq"):
-        raise ValueError(f"no encoder for .{ending}")
+    if suffix not in ("parquet", "pq", "parq"):
+        raise ValueError(f"no encoder for .{suffix}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     return bytes(sink.getvalue())
@@ -124,13 +124,19 @@ def exact_json(value: Any, **form: Any) -> str:
     return re.sub(r'"\\u0000([^"\\]*)\\u0000"', r"\1", text)
 
 
-def pack(packing: str, content: bytes) -> bytes:
-    packers: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
-    if packing in packers:
-        return packers[packing](content)
+def compress(compression: str, content: bytes) -> bytes:
+    compressors: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if compression in compressors:
+        return compressors[compression](content)
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
-def essence(found: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
-    """Return what must not depend on the format of a table."""
-    return [(item.id, item.prompt, item.seed, item.params, item.fingerprint, item.source.row) for item in found]
+def essence(requests: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
+    """Return what must not depend on the format of a table. An empty cell is null in some formats."""
+    return [
+        (
+            *(request.id, request.prompt, request.seed, request.params, request.fingerprint, request.source.row),
+            {name: None if cell == "" else cell for name, cell in request.carried.items()},
+        )
+        for request in requests
+    ]

@@ -1,4 +1,4 @@
-"""The batch endpoint's scoring script: mini-batches of files, retries, duplicates and crashes."""
+"""Test the batch endpoint's scoring script: mini-batches of files, retries, duplicates and crashes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VARIABLES = {f"BATCH_INFER_{name}": value for name, value in QUICK.items()}
 
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The output folder that the environment names, as Azure makes it: not there yet."""
+    """Set up the environment of a worker, and yield its output folder, which does not exist yet."""
     for name, value in {**VARIABLES, "AZUREML_BI_OUTPUT_PATH": str(tmp_path / "out")}.items():
         monkeypatch.setenv(name, value)
     for name in ("AZUREML_MODEL_DIR", "AZ_BATCHAI_GPU_COUNT_FOUND", "CONTENT_SAFETY_ENDPOINT"):
@@ -71,7 +71,7 @@ def prompts(path: Path, count: int = 3) -> str:
 
 
 def score(*files: str) -> pd.DataFrame:
-    """One mini-batch on a worker that has just been started."""
+    """Score one mini-batch on a new worker."""
     batch.shutdown()
     batch.init()
     return batch.run(list(files))
@@ -79,23 +79,23 @@ def score(*files: str) -> pd.DataFrame:
 
 def test_mini_batches_have_the_results_of_a_run(tmp_path: Path, out: Path) -> None:
     files = [prompts(tmp_path / "in" / f"part-{k}.csv") for k in range(3)]
-    found = score(*files[:2])
-    found = pd.concat([found, batch.run(files[2:])])
-    assert list(found.columns) == [*SCHEMA.names, "carried"]
-    assert set(found["carried"]) == {"{}"}
-    assert list(found["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
-    assert set(found["status"]) == {"ok"}
+    results = score(*files[:2])
+    results = pd.concat([results, batch.run(files[2:])])
+    assert list(results.columns) == [*SCHEMA.names, "carried"]
+    assert set(results["carried"]) == {"{}"}
+    assert list(results["id"]) == [f"part-{k}-0000000{row}" for k in range(3) for row in range(3)]
+    assert set(results["status"]) == {"ok"}
     text = runs.command("status", out).stdout
     assert ": open, started" in text and "9 ok · 0 failed · total unknown" in text and "run again" not in text
     assert runs.command("merge", out).code == 0
     assert runs.run(tmp_path / "in", tmp_path / "plain", "--steps", "2", "--safety", "none").code == 0
     assert runs.hashes(out) == runs.hashes(tmp_path / "plain")
-    assert [row["generated_image"] for row in runs.results(out)] == list(found["generated_image"])
+    assert [row["generated_image"] for row in runs.results(out)] == list(results["generated_image"])
     runs.assert_whole(out)
 
 
 def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
-    """CSV, Parquet and payloads; a file that cannot be read, a row that cannot be rendered, one that is not there."""
+    """Files are CSV, Parquet and payloads. Some cannot be read or do not exist, and a row is invalid."""
     folder = tmp_path / "in"
     good = table(folder / "good.csv", [{"prompt": "a ring", "note": "a"}, {"prompt": "", "note": "b"}])
     pd.DataFrame({"prompt": ["a square"], "num_inference_steps": [1], "note": [7]}).to_parquet(folder / "p.parquet")
@@ -103,40 +103,40 @@ def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
     (folder / "payload.json").write_text(json.dumps(payload))
     (folder / "empty.csv").write_bytes(b"")
     (folder / "notes.docx").write_bytes(b"PK")
-    names = ("p.parquet", "payload.json", "empty.csv", "notes.docx", "gone.csv")
-    found = score(good, *(str(folder / name) for name in names))
-    outcomes = {row["id"]: (row["status"], row["error"]) for row in found.to_dict("records")}
+    names = ("p.parquet", "payload.json", "empty.csv", "notes.docx", "missing.csv")
+    results = score(good, *(str(folder / name) for name in names))
+    outcomes = {row["id"]: (row["status"], row["error"]) for row in results.to_dict("records")}
     assert [name for name, (state, _) in outcomes.items() if state == "ok"] == [
         "good-00000000", "p-00000000", "payload-00000000", "payload-00000001"
     ]  # fmt: skip
     assert outcomes["good-00000001"] == ("invalid", "the prompt is empty")
     assert outcomes["empty-00000000"] == ("invalid", "empty.csv is empty")
-    assert "no such file" in outcomes["gone-00000000"][1]
+    assert "no such file" in outcomes["missing-00000000"][1]
     assert "unknown ending .docx" in outcomes["notes-00000000"][1]
-    notes = {row["id"]: json.loads(row["carried"])["note"] for row in found.to_dict("records")}
+    notes = {row["id"]: json.loads(row["carried"])["note"] for row in results.to_dict("records")}
     assert [note for note in notes.values() if note is not None] == ["a", "b", "7"]
-    assert set(found["source_file"]) == {"good.csv", *names}
+    assert set(results["source_file"]) == {"good.csv", *names}
     assert runs.command("merge", out).code == 0
-    assert len(runs.results(out)) == len(found) == 8
+    assert len(runs.results(out)) == len(results) == 8
 
 
 def test_markers_and_documentation_are_left_out(tmp_path: Path, out: Path) -> None:
-    """The rule is that of a folder of `run`. Of two such files, one that cannot be read still has a result."""
+    """The same files are left out in a folder of `run`. An unreadable file next to them still has a result."""
     folder = tmp_path / "in"
     names = ("_SUCCESS", "_committed_1", ".good.csv.crc", "good.csv.crc", "README.txt", ".hidden.csv")
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("prompt\na red circle\n")
     markers = [str(folder / name) for name in names]
-    found = score(*markers, prompts(folder / "good.csv", 2))
-    assert list(found["id"]) == ["good-00000000", "good-00000001"]
+    results = score(*markers, prompts(folder / "good.csv", 2))
+    assert list(results["id"]) == ["good-00000000", "good-00000001"]
     assert len(batch.run(markers)) == 0
     (folder / "bad.csv").write_bytes(b"")
     with pytest.raises(TableError, match=r"^bad.csv is empty$"):
         batch.run([str(folder / "bad.csv"), *markers])
 
 
-def test_an_unreadable_mini_batch_raises_and_is_accounted_for(tmp_path: Path, out: Path) -> None:
+def test_an_unreadable_mini_batch_raises_and_has_a_result(tmp_path: Path, out: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_bytes(b"")
     batch.init()
@@ -147,7 +147,7 @@ def test_an_unreadable_mini_batch_raises_and_is_accounted_for(tmp_path: Path, ou
 
 
 def test_committed_rows_are_not_rendered_again(tmp_path: Path, out: Path) -> None:
-    """The same mini-batch, one that is cut otherwise, and one that another worker has done."""
+    """This applies to the same mini-batch, to other mini-batches with its files, and to rows of other workers."""
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "abc"]
     first = score(*files)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("[!.]*") if path.is_file()}
@@ -165,19 +165,21 @@ def test_committed_rows_are_not_rendered_again(tmp_path: Path, out: Path) -> Non
 
 
 def test_temporary_files_of_dead_workers_are_removed(tmp_path: Path, out: Path) -> None:
-    """Temporary files of processes that are dead are removed where their rows come again; of others they stay."""
+    """Temporary files of dead processes are removed when their files are scored again. Other temporary files remain."""
     file = prompts(tmp_path / "in" / "a.csv")
     score(file)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (image,) = (out / "images").iterdir()
-    left = [folder / f"{TEMPORARY_PREFIX}{host_id()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)]
+    leftovers = [
+        folder / f"{TEMPORARY_PREFIX}{host_id()}-{dead.pid}-0123-name" for folder in (image, out / "manifest", out)
+    ]
     living = image / f"{TEMPORARY_PREFIX}{host_id()}-{os.getpid()}-0123-name"
     elsewhere = image / f"{TEMPORARY_PREFIX}00000000-{dead.pid}-0123-name"
-    for path in (*left, living, elsewhere):
+    for path in (*leftovers, living, elsewhere):
         path.touch()
     batch.run([file])
-    assert [path.exists() for path in (*left, living, elsewhere)] == [False, False, False, True, True]
+    assert [path.exists() for path in (*leftovers, living, elsewhere)] == [False, False, False, True, True]
 
 
 def test_images_that_a_killed_worker_was_replacing_are_restored(
@@ -194,8 +196,8 @@ def test_images_that_a_killed_worker_was_replacing_are_restored(
         patch.setenv("BATCH_INFER_STEPS", "3")
         patch.setattr(Manifest, "commit", commit)
         score(file)
-    for aside in list(out.rglob(".original-*")):  # as if the process had been killed
-        aside.rename(aside.with_name(aside.name.replace(f"-{os.getpid()}-", "-99999999-")))
+    for backup in list(out.rglob(".original-*")):  # as if the process had been killed
+        backup.rename(backup.with_name(backup.name.replace(f"-{os.getpid()}-", "-99999999-")))
     pd.testing.assert_frame_equal(score(file), before)
     assert {path: (out / path).read_bytes() for path in runs.images(out)} == images
 
@@ -212,10 +214,10 @@ def test_an_unreadable_image_folder_is_an_error(tmp_path: Path, out: Path, monke
 
 
 def worker(load: Any = None) -> MiniBatchScorer:
-    """A worker on the output that the environment names; `load` gives it another chain."""
-    found = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    """Return a worker for the output folder of the environment. `load` overrides the dummy chain."""
+    endpoint = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     with mock.patch.object(rendering, "load_chain", load or (lambda *_: dummies.DummyChain(lambda: False))):
-        return MiniBatchScorer(found)
+        return MiniBatchScorer(endpoint)
 
 
 def list_outcomes(results: pa.Table) -> list[tuple[str, str, str | None]]:
@@ -223,17 +225,17 @@ def list_outcomes(results: pa.Table) -> list[tuple[str, str, str | None]]:
 
 
 def test_two_rows_with_one_id_have_two_results(tmp_path: Path, out: Path) -> None:
-    """Ids of tables, of which each mini-batch sees some: the later one has its default id, and says so."""
+    """The ids are in tables of different mini-batches. The row of the later table gets its default id and an error."""
     folder = tmp_path / "in"
     first = table(folder / "a.csv", [{"id": "x", "prompt": "a ring"}, {"id": "y", "prompt": "a star"}])
     second = table(folder / "b.csv", [{"id": "x", "prompt": "a square"}, {"id": "z", "prompt": "a circle"}])
     score(first)
-    found = batch.run([second])
-    assert list(found["id"]) == ["b-00000000", "z"]
-    assert found["error"][0] == "duplicate id 'x'"
+    results = batch.run([second])
+    assert list(results["id"]) == ["b-00000000", "z"]
+    assert results["error"][0] == "duplicate id 'x'"
     again = batch.run([first])
     assert list(again["status"]) == ["ok", "ok"]
-    Path(first).unlink()  # renamed, say, and scored into the same folder once more
+    Path(first).unlink()  # for example, it was renamed before another job
     assert list(batch.run([second])["status"]) == ["ok", "ok"]
 
 
@@ -242,8 +244,11 @@ def test_two_rows_with_one_id_have_two_results(tmp_path: Path, out: Path) -> Non
 def test_the_first_file_by_name_owns_a_shared_id(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, order: str, prompt: str
 ) -> None:
-    """One after the other; one within the other, so that both have looked before either commits; `!`: the outer one
-    then dies before it looks again, and is tried again; both in one mini-batch."""
+    """Files are scored in different orders.
+
+    `ab`: one after the other. `a(b)`: b during a, so that both workers check before either commits. `!`: the worker of
+    the first file then dies before its second check, and the file is scored again. `[ba]`: in one mini-batch.
+    """
     rows = {
         "a": [{"id": "x", "prompt": "a ring"}],
         "b": [{"id": "x", "prompt": prompt}, {"id": "z", "prompt": "a bar"}],
@@ -252,18 +257,18 @@ def test_the_first_file_by_name_owns_a_shared_id(
     one, two = worker(), worker()
     first, second = (letter for letter in order if letter in files)
     if "(" in order:
-        render, within = one._renderer.render, [second]
+        render, remaining = one._renderer.render, [second]
 
-        def and_within(*arguments: Any) -> None:
-            while within:
-                two.score([files[within.pop()]])
+        def score_other_and_render(*arguments: Any) -> None:
+            while remaining:
+                two.score([files[remaining.pop()]])
             render(*arguments)
             if order.endswith("!") and not ended:
                 ended.append(True)
                 raise StorageError("ended here")
 
         ended: list[bool] = []
-        monkeypatch.setattr(one._renderer, "render", and_within)
+        monkeypatch.setattr(one._renderer, "render", score_other_and_render)
         if order.endswith("!"):
             with pytest.raises(StorageError, match="ended here"):
                 one.score([files[first]])
@@ -274,13 +279,13 @@ def test_the_first_file_by_name_owns_a_shared_id(
         one.score([files[first]])
         two.score([files[second]])
     assert runs.command("merge", out).code == 0
-    found = {(row["id"], row["source_file"]): (row["status"], row["error"]) for row in runs.results(out)}
+    outcomes = {(row["id"], row["source_file"]): (row["status"], row["error"]) for row in runs.results(out)}
     expected = {
         ("x", "a.csv"): ("ok", None),
         ("b-00000000", "b.csv"): ("invalid", "duplicate id 'x'"),
         ("z", "b.csv"): ("ok", None),
     }
-    assert found == expected
+    assert outcomes == expected
     assert [row["prompt"] for row in runs.results(out) if row["id"] == "x"] == ["a ring"]
     runs.assert_whole(out)
     before = runs.images(out)
@@ -292,19 +297,21 @@ def test_the_first_file_by_name_owns_a_shared_id(
 
 
 def test_an_id_may_not_be_the_default_id_of_another_file(tmp_path: Path, out: Path) -> None:
-    """Whichever is scored first."""
+    """The order of scoring does not matter."""
     folder = tmp_path / "in"
     plain = prompts(folder / "p.csv", 2)
     (folder / "cat.png").touch()
     names = ("p-00000000", "p-00000001", "cat-00000000")
     named = table(folder / "aa.csv", [{"id": name, "prompt": "a star"} for name in names])
-    why = "the id 'p-00000000' would be the default id of a row of p.csv: give it another"
+    message = "the id 'p-00000000' would be the default id of a row of p.csv: give it another"
     for files in ([plain, named], [named, plain]):
         scoring = worker()
-        found = {name: (state, error) for file in files for name, state, error in list_outcomes(scoring.score([file]))}
+        outcomes = {
+            name: (state, error) for file in files for name, state, error in list_outcomes(scoring.score([file]))
+        }
         scoring.close()
-        assert found["aa-00000000"] == ("invalid", why)
-        assert found["p-00000000"] == found["p-00000001"] == found["cat-00000000"] == ("ok", None)
+        assert outcomes["aa-00000000"] == ("invalid", message)
+        assert outcomes["p-00000000"] == outcomes["p-00000001"] == outcomes["cat-00000000"] == ("ok", None)
         runs.command("merge", out)
         runs.assert_whole(out)
         assert len(runs.results(out)) == 5
@@ -312,15 +319,15 @@ def test_an_id_may_not_be_the_default_id_of_another_file(tmp_path: Path, out: Pa
 
 
 def test_files_with_one_stem_have_different_ids(tmp_path: Path, out: Path) -> None:
-    """None is refused for another, which may be no part of the job."""
+    """A file is not refused because of another file, which may not be part of the job."""
     folder = tmp_path / "in"
     one = prompts(folder / "p.csv", 1)
     (folder / "p.txt").write_text("a ring\n")
     (folder / "p.docx").write_bytes(b"PK")
     scoring = worker()
     assert list_outcomes(scoring.score([one])) == [("p-00000000", "ok", None)]
-    found = list_outcomes(scoring.score([str(folder / "p.docx"), str(folder / "p.txt")]))
-    assert [(name, state) for name, state, _ in found] == [("p.docx-00000000", "invalid"), ("p.txt-00000000", "ok")]
+    outcomes = list_outcomes(scoring.score([str(folder / "p.docx"), str(folder / "p.txt")]))
+    assert [(name, state) for name, state, _ in outcomes] == [("p.docx-00000000", "invalid"), ("p.txt-00000000", "ok")]
     scoring.close()
     assert runs.command("merge", out).code == 0
     runs.assert_whole(out)
@@ -330,9 +337,9 @@ def test_a_second_file_with_the_same_name_is_refused(tmp_path: Path, out: Path) 
     one, two = (prompts(tmp_path / name / "p.csv", 1) for name in "ab")
     scoring = worker()
     for _ in range(2):
-        found = list_outcomes(scoring.score([one, two]))
-        assert found[0] == ("p-00000000", "ok", None)
-        assert found[1][:2] == ("b/p.csv-00000000", "invalid") and "have the same name" in str(found[1][2])
+        outcomes = list_outcomes(scoring.score([one, two]))
+        assert outcomes[0] == ("p-00000000", "ok", None)
+        assert outcomes[1][:2] == ("b/p.csv-00000000", "invalid") and "have the same name" in str(outcomes[1][2])
     scoring.close()
 
 
@@ -341,8 +348,8 @@ def test_results_of_folders_with_different_columns_are_concatenated(tmp_path: Pa
         (tmp_path / folder).mkdir()
         pd.DataFrame({"prompt": ["a ring"], "note": note}).to_parquet(tmp_path / folder / f"{folder}.parquet")
     scoring = worker()
-    found = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
-    assert found["note"].to_pylist() == ["1", "one", "[true]"]  # as `merge` has them
+    results = scoring.score([str(tmp_path / name / f"{name}.parquet") for name in "abc"])
+    assert results["note"].to_pylist() == ["1", "one", "[true]"]  # as in `merge`
     assert len(scoring.score([])) == 0
     broken = [tmp_path / name / "broken.parquet" for name in "ab"]
     for path in broken:
@@ -364,29 +371,29 @@ def test_a_row_without_a_result_is_an_error(tmp_path: Path, out: Path, monkeypat
     scoring.close()
 
 
-@pytest.mark.parametrize("how", ["error", "gone", "cut", "late"])
+@pytest.mark.parametrize("how", ["error", "removed", "truncated", "late"])
 def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> None:
-    """A disk that fails for a moment, a part that another sets aside, a torn one, and one that is damaged where the
-    index does not look."""
+    """A disk fails temporarily, another worker sets a part aside, a part is truncated, or a part is damaged in a column
+    that the index does not read."""
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "ab"]
     scoring, other = worker(), worker()
-    with mock.patch.object(committing, "COMMIT_SECONDS", 3600.0):  # one part, however slow the machine
+    with mock.patch.object(committing, "COMMIT_SECONDS", 3600.0):  # one part, even on a slow machine
         other.score(files[:1])
     (part,) = (out / "manifest").iterdir()
     if how == "error":
-        away = mock.patch("batch_infer.manifest.manifest.read_part", side_effect=StorageError("the disk is away"))
-        with away, pytest.raises(StorageError, match="away"):
+        failure = mock.patch("batch_infer.manifest.manifest.read_part", side_effect=StorageError("the disk is missing"))
+        with failure, pytest.raises(StorageError, match="missing"):
             scoring.score(files)
-    elif how == "gone":
+    elif how == "removed":
         scoring.score(files[:1])
         part.rename(part.with_suffix(".damaged"))
-    elif how == "cut":
+    elif how == "truncated":
         part.write_bytes(part.read_bytes()[:100])
     else:
-        scoring, other = worker(), worker()  # who has read it before remembers it
+        scoring, other = worker(), worker()  # existing workers have already read the part
         _garble(part, "prompt")
-    found = scoring.score(files)
-    assert found["status"].to_pylist() == ["ok"] * 6
+    results = scoring.score(files)
+    assert results["status"].to_pylist() == ["ok"] * 6
     assert other.score(files)["status"].to_pylist() == ["ok"] * 6
     scoring.close()
     other.close()
@@ -395,7 +402,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
 
 
 def _garble(part: Path, column: str) -> None:
-    """Turn a byte of one column's first page."""
+    """Change a byte in the first page of a column."""
     chunk = pq.ParquetFile(part).metadata.row_group(0).column(SCHEMA.get_field_index(column))
     content = bytearray(part.read_bytes())
     content[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 3] ^= 0xFF
@@ -406,35 +413,38 @@ CRASHED = "rendering crashed 3 times with this row in progress, the last time wi
 
 
 class Doomed(dummies.DummyChain):
-    """A chain whose process is killed from outside while it renders a batch of rows, after so many others."""
+    """A chain whose process is killed from outside while it renders a batch of rows, after `batches` batches."""
 
     def __init__(self, batches: int) -> None:
         super().__init__(lambda: False)
-        self._left = batches
+        self._remaining = batches
 
     def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
-        if not self._left:
+        if not self._remaining:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._left -= 1
+        self._remaining -= 1
         return super()._make(batch, stages)
 
 
-def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _: None) -> int:
-    """How many deliveries a mini-batch took, each in a process of its own as after a death; 0: four were too few.
+def count_deliveries(files: Sequence[str], kill: Callable[[int], int | None] = lambda _: None) -> int:
+    """Return the number of deliveries until a mini-batch succeeds, each in a new process, or 0 after four failures.
 
-    `kill` says after how many batches of rows the process of a delivery is killed from outside, if it is.
+    `kill` returns the number of batches of rows after which a delivery's process is killed from outside, or None.
     """
-    found = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
+    endpoint = deployment.read_deployment(os.environ["AZUREML_BI_OUTPUT_PATH"])
     for delivery in range(1, 5):
         process = os.fork()
-        if not process:  # the process that Azure would start
+        if not process:  # a process like one that Azure starts
             code = 1
             try:
                 batches = kill(delivery)
                 chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
-                found = replace(found, earlier=found.record if found.settings.out.exists() else None)
+                endpoint = replace(
+                    endpoint,
+                    earlier=endpoint.record if endpoint.settings.out.exists() else None,
+                )
                 with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
-                    MiniBatchScorer(found).score(files)
+                    MiniBatchScorer(endpoint).score(files)
                 code = 0
             finally:
                 os._exit(code)
@@ -443,25 +453,23 @@ def delivered(files: Sequence[str], kill: Callable[[int], int | None] = lambda _
     return 0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:This process:DeprecationWarning"
-)  # of os.fork beside threads, which do nothing here
-@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.promises) for place in (6, 38))])
-def test_a_row_that_kills_its_process_loses_no_other_row(tmp_path: Path, out: Path, place: int) -> None:
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # about os.fork with threads, which are idle here
+@pytest.mark.parametrize("index", [0, *(pytest.param(index, marks=pytest.mark.promises) for index in (6, 38))])
+def test_a_row_that_kills_its_process_loses_no_other_row(tmp_path: Path, out: Path, index: int) -> None:
     files = []
     for k in range(3):
-        rows = [{"prompt": "die by SIGKILL" if 13 * k + row == place else f"a ring {row}"} for row in range(13)]
+        rows = [{"prompt": "die by SIGKILL" if 13 * k + row == index else f"a ring {row}"} for row in range(13)]
         files.append(table(tmp_path / "in" / f"p-{k}.csv", rows))
-    assert delivered(files) == 4
+    assert count_deliveries(files) == 4
     assert runs.command("merge", out).code == 0
-    found = runs.results(out)
-    assert Counter(row["status"] for row in found) == {"ok": 38, "failed": 1}
-    (failed,) = (row for row in found if row["status"] == "failed")
+    results = runs.results(out)
+    assert Counter(row["status"] for row in results) == {"ok": 38, "failed": 1}
+    (failed,) = (row for row in results if row["status"] == "failed")
     assert failed["prompt"] == "die by SIGKILL"
     assert failed["error"] == CRASHED
     runs.assert_whole(out)
-    assert delivered(files) == 2  # once more, and then it is tried alone at once
-    assert delivered(files[: place // 13 or 1]) <= 2
+    assert count_deliveries(files) == 2  # in the second delivery, the row is already tried alone
+    assert count_deliveries(files[: index // 13 or 1]) <= 2
     runs.command("merge", out)
     runs.assert_whole(out)
 
@@ -484,9 +492,9 @@ def test_a_row_that_raises_is_isolated_too(tmp_path: Path, out: Path, others: in
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_timeout_fails_no_row(tmp_path: Path, out: Path) -> None:
-    """Azure kills its process, whatever row is under way."""
+    """Azure kills the process, regardless of the rows in progress."""
     files = [prompts(tmp_path / "in" / f"p-{k}.csv", 40) for k in range(3)]
-    assert delivered(files, lambda delivery: {1: 2, 2: 4}.get(delivery)) == 3
+    assert count_deliveries(files, lambda delivery: {1: 2, 2: 4}.get(delivery)) == 3
     assert runs.command("merge", out).code == 0
     assert Counter(row["status"] for row in runs.results(out)) == {"ok": 120}
     runs.assert_whole(out)
@@ -498,8 +506,8 @@ def test_the_five_columns_of_the_model_catalog(tmp_path: Path, out: Path, monkey
     monkeypatch.setenv("BATCH_INFER_SAFETY", "azure")
     with serving(words={"axe": ("Violence", 4)}) as service:
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", service.endpoint)
-        found = score(table(tmp_path / "in.csv", [{"prompt": "a ring"}, {"prompt": "an axe"}]))
-    text = found.to_csv(sep=" ", header=False, index=False)
+        results = score(table(tmp_path / "in.csv", [{"prompt": "a ring"}, {"prompt": "an axe"}]))
+    text = results.to_csv(sep=" ", header=False, index=False)
     ring, axe = csv.reader(io.StringIO(text), delimiter=" ")
     assert ring == ["0", "a ring", "images/in-00000/in-00000000-0.png", "False", "in.csv"]
     assert axe == ["1", "an axe", "Blocked By Azure AI Content Safety", "True", "in.csv"]
@@ -508,9 +516,9 @@ def test_the_five_columns_of_the_model_catalog(tmp_path: Path, out: Path, monkey
 
 def test_integers_stay_integers_next_to_nulls(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_SAFETY", "checker")
-    found = score(table(tmp_path / "in.csv", [{"prompt": "a ring", "seed": 5}, {"prompt": "", "seed": 6}]))
-    line, _ = csv.reader(io.StringIO(found.to_csv(sep=" ", header=False, index=False)), delimiter=" ")
-    cells = dict(zip(found.columns, line, strict=True))
+    results = score(table(tmp_path / "in.csv", [{"prompt": "a ring", "seed": 5}, {"prompt": "", "seed": 6}]))
+    line, _ = csv.reader(io.StringIO(results.to_csv(sep=" ", header=False, index=False)), delimiter=" ")
+    cells = dict(zip(results.columns, line, strict=True))
     assert (cells["seed"], cells["height"], cells["image_index"]) == ("5", "64", "0")
     assert json.loads(cells["safety_scores"])["concept_0"] == round(json.loads(cells["safety_scores"])["concept_0"], 3)
 
@@ -521,14 +529,15 @@ def test_a_safety_outage_raises_and_a_retry_continues(
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
     monkeypatch.setenv("BATCH_INFER_SAFETY", "azure")
     file = prompts(tmp_path / "in.csv", 12)
-    with serving(faults=lambda asked: status(500) if asked.kind == "image" else None) as service:
+    with serving(faults=lambda request: status(500) if request.kind == "image" else None) as service:
         monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", service.endpoint)
-        found = deployment.read_deployment(str(out))
-        assert found.settings.safety.service
+        endpoint = deployment.read_deployment(str(out))
+        assert endpoint.settings.safety.service
         safety = replace(
-            found.settings.safety, service=structs.replace(found.settings.safety.service, timeout_seconds=0.5)
+            endpoint.settings.safety,
+            service=structs.replace(endpoint.settings.safety.service, timeout_seconds=0.5),
         )
-        worker = MiniBatchScorer(replace(found, settings=replace(found.settings, safety=safety)))
+        worker = MiniBatchScorer(replace(endpoint, settings=replace(endpoint.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
             worker.score([file])
         service.script([])
@@ -574,7 +583,7 @@ def test_another_model_or_policy_in_the_same_out_is_refused(
     for part in (out / "manifest").iterdir():
         part.unlink()
     with pytest.raises(SettingsError, match=message):
-        batch.init()  # another worker may have written run.json and be at its first rows
+        batch.init()  # another worker may have written run.json and not committed rows yet
     (out / "run.json").unlink()
     batch.init()
     assert runs.run_json(out)["identity"]["safety"] != "none"
@@ -588,7 +597,7 @@ def test_another_model_or_policy_in_the_same_out_is_refused(
 def test_workers_with_different_settings_cannot_share_a_new_out(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str, links: bool
 ) -> None:
-    """Both have looked at OUT before either writes there."""
+    """Both workers read OUT before either writes to it."""
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", mock.Mock(side_effect=PermissionError(1, "no links here")))
     first = deployment.read_deployment(str(out))
@@ -600,7 +609,7 @@ def test_workers_with_different_settings_cannot_share_a_new_out(
         with pytest.raises(SettingsError, match=f"was made with {name} .*: give the job another output path$"):
             MiniBatchScorer(second)
         assert worker.score([prompts(tmp_path / "in.csv")])["status"].to_pylist() == ["ok"] * 3
-        (out / "run.json").write_text(json.dumps(second.record, default=str))  # as where both find no run.json
+        (out / "run.json").write_text(json.dumps(second.record, default=str))  # as if both workers found no run.json
         with pytest.raises(SettingsError, match=f"was made with {name}"):
             worker.score([prompts(tmp_path / "more.csv")])
     finally:
@@ -608,7 +617,7 @@ def test_workers_with_different_settings_cannot_share_a_new_out(
 
 
 def test_a_truncated_run_json_is_read_again(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a mount shows it whose cached size is that of an earlier file."""
+    """A mount truncates it to the cached size of an earlier file."""
     score(prompts(tmp_path / "in.csv"))
     whole = (out / "run.json").read_bytes()
     waits: list[float] = []
@@ -639,7 +648,7 @@ def test_a_mini_batch_must_be_a_list_of_paths(out: Path) -> None:
             batch.run(wrong)  # type: ignore[arg-type]
 
 
-def test_a_registered_model_is_found_some_folders_down(tmp_path: Path) -> None:
+def test_a_registered_model_is_found_in_nested_folders(tmp_path: Path) -> None:
     inner = tmp_path / "1" / "mlflow" / "artifacts"
     inner.mkdir(parents=True)
     with pytest.raises(SettingsError, match="contains no model"):
@@ -652,7 +661,7 @@ def test_a_registered_model_is_found_some_folders_down(tmp_path: Path) -> None:
         deployment.find_model_path(tmp_path)
 
 
-# As Azure runs it
+# Simulated jobs
 
 
 def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> SimulationOutcome:
@@ -665,7 +674,7 @@ def simulated(tmp_path: Path, files: int, rows: int, **more: Any) -> SimulationO
 
 
 def assert_accounted_for(tmp_path: Path, count: int) -> None:
-    """Every prompt once, after all that was killed and came twice, and the same bytes as by a plain run."""
+    """Check that every prompt has one image despite kills and duplicates, with the same bytes as in a run."""
     out = tmp_path / "out"
     predictions = pd.read_csv(out / "predictions.csv", sep=" ", header=None)
     assert predictions[0].nunique() == count
@@ -681,7 +690,7 @@ def assert_accounted_for(tmp_path: Path, count: int) -> None:
 @pytest.mark.promises
 def test_killed_workers_and_duplicate_deliveries(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 6, 4, workers=2, mini_batch_size=2, kill=1.0, duplicate=0.34, seed=1)
-    # The first kill comes a tenth of a second after its mini-batch has begun; a later one may come too late.
+    # The first kill comes within a tenth of a second of the start of its mini-batch. Later kills may come too late.
     assert outcome.kills >= 1
     assert (outcome.duplicates, outcome.failed_files) == (1, 0)
     assert_accounted_for(tmp_path, 24)
@@ -705,8 +714,8 @@ def test_a_row_that_kills_its_worker_in_a_simulated_job(tmp_path: Path) -> None:
     outcome = simulated(tmp_path, 8, 13, workers=2, mini_batch_size=3, seed=1, script=script)
     assert (outcome.failed_files, outcome.deaths) == (0, 3)
     assert runs.command("merge", tmp_path / "out").code == 0
-    found = runs.results(tmp_path / "out")
-    assert Counter(row["status"] for row in found) == {"ok": 8 * 13 + 2, "failed": 1}
+    results = runs.results(tmp_path / "out")
+    assert Counter(row["status"] for row in results) == {"ok": 8 * 13 + 2, "failed": 1}
     runs.assert_whole(tmp_path / "out")
 
 
@@ -726,5 +735,5 @@ def test_the_example_script_renders_one_by_one(tmp_path: Path, monkeypatch: pyte
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.init()
-    found = script.run([prompts(tmp_path / "in.csv", 2)])
-    assert [(tmp_path / name).is_file() for name in found[2]] == [True, True]
+    results = script.run([prompts(tmp_path / "in.csv", 2)])
+    assert [(tmp_path / name).is_file() for name in results[2]] == [True, True]

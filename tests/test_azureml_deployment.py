@@ -1,4 +1,4 @@
-"""examples/azureml: valid for Azure's SDK, and consistent with batch-infer."""
+"""Test that examples/azureml is valid for Azure's SDK and consistent with batch-infer."""
 
 from __future__ import annotations
 
@@ -49,61 +49,61 @@ SPECS = {
 }
 DEPLOYMENTS = ("batch", "online")
 SAFE = "https://safe.cognitiveservices.azure.com"
-DOORS_OWN = set(config.ENDPOINT_VARIABLES)
-"""Variables that a door reads beside the options of `run`."""
+ENDPOINT_VARIABLES = set(config.ENDPOINT_VARIABLES)
+"""Variables that endpoints read in addition to the options of `run`."""
 REPLACED = {"CONTENT_SAFETY_ACCOUNT_NAME", "UAI_CLIENT_ID", "SUBSCRIPTION_ID", "RESOURCE_GROUP_NAME"}
-"""Variables of the managed models' samples that the README says are not needed any more."""
+"""Variables of the managed models' samples that batch-infer does not need, according to the README."""
 
-# Where azure-ai-ml is. It prints, by YAML file and by script, what Azure's SDK has made of them.
+# Runs in the environment with azure-ai-ml. The script prints how Azure's SDK reads each YAML file and script.
 SCRIPT = r"""
 import contextlib, importlib, io, json, socket, sys
 from pathlib import Path
 
-def refused(*_):
-    raise AssertionError("somebody asks the network")
+def refuse(*_):
+    raise AssertionError("network access")
 
-socket.socket.connect = refused
+socket.socket.connect = refuse
 import marshmallow
 from azure.ai.ml.entities import _load_functions as loaders
 
 example, specs, safe = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-found = {"loaded": {}, "refused": {}, "made": {}, "safe": {}, "printed": {}}
+report = {"loaded": {}, "refused": {}, "default": {}, "safe": {}}
 for name, loader in specs.items():
     load = getattr(loaders, loader)
-    found["loaded"][name] = load(example / name)._to_dict()
-    found["refused"][name] = []
+    report["loaded"][name] = load(example / name)._to_dict()
+    report["refused"][name] = []
     for field in ("colour", "settings.colour", "liveness_probe.colour"):
         try:
             load(example / name, params_override=[{field: "red"}])
         except marshmallow.ValidationError as error:
-            found["refused"][name] += ["Unknown field" in str(error)]
+            report["refused"][name] += ["Unknown field" in str(error)]
 sys.path.insert(0, str(example))
 for kind in ("batch", "online"):
     script = importlib.import_module(f"deploy_{kind}")
-    for key, words in (("made", []), ("safe", ["--content-safety", safe])):
+    for key, arguments in (("default", []), ("safe", ["--content-safety", safe])):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            script.main(["--dry-run", *words])
-        found[key][kind] = printed.getvalue()
-print(json.dumps(found))
+            script.main(["--dry-run", *arguments])
+        report[key][kind] = printed.getvalue()
+print(json.dumps(report))
 """
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    """What Azure's SDK makes of the YAML files and of the two scripts, in one process for all tests."""
+def report() -> dict[str, Any]:
+    """Return how Azure's SDK reads the YAML files and both scripts, from one process for all tests."""
     if not SDK.is_file():
-        pytest.skip("azure-ai-ml has no environment here: make azure")
-    done = subprocess.run(
+        pytest.skip("no environment with azure-ai-ml: make azure")
+    process = subprocess.run(
         [SDK, "-c", SCRIPT, EXAMPLE, json.dumps(SPECS), SAFE],
         capture_output=True, text=True, timeout=600, check=False, cwd=ROOT / "tests",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    assert process.returncode == 0, process.stderr
+    return dict(json.loads(process.stdout))
 
 
 @pytest.fixture
-def _settled_logging() -> Iterator[None]:
+def _restored_logging() -> Iterator[None]:
     log = logging.getLogger("batch_infer")
     before = log.handlers, log.level, log.propagate
     yield
@@ -115,7 +115,7 @@ def spec(name: str) -> dict[str, Any]:
 
 
 def variables(kind: str) -> dict[str, str]:
-    """What a deployment's scripts find in their environment."""
+    """Return the environment variables of a deployment's scripts."""
     return variables_of(spec(f"{kind}/deployment.yml"))
 
 
@@ -128,12 +128,12 @@ def scoring_script(kind: str) -> Path:
     return EXAMPLE / kind / str(code["code"]) / str(code["scoring_script"])
 
 
-def imported(path: Path) -> ModuleType:
-    """A script as Azure imports it."""
-    found = importlib.util.spec_from_file_location("score", path)
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+def import_script(path: Path) -> ModuleType:
+    """Import a script as Azure does."""
+    module_spec = importlib.util.spec_from_file_location("score", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     return module
 
 
@@ -142,25 +142,25 @@ def test_every_yaml_file_is_tested() -> None:
     assert specs == set(SPECS)
 
 
-def holds(larger: Any, smaller: Any) -> bool:
-    """Whether all that the one says stands in the other, which may say more."""
+def contains(larger: Any, smaller: Any) -> bool:
+    """Return whether `larger` has all entries of `smaller`."""
     if isinstance(smaller, dict):
-        return isinstance(larger, dict) and all(holds(larger.get(key), value) for key, value in smaller.items())
+        return isinstance(larger, dict) and all(contains(larger.get(key), value) for key, value in smaller.items())
     return bool(larger == smaller)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_azures_sdk_reads_every_key_of_a_yaml_file(seen: dict[str, Any], name: str) -> None:
-    said = {key: value for key, value in spec(name).items() if key != "$schema"}
-    if "build" in said:
-        said["build"] = {**said["build"], "path": str(EXAMPLE / "environment")}
-    assert holds(seen["loaded"][name], said)
+def test_azures_sdk_reads_every_key_of_a_yaml_file(report: dict[str, Any], name: str) -> None:
+    values = {key: value for key, value in spec(name).items() if key != "$schema"}
+    if "build" in values:
+        values["build"] = {**values["build"], "path": str(EXAMPLE / "environment")}
+    assert contains(report["loaded"][name], values)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_azures_sdk_refuses_unknown_keys(seen: dict[str, Any], name: str) -> None:
-    """A misspelt field, at the top and further in."""
-    assert seen["refused"][name] == [True, True, True]
+def test_azures_sdk_refuses_unknown_keys(report: dict[str, Any], name: str) -> None:
+    """This applies to fields at the top level and to nested fields."""
+    assert report["refused"][name] == [True, True, True]
 
 
 def test_references_between_files_match() -> None:
@@ -176,37 +176,37 @@ def test_references_between_files_match() -> None:
 
 def test_the_request_timeout_is_slightly_below_azures() -> None:
     seconds = float(variables("online")[online.TIMEOUT])
-    waits = spec("online/deployment.yml")["request_settings"]["request_timeout_ms"] / 1000
+    azure_seconds = spec("online/deployment.yml")["request_settings"]["request_timeout_ms"] / 1000
     assert seconds == online.DEFAULT_TIMEOUT
-    assert waits - 20 < seconds < waits
+    assert azure_seconds - 20 < seconds < azure_seconds
 
 
-def relative(deployment: dict[str, Any]) -> dict[str, Any]:
-    """With the path of the code as the YAML file has it, which is relative to where that stands."""
+def with_relative_code_path(deployment: dict[str, Any]) -> dict[str, Any]:
+    """Return the deployment with the code path of the YAML file, which is relative to this file."""
     code = deployment["code_configuration"]
     return {**deployment, "code_configuration": {**code, "code": Path(code["code"]).name}}
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
-def test_the_sdk_script_creates_the_same_as_the_yaml_files(seen: dict[str, Any], kind: str) -> None:
-    environment, endpoint, deployment = yaml.safe_load_all(seen["made"][kind])
-    assert environment == seen["loaded"]["environment/environment.yml"]
-    assert endpoint == seen["loaded"][f"{kind}/endpoint.yml"]
+def test_the_sdk_script_creates_the_same_as_the_yaml_files(report: dict[str, Any], kind: str) -> None:
+    environment, endpoint, deployment = yaml.safe_load_all(report["default"][kind])
+    assert environment == report["loaded"]["environment/environment.yml"]
+    assert endpoint == report["loaded"][f"{kind}/endpoint.yml"]
     assert Path(deployment["code_configuration"]["code"]) == scoring_script(kind).parent
-    assert relative(deployment) == seen["loaded"][f"{kind}/deployment.yml"]
+    assert with_relative_code_path(deployment) == report["loaded"][f"{kind}/deployment.yml"]
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
-def test_the_sdk_script_enables_content_safety_on_request(seen: dict[str, Any], kind: str) -> None:
-    *_, deployment = yaml.safe_load_all(seen["safe"][kind])
-    asked = {"BATCH_INFER_SAFETY": "checker,azure", "CONTENT_SAFETY_ENDPOINT": SAFE}
-    assert variables_of(deployment) == {**variables(kind), **asked}
+def test_the_sdk_script_enables_content_safety_on_request(report: dict[str, Any], kind: str) -> None:
+    *_, deployment = yaml.safe_load_all(report["safe"][kind])
+    safety = {"BATCH_INFER_SAFETY": "checker,azure", "CONTENT_SAFETY_ENDPOINT": SAFE}
+    assert variables_of(deployment) == {**variables(kind), **safety}
 
 
 @pytest.mark.parametrize("kind", DEPLOYMENTS)
 def test_batch_infer_accepts_the_variables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables(kind).items():
-        assert isinstance(value, str)  # what Azure takes
+        assert isinstance(value, str)  # as Azure requires
         monkeypatch.setenv(name, value)
     assert settings_from_environment("table.csv", "out").safety.mode == "auto"
 
@@ -222,7 +222,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def test_every_variable_of_batch_infer_is_known() -> None:
-    read = options_as_variables() | DOORS_OWN
+    read = options_as_variables() | ENDPOINT_VARIABLES
     names = {(name, word) for name, text in texts() for word in re.findall(r"\bBATCH_INFER_[A-Z_]+\b", text)}
     assert len(names) > 8
     assert not {(name, word) for name, word in names if word not in read}
@@ -237,7 +237,7 @@ def test_every_other_variable_is_known() -> None:
     read = "\n".join(path.read_text("utf-8") for path in sources if path.is_file())
     pattern = r"\b(?:CONTENT_SAFETY|WORKER|GUNICORN|AZURE|AML|UAI|AZUREML)_[A-Z_]+\b|\bSUBSCRIPTION_ID\b"
     names = {word for name, text in texts() if name != "workspace.py" for word in re.findall(pattern, text)}
-    names -= REPLACED | {"AZUREML_CONDA_ENVIRONMENT_PATH"}  # which the Dockerfile sets for itself, as Azure's do
+    names -= REPLACED | {"AZUREML_CONDA_ENVIRONMENT_PATH"}  # set by the Dockerfile, as in Azure's Dockerfiles
     if not SERVER.is_dir():
         names -= {"GUNICORN_CMD_ARGS", "WORKER_COUNT", "WORKER_TIMEOUT", "AML_APP_ROOT", "AZUREML_ENTRY_SCRIPT"}
     assert {"CONTENT_SAFETY_ENDPOINT", "CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "AZURE_CLIENT_ID"} <= names
@@ -245,12 +245,12 @@ def test_every_other_variable_is_known() -> None:
 
 
 def test_predictions_have_the_format_of_the_managed_models() -> None:
-    beside = scoring_script("batch").with_name("parallel_run_step.settings.json")
-    form = json.loads(beside.read_text("utf-8"))
-    assert form.keys() == {"append_row"} and form["append_row"].keys() == {"pandas.DataFrame.to_csv"}
-    written = SimulationSettings((), Path("out"), script=scoring_script("batch")).to_csv()
+    settings_file = scoring_script("batch").with_name("parallel_run_step.settings.json")
+    settings = json.loads(settings_file.read_text("utf-8"))
+    assert settings.keys() == {"append_row"} and settings["append_row"].keys() == {"pandas.DataFrame.to_csv"}
+    to_csv = SimulationSettings((), Path("out"), script=scoring_script("batch")).to_csv()
     frame = pd.DataFrame([[0, "a, b", "images/a-0.png", None, "a.csv"]])
-    assert frame.to_csv(**written) == '0,"a, b",images/a-0.png,,a.csv\n'
+    assert frame.to_csv(**to_csv) == '0,"a, b",images/a-0.png,,a.csv\n'
 
 
 def test_the_image_has_the_dependencies_of_batch_infer() -> None:
@@ -269,14 +269,14 @@ def test_the_image_has_the_dependencies_of_batch_infer() -> None:
         assert "*" in source or (EXAMPLE / "environment" / source).is_file()
 
 
-@pytest.mark.usefixtures("_settled_logging")
+@pytest.mark.usefixtures("_restored_logging")
 def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = sorted(map(str, (EXAMPLE / "batch" / "prompts").iterdir()))
     small = {**variables("batch"), "AZUREML_BI_OUTPUT_PATH": str(tmp_path), **quick()}
     for name, value in small.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
-    script = imported(scoring_script("batch"))
+    script = import_script(scoring_script("batch"))
     script.init()
     try:
         frame = script.run(prompts)
@@ -289,31 +289,31 @@ def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all((tmp_path / name).is_file() for name in frame["generated_image"])  # no row is invalid
 
 
-@pytest.mark.usefixtures("_settled_logging")
+@pytest.mark.usefixtures("_restored_logging")
 def test_the_online_script_scores_the_sample_request(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**variables("online"), **quick()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
-    script = imported(scoring_script("online"))
+    script = import_script(scoring_script("online"))
     try:
         script.init()
         (row,) = script.run((EXAMPLE / "online" / "sample_request.json").read_text("utf-8"))
     finally:
         online._load_service().close()
-        online._load_service.cache_clear()  # else other tests in this process would find these settings
+        online._load_service.cache_clear()  # so that other tests in this process do not use these settings
     assert list(row) == ["prompt", "generated_image", "nsfw_content_detected"]
     assert base64.b64decode(row["generated_image"], validate=True).startswith(b"\x89PNG")
 
 
 def quick() -> dict[str, str]:
-    """The options of quick runs, as variables."""
+    """Return the options of quick runs as variables."""
     words = [word for word in QUICK if word != "--num-processes"][:-1]
     pairs = zip(words[::2], words[1::2], strict=True)
     options = {f"BATCH_INFER_{flag.removeprefix('--').replace('-', '_').upper()}": value for flag, value in pairs}
     return {**options, "BATCH_INFER_STEPS": "2"}
 
 
-TELL = """
+LOG_SCRIPT = """
 import sys
 from batch_infer.azureml.deployment import read_deployment
 read_deployment(sys.argv[1])
@@ -327,10 +327,10 @@ def test_the_log_has_the_requested_format_and_names_ignored_settings(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BATCH_INFER_RESULTS", "csv")
     monkeypatch.delenv("AZUREML_MODEL_DIR", raising=False)
-    line: list[str | Path] = [sys.executable, "-c", TELL, tmp_path / "out"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
-    # OpenMP may say something of its own before anything of ours runs.
-    entry = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
+    command: list[str | Path] = [sys.executable, "-c", LOG_SCRIPT, tmp_path / "out"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
+    # OpenMP may log before batch-infer runs.
+    entry = json.loads(next(line for line in process.stderr.splitlines() if line.startswith("{")))
     message = "BATCH_INFER_RESULTS, BATCH_INFER_TIME_LIMIT: ignored in an endpoint"
     assert (entry["level"], entry["message"]) == ("WARNING", message)
 
@@ -351,7 +351,11 @@ def test_ignored_variables_are_not_validated(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_unknown_variable_fails_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*DOORS_OWN, "BATCH_INFER_SERVICE_HOST", "BATCH_INFER_PORT_80_TCP_ADDR"):  # the last by Kubernetes
+    for name in (
+        *ENDPOINT_VARIABLES,
+        "BATCH_INFER_SERVICE_HOST",
+        "BATCH_INFER_PORT_80_TCP_ADDR",
+    ):  # Kubernetes sets the last one
         monkeypatch.setenv(name, "1")
     settings_from_environment("-", "out", deployments.IGNORED)
     monkeypatch.setenv("BATCH_INFER_STEP", "30")
@@ -360,7 +364,7 @@ def test_an_unknown_variable_fails_the_deployment(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_on_a_lower_level_takes_precedence_over_a_file(tmp_path: Path) -> None:
-    """Which may be a LoRA."""
+    """The file may be a LoRA."""
     (tmp_path / "lora.safetensors").touch()
     assert deployments.find_model_path(tmp_path) == str(tmp_path / "lora.safetensors")
     (tmp_path / "mlflow" / "artifacts").mkdir(parents=True)
@@ -398,14 +402,14 @@ def test_every_file_in_the_readme_exists() -> None:
 
 
 def test_every_setting_in_the_readme_exists() -> None:
-    """A misspelt path would be added to the deployment beside the true one."""
+    """A misspelt path would be added to the deployment without an error."""
     for kind in DEPLOYMENTS:
         (line,) = [line for line in LINES if f"{kind}/deployment.yml" in line and "CONTENT_SAFETY_ENDPOINT" in line]
         for path, _ in (word.split("=", 1) for word in shlex.split(line.split("--set ")[-1])):
-            found: Any = spec(f"{kind}/deployment.yml")
+            values: Any = spec(f"{kind}/deployment.yml")
             for key in path.split(".")[:-1]:
-                found = found[key]
-            assert "BATCH_INFER_SAFETY" in found
+                values = values[key]
+            assert "BATCH_INFER_SAFETY" in values
 
 
 def test_links_of_the_readme_are_valid() -> None:
@@ -416,5 +420,5 @@ def test_links_of_the_readme_are_valid() -> None:
 
 
 def test_azures_tools_upload_the_wheel() -> None:
-    """A .gitignore there that names it would keep it out of what Azure's tools upload, too."""
+    """Azure's tools do not upload files that a .gitignore next to them names."""
     assert not (EXAMPLE / "environment" / ".gitignore").exists()

@@ -1,4 +1,4 @@
-"""The real-time scoring script in Azure ML's own inference server, over HTTP."""
+"""Test the real-time scoring script over HTTP, in Azure ML's inference server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ constants.DEFAULT_HOST = "127.0.0.1"
 from azureml_inference_server_http.amlserver import run
 run()
 """
-"""`azmlinfsrv`, which would listen to everybody and has no option against it."""
+"""Runs `azmlinfsrv` on the loopback interface. It has no option for the interface and would listen on all."""
 SCRIPT = """
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def run(raw_data):
     os.environ["BATCH_INFER_REQUEST_TIMEOUT"] = seconds.read_text() if seconds.exists() else ""
     return online.run(raw_data)
 """
-"""A request has as many seconds as a file says, where there is one."""
+"""A scoring script whose request timeout in seconds can be set by a file."""
 SAMPLE: dict[str, Any] = {
     "columns": ["prompt"],
     "data": ["A photo of an astronaut riding a horse on Mars"],
@@ -64,11 +64,11 @@ SAMPLE: dict[str, Any] = {
 KEYS = ["prompt", "generated_image", "nsfw_content_detected"]
 CLIENTS = 20
 LONG = {"data": ["a red circle"] * 50, "parameters": {"num_inference_steps": 20}}
-"""More than half a minute of work."""
+"""A request that takes more than half a minute."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     status: int
     body: Any
     headers: Mapping[str, str]
@@ -76,7 +76,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that is being started, or runs, and the service that it asks; `down`: that is out of order."""
+    """A server process and its safety service. The service fails while `down` is set."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -84,23 +84,23 @@ class Server:
     safety: Service
     down: threading.Event
 
-    def send(self, body: bytes) -> Answer:
+    def send(self, body: bytes) -> Response:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/score", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                return Answer(answer.status, json.loads(answer.read()), dict(answer.headers))
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return Response(response.status, json.loads(response.read()), dict(response.headers))
         except urllib.error.HTTPError as error:
             with error:
-                return Answer(error.code, json.loads(error.read()), dict(error.headers))
+                return Response(error.code, json.loads(error.read()), dict(error.headers))
 
-    def ask(self, **input_data: Any) -> Answer:
+    def score(self, **input_data: Any) -> Response:
         return self.send(json.dumps({"input_data": input_data}).encode())
 
     def objects(self, **input_data: Any) -> list[dict[str, Any]]:
-        answer = self.ask(**input_data)
-        assert answer.status == 200, answer.body
-        return list(answer.body)
+        response = self.score(**input_data)
+        assert response.status == 200, response.body
+        return list(response.body)
 
     def stop(self) -> None:
         with suppress(ProcessLookupError):
@@ -111,16 +111,16 @@ class Server:
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                # It listens before it has loaded anything, and answers once it has.
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=600) as answer:
-                    assert answer.read() == b"Healthy"
+                # The server listens at once, and responds when the model is loaded.
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=600) as response:
+                    assert response.read() == b"Healthy"
                     return
             except OSError:
                 time.sleep(0.1)
         pytest.fail(self.log.read_text("utf-8")[-5000:])
 
 
-def start(folder: Path, model: Path, safety: Service, down: threading.Event) -> Server:
+def start_server(folder: Path, model: Path, safety: Service, down: threading.Event) -> Server:
     folder.mkdir()
     script, log = folder / "score.py", folder / "log"
     script.write_text(SCRIPT, "utf-8")
@@ -134,7 +134,7 @@ def start(folder: Path, model: Path, safety: Service, down: threading.Event) -> 
         **{"CONTENT_SAFETY_ENDPOINT": safety.endpoint, "CONTENT_SAFETY_KEY": KEY},
         **{"GUNICORN_CMD_ARGS": f"--threads {CLIENTS + 4}", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
     }
-    line: list[str | Path] = [
+    command: list[str | Path] = [
         PYTHON,
         "-c",
         LOOPBACK,
@@ -147,22 +147,22 @@ def start(folder: Path, model: Path, safety: Service, down: threading.Event) -> 
     ]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            line, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     return Server(process, port, log, safety, down)
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """One that serves the built-in model, and one that has none to serve: started together, as imports take long."""
+    """Yield a server with the built-in model and one without a model. Both start together, since imports are slow."""
     folder, down = tmp_path_factory.mktemp("online"), threading.Event()
     with serving(
-        words={"knives": ("Violence", 4)}, faults=lambda asked: status(503) if down.is_set() else None
+        words={"knives": ("Violence", 4)}, faults=lambda request: status(503) if down.is_set() else None
     ) as safety:
-        (folder / "nothing").mkdir()
+        (folder / "empty").mkdir()
         started = [
-            start(folder / "good", DEMO_MODEL, safety, down),
-            start(folder / "bad", folder / "nothing", safety, down),
+            start_server(folder / "good", DEMO_MODEL, safety, down),
+            start_server(folder / "bad", folder / "empty", safety, down),
         ]
         try:
             started[0].wait_until_healthy()
@@ -177,20 +177,20 @@ def server(servers: tuple[Server, Server]) -> Server:
     return servers[0]
 
 
-def opened(answer: Mapping[str, Any]) -> Image.Image:
-    image = Image.open(io.BytesIO(base64.b64decode(answer["generated_image"], validate=True)))
+def open_image(row: Mapping[str, Any]) -> Image.Image:
+    image = Image.open(io.BytesIO(base64.b64decode(row["generated_image"], validate=True)))
     image.load()
     return image
 
 
 def test_the_sample_request_gets_the_sample_response(server: Server) -> None:
-    answer = server.ask(**SAMPLE)
-    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
-    [found] = answer.body
-    assert list(found) == KEYS
-    assert found["prompt"] == SAMPLE["data"][0]
-    assert found["nsfw_content_detected"] is False
-    image = opened(found)
+    response = server.score(**SAMPLE)
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/json")
+    [row] = response.body
+    assert list(row) == KEYS
+    assert row["prompt"] == SAMPLE["data"][0]
+    assert row["nsfw_content_detected"] is False
+    image = open_image(row)
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
     assert np.asarray(image).std() > 5
 
@@ -205,32 +205,32 @@ def test_each_row_has_its_own_parameters_and_errors(server: Server) -> None:
         {"prompt": "a circle of knives"},
         {"prompt": "a red circle", "seed": 8},
     ]
-    found = server.objects(data=rows, parameters={"num_inference_steps": 5, "guidance_scale": 3})
-    assert [opened(each).size if each["generated_image"] else each["error"] for each in found] == [
+    objects = server.objects(data=rows, parameters={"num_inference_steps": 5, "guidance_scale": 3})
+    assert [open_image(row).size if row["generated_image"] else row["error"] for row in objects] == [
         *[(64, 64)] * 2,
         "the prompt is empty",
         (96, 128),
         (64, 64),
         "height 65 is not a multiple of 8; the nearest is 64",
-        found[6]["error"],
+        objects[6]["error"],
         (64, 64),
     ]
-    assert found[6]["error"].startswith("Azure AI Content Safety refused the prompt")
-    assert [list(each) for each in found] == [KEYS if each["generated_image"] else [*KEYS, "error"] for each in found]
-    assert [each["nsfw_content_detected"] for each in found] == [*[False] * 2, None, False, False, None, True, False]
-    first, second, *_ = (each["generated_image"] for each in found)
-    assert (first, second) == (found[4]["generated_image"], found[7]["generated_image"])
-    assert opened(found[0]).info["parameters"].startswith("a red circle\nSteps: 5, ")
+    assert objects[6]["error"].startswith("Azure AI Content Safety refused the prompt")
+    assert [list(row) for row in objects] == [KEYS if row["generated_image"] else [*KEYS, "error"] for row in objects]
+    assert [row["nsfw_content_detected"] for row in objects] == [*[False] * 2, None, False, False, None, True, False]
+    first, second, *_ = (row["generated_image"] for row in objects)
+    assert (first, second) == (objects[4]["generated_image"], objects[7]["generated_image"])
+    assert open_image(objects[0]).info["parameters"].startswith("a red circle\nSteps: 5, ")
 
 
-def test_concurrent_clients_get_the_same_images_as_alone(server: Server) -> None:
+def test_concurrent_clients_get_the_same_images_as_a_single_client(server: Server) -> None:
     prompts = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "yellow") for shape in "abcde"]
     assert len(prompts) == CLIENTS
     with ThreadPoolExecutor(CLIENTS) as clients:
-        found = list(clients.map(lambda prompt: server.objects(data=[[prompt]]), prompts))
-    assert [each["prompt"] for [each] in found] == prompts
-    for prompt, among_others in list(zip(prompts, found, strict=True))[::7]:
-        assert server.objects(data=[{"prompt": prompt}]) == among_others
+        results = list(clients.map(lambda prompt: server.objects(data=[[prompt]]), prompts))
+    assert [row["prompt"] for [row] in results] == prompts
+    for prompt, concurrent_objects in list(zip(prompts, results, strict=True))[::7]:
+        assert server.objects(data=[{"prompt": prompt}]) == concurrent_objects
 
 
 def test_a_bad_request_is_refused_with_one_sentence_and_the_server_continues(server: Server) -> None:
@@ -245,11 +245,11 @@ def test_a_bad_request_is_refused_with_one_sentence_and_the_server_continues(ser
         b"[" * 100_000: "the request is nested too deeply",
     }
     for body, sentence in bodies.items():
-        answer = server.send(body)
-        assert (answer.status, list(answer.body)) == (400, ["error"]), body[:80]
-        assert answer.body["error"].startswith(sentence)
+        response = server.send(body)
+        assert (response.status, list(response.body)) == (400, ["error"]), body[:80]
+        assert response.body["error"].startswith(sentence)
     assert server.send(b'{"input_data": "\xff"}').status == 400
-    many = server.ask(data=["a red circle"] * 10_000)
+    many = server.score(data=["a red circle"] * 10_000)
     assert many.status == 413
     assert many.body["error"].startswith("the request has more than 256 images (10000 prompts)")
     [long] = server.objects(data=["a red circle " * 80_000])
@@ -260,28 +260,28 @@ def test_a_bad_request_is_refused_with_one_sentence_and_the_server_continues(ser
 def test_a_safety_outage_returns_no_image_and_recovers(server: Server) -> None:
     server.down.set()
     try:
-        answer = server.ask(**SAMPLE)
+        response = server.score(**SAMPLE)
     finally:
         server.down.clear()
-    assert (answer.status, answer.headers["Retry-After"], list(answer.body)) == (503, "10", ["error"])
-    assert "127.0.0.1" not in answer.body["error"]
+    assert (response.status, response.headers["Retry-After"], list(response.body)) == (503, "10", ["error"])
+    assert "127.0.0.1" not in response.body["error"]
     assert "Azure AI Content Safety at http://127.0.0.1" in server.log.read_text("utf-8")
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 
 def test_disconnected_clients_free_the_server(server: Server) -> None:
-    """More than it has threads: a probe is answered at once, and what they asked for is not rendered."""
+    """There are more clients than threads. A probe gets a response at once, and the requests are not rendered."""
     before = len(server.safety.images)
     body = json.dumps({"input_data": LONG}).encode()
     head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(CLIENTS + 10)]
     for client in clients:
         client.sendall(head.encode() + body)
-    assert eventually(lambda: len(server.safety.images) > before)  # they are being served
+    assert eventually(lambda: len(server.safety.images) > before)  # their requests are being rendered
     for client in clients:
         client.close()
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=300) as answer:
-        assert answer.read() == b"Healthy"
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=300) as response:
+        assert response.read() == b"Healthy"
     assert list(server.objects(**SAMPLE)[0]) == KEYS
     assert len(server.safety.images) - before < CLIENTS * len(LONG["data"]) / 2
     assert eventually(lambda: server.log.read_text("utf-8").count("the client has disconnected") >= CLIENTS)
@@ -291,15 +291,15 @@ def test_a_request_times_out_with_a_response(server: Server) -> None:
     seconds = server.log.with_name("seconds")
     seconds.write_text("1")
     try:
-        answer = server.ask(**LONG)
+        response = server.score(**LONG)
     finally:
         seconds.unlink()
-    assert (answer.status, list(answer.body)) == (503, ["error"])
-    assert answer.body["error"].startswith("the images were not ready in 1 seconds: request fewer images at a time")
+    assert (response.status, list(response.body)) == (503, ["error"])
+    assert response.body["error"].startswith("the images were not ready in 1 seconds: request fewer images at a time")
     assert list(server.objects(**SAMPLE)[0]) == KEYS
 
 
-def test_a_server_without_its_model_does_not_start_and_logs_why(servers: tuple[Server, Server]) -> None:
+def test_a_server_without_a_model_does_not_start_and_logs_the_reason(servers: tuple[Server, Server]) -> None:
     server = servers[1]
     assert server.process.wait(300) == 3
-    assert "nothing contains no model: register a diffusers folder" in server.log.read_text("utf-8")
+    assert "empty contains no model: register a diffusers folder" in server.log.read_text("utf-8")

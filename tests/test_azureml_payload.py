@@ -1,4 +1,4 @@
-"""The payload of a real-time request: documented forms, and malformed ones."""
+"""Test the payload of real-time requests: documented forms and malformed requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rows_may_be_prompts_lists_or_objects(sent: dict[str, Any], rows: list[d
 
 @pytest.mark.parametrize("key", ["parameters", "params"])
 @pytest.mark.parametrize("next_to_input_data", [True, False])
-def test_parameters_may_have_either_name_in_either_place(key: str, next_to_input_data: bool) -> None:
+def test_parameters_may_have_either_name_and_position(key: str, next_to_input_data: bool) -> None:
     values = {key: {"num_inference_steps": 7, "seed": 3}}
     data = {"data": ["p", {"prompt": "q", "seed": 4}]}
     sent = {"input_data": data, **values} if next_to_input_data else {"input_data": {**data, **values}}

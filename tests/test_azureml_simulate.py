@@ -1,4 +1,4 @@
-"""The simulated batch endpoint, with scripts that succeed, fail, hang and die."""
+"""Test the simulated batch endpoint with scripts that succeed, fail, hang and die."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def note(name, *words):
     with (OUT / name).open("a") as file:
         print(*words, file=file)
 
-def seen(name, word):
+def contains(name, word):
     path = OUT / name
     return path.exists() and word in path.read_text().split()
 
 def init():
     note("inits", os.getpid())
 
-def meet(workers):  # returns once so many have called it as often as this one
+def meet(workers):  # waits until this many workers have called it as often as this worker
     note("meetings", os.getpid())
     while True:
         pids = (OUT / "meetings").read_text().split()
@@ -51,7 +51,7 @@ def meet(workers):  # returns once so many have called it as often as this one
             return
         time.sleep(0.01)
 """
-"""What the tests' scripts begin with: they tell what they see by files in OUT."""
+"""The start of the tests' scripts, which report to the tests by files in OUT."""
 NAMES = """
 def run(mini_batch):
     return [Path(path).name for path in mini_batch]
@@ -72,7 +72,7 @@ def write_files(folder: Path, count: int) -> Path:
 
 
 def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> SimulationOutcome:
-    """A job with a mini-batch for each file, on a machine without GPUs. None is late unless a test wants it."""
+    """Run a job with a mini-batch per file on a machine without GPUs. By default, no mini-batch times out."""
     inputs, script = write_files(folder / "in", files), write_script(folder, body)
     rest = {"mini_batch_size": 1, "gpus": 0, "timeout": 600, **settings}
     return simulate(SimulationSettings((inputs,), folder / "out", script, **rest))
@@ -111,15 +111,15 @@ def test_mini_batches_have_absolute_paths_of_files_directly_in_a_folder(
     named = write_files(folder / "nested", 2) / "01.csv"
     named = named.rename(named.with_name("other.csv"))
     settings = SimulationSettings((folder, named, named), Path("out"), write_script(Path(), body), mini_batch_size=3)
-    done = simulate(settings)
+    outcome = simulate(settings)
     batches = [line.split() for line in notes(tmp_path, "runs")]
     files = [path for batch in batches for path in batch]
     assert sorted(map(len, batches)) == [2, 3, 3]
     assert sorted(files) == sorted(str(tmp_path / path) for path in [*folder.glob("*.csv"), named])
     assert files != sorted(files)
     assert sorted(predictions(tmp_path)) == sorted([*map(str, range(7)), "1"])
-    assert (done.fault, done.mini_batches, done.files, done.succeeded, done.rows) == (None, 3, 8, 3, 8)
-    assert (done.deliveries, done.retries, done.failed_files) == (3, 0, 0)
+    assert (outcome.fault, outcome.mini_batches, outcome.files, outcome.succeeded, outcome.rows) == (None, 3, 8, 3, 8)
+    assert (outcome.deliveries, outcome.retries, outcome.failed_files) == (3, 0, 0)
 
 
 def test_two_files_with_the_same_name_are_refused(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_missing_files_are_reported_before_the_start(tmp_path: Path, missing: st
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
-# What a script finds
+# The environment of a script
 
 
 def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
@@ -163,22 +163,22 @@ def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
     def run(mini_batch):
         meet(2)
         note("folders", os.getcwd(), *os.listdir())
-        Path("left").touch()
+        Path("leftover").touch()
         print("written on stdout")
         print("written on stderr", file=sys.stderr)
         return mini_batch
     """
     run(tmp_path, body, workers=2)
-    found = [line.split() for line in notes(tmp_path, "folders")]
-    folders = {Path(line[0]) for line in found}
-    assert sorted(line[1:] for line in found) == [[], [], ["left"], ["left"]]
+    lines = [line.split() for line in notes(tmp_path, "folders")]
+    folders = {Path(line[0]) for line in lines}
+    assert sorted(line[1:] for line in lines) == [[], [], ["leftover"], ["leftover"]]
     assert len(folders) == 2
     assert all(folder.is_relative_to(tempfile.gettempdir()) and not folder.exists() for folder in folders)
     logs = [worker_log(tmp_path, index) for index in range(2)]
     assert [log.count(f"written on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
 
 
-def test_a_script_has_its_neighbours_and_variables_and_nothing_imported(tmp_path: Path) -> None:
+def test_a_script_has_modules_in_its_folder_and_variables_but_no_other_imports(tmp_path: Path) -> None:
     body = """
     import neighbour
 
@@ -196,7 +196,7 @@ def test_a_script_has_its_neighbours_and_variables_and_nothing_imported(tmp_path
     assert not {"torch", "pandas", "numpy", "click", "pyarrow", "tqdm"} & {*notes(tmp_path, "modules")[0].split()}
 
 
-def test_modules_next_to_a_script_in_a_package_hide_no_library(tmp_path: Path) -> None:
+def test_modules_of_a_scripts_package_do_not_hide_libraries(tmp_path: Path) -> None:
     for name in ("__init__.py", "uuid.py"):
         (tmp_path / name).touch()
     run(tmp_path, "import uuid\ndef run(mini_batch):\n    return [uuid.NAMESPACE_URL]", files=1)
@@ -222,9 +222,9 @@ def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
     assert sorted(notes(tmp_path, "shutdowns")) == sorted(notes(tmp_path, "inits"))
 
 
-def test_a_failing_shutdown_is_logged_and_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    done = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
-    assert (done.fault, done.succeeded) == (None, 1)
+def test_a_failing_shutdown_is_logged_but_fails_no_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outcome = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
+    assert (outcome.fault, outcome.succeeded) == (None, 1)
     assert "worker 0 did not shut down cleanly" in caplog.text
     assert "ValueError: at the end" in worker_log(tmp_path)
 
@@ -233,11 +233,11 @@ GPUS = """
 def run(mini_batch):
     seen_gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
     note("gpus", seen_gpus, os.environ["AZ_BATCHAI_GPU_COUNT_FOUND"])
-    if Path(mini_batch[0]).name == "00.csv" and not seen("died", "once"):
+    if Path(mini_batch[0]).name == "00.csv" and not contains("died", "once"):
         note("died", "once")
         note("died_with", seen_gpus)
         os._exit(9)
-    while len(set((OUT / "gpus").read_text().split("\\n"))) < 4:  # till all have run something
+    while len(set((OUT / "gpus").read_text().split("\\n"))) < 4:  # until all workers have run a mini-batch
         time.sleep(0.01)
     return mini_batch
 """
@@ -247,9 +247,9 @@ def test_each_worker_sees_its_gpu_and_surplus_workers_see_no_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    done = run(tmp_path, GPUS, files=8, workers=3, gpus=None)
+    outcome = run(tmp_path, GPUS, files=8, workers=3, gpus=None)
     assert {*notes(tmp_path, "gpus")} == {"5 2", "7 2", "none 2"}
-    assert (done.deaths, done.retries, done.failed) == (1, 1, 0)
+    assert (outcome.deaths, outcome.retries, outcome.failed) == (1, 1, 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert list(find_gpus(3)) == ["0", "1", "2"]
 
@@ -313,15 +313,15 @@ def test_an_invalid_settings_file_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_summary_only_writes_no_rows(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "predictions.csv").write_text("of an earlier job\n")
-    done = run(tmp_path, NAMES, append_rows=False)
-    assert (done.rows, done.fault, done.predictions) == (4, None, None)
+    (tmp_path / "out" / "predictions.csv").write_text("earlier rows\n")
+    outcome = run(tmp_path, NAMES, append_rows=False)
+    assert (outcome.rows, outcome.fault, outcome.predictions) == (4, None, None)
     assert not predictions(tmp_path)
 
 
 def test_predictions_of_an_earlier_job_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "predictions.csv").write_text("of an earlier job\n")
+    (tmp_path / "out" / "predictions.csv").write_text("earlier rows\n")
     run(tmp_path, NAMES, files=1)
     assert predictions(tmp_path) == ["00.csv"]
 
@@ -337,8 +337,14 @@ def test_a_result_of_another_type_fails_the_mini_batch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, message: str
 ) -> None:
     body = f"def run(mini_batch):\n    return {returned} if mini_batch[0].endswith('01.csv') else mini_batch"
-    done = run(tmp_path, body, max_retries=1)
-    assert (done.succeeded, done.failed, done.failed_files, done.retries, done.fault) == (3, 1, 1, 1, None)
+    outcome = run(tmp_path, body, max_retries=1)
+    assert (outcome.succeeded, outcome.failed, outcome.failed_files, outcome.retries, outcome.fault) == (
+        3,
+        1,
+        1,
+        1,
+        None,
+    )
     assert f"run() {message}; return a list or a pandas DataFrame" in caplog.text
     assert "try 2 of 2" in caplog.text
 
@@ -352,10 +358,10 @@ def test_a_mini_batch_that_raises_is_retried_in_the_same_process(tmp_path: Path)
             raise ValueError(f"not {name}")
         return mini_batch
     """
-    done = run(tmp_path, body)
+    outcome = run(tmp_path, body)
     assert Counter(notes(tmp_path, "tries")) == {"00.csv": 1, "01.csv": 4, "02.csv": 3, "03.csv": 1}
     assert len(notes(tmp_path, "inits")) == 1
-    assert (done.succeeded, done.failed, done.retries, done.deliveries) == (3, 1, 5, 9)
+    assert (outcome.succeeded, outcome.failed, outcome.retries, outcome.deliveries) == (3, 1, 5, 9)
     assert worker_log(tmp_path).count("ValueError: not 01.csv") == 4
 
 
@@ -369,65 +375,65 @@ def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
             {end}
         return mini_batch
     """
-    done = run(tmp_path, body, max_retries=1)
-    assert (done.deaths, done.retries, done.succeeded, done.failed_files) == (2, 1, 3, 1)
+    outcome = run(tmp_path, body, max_retries=1)
+    assert (outcome.deaths, outcome.retries, outcome.succeeded, outcome.failed_files) == (2, 1, 3, 1)
     assert ("exit code 4" if "exit" in end else "killed by SIGSEGV") in caplog.text
 
 
 def test_a_worker_is_killed_on_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's clock jumps by an hour whenever it is read while the mini-batch hangs.
+    """The job's clock jumps by an hour at every reading while the mini-batch hangs.
 
-    Once would not do: the driver may only read it for the first time when the mini-batch hangs already.
+    A single jump would not be enough: the mini-batch may already hang at the first reading.
     """
-    ahead = 0.0
+    offset = 0.0
 
     def monotonic() -> float:
-        nonlocal ahead
+        nonlocal offset
         hung = tmp_path / "out" / "hung"
         if hung.exists() and (words := hung.read_text().split()) and is_alive(int(words[1])):
-            ahead += 3600
-        return time.monotonic() + ahead
+            offset += 3600
+        return time.monotonic() + offset
 
     monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=monotonic))
     body = """
     import subprocess
 
     def run(mini_batch):
-        if mini_batch[0].endswith("01.csv") and not seen("hung", "once"):
+        if mini_batch[0].endswith("01.csv") and not contains("hung", "once"):
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             note("hung", "once", os.getpid(), child.pid)
             time.sleep(600)
         return mini_batch
     """
-    done = run(tmp_path, body, timeout=1800)
-    assert (done.timeouts, done.retries, done.succeeded, done.failed) == (1, 1, 4, 0)
+    outcome = run(tmp_path, body, timeout=1800)
+    assert (outcome.timeouts, outcome.retries, outcome.succeeded, outcome.failed) == (1, 1, 4, 0)
     assert len(notes(tmp_path, "inits")) == 2
-    left = [int(word) for word in notes(tmp_path, "hung")[0].split()[1:]]
-    assert eventually(lambda: not any(map(is_alive, left)))
+    pids = [int(word) for word in notes(tmp_path, "hung")[0].split()[1:]]
+    assert eventually(lambda: not any(map(is_alive, pids)))
 
 
 @pytest.mark.parametrize(("threshold", "fails"), [(-1, False), (2, False), (1, True), (0, True)])
 def test_the_job_fails_above_the_error_threshold(tmp_path: Path, threshold: int, fails: bool) -> None:
-    """A mini-batch of three that returns two rows has lost a file; one that raises has lost all."""
+    """A mini-batch of three files that returns two rows has lost a file. If it raises, it has lost all of them."""
     body = """
     def run(mini_batch):
         if len(mini_batch) == 1:
             raise ValueError("the last")
         return mini_batch[1:] if any(path.endswith("01.csv") for path in mini_batch) else mini_batch * 2
     """
-    done = run(tmp_path, body, files=7, mini_batch_size=3, max_retries=0, error_threshold=threshold)
-    assert (done.fault is not None) == fails
+    outcome = run(tmp_path, body, files=7, mini_batch_size=3, max_retries=0, error_threshold=threshold)
+    assert (outcome.fault is not None) == fails
     if fails:
-        assert f"--error-threshold allows {threshold}" in str(done.fault)
+        assert f"--error-threshold allows {threshold}" in str(outcome.fault)
     else:
-        assert (done.failed_files, done.rows) == (2, 8)
+        assert (outcome.failed_files, outcome.rows) == (2, 8)
 
 
 @pytest.mark.parametrize("body", ["def run(mini_batch):\n    return []", "def run(mini_batch):\n    raise ValueError"])
 def test_a_job_without_a_successful_mini_batch_fails(tmp_path: Path, body: str) -> None:
-    done = run(tmp_path, body, max_retries=1)
-    assert "no succeeded mini batch" in str(done.fault)
-    assert (done.succeeded, done.failed, done.failed_files) == (0, 4, 4)
+    outcome = run(tmp_path, body, max_retries=1)
+    assert "no succeeded mini batch" in str(outcome.fault)
+    assert (outcome.succeeded, outcome.failed, outcome.failed_files) == (0, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -440,10 +446,10 @@ def test_a_job_without_a_successful_mini_batch_fails(tmp_path: Path, body: str) 
     ],
 )
 def test_a_script_that_cannot_start_fails_the_job(tmp_path: Path, body: str, message: str) -> None:
-    done = run(tmp_path, body)
-    assert message in str(done.fault)
-    assert "worker-0.log" in str(done.fault)
-    assert (done.deliveries, done.succeeded) == (0, 0)
+    outcome = run(tmp_path, body)
+    assert message in str(outcome.fault)
+    assert "worker-0.log" in str(outcome.fault)
+    assert (outcome.deliveries, outcome.succeeded) == (0, 0)
 
 
 # Simulated faults
@@ -461,79 +467,85 @@ def run(mini_batch):
 
 @pytest.fixture
 def _kills_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mini-batch of DOOMED that is to be killed waits for it, so that no kill comes too late."""
-    arm = KillSchedule.assign
+    """A mini-batch of DOOMED waits for its kill, so that no kill comes too late."""
+    assign = KillSchedule.assign
 
-    def arm_and_tell(self: KillSchedule, mini_batch: MiniBatch, *, is_new: bool) -> float | None:
-        seconds = arm(self, mini_batch, is_new=is_new)
-        mark = tmp_path / "out" / f"doomed-{Path(mini_batch.files[0]).name}"
-        mark.unlink(missing_ok=True)
+    def assign_and_report(self: KillSchedule, mini_batch: MiniBatch, *, is_new: bool) -> float | None:
+        seconds = assign(self, mini_batch, is_new=is_new)
+        marker = tmp_path / "out" / f"doomed-{Path(mini_batch.files[0]).name}"
+        marker.unlink(missing_ok=True)
         if seconds is not None:
-            mark.touch()
+            marker.touch()
         return seconds
 
-    monkeypatch.setattr(KillSchedule, "assign", arm_and_tell)
+    monkeypatch.setattr(KillSchedule, "assign", assign_and_report)
 
 
 @pytest.mark.usefixtures("_kills_hit")
 def test_killed_mini_batches_are_retried(tmp_path: Path) -> None:
-    done = run(tmp_path, DOOMED, files=20, mini_batch_size=2, workers=2, kill=0.3)
-    assert (done.kills, done.kills_missed, done.retries, done.deliveries) == (3, 0, 3, 13)
+    outcome = run(tmp_path, DOOMED, files=20, mini_batch_size=2, workers=2, kill=0.3)
+    assert (outcome.kills, outcome.kills_missed, outcome.retries, outcome.deliveries) == (3, 0, 3, 13)
     assert len(notes(tmp_path, "ended")) == 10
     assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(20)]
-    assert len(notes(tmp_path, "inits")) > done.kills
-    assert (done.succeeded, done.fault, done.deaths) == (10, None, 0)
+    assert len(notes(tmp_path, "inits")) > outcome.kills
+    assert (outcome.succeeded, outcome.fault, outcome.deaths) == (10, None, 0)
 
 
 @pytest.mark.usefixtures("_kills_hit")
 def test_every_mini_batch_can_be_killed_once(tmp_path: Path) -> None:
-    done = run(tmp_path, DOOMED, files=4, workers=2, kill=1.0)
-    assert (done.kills, done.kills_missed, done.deliveries) == (4, 0, 8)
+    outcome = run(tmp_path, DOOMED, files=4, workers=2, kill=1.0)
+    assert (outcome.kills, outcome.kills_missed, outcome.deliveries) == (4, 0, 8)
     assert sorted(predictions(tmp_path)) == [f"{index:02}.csv" for index in range(4)]
 
 
 @pytest.mark.usefixtures("_kills_hit")
 def test_kills_use_up_retries(tmp_path: Path) -> None:
-    done = run(tmp_path, DOOMED, files=6, kill=0.3, max_retries=0)
-    assert (done.kills, done.failed, done.retries, len(predictions(tmp_path))) == (2, 2, 0, 4)
+    outcome = run(tmp_path, DOOMED, files=6, kill=0.3, max_retries=0)
+    assert (outcome.kills, outcome.failed, outcome.retries, len(predictions(tmp_path))) == (2, 2, 0, 4)
 
 
 def test_late_kills_are_counted_as_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arm = KillSchedule.assign
+    assign = KillSchedule.assign
     monkeypatch.setattr(
-        KillSchedule, "assign", lambda *each, is_new: None if arm(*each, is_new=is_new) is None else 500.0
+        KillSchedule, "assign", lambda *args, is_new: None if assign(*args, is_new=is_new) is None else 500.0
     )
-    done = run(tmp_path, NAMES, files=6, kill=0.3)
-    assert (done.kills, done.retries, done.succeeded) == (0, 0, 6)
-    assert done.kills_missed == 2
+    outcome = run(tmp_path, NAMES, files=6, kill=0.3)
+    assert (outcome.kills, outcome.retries, outcome.succeeded) == (0, 0, 6)
+    assert outcome.kills_missed == 2
 
 
 def test_kill_times_are_spread_over_the_duration_of_a_mini_batch() -> None:
-    moments = []
+    delays = []
     for seed in range(200):
         kills = KillSchedule(0.5, 2, random.Random(seed))
         first, second = MiniBatch(0, ("a",)), MiniBatch(1, ("b", "c"))
-        assert kills.assign(first, is_new=True) is None  # the duration of one is not known yet
+        assert kills.assign(first, is_new=True) is None  # the duration of a mini-batch is not known yet
         kills.record_duration(first, 10.0)
-        moment = kills.assign(second, is_new=True)
-        assert moment is not None
-        moments.append(moment)
-    assert all(0 <= moment <= 20 for moment in moments)
-    assert all(count > 30 for count in Counter(int(moment // 5) for moment in moments).values())
+        delay = kills.assign(second, is_new=True)
+        assert delay is not None
+        delays.append(delay)
+    assert all(0 <= delay <= 20 for delay in delays)
+    assert all(count > 30 for count in Counter(int(delay // 5) for delay in delays).values())
 
 
 def test_duplicates_are_delivered_twice(tmp_path: Path) -> None:
-    done = run(tmp_path, NAMES, files=10, workers=2, duplicate=0.6, seed=3)
-    assert (done.duplicates, done.deliveries, done.rows, done.succeeded, done.retries) == (6, 16, 16, 10, 0)
+    outcome = run(tmp_path, NAMES, files=10, workers=2, duplicate=0.6, seed=3)
+    assert (outcome.duplicates, outcome.deliveries, outcome.rows, outcome.succeeded, outcome.retries) == (
+        6,
+        16,
+        16,
+        10,
+        0,
+    )
     assert sorted(Counter(predictions(tmp_path)).values()) == [1] * 4 + [2] * 6
 
 
 # The command
 
 
-def simulated(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.Done:
+def run_command(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.Done:
     inputs, script = write_files(tmp_path / "in", files), write_script(tmp_path, body)
-    line: list[str | Path] = [
+    command: list[str | Path] = [
         "azureml-simulate",
         inputs,
         "--out",
@@ -544,29 +556,31 @@ def simulated(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.
         "0",
         *options,
     ]
-    return runs.command(*line)
+    return runs.command(*command)
 
 
 def test_the_command_prints_the_outcome(tmp_path: Path) -> None:
-    done = simulated(tmp_path, NAMES, "--mini-batch-size", "2", "--workers", "2", "--timeout", "20s")
-    assert (done.code, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    process = run_command(tmp_path, NAMES, "--mini-batch-size", "2", "--workers", "2", "--timeout", "20s")
+    assert (process.code, process.stderr) == (0, "")
+    lines = process.stdout.splitlines()
     assert lines[:2] == ["2 mini-batches of 4 files · 2 succeeded, 0 failed; 0 files failed", "2 deliveries"]
     assert lines[2].startswith("4 rows in ")
     assert lines[3:] == [f"rows     {tmp_path}/out/predictions.csv", f"logs     {tmp_path}/out/logs/azureml"]
 
 
 def test_the_command_prints_json(tmp_path: Path) -> None:
-    done = simulated(tmp_path, "def run(mini_batch):\n    return None", "--max-retries", "0", "--json", "-q", files=1)
-    outcome = json.loads(done.stdout)
-    assert (done.code, done.stderr) == (3, "")
+    process = run_command(
+        tmp_path, "def run(mini_batch):\n    return None", "--max-retries", "0", "--json", "-q", files=1
+    )
+    outcome = json.loads(process.stdout)
+    assert (process.code, process.stderr) == (3, "")
     assert (outcome["mini_batches"], outcome["failed_files"], outcome["rows_per_second"]) == (1, 1, None)
     assert outcome["fault"].startswith("no succeeded mini batch")
 
 
-def test_quiet_prints_nothing_on_success_and_usage_ends_with_2(tmp_path: Path) -> None:
-    done = simulated(tmp_path, NAMES, "-q", "--output-action", "summary_only")
-    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+def test_quiet_prints_nothing_on_success_and_a_usage_error_exits_with_2(tmp_path: Path) -> None:
+    process = run_command(tmp_path, NAMES, "-q", "--output-action", "summary_only")
+    assert (process.code, process.stdout, process.stderr) == (0, "", "")
     wrong = runs.command("azureml-simulate", tmp_path / "absent", "--script", tmp_path / "score.py")
     assert (wrong.code, wrong.stdout) == (2, "")
     assert "there is no such file or folder" in wrong.stderr
@@ -586,10 +600,10 @@ def run(mini_batch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
     inputs, script = write_files(tmp_path / "in", 2), write_script(tmp_path, HANGING)
-    line = [sys.executable, "-m", "batch_infer", "azureml-simulate", str(inputs), "--out", str(tmp_path / "out"),
+    command = [sys.executable, "-m", "batch_infer", "azureml-simulate", str(inputs), "--out", str(tmp_path / "out"),
             "--script", str(script), "--gpus", "0", "--workers", "2", "--mini-batch-size", "1"]  # fmt: skip
     pipe, environment = subprocess.PIPE, {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert runs.wait_for(process, lambda: len(notes(tmp_path, "hanging")) == 2)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=600)

@@ -30,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
-    """The carried columns of results.parquet for these tables, committed as if every row had failed."""
+    """Return the carried columns of results.parquet for these tables, as if every row had failed."""
     out.mkdir(exist_ok=True)
     with open_tables(table) as tables:
         rows = list(tables.read_rows(RULES))
@@ -43,10 +43,10 @@ def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
             manifest.commit([row], tables.carried)
         with manifest.index() as index:
             merge(rows, index, tables.carried, out, OutputSettings(results=("parquet", "csv", "jsonl")))
-        found = pq.read_table(out / "results.parquet").select(tables.carried.names)
+        result = pq.read_table(out / "results.parquet").select(tables.carried.names)
         merge_parts(manifest, tables.files, out, OutputSettings(results=("parquet", "csv", "jsonl")))
-        assert pq.read_table(out / "results.parquet").select(tables.carried.names).equals(found)
-    return found
+        assert pq.read_table(out / "results.parquet").select(tables.carried.names).equals(result)
+    return result
 
 
 EXACT = {
@@ -78,9 +78,9 @@ def test_a_column_is_carried_unchanged(name: str) -> None:
     """In results.parquet. results.csv and .jsonl can be written too."""
     column = EXACT[name]
     write_parquet(Path("t.parquet"), prompt=["x", "y"], column=column)
-    found, column = carry("t.parquet")["column"], pq.read_table("t.parquet")["column"]
-    assert found.type == column.type or name == "tensor"  # Arrow cannot make an empty one
-    assert to_values(found) == to_values(column)
+    result, column = carry("t.parquet")["column"], pq.read_table("t.parquet")["column"]
+    assert result.type == column.type or name == "tensor"  # Arrow cannot make an empty one
+    assert to_values(result) == to_values(column)
 
 
 @pytest.mark.parametrize("array", EXACT.values(), ids=EXACT)
@@ -110,40 +110,40 @@ def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
 def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]) -> None:
-    """Bytes are base64. Each column has one warning."""
+    """Bytes are in base64. There is one warning per column."""
     write_parquet(Path("t/a.parquet"), prompt=["x"] * len(array), column=array)
     write_parquet(Path("t/b.parquet"), prompt=["y"], column=["text"])
-    found = carry("t")["column"]
-    assert found.type == pa.string()
-    assert [text for text in found.to_pylist() if text is not None] == [*texts, "text"]
+    result = carry("t")["column"]
+    assert result.type == pa.string()
+    assert [text for text in result.to_pylist() if text is not None] == [*texts, "text"]
     (warning,) = open_tables("t").notices
-    kind = to_result_type(pq.read_schema("t/a.parquet").field("column").type)
-    where = f"column 'column' is {kind} in t/a.parquet and string in t/b.parquet"
+    dtype = to_result_type(pq.read_schema("t/a.parquet").field("column").type)
+    where = f"column 'column' is {dtype} in t/a.parquet and string in t/b.parquet"
     assert warning == f"{where}: its values are carried as text"
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_numbers_within_a_nested_json_value_stay_numbers_of_all_their_digits(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_numbers_in_a_nested_json_value_keep_all_digits(suffix: str) -> None:
     cell = '{"n": 0.1234567890123456789, "of": [1e400, 2E9999999999999999999, 123456789012345678901, -0.5, "0.5"]}'
     row = f'{{"prompt": "x", "column": {cell}}}'
-    write_bytes(Path(f"t.{ending}"), (row if ending == "jsonl" else f"[{row}]").encode())
-    found = carry(f"t.{ending}")["column"]
-    assert (found.type, found.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
+    write_bytes(Path(f"t.{suffix}"), (row if suffix == "jsonl" else f"[{row}]").encode())
+    result = carry(f"t.{suffix}")["column"]
+    assert (result.type, result.to_pylist()) == (pa.string(), [cell.replace("1e400", "1E+400")])
 
 
-def test_two_fields_of_one_name_in_a_struct_have_two_names() -> None:
+def test_struct_fields_with_the_same_name_are_renamed() -> None:
     struct = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array(["a", "b"])], names=["k", "k"])
     twins = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
     write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=twins, tag=pa.array([["p"], ["q"]]))
-    found = carry("t.parquet")
-    assert found.to_pylist() == [
+    result = carry("t.parquet")
+    assert result.to_pylist() == [
         {"struct": {"k": k, "k_2": name}, "deep": [{"k": k, "k_2": name}], "tag": [tag]}
         for k, name, tag in [(1, "a", "p"), (2, "b", "q")]
     ]
     (warning,) = open_tables("t.parquet").notices
     assert warning == (
-        "t.parquet has columns of one name: carried are another 'struct.k' as 'struct.k_2', "
-        "another 'deep.k' as 'deep.k_2'"
+        "t.parquet has columns with the same name: another 'struct.k' is carried as 'struct.k_2', "
+        "another 'deep.k' is carried as 'deep.k_2'"
     )
 
 
@@ -151,24 +151,24 @@ def test_whole_floats_with_large_integers_are_integers() -> None:
     """pandas writes a column of integers like this if a cell is missing."""
     write_parquet(Path("t/a.parquet"), prompt=["x"], id=[1], column=[2**60 + 1])
     write_parquet(Path("t/b.parquet"), prompt=["y", "z"], id=[2.0, float(2**60)], column=[2.0, None])
-    found = carry("t")["column"]
-    assert (found.type, found.to_pylist()) == (pa.int64(), [2**60 + 1, 2, None])
+    result = carry("t")["column"]
+    assert (result.type, result.to_pylist()) == (pa.int64(), [2**60 + 1, 2, None])
     assert [row.id for row in read_requests("t")] == ["1", "2", str(2**60)]
 
 
-def test_names_that_differ_by_case_alone_are_renamed() -> None:
+def test_names_that_differ_only_by_case_are_renamed() -> None:
     """SQL engines ignore case."""
     write_csv(Path("t/a.csv"), [["prompt", "Seed", "seed", "Tag"], ["x", "old", "1", "a"]])
     write_csv(Path("t/b.csv"), [["prompt", "tag", "STATUS"], ["y", "b", "c"]])
-    found = carry("t")
-    assert found.to_pylist() == [
+    result = carry("t")
+    assert result.to_pylist() == [
         {"input_Seed": "old", "Tag": "a", "input_tag": None, "input_STATUS": None},
         {"input_Seed": None, "Tag": None, "input_tag": "b", "input_STATUS": "c"},
     ]
 
 
-def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> None:
-    """Earlier versions wrote them."""
+def test_parts_with_names_that_differ_only_by_case_are_merged(out: Path) -> None:
+    """Earlier versions wrote such parts."""
     out.mkdir()
     manifest = Manifest(out)
     usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
@@ -184,7 +184,7 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("numbers", "kind", "carried"),
+    ("numbers", "dtype", "carried"),
     [
         (["0.12345678901234567890", "0.5"], pa.string(), ["0.12345678901234567890", "0.5"]),
         (["1180123456789012345.0", "7"], pa.int64(), [1180123456789012345, 7]),
@@ -193,9 +193,9 @@ def test_parts_with_names_that_differ_by_case_alone_are_merged(out: Path) -> Non
         (["1e99999999999999999999", "1"], pa.string(), None),
     ],
 )
-def test_numbers_of_json_are_not_rounded(numbers: list[str], kind: pa.DataType, carried: list[Any] | None) -> None:
+def test_json_numbers_are_not_rounded(numbers: list[str], dtype: pa.DataType, carried: list[Any] | None) -> None:
     lines = "".join(f'{{"prompt": "x", "column": {number}}}\n' for number in numbers)
-    found = carry(write_bytes(Path("t.jsonl"), lines.encode()))["column"]
-    assert found.type == kind
+    result = carry(write_bytes(Path("t.jsonl"), lines.encode()))["column"]
+    assert result.type == dtype
     if carried is not None:
-        assert found.to_pylist() == carried
+        assert result.to_pylist() == carried

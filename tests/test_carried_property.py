@@ -30,7 +30,7 @@ EVERYTHING = OutputSettings(results=("parquet", "csv", "jsonl"))
 
 
 def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
-    """The results of a folder of tables of which no row could be rendered."""
+    """Return the results of a folder of tables as if every row had failed."""
     out = folder / "out"
     out.mkdir()
     with open_tables(folder / "tables", id_from=id_from) as tables:
@@ -45,18 +45,18 @@ def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
                 manifest.commit(part, tables.carried)
         with manifest.index() as index:
             counts = merge(tables.read_rows(RULES), index, tables.carried, out, EVERYTHING)
-        found = pq.read_table(out / "results.parquet")
+        results = pq.read_table(out / "results.parquet")
         merge_parts(manifest, tables.files, out, EVERYTHING)
         again = pq.read_table(out / "results.parquet")
     assert {name: again.schema.field(name).type for name in again.column_names} == dict(
-        zip(found.column_names, found.schema.types, strict=True)
+        zip(results.column_names, results.schema.types, strict=True)
     )
-    for name in found.column_names:  # NaN does not equal itself
-        assert repr(to_values(again[name])) == repr(to_values(found[name]))
+    for name in results.column_names:  # NaN does not equal itself
+        assert repr(to_values(again[name])) == repr(to_values(results[name]))
     assert [(row.id, row.image_index) for row in rows] == list(
-        zip(found["id"].to_pylist(), found["image_index"].to_pylist(), strict=True)
+        zip(results["id"].to_pylist(), results["image_index"].to_pylist(), strict=True)
     )
-    return counts, found
+    return counts, results
 
 
 # Values
@@ -113,7 +113,7 @@ TWICE = "twice_2"
 
 
 def with_twins(array: pa.StructArray) -> pa.StructArray:
-    """An array of structs whose second field has the name of the first."""
+    """Return an array of structs whose two fields have the same name."""
     return array.view(pa.struct([array.type.field(0), array.type.field(1).with_name("twice")]))
 
 
@@ -162,50 +162,52 @@ def check_values(tables: list[Any]) -> None:
                     pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": twins}), path)
                 expected += [(value, to_result_type(stored.type)) for value in to_values(stored)]
                 continue
-            ending, cells = shard
+            suffix, cells = shard
             rows = [{"prompt": "x", "column": cell} for cell in cells]
-            path.with_suffix(f".{ending}").write_bytes(in_format(ending, rows))
-            expected += [(cell, pa.string() if ending == "csv" else None) for cell in cells]
-        _, found = settle(folder)
-        column = found["column"] if "column" in found.column_names else pa.chunked_array([pa.nulls(len(expected))])
+            path.with_suffix(f".{suffix}").write_bytes(in_format(suffix, rows))
+            expected += [(cell, pa.string() if suffix == "csv" else None) for cell in cells]
+        _, results = settle(folder)
+        column = results["column"] if "column" in results.column_names else pa.chunked_array([pa.nulls(len(expected))])
         assert len(column) == len(expected)
         for (value, kind), got in zip(expected, to_values(column), strict=True):
             assert is_same(value, kind, got, column.type), (value, kind, got, column.type)
 
 
-def is_same(value: Any, kind: pa.DataType | None, found: Any, into: pa.DataType) -> bool:
+def is_same(value: Any, kind: pa.DataType | None, carried: Any, into: pa.DataType) -> bool:
     """Return whether a value was carried exactly, or as exact text."""
-    if value is None or found is None:
-        return value is None and found is None
+    if value is None or carried is None:
+        return value is None and carried is None
     if kind is None and pa.types.is_string(into) and not isinstance(value, (str, bool)):
-        return is_same_json(json.loads(exact_json(value), parse_float=Decimal), json.loads(found, parse_float=Decimal))
+        return is_same_json(
+            json.loads(exact_json(value), parse_float=Decimal), json.loads(carried, parse_float=Decimal)
+        )
     if pa.types.is_string(into) and not isinstance(value, str):
-        assert found == to_text(value, kind)
+        assert carried == to_text(value, kind)
         if isinstance(value, float):
-            return float(found) == value or (math.isnan(value) and found == "nan")
+            return float(carried) == value or (math.isnan(value) and carried == "nan")
         if isinstance(value, int) and not isinstance(value, bool) and (kind is None or pa.types.is_integer(kind)):
-            return int(found) == value
+            return int(carried) == value
         if isinstance(value, Decimal):
-            return Decimal(found) == value
+            return Decimal(carried) == value
         return True
-    if isinstance(value, Decimal) and isinstance(found, float):  # 0.1 is the float that 0.1 names
-        return Decimal(repr(found)) == value
-    return bool(found == value) or repr(found) == repr(value)
+    if isinstance(value, Decimal) and isinstance(carried, float):  # 0.1 is the float that 0.1 names
+        return Decimal(repr(carried)) == value
+    return bool(carried == value) or repr(carried) == repr(value)
 
 
-def is_same_json(value: Any, found: Any) -> bool:
+def is_same_json(value: Any, carried: Any) -> bool:
     """Return whether two JSON values are equal, numbers to the last digit and as numbers."""
     if isinstance(value, list):
-        return isinstance(found, list) and len(value) == len(found) and all(map(is_same_json, value, found))
+        return isinstance(carried, list) and len(value) == len(carried) and all(map(is_same_json, value, carried))
     if isinstance(value, dict):
         return (
-            isinstance(found, dict)
-            and value.keys() == found.keys()
-            and all(is_same_json(value[name], found[name]) for name in value)
+            isinstance(carried, dict)
+            and value.keys() == carried.keys()
+            and all(is_same_json(value[name], carried[name]) for name in value)
         )
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
-        return isinstance(found, (int, Decimal)) and not isinstance(found, bool) and value == found
-    return type(value) is type(found) and repr(value) == repr(found)
+        return isinstance(carried, (int, Decimal)) and not isinstance(carried, bool) and value == carried
+    return type(value) is type(carried) and repr(value) == repr(carried)
 
 
 @settings(max_examples=40)
@@ -241,15 +243,15 @@ folders = st.lists(files, min_size=1, max_size=3)
 def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSource) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, places = Path(name), []
-        for number, (ending, rows) in enumerate(tables):
-            path = folder / "tables" / f"{number}.{ending}"
+        for number, (suffix, rows) in enumerate(tables):
+            path = folder / "tables" / f"{number}.{suffix}"
             path.parent.mkdir(exist_ok=True)
             names = dict.fromkeys(key for row in rows for key in row)
             whole = [{key: row.get(key) for key in names} for row in rows]
-            path.write_bytes(in_format(ending, whole if ending == "csv" else rows))
+            path.write_bytes(in_format(suffix, whole if suffix == "csv" else rows))
             places += [(str(path), row) for row in range(len(rows))]
-        counts, found = settle(folder, id_from)
-        rows = found.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
+        counts, results = settle(folder, id_from)
+        rows = results.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
         assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(places)
         assert (counts.rows, counts.remaining) == (len(places), 0)
         images: dict[Any, list[dict[str, Any]]] = {}
@@ -258,7 +260,7 @@ def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSo
         for group in images.values():
             assert [row["image_index"] for row in group] == list(range(len(group)))
             assert len(group) == 1 or {row["status"] for row in group} == {"failed"}
-        keys = list(zip(found["id"].to_pylist(), found["image_index"].to_pylist(), strict=True))
+        keys = list(zip(results["id"].to_pylist(), results["image_index"].to_pylist(), strict=True))
         assert len(set(keys)) == len(keys)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from batch_infer.azureml import batch
 from batch_infer.records import BOOKKEEPING, Source, digest
-from batch_infer.table.cells import MAX_CARRIED_BYTES
+from batch_infer.table.columns import MAX_CARRIED_BYTES
 from batch_infer.table.rows import RowCells, make_invalid
 from tests.runs import Done, Key, assert_whole, command, images, results, run_json
 from tests.tables import write_csv
@@ -221,7 +221,7 @@ def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_csv(table, [*rows, ["a blue disc", "", "y" * (MAX_CARRIED_BYTES + 1), ""]])
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.table.rows.MAX_TEXT_LENGTH", 1 << 30)
-        patch.setattr("batch_infer.table.cells.MAX_CARRIED_BYTES", 1 << 30)
+        patch.setattr("batch_infer.table.columns.MAX_CARRIED_BYTES", 1 << 30)
         assert command("run", table, "-o", out, *COMPUTE, *BRIEF).code == 0
     with table.open("a") as stream:
         stream.write("z" * 10_001 + ",,,\n")
@@ -272,6 +272,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             "the file breaks off here: '\"' stands where , or ] should",
         ),
         ("the file breaks off here: 'x' after its end", "the file breaks off here: 'x' stands after its end"),
+        (
+            "the row's carried cells exceed 1048576 bytes in total: dropped 'a' of 2000000 bytes",
+            "the carried cells of a row may be 1048576 bytes together: left out 'a' of 2000000 bytes",
+        ),
         ("the prompt is empty", "the prompt is empty"),
     ],
 )

@@ -89,10 +89,10 @@ def outcomes(out: Path) -> list[tuple[Any, ...]]:
 def from_csv(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     folder = tmp_path_factory.mktemp("csv")
     assert run(write_bytes(folder / "t.csv", as_csv()), folder / "out").code == 3
-    found = outcomes(folder / "out")
-    assert [row[2] for row in found][-1] == "invalid"
-    assert len({row[5] for row in found}) == len(ROWS)
-    return found
+    rows = outcomes(folder / "out")
+    assert [row[2] for row in rows][-1] == "invalid"
+    assert len({row[5] for row in rows}) == len(ROWS)
+    return rows
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -116,6 +116,6 @@ def test_text_gives_the_images_of_its_lines(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
     with (tmp_path / "prompts.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["prompt"], *([prompt] for prompt in prompts)])
-    for ending in ("txt", "csv"):
-        assert run(tmp_path / f"prompts.{ending}", tmp_path / ending).code == 0
+    for suffix in ("txt", "csv"):
+        assert run(tmp_path / f"prompts.{suffix}", tmp_path / suffix).code == 0
     assert [row["sha256"] for row in results(tmp_path / "txt")] == [row["sha256"] for row in results(tmp_path / "csv")]

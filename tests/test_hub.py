@@ -147,7 +147,7 @@ def test_a_complete_cache_requests_one_header_and_offline_nothing(read: Read, se
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["with its list of files", "without"])
-@pytest.mark.parametrize("lost", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
+@pytest.mark.parametrize("deleted", [f"unet/{WEIGHTS}.safetensors", "text_encoder/config.json", "vae"])
 def test_an_incomplete_cache_is_named_offline_and_completed_online(
     read: Read, served: Hub, deleted: str, listed: bool
 ) -> None:
@@ -184,8 +184,8 @@ def remove_all_weights(folder: Path) -> None:
     ("spoil", "settings", "sentence"),
     [
         (remove_the_safetensors, {}, "owner/tiny: text_encoder/pytorch_model.bin is pickled"),
-        (remove_all_weights, {}, "owner/tiny: there are no safetensors of text_encoder/"),
-        (lambda folder: shutil.rmtree(folder / "vae"), {}, "owner/tiny: there are no files of vae/"),
+        (remove_all_weights, {}, "owner/tiny: text_encoder/ has no safetensors"),
+        (lambda folder: shutil.rmtree(folder / "vae"), {}, "owner/tiny: vae/ has no files"),
         (lambda folder: None, {"variant": "bf16"}, "owner/tiny has no weights of variant bf16"),
     ],
     ids=["pickles alone", "no weights", "no folder", "no variant"],

@@ -29,17 +29,17 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
     """Return what must not depend on where a row is, sorted."""
-    requests = read_requests(*tables, id_from="content", **options)
-    return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in requests)
+    rows = read_requests(*tables, id_from="content", **options)
+    return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in rows)
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "csv.gz"])
-def test_content_ids_do_not_depend_on_where_a_row_is(ending: str) -> None:
-    """Nor on how its table was split and sorted, nor on its format."""
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
+def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
+    """They do not depend on how the table is split and sorted, or on its format."""
     expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
-    parts = [write_bytes(Path(f"s/{n}.{ending}"), in_format(ending, shuffled[n::2])) for n in (0, 1)]
+    parts = [write_bytes(Path(f"s/{n}.{suffix}"), in_format(suffix, shuffled[n::2])) for n in (0, 1)]
     rows = known("s")
     assert [(*row[:4], row[4].replace("None", "")) for row in rows] == [
         (*row[:4], row[4].replace("None", "")) for row in expected
@@ -47,7 +47,7 @@ def test_content_ids_do_not_depend_on_where_a_row_is(ending: str) -> None:
     assert known(*reversed(parts)) == rows
 
 
-def test_equal_rows_are_numbered_and_own_ids_stay() -> None:
+def test_equal_rows_are_numbered_and_id_cells_are_kept() -> None:
     write_csv(Path("t.csv"), [["id", "prompt"], ["", "x"], ["mine", "x"], ["", "x"], ["", "y"]])
     first, mine, second, other = (row.id for row in read_requests("t.csv", id_from="content"))
     assert mine == "mine"

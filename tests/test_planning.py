@@ -21,7 +21,7 @@ GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest holds of an image."""
+    """A manifest entry of an image."""
 
     status: str
     fingerprint: str = "f"
@@ -88,8 +88,8 @@ def test_pending_requests_have_the_images_that_they_replace() -> None:
             ("failed", 0): Entry("failed", path=None),
         }
     )
-    found = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, index)]
-    assert found == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
+    items = [(item.id, item.attempt, item.replaces) for item in select_pending(rows, index)]
+    assert items == [("new", 1, None), ("changed", 3, "images/old.png"), ("failed", 2, None)]
 
 
 def test_rows_of_one_size_are_adjacent_and_long_ones_come_first() -> None:
@@ -100,7 +100,7 @@ def test_rows_of_one_size_are_adjacent_and_long_ones_come_first() -> None:
     assert {item.params.height for item in planned[4:]} == {128}
 
 
-def test_no_rows_give_no_order() -> None:
+def test_no_rows_give_no_requests() -> None:
     assert list(order_requests([])) == []
 
 
@@ -142,7 +142,7 @@ def test_every_request_is_ordered_once(rows: list[tuple[int, int, float]], windo
 @pytest.mark.parametrize(("rows", "least"), [(200, 0.94), (1000, 0.98), (10_000, 0.99)])
 @pytest.mark.parametrize("seed", range(3))
 def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> None:
-    """Steps from 20 to 50, a row in five without guidance, three sizes, 32 slots: the share of slots in use."""
+    """Check the share of occupied slots for 20 to 50 steps, three sizes and one row in five without guidance."""
     draw = random.Random(seed)
     table = [
         request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
@@ -186,7 +186,7 @@ def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> No
             read += 1
             yield replace(request(f"{number}"), carried={"tag": "x" * 300})
 
-    found = planning.order_requests(source())
-    next(found)
+    rows = planning.order_requests(source())
+    next(rows)
     assert read < 5
-    assert sum(1 for _ in found) == 99
+    assert sum(1 for _ in rows) == 99

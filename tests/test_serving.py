@@ -1,4 +1,4 @@
-"""The service behind real-time endpoints: clients, the objects of responses, and Azure ML's scoring script."""
+"""Test the service behind real-time endpoints: clients, response objects, and Azure ML's scoring script."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ def deployment() -> AzureDeployment:
         for name, value in settings.items():
             patch.setenv(f"BATCH_INFER_{name}", value)
         patch.delenv("AZUREML_MODEL_DIR", raising=False)
-        found = read_deployment("nowhere")
+        small_deployment = read_deployment("nowhere")
     logging.captureWarnings(False)
-    for logger, kept in zip(loggers, before, strict=True):
-        logger.handlers, logger.level, logger.propagate = kept
-    return found
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+    return small_deployment
 
 
 @pytest.fixture(scope="module")
-def real(deployment: AzureDeployment) -> Iterator[Service]:
-    with closing(Service(deployment)) as found:
-        yield found
+def demo_service(deployment: AzureDeployment) -> Iterator[Service]:
+    with closing(Service(deployment)) as service:
+        yield service
 
 
 @pytest.fixture
-def dummy(deployment: AzureDeployment) -> Iterator[Service]:
-    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as found:
-        yield found
+def dummy_service(deployment: AzureDeployment) -> Iterator[Service]:
+    with closing(Service(deployment, lambda card, compute, safety, stop: DummyChain(stop))) as service:
+        yield service
 
 
-def all_of(service: Service, requests: Sequence[PromptRequest]) -> list[RenderedImage | UnrenderedRow]:
-    """What comes of requests, in their order."""
-    found = dict(service.render(requests))
-    return [found[place] for place in range(len(requests))]
+def render_all(service: Service, requests: Sequence[PromptRequest]) -> list[RenderedImage | UnrenderedRow]:
+    """Return the outcomes of requests, in the order of the requests."""
+    outcomes = dict(service.render(requests))
+    return [outcomes[index] for index in range(len(requests))]
 
 
 class Polled(Iterator[PromptRequest]):
@@ -86,14 +86,14 @@ class Polled(Iterator[PromptRequest]):
         return request
 
 
-def chain_of(render: Render) -> Any:
+def make_chain(render: Render) -> Any:
     """Return a chain that renders by calling this function with an iterator of requests."""
     return SimpleNamespace(uses_pipeline_call=False, render=lambda queue: render(Polled(queue)), close=lambda: None)
 
 
-def scripted(deployment: AzureDeployment, render: Render) -> Service:
-    """A service whose chain is this function."""
-    return Service(deployment, lambda *_: chain_of(render))
+def make_service(deployment: AzureDeployment, render: Render) -> Service:
+    """Return a service whose chain renders with this function."""
+    return Service(deployment, lambda *_: make_chain(render))
 
 
 def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 100) -> RenderedImage:  # noqa: B008
@@ -102,8 +102,8 @@ def rendered(request: PromptRequest, verdict: Verdict = Verdict(), shade: int = 
     return RenderedImage(request, pixels, verdict, None, 8, 1.0)  # type: ignore[arg-type]
 
 
-def opened(answer: dict[str, Any]) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(answer["generated_image"], validate=True))) as image:
+def open_image(result: dict[str, Any]) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(result["generated_image"], validate=True))) as image:
         return np.asarray(image)
 
 
@@ -126,7 +126,7 @@ def payload(**input_data: Any) -> str:
 def test_an_invalid_parameter_is_refused(
     deployment: AzureDeployment, parameters: dict[str, Any], sentence: str
 ) -> None:
-    """Also where every row has a value of its own."""
+    """It is refused even if every row has its own value."""
     with pytest.raises(TableError, match=f"the parameters of the request: {sentence}"):
         check_parameters(parameters, deployment)
     check_parameters({"num_inference_steps": 4, "seed": None}, deployment)
@@ -140,11 +140,11 @@ def test_clients_take_turns() -> None:
     queue.submit([make_request(prompt=f"many {i}") for i in range(3)])
     queue.submit([make_request(prompt="one")])
     polled = Polled(queue)
-    given = [next(polled), next(polled)]
+    received = [next(polled), next(polled)]
     queue.submit([make_request(prompt="late")])
-    given += list(polled)
-    assert [request.prompt for request in given] == ["many 0", "one", "many 1", "late", "many 2"]
-    assert len({request.key for request in given}) == 5
+    received += list(polled)
+    assert [request.prompt for request in received] == ["many 0", "one", "many 1", "late", "many 2"]
+    assert len({request.key for request in received}) == 5
     assert queue.poll() is NoRequest.NOT_YET and queue.poll(1.0) is NoRequest.END
     queue.submit([make_request(prompt="later")])
     assert next(polled).prompt == "later"
@@ -155,14 +155,14 @@ def test_the_queue_limits_how_far_a_chain_reads_ahead() -> None:
     queue = RequestQueue(lambda request: 0, limit=4)
     queue.submit([make_request(prompt=f"many {i}") for i in range(5)])
     queue.submit([make_request(prompt="one")])
-    given = list(Polled(queue))
-    assert [request.prompt for request in given] == ["many 0", "one"]
+    received = list(Polled(queue))
+    assert [request.prompt for request in received] == ["many 0", "one"]
     assert queue
-    queue.deliver(rendered(given[0]))
+    queue.deliver(rendered(received[0]))
     assert [request.prompt for request in Polled(queue)] == ["many 1"]
 
 
-def test_rows_of_one_size_stay_together_until_others_have_waited_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_size_stay_together_until_other_rows_have_waited_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes(queue: RequestQueue) -> list[int]:
         small, large = ([make_request(size=(side, side)) for _ in range(3)] for side in (64, 128))
         for requests in (small, large, [*small, *large], large):
@@ -177,22 +177,22 @@ def test_rows_of_one_size_stay_together_until_others_have_waited_too_long(monkey
     assert sorted(in_turn) == together
 
 
-def test_each_client_gets_its_own_outcomes_in_order(dummy: Service) -> None:
+def test_each_client_gets_its_own_outcomes_in_order(dummy_service: Service) -> None:
     """All clients use the same ids."""
 
-    def ask(client: int) -> list[tuple[str, str, int]]:
+    def render(client: int) -> list[tuple[str, str, int]]:
         requests = [make_request("row", f"{client} {i}", seed=client + i) for i in range(5)]
-        outcomes = all_of(dummy, requests)
+        outcomes = render_all(dummy_service, requests)
         assert [outcome.request for outcome in outcomes] == requests
         return [(o.request.prompt, type(o).__name__, int(o.pixels[0, 0, 0])) for o in outcomes]  # type: ignore
 
     with ThreadPoolExecutor(12) as clients:
-        found = list(clients.map(ask, range(60)))
-    assert found == [[(f"{client} {i}", "RenderedImage", client + i) for i in range(5)] for client in range(60)]
-    assert all_of(dummy, []) == []
+        results = list(clients.map(render, range(60)))
+    assert results == [[(f"{client} {i}", "RenderedImage", client + i) for i in range(5)] for client in range(60)]
+    assert render_all(dummy_service, []) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("nobody is there"), SettingsError("no key")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError("no response"), SettingsError("no key")])
 @pytest.mark.parametrize("taken", [0, 2])
 def test_an_error_of_the_chain_is_raised_and_later_clients_are_served(
     deployment: AzureDeployment, error: Exception, taken: int
@@ -206,10 +206,10 @@ def test_an_error_of_the_chain_is_raised_and_later_clients_are_served(
             raise errors.pop()
         yield from map(rendered, source)
 
-    with closing(scripted(deployment, render)) as found:
+    with closing(make_service(deployment, render)) as service:
         with pytest.raises(type(error), match=str(error)):
-            all_of(found, [make_request() for _ in range(3)])
-        assert len(all_of(found, [make_request() for _ in range(3)])) == 3
+            render_all(service, [make_request() for _ in range(3)])
+        assert len(render_all(service, [make_request() for _ in range(3)])) == 3
 
 
 def test_a_row_without_an_outcome_is_an_error(deployment: AzureDeployment) -> None:
@@ -218,112 +218,112 @@ def test_a_row_without_an_outcome_is_an_error(deployment: AzureDeployment) -> No
         next(source)
 
     with (
-        closing(scripted(deployment, render)) as found,
+        closing(make_service(deployment, render)) as service,
         pytest.raises(RuntimeError, match="returned no outcome"),
     ):
-        all_of(found, [make_request() for _ in range(3)])
+        render_all(service, [make_request() for _ in range(3)])
 
 
 def test_a_request_joins_rows_that_are_being_rendered(deployment: AzureDeployment) -> None:
-    """The chain reads the queue again after it was empty."""
-    under_way, posted = threading.Event(), threading.Event()
+    """The chain reads the queue again after finding it empty."""
+    is_rendering, posted = threading.Event(), threading.Event()
     calls = []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         calls.append(1)
         first = next(source)
         assert next(source, None) is None
-        under_way.set()
+        is_rendering.set()
         assert posted.wait(300)
         while (second := next(source, None)) is None:
             pass
         yield rendered(second)
         yield rendered(first)
 
-    with closing(scripted(deployment, render)) as found, ThreadPoolExecutor(2) as clients:
-        long = clients.submit(all_of, found, [make_request(prompt="long")])
-        assert under_way.wait(300)
-        short = clients.submit(all_of, found, [make_request(prompt="short")])
+    with closing(make_service(deployment, render)) as service, ThreadPoolExecutor(2) as clients:
+        long = clients.submit(render_all, service, [make_request(prompt="long")])
+        assert is_rendering.wait(300)
+        short = clients.submit(render_all, service, [make_request(prompt="short")])
         posted.set()
         assert [outcome.request.prompt for outcome in short.result() + long.result()] == ["short", "long"]
     assert len(calls) == 1
 
 
 def test_rows_of_a_closed_request_are_not_rendered(deployment: AzureDeployment) -> None:
-    gone, rows = threading.Event(), []
+    is_cancelled, rows = threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
             rows.append(request.prompt)
             yield rendered(request)
-            assert gone.wait(300)
+            assert is_cancelled.wait(300)
 
-    with closing(scripted(deployment, render)) as found:
-        with closing(found.render([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
+    with closing(make_service(deployment, render)) as service:
+        with closing(service.render([make_request(prompt=f"{i}") for i in range(9)])) as outcomes:
             next(outcomes)
-        gone.set()
-        all_of(found, [make_request(prompt="another")])
+        is_cancelled.set()
+        render_all(service, [make_request(prompt="another")])
     assert rows == ["0", "another"]
 
 
 @pytest.mark.parametrize("ends", ["timeout", "disconnection"])
 def test_a_request_is_cancelled_on_timeout_and_on_disconnection(deployment: AzureDeployment, ends: str) -> None:
-    under_way, gone, rows = threading.Event(), threading.Event(), []
+    is_rendering, is_cancelled, rows = threading.Event(), threading.Event(), []
 
     def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
         for request in source:
             rows.append(request.prompt)
-            under_way.set()
-            assert gone.wait(300)
+            is_rendering.set()
+            assert is_cancelled.wait(300)
             yield rendered(request)
 
-    client = Client(0.1) if ends == "timeout" else Client(is_disconnected=under_way.is_set)
+    client = Client(0.1) if ends == "timeout" else Client(is_disconnected=is_rendering.is_set)
     message = "not ready in 0.1 seconds: request fewer images" if ends == "timeout" else "the client has disconnected"
-    with closing(scripted(deployment, render)) as found:
+    with closing(make_service(deployment, render)) as service:
         with pytest.raises(RequestCancelledError, match=message):
-            list(found.render([make_request(prompt=f"{i}") for i in range(9)], client))
-        gone.set()
-        all_of(found, [make_request(prompt="another")])
+            list(service.render([make_request(prompt=f"{i}") for i in range(9)], client))
+        is_cancelled.set()
+        render_all(service, [make_request(prompt="another")])
         with pytest.raises(RequestCancelledError):
-            list(found.render([make_request(prompt="too late")], client))
+            list(service.render([make_request(prompt="too late")], client))
     assert rows == ["0", "another"]
 
 
 def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -> None:
-    under_way = threading.Event()
+    is_rendering = threading.Event()
 
     def load(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
         def render(source: Iterator[PromptRequest]) -> Iterator[RenderedImage | UnrenderedRow]:
             next(source)
-            under_way.set()
+            is_rendering.set()
             while not stop():
                 pass
             yield from ()
 
-        return chain_of(render)
+        return make_chain(render)
 
-    found = Service(deployment, load)
+    service = Service(deployment, load)
     with ThreadPoolExecutor(1) as clients:
-        waiting = clients.submit(all_of, found, [make_request() for _ in range(3)])
-        assert under_way.wait(300)
-        found.close()
+        waiting = clients.submit(render_all, service, [make_request() for _ in range(3)])
+        assert is_rendering.wait(300)
+        service.close()
         with pytest.raises(StoppedError):
             waiting.result(300)
     with pytest.raises(StoppedError):
-        all_of(found, [make_request()])
+        render_all(service, [make_request()])
 
 
 def test_rows_with_equal_settings_share_a_pipeline_call(deployment: AzureDeployment) -> None:
     painter: Any = PaintingPipeline()
     chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
-    with closing(Service(deployment, lambda *_: chain)) as found:
-        outcomes = all_of(found, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
+    with closing(Service(deployment, lambda *_: chain)) as service:
+        outcomes = render_all(service, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
     shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, RenderedImage)]
     assert shades == list(range(6))
     assert painter.calls == [(3, 4), (3, 4)]
 
 
-def test_batch_sizes_and_timeouts_are_those_of_a_real_time_service(deployment: AzureDeployment) -> None:
+def test_a_real_time_service_has_its_own_batch_sizes_and_timeouts(deployment: AzureDeployment) -> None:
     seen: list[Any] = []
 
     def load(card: Any, compute: Any, safety: Any, stop: Any) -> Any:
@@ -331,30 +331,30 @@ def test_batch_sizes_and_timeouts_are_those_of_a_real_time_service(deployment: A
         return DummyChain(stop)
 
     settings = deployment.settings
-    asked = replace(
+    requested_settings = replace(
         settings,
         compute=replace(settings.compute, slots=6),
         safety=replace(settings.safety, service=ServiceSettings("https://there")),
     )
-    for each in (deployment, replace(deployment, settings=asked)):
-        Service(each, load).close()
+    for variant in (deployment, replace(deployment, settings=requested_settings)):
+        Service(variant, load).close()
     assert seen == [(DEFAULT_SLOTS, 1, None), (6, 1, SAFETY_TIMEOUT_SECONDS)]
 
 
 # Objects
 
 
-def test_an_image_does_not_depend_on_other_clients(real: Service) -> None:
+def test_an_image_does_not_depend_on_other_clients(demo_service: Service) -> None:
     rows = [{"prompt": f"a {colour} circle", "num_inference_steps": 4 + i} for i, colour in enumerate(["red", "blue"])]
-    alone = [score_rows([row], real) for row in rows]
-    before = real.stages.ticks
+    alone = [score_rows([row], demo_service) for row in rows]
+    before = demo_service._chain.stages.ticks
     with ThreadPoolExecutor(10) as clients:
-        found = list(clients.map(lambda i: score_rows([rows[i % 2]], real), range(20)))
-    assert found == alone * 10
-    assert real.stages.ticks - before < 20 * 4.5 / 2, "their rows share the UNet's calls"
+        objects = list(clients.map(lambda i: score_rows([rows[i % 2]], demo_service), range(20)))
+    assert objects == alone * 10
+    assert demo_service._chain.stages.ticks - before < 20 * 4.5 / 2, "their rows share the UNet's calls"
 
 
-def test_an_image_equals_the_one_of_a_table(real: Service, tmp_path: Path) -> None:
+def test_an_image_equals_that_of_a_run(demo_service: Service, tmp_path: Path) -> None:
     """The batch size changes it by at most 1 of 255."""
     rows: list[dict[str, Any]] = [
         {"id": "mine", "prompt": "a red circle"},
@@ -364,22 +364,24 @@ def test_an_image_equals_the_one_of_a_table(real: Service, tmp_path: Path) -> No
     table.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     assert runs.run(table, tmp_path / "out").code == 0
     files = [tmp_path / "out" / row["generated_image"] for row in runs.results(tmp_path / "out")]
-    for file, answer in zip(files, score_rows(rows, real), strict=True):
+    for file, result in zip(files, score_rows(rows, demo_service), strict=True):
         with Image.open(file) as image:
-            assert furthest(np.asarray(image), opened(answer)) <= 1
+            assert furthest(np.asarray(image), open_image(result)) <= 1
 
 
-def test_a_seed_is_derived_from_the_id_or_the_row_number(dummy: Service) -> None:
+def test_a_seed_is_derived_from_the_id_or_the_row_number(dummy_service: Service) -> None:
     p = {"prompt": "p"}
     first, second, named, same, again = (
-        opened(answer).tobytes()
-        for answer in score_rows([p, p, {**p, "id": 7.0}, {**p, "id": "7"}, {**p, "id": "request-00000000"}], dummy)
+        open_image(result).tobytes()
+        for result in score_rows(
+            [p, p, {**p, "id": 7.0}, {**p, "id": "7"}, {**p, "id": "request-00000000"}], dummy_service
+        )
     )
     assert (first, named) == (again, same)
     assert len({first, second, named}) == 3
 
 
-def test_images_are_in_order_with_invalid_rows_among_them(dummy: Service) -> None:
+def test_images_and_invalid_rows_are_in_order(dummy_service: Service) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "p", "seed": 3, "num_images_per_prompt": 2},
         {"prompt": None},
@@ -390,8 +392,8 @@ def test_images_are_in_order_with_invalid_rows_among_them(dummy: Service) -> Non
         {"prompt": "p", "seed": 9, "note": {"any": "thing"}},
         {"prompt": "p \ud800"},
     ]
-    found = score_rows(rows, dummy)
-    assert [int(opened(each)[0, 0, 0]) if each["generated_image"] else each["error"] for each in found] == [
+    objects = score_rows(rows, dummy_service)
+    assert [int(open_image(row)[0, 0, 0]) if row["generated_image"] else row["error"] for row in objects] == [
         *(3, 4),
         "the prompt is empty",
         "seed 'ten' is not a whole number; width 60 is not a multiple of 8; the nearest is 64",
@@ -401,28 +403,28 @@ def test_images_are_in_order_with_invalid_rows_among_them(dummy: Service) -> Non
         9,
         "the prompt holds a lone surrogate, which is half a character: send whole ones",
     ]
-    assert [each["prompt"] for each in found] == ["p", "p", None, "p", "p" * 10_000, "p", "p", "p", "p \ufffd"]
-    assert {len(each) for each in found if each["generated_image"]} == {3}
-    assert [each["nsfw_content_detected"] for each in found] == [None] * 9
+    assert [row["prompt"] for row in objects] == ["p", "p", None, "p", "p" * 10_000, "p", "p", "p", "p \ufffd"]
+    assert {len(row) for row in objects if row["generated_image"]} == {3}
+    assert [row["nsfw_content_detected"] for row in objects] == [None] * 9
 
 
 @pytest.mark.parametrize(
-    ("policy", "left"), [("blank", 0.0), ("keep", 150.0), ("blur", 150.0), ("quarantine", None), ("drop", None)]
+    ("policy", "mean"), [("blank", 0.0), ("keep", 150.0), ("blur", 150.0), ("quarantine", None), ("drop", None)]
 )
-def test_a_flagged_image_follows_the_policy(deployment: AzureDeployment, policy: OnFlagged, left: float | None) -> None:
+def test_a_flagged_image_follows_the_policy(deployment: AzureDeployment, policy: OnFlagged, mean: float | None) -> None:
     settings = deployment.settings
     flagging = replace(settings, safety=replace(settings.safety, on_flagged=policy))
     verdict = Verdict(True, "checker", {"nudity": 0.5}, "it shows too much")
     render: Render = lambda source: (rendered(request, verdict) for request in source)  # noqa: E731
-    with closing(scripted(replace(deployment, settings=flagging), render)) as found:
-        [answer] = score_rows([{"prompt": "p"}], found)
-    assert answer["nsfw_content_detected"] is True
-    if left is None:
-        assert answer["generated_image"] is None
-        assert answer["error"] == "it shows too much"
+    with closing(make_service(replace(deployment, settings=flagging), render)) as service:
+        [result] = score_rows([{"prompt": "p"}], service)
+    assert result["nsfw_content_detected"] is True
+    if mean is None:
+        assert result["generated_image"] is None
+        assert result["error"] == "it shows too much"
     else:
-        assert abs(opened(answer).mean() - left) < 2
-        assert "error" not in answer
+        assert abs(open_image(result).mean() - mean) < 2
+        assert "error" not in result
 
 
 def test_a_blocked_prompt_has_no_image(deployment: AzureDeployment) -> None:
@@ -430,8 +432,8 @@ def test_a_blocked_prompt_has_no_image(deployment: AzureDeployment) -> None:
         for request in source:
             yield UnrenderedRow(request, "blocked", "the service refused it", Verdict(True, "azure"))
 
-    with closing(scripted(deployment, render)) as found:
-        assert score_rows([{"prompt": "p"}], found) == [
+    with closing(make_service(deployment, render)) as service:
+        assert score_rows([{"prompt": "p"}], service) == [
             {
                 "prompt": "p",
                 "generated_image": None,
@@ -446,9 +448,9 @@ def test_images_have_the_requested_format_and_contain_their_parameters(deploymen
     for image_format in ("png", "webp"):
         output: Any = replace(settings.output, image_format=image_format)
         chain: Render = lambda source: map(rendered, source)  # noqa: E731
-        with closing(scripted(replace(deployment, settings=replace(settings, output=output)), chain)) as found:
-            [answer] = score_rows([{"prompt": "a red circle"}], found)
-        with Image.open(io.BytesIO(base64.b64decode(answer["generated_image"]))) as image:
+        with closing(make_service(replace(deployment, settings=replace(settings, output=output)), chain)) as service:
+            [result] = score_rows([{"prompt": "a red circle"}], service)
+        with Image.open(io.BytesIO(base64.b64decode(result["generated_image"]))) as image:
             assert image.format == image_format.upper()
             if image_format == "png":
                 assert image.info["parameters"].startswith("a red circle\nSteps: 2, ")
@@ -458,16 +460,16 @@ def test_images_have_the_requested_format_and_contain_their_parameters(deploymen
 
 
 @pytest.fixture
-def online_service(dummy: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
-    monkeypatch.setattr(online, "_load_service", lambda: dummy)
-    return dummy
+def online_service(dummy_service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+    monkeypatch.setattr(online, "_load_service", lambda: dummy_service)
+    return dummy_service
 
 
 def test_the_script_returns_objects(online_service: Service) -> None:
     online.init()
-    [answer] = online.run(payload(columns=["prompt"], data=["p"], index=[0]))
-    assert list(answer) == ["prompt", "generated_image", "nsfw_content_detected"]
-    json.dumps(answer)
+    [result] = online.run(payload(columns=["prompt"], data=["p"], index=[0]))
+    assert list(result) == ["prompt", "generated_image", "nsfw_content_detected"]
+    json.dumps(result)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +520,7 @@ def test_preloading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         online.init()
 
 
-@pytest.mark.parametrize(("fewest", "message"), [(4, ""), (20, "the model rendered no first image: it wants 20 steps")])
+@pytest.mark.parametrize(("fewest", "message"), [(4, ""), (20, "the model rendered no first image: it needs 20 steps")])
 def test_init_renders_a_first_image(
     deployment: AzureDeployment,
     monkeypatch: pytest.MonkeyPatch,
@@ -532,10 +534,10 @@ def test_init_renders_a_first_image(
         for request in source:
             steps.append(request.params.num_inference_steps)
             few = steps[-1] < fewest
-            yield UnrenderedRow(request, "invalid", f"it wants {fewest} steps") if few else rendered(request)
+            yield UnrenderedRow(request, "invalid", f"it needs {fewest} steps") if few else rendered(request)
 
-    with closing(scripted(deployment, render)) as found:
-        monkeypatch.setattr(online, "_load_service", lambda: found)
+    with closing(make_service(deployment, render)) as service:
+        monkeypatch.setattr(online, "_load_service", lambda: service)
         with caplog.at_level("WARNING", "batch_infer"):
             online.init()
     assert steps == ([2, 4] if not message else [2, 4, 10])

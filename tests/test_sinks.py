@@ -225,7 +225,7 @@ def test_paths_of_a_run_do_not_collide_on_any_file_system(rows: list[tuple[str, 
     )
     paths: dict[str, str] = {}
     for name, stem in rows:
-        assert ids.add(name, stem)
+        assert ids.reserve(name, stem)
         collides = {"id_collides": ids.collides(name), "stem_collides": Source(f"{stem}.csv", 0).stem in colliding}
         known = request(name, file=f"{stem}.csv", **collides)
         for path in sink.possible_paths(known):

@@ -148,7 +148,7 @@ def test_layers_that_overflow_in_float16_stay_in_float32(sd3_folder: Path) -> No
 
 def test_a_transformer_of_other_channels_is_refused(copy: Path) -> None:
     amend(copy / "transformer" / "config.json", in_channels=8)
-    with pytest.raises(ModelError, match="takes 8 channels and gives 4, so it is not a text-to-image checkpoint"):
+    with pytest.raises(ModelError, match="has 8 input and 4 output channels, so it is not a text-to-image checkpoint"):
         load_family(copy)
 
 

@@ -68,8 +68,8 @@ def test_a_folder_is_read_recursively_in_order_of_names() -> None:
     write_parquet(Path("prompts/d.parquet"), prompt=["d.parquet"])
     Path("prompts/notes.txt").write_text("a line")
     Path("prompts/notes.md").write_text("no table")
-    found = {request.id: request.prompt for request in read_requests("prompts")}
-    assert found == {
+    rows = {request.id: request.prompt for request in read_requests("prompts")}
+    assert rows == {
         "a-00000000": "a.CSV",
         "b-00000000": "b.csv",
         "d-00000000": "d.parquet",
@@ -82,8 +82,8 @@ def test_a_folder_is_read_recursively_in_order_of_names() -> None:
 def test_default_ids_of_a_glob_start_after_its_fixed_part() -> None:
     for name in ("2026/may/a.csv", "2026/june/a.csv", "2025/may/a.csv"):
         write_csv(Path("prompts", name), [["prompt"], [name]])
-    found = [request.id for request in read_requests("prompts/2026/*/a.csv")]
-    assert found == ["june-a-00000000", "may-a-00000000"]
+    rows = [request.id for request in read_requests("prompts/2026/*/a.csv")]
+    assert rows == ["june-a-00000000", "may-a-00000000"]
     assert len(read_requests("prompts/**/*.csv")) == 3
 
 
@@ -97,7 +97,7 @@ def test_a_file_given_twice_is_read_once() -> None:
 
 
 def test_results_in_the_folder_are_not_read_as_tables() -> None:
-    """`run .` leaves its OUT among the tables, and is run again."""
+    """`run .` writes OUT next to the tables, and the next run must ignore it."""
     write_csv(Path("t.csv"), [["prompt"], ["x"]])
     for out in (Path("batch-infer-out"), Path(), Path("deep/out")):
         write_bytes(out / "run.json", b"{}")
@@ -129,7 +129,7 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
         ("missing/**/*.csv", "the glob matches no table"),
     ],
 )
-def test_an_argument_that_is_no_table_is_named(argument: str, sentence: str) -> None:
+def test_an_argument_without_a_table_is_named(argument: str, sentence: str) -> None:
     Path("empty").mkdir()
     Path("empty/notes.md").touch()
     Path("notes.md").touch()
@@ -153,9 +153,9 @@ def test_a_file_name_that_is_not_utf_8_is_accepted() -> None:
 
 def test_default_ids_count_rows_from_0() -> None:
     table = write_csv(Path("sub/prompts.csv"), [["prompt"], *([f"prompt {i}"] for i in range(12))])
-    found = read_requests(table)
-    assert [request.id for request in found][::11] == ["prompts-00000000", "prompts-00000011"]
-    assert [request.source.row for request in found] == list(range(12))
+    rows = read_requests(table)
+    assert [request.id for request in rows][::11] == ["prompts-00000000", "prompts-00000011"]
+    assert [request.source.row for request in rows] == list(range(12))
 
 
 def test_two_files_with_the_same_stem_are_refused_with_advice() -> None:
@@ -177,11 +177,11 @@ def test_files_of_different_folders_have_different_default_ids() -> None:
         open_tables("t")
 
 
-def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on() -> None:
+def test_ids_and_files_that_differ_only_by_case_are_marked_from_the_second_on() -> None:
     write_csv(Path("t/A.csv"), [["id", "prompt"], ["SKU", "x"], ["other", "x"], ["sku", "x"], ["Sku", "x"]])
     write_csv(Path("t/a.csv"), [["id", "prompt"], ["sKU", "x"], ["", "x"], ["A-00000001", "x"]])
-    found = {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t/A.csv", "t/a.csv")}
-    assert found == {
+    rows = {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t/A.csv", "t/a.csv")}
+    assert rows == {
         "SKU": (False, False),
         "other": (False, False),
         "sku": (True, False),
@@ -192,11 +192,11 @@ def test_ids_and_files_that_differ_by_case_alone_are_marked_from_the_second_on()
     }
     with open_tables("t/A.csv", "t/a.csv") as tables:
         assert [getattr(new, "id_collides", None) for new, _ in tables.compare_rows(RULES, [RULES])] == [
-            collides for collides, _ in found.values()
+            collides for collides, _ in rows.values()
         ]
 
 
-def test_default_ids_that_differ_by_case_alone_are_marked_from_the_second_file_on() -> None:
+def test_default_ids_that_differ_only_by_case_are_marked_from_the_second_file_on() -> None:
     for folder in ("X", "x", "y"):
         write_csv(Path("t", folder, "a.csv"), [["prompt"], ["one"], ["two"]])
     assert {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t")} == {
@@ -220,9 +220,9 @@ def test_a_duplicate_id_makes_the_later_row_invalid() -> None:
 
 def test_an_id_that_looks_like_a_default_id_conflicts_with_no_row() -> None:
     rows = [["t-00000001", "1"], ["", "2"], ["t-00000000", "3"], ["t-00000001", "4"]]
-    found = read(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))
-    assert len({item.key for item in found}) == 4
-    assert [isinstance(item, ResultRow) for item in found] == [False, False, False, True]
+    items = read(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))
+    assert len({item.key for item in items}) == 4
+    assert [isinstance(item, ResultRow) for item in items] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_ids_of_any_type_become_text(values: list[Any], ids: list[str]) -> None:
 
 
 def test_other_columns_are_carried_unchanged() -> None:
-    """With their types and values."""
+    """Types and values are kept."""
     columns = {
         "number": pa.array([1, None], pa.int16()),
         "real": pa.array([0.1, None], pa.float32()),
@@ -262,8 +262,8 @@ def test_other_columns_are_carried_unchanged() -> None:
     tables = open_tables(table)
     written = pq.read_table(table).select(columns)
     assert tables.carried.equals(written.schema.remove_metadata())
-    found = list(tables.read_rows(RULES))
-    arrays = [to_array([item.carried[field.name] for item in found], field.type) for field in tables.carried]
+    rows = list(tables.read_rows(RULES))
+    arrays = [to_array([item.carried[field.name] for item in rows], field.type) for field in tables.carried]
     assert pa.table(arrays, tables.carried).equals(written.replace_schema_metadata())
 
 
@@ -331,11 +331,11 @@ def test_types_that_differ_between_files_have_a_common_type(
         assert len(read_requests(name)) == 2
 
 
-def test_a_field_can_have_another_name() -> None:
+def test_a_field_can_be_read_from_a_column_with_another_name() -> None:
     table = write_csv(Path("t.csv"), [["caption", "prompt", "n"], ["a red circle", "the other", "2"]])
-    found = read_requests(table, columns={"prompt": "caption", "num_images_per_prompt": "n"})
-    assert [request.prompt for request in found] == ["a red circle"] * 2
-    assert found[0].carried == {"input_prompt": "the other"}
+    rows = read_requests(table, columns={"prompt": "caption", "num_images_per_prompt": "n"})
+    assert [request.prompt for request in rows] == ["a red circle"] * 2
+    assert rows[0].carried == {"input_prompt": "the other"}
 
 
 def test_a_field_can_be_carried_instead() -> None:
@@ -415,7 +415,7 @@ OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
 def test_invalid_whole_numbers(field: str, text: str) -> None:
-    """The short sentence names the column, shows the cell and says what is wrong with it."""
+    """The short error names the column, shows the cell and says what is wrong."""
     error = error_of(one_row(**{field: text}))
     assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", error)
     if text in OUT_OF_RANGE:
@@ -493,9 +493,9 @@ def test_the_seed_option_changes_derived_seeds() -> None:
 
 
 def test_image_k_has_seed_plus_k() -> None:
-    found = read_requests(one_row(seed=41, num_images_per_prompt=3))
-    assert [(item.image_index, item.seed) for item in found] == [(0, 41), (1, 42), (2, 43)]
-    assert len({item.fingerprint for item in found}) == 3
+    rows = read_requests(one_row(seed=41, num_images_per_prompt=3))
+    assert [(item.image_index, item.seed) for item in rows] == [(0, 41), (1, 42), (2, 43)]
+    assert len({item.fingerprint for item in rows}) == 3
 
 
 def test_seeds_that_would_overflow_are_refused() -> None:
@@ -540,8 +540,8 @@ def test_a_fingerprint_covers_what_decides_the_image_and_nothing_else() -> None:
     ],
 )
 def test_variants_of_csv(content: bytes) -> None:
-    found = read_requests(write_bytes(Path("t.csv"), content))
-    assert [(item.id, item.prompt, item.carried["n"]) for item in found] == [
+    rows = read_requests(write_bytes(Path("t.csv"), content))
+    assert [(item.id, item.prompt, item.carried["n"]) for item in rows] == [
         ("t-00000000", "a", "1"),
         ("t-00000001", "b", "2"),
     ]
@@ -622,13 +622,13 @@ def test_a_short_row_leaves_its_last_cells_empty() -> None:
 def test_an_unclosed_quote_makes_only_its_row_invalid(lines: list[str], bad: str, good: list[str]) -> None:
     """The first line below that is a whole row by itself is read as a row."""
     content = "\n".join(["prompt,n", "x,1", *lines, ""])
-    found = read(write_bytes(Path("t.csv"), content.encode()))
-    invalid = [item for item in found if isinstance(item, ResultRow)]
+    rows = read(write_bytes(Path("t.csv"), content.encode()))
+    invalid = [item for item in rows if isinstance(item, ResultRow)]
     assert re.match(rf"{bad} cannot be read as CSV: .*; is there an unclosed quote\?", invalid[0].error or "")
-    prompts = [item.prompt for item in found if isinstance(item, PromptRequest)]
+    prompts = [item.prompt for item in rows if isinstance(item, PromptRequest)]
     assert [prompt for prompt in prompts[1:] if prompt == "z"] == good
-    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
-        range(len(found))
+    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in rows] == list(
+        range(len(rows))
     )
 
 
@@ -699,15 +699,15 @@ def test_a_damaged_parquet_row_group_leaves_the_others_readable() -> None:
     start = second.data_page_offset
     content[start : start + second.total_compressed_size] = bytes(second.total_compressed_size)
     path.write_bytes(content)
-    found = read(path)
-    bad = [item for item in found if isinstance(item, ResultRow)]
+    rows = read(path)
+    bad = [item for item in rows if isinstance(item, ResultRow)]
     assert [item.source_row for item in bad] == [*range(2000, 4000)]
     assert [item.id for item in bad][::1999] == ["t-00002000", "t-00003999"]
     for item in bad:
         assert re.match("rows 2000 to 3999, in row group 1, cannot be read: ", item.error or "")
-    good = [item for item in found if isinstance(item, PromptRequest)]
+    good = [item for item in rows if isinstance(item, PromptRequest)]
     assert [item.source.row for item in good] == [*range(2000), *range(4000, 6000)]
-    assert len({item.key for item in found}) == len(found)
+    assert len({item.key for item in rows}) == len(rows)
 
 
 def zigzag(number: int) -> bytes:
@@ -734,12 +734,12 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
             metadata = pq.read_metadata(path)
             groups = [metadata.row_group(group).num_rows for group in range(3)]
             counted = max(metadata.num_rows, sum(count for count in groups if 0 <= count < 10_000))
-            found = read(path)
-            assert len({item.key for item in found}) == len(found)
-            bad = [item.error or "" for item in found if isinstance(item, ResultRow)]
+            rows = read(path)
+            assert len({item.key for item in rows}) == len(rows)
+            bad = [item.error or "" for item in rows if isinstance(item, ResultRow)]
             errors = (re.sub("[0-9]+", "N", error) for error in bad)
             seen |= {re.sub("(?<=counts -N rows in it; ).+", "...", error) for error in errors}  # in Arrow's words
-            if len(found) != counted:
+            if len(rows) != counted:
                 assert any(f"counts {number} rows" in error for error in bad for number in (metadata.num_rows, *groups))
             for number in groups:
                 assert 0 <= number < 10_000 or any(f"counts {number} rows in it" in error for error in bad)
@@ -759,7 +759,7 @@ UNREADABLE = Path("/proc/self/mem")
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
 @pytest.mark.parametrize("when", ["at first", "later", "gone"])
 def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
-    """The file may be whole: the same command reads it once the disk can be read again."""
+    """The file may be intact: the same command reads it once the disk works again."""
     path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     sentence = "cannot read t/t.*: .*; run the same command again to continue"
@@ -774,7 +774,7 @@ def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
-def test_a_failing_disk_makes_no_row_of_parquet_invalid(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_makes_no_parquet_row_invalid(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*rest: Any, **options: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -814,8 +814,8 @@ def test_text_in_parquet_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
 
 def test_a_date_without_a_python_type_can_be_an_id() -> None:
     when = pa.array([0, 2**60], pa.timestamp("us"))
-    found = read_requests(write_parquet(Path("t.parquet"), prompt=["x", "y"], id=when))
-    assert [request.id for request in found] == [
+    rows = read_requests(write_parquet(Path("t.parquet"), prompt=["x", "y"], id=when))
+    assert [request.id for request in rows] == [
         "1970-01-01 00:00:00",
         "1152921504606846976 us since 1970-01-01 00:00:00",
     ]
@@ -877,12 +877,12 @@ def test_any_bytes_give_rows_or_a_table_error(content: bytes) -> None:
     """Every row is a request or an invalid result with a unique key."""
     path = write_bytes(Path("t.csv"), content)
     try:
-        found = read(path)
+        rows = read(path)
     except TableError as error:
         assert "t.csv" in str(error)
         return
-    assert len({item.key for item in found}) == len(found)
-    for item in found:
+    assert len({item.key for item in rows}) == len(rows)
+    for item in rows:
         assert "".join(filter(None, [item.id, item.prompt, getattr(item, "error", None)])).encode()
 
 
@@ -894,19 +894,19 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_table_error(data: st.DataO
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = write_bytes(Path("t.parquet"), bytes(content[: data.draw(st.integers(0, len(content)))]))
     try:
-        found = read(path)
+        rows = read(path)
     except TableError as error:
         assert "t.parquet" in str(error)
         return
-    assert len({item.key for item in found}) == len(found)
+    assert len({item.key for item in rows}) == len(rows)
 
 
-def test_a_column_without_a_name_is_no_field(tmp_path: Path) -> None:
+def test_a_column_without_a_name_is_not_a_field(tmp_path: Path) -> None:
     """pandas writes its index without a name; `--column seed=` means that no column is the seed."""
     table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
-    (found,) = read_requests(table, columns={"seed": ""})
-    assert found.seed != 7
-    assert found.carried == {"unnamed_0": "7"}
+    (row,) = read_requests(table, columns={"seed": ""})
+    assert row.seed != 7
+    assert row.carried == {"unnamed_0": "7"}
 
 
 @pytest.mark.parametrize("cell", ["NaN", "nan", "NA", "n/a", "NULL", "null", "None", r"\N", "#N/A", "<NA>", "  ", "\t"])
@@ -957,14 +957,14 @@ def test_text_that_is_not_unicode_is_described(cells: dict[str, str], sentence: 
         (["prompt", "ID"], "id", "ID"),
     ],
 )
-def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
+def test_a_column_named_almost_like_a_field_is_carried_with_a_notice(
     header: list[str], field: str, column: str
 ) -> None:
     write_csv(Path("t.csv"), [header, ["x", "2"]])
-    (remark,) = open_tables("t.csv").notices
+    (notice,) = open_tables("t.csv").notices
     option = f"{field}={column}"
     advice = f"if it is the {field}, add --column {shlex.quote(option)}"
-    assert remark == f"t.csv: column {column!r} is carried and has no effect; {advice}"
+    assert notice == f"t.csv: column {column!r} is carried and has no effect; {advice}"
     assert not open_tables("t.csv", columns={field: ""}).notices
     assert not open_tables("t.csv", columns={field: column}).notices
     assert list(read_requests("t.csv")[0].carried.values()) == ["2"]
@@ -980,16 +980,16 @@ def test_a_column_named_almost_like_a_field_is_carried_with_a_remark(
     ],
     ids=str,
 )
-def test_other_carried_columns_have_no_remark(header: list[str]) -> None:
+def test_other_carried_columns_have_no_notice(header: list[str]) -> None:
     write_csv(Path("t.csv"), [header, ["1"] * len(header)])
     assert not open_tables("t.csv").notices
 
 
-def test_shards_with_one_header_have_one_remark() -> None:
+def test_shards_with_one_header_have_one_notice() -> None:
     for name in "abc":
         write_csv(Path(f"t/{name}.csv"), [["prompt", "steps"], ["x", "2"]])
-    (remark,) = open_tables("t").notices
-    assert remark.startswith("t/a.csv and 2 more: column 'steps'")
+    (notice,) = open_tables("t").notices
+    assert notice.startswith("t/a.csv and 2 more: column 'steps'")
 
 
 def test_empty_bytes_are_an_empty_cell(tmp_path: Path) -> None:

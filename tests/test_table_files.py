@@ -28,10 +28,10 @@ from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
     ROWS,
     RULES,
+    compress,
     essence,
     in_format,
     open_tables,
-    pack,
     read,
     read_requests,
     write_bytes,
@@ -52,7 +52,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary folders."""
+    """Return the folder for temporary folders."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -73,7 +73,7 @@ def refusal_of(*tables: Path | str, **options: Any) -> str:
 # Arguments that mean nothing, among others
 
 
-def test_every_argument_that_means_no_table_is_named() -> None:
+def test_every_argument_without_a_table_is_named() -> None:
     """Part of an option with a blank in it, or a misspelt name, must not become a table with one invalid row."""
     write_csv(Path("good.csv"), [["prompt"], ["x"]])
     Path("empty").mkdir()
@@ -116,7 +116,7 @@ def test_an_argument_that_cannot_be_a_file_name_is_refused() -> None:
     assert refusal_of("x" * 5000 + ".csv")
 
 
-def test_unreadable_files_are_known_by_name() -> None:
+def test_unreadable_files_are_listed_by_name() -> None:
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     write_bytes(Path("t/bad.csv"), b"caption\nx\n")
     with open_tables("t") as tables:
@@ -132,8 +132,8 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
         assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
-        found = list(tables.read_rows(RULES))
-    assert [item.id for item in found] == [
+        rows = list(tables.read_rows(RULES))
+    assert [item.id for item in rows] == [
         "a-00000000",
         "b-00000000",
         "c-00000000",
@@ -141,7 +141,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
     ]
 
 
-def test_files_that_differ_in_their_ending_have_the_same_stem() -> None:
+def test_files_that_differ_in_their_suffix_have_the_same_stem() -> None:
     for name in ("t/a.csv", "t/a.jsonl.gz"):
         write_bytes(Path(name), in_format(Path(name).name.partition(".")[2], [{"prompt": "x"}]))
     assert "t/a.csv and t/a.jsonl.gz would give their rows the same ids (a-00000000, ...)" in refusal_of("t")
@@ -187,11 +187,11 @@ TABLES = ["a.csv", "deep/b.csv.bz2", "deep/license_plates.csv", "p.parq", "q.pq"
 def fill(folder: Path, *names: str) -> None:
     for name in names:
         content = in_format("parquet", [{"prompt": name}]) if name.endswith(("pq", "parq")) else b"prompt\nx\n"
-        write_bytes(folder / name, pack("bz2", content) if name.endswith("bz2") else content)
+        write_bytes(folder / name, compress("bz2", content) if name.endswith("bz2") else content)
 
 
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
-def test_documentation_markers_and_other_endings_are_ignored_files_and_named(argument: str, memory: Any) -> None:
+def test_documentation_markers_and_other_suffixes_are_ignored_and_named(argument: str, memory: Any) -> None:
     """One rule for folders and globs, local and remote."""
     fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
     for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
@@ -201,7 +201,7 @@ def test_documentation_markers_and_other_endings_are_ignored_files_and_named(arg
     scheme = "memory://" if "memory" in argument else ""
     with open_tables(argument) as tables:
         assert tables.files == [f"{scheme}t/{name}" for name in TABLES]
-        ignored_files = tables.ignored_files.items()
+        ignored_files = tables.ignored_files.group()
     assert ignored_files == {
         reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
         for reason, names in NO_TABLES.items()
@@ -225,20 +225,20 @@ def test_thousands_of_similar_files_are_one_item() -> None:
         )
 
 
-def test_a_file_that_another_argument_reads_is_not_ignored_files() -> None:
+def test_a_file_that_another_argument_reads_is_not_ignored() -> None:
     fill(Path("t"), "a.csv", "README.csv")
     with open_tables("t", "t/README.csv") as tables:
         assert tables.files == ["t/a.csv", "t/README.csv"]
         assert str(tables.ignored_files) == ""
 
 
-def test_the_error_of_a_folder_without_tables_names_its_files() -> None:
+def test_the_error_for_a_folder_without_tables_names_its_files() -> None:
     fill(Path("t"), "README.txt", "a.zip")
     assert refusal_of("t").endswith("after it); ignored for their names: t/README.txt; for their endings: t/a.zip")
 
 
 def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link that leads nowhere is an error; no file of a folder may be skipped silently."""
+    """A broken link is an error, since no file may be skipped silently."""
     fill(Path("t"), "a.csv", "closed/b.csv")
     fill(Path("elsewhere"), "c.csv")
     Path("t/linked").symlink_to(Path("elsewhere").absolute())
@@ -265,7 +265,7 @@ def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPat
 # Columns in the path
 
 
-def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
+def partitioned(suffix: str, store: Callable[[str, bytes], Any]) -> None:
     """Write a folder as Spark and pyarrow do, with the columns lang, height and an encoded one in its paths."""
     for path, prompt in (
         ("lang=en/height=128", "a"),
@@ -273,13 +273,13 @@ def partitioned(ending: str, store: Callable[[str, bytes], Any]) -> None:
         ("lang=__HIVE_DEFAULT_PARTITION__/height=__HIVE_DEFAULT_PARTITION__", "c"),
         ("lang=05/height=72/a%20b=S%C3%A3o%2FPaulo=1", "d"),
     ):
-        store(f"ds/{path}/part.0.{ending}", in_format(ending, [{"prompt": prompt, "tag": "t"}]))
+        store(f"ds/{path}/part.0.{suffix}", in_format(suffix, [{"prompt": prompt, "tag": "t"}]))
     store("ds/_SUCCESS", b"")
 
 
 def described(*tables: str, **options: Any) -> dict[str, tuple[Any, ...]]:
-    found = read_requests(*tables, **options)
-    return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in found}
+    rows = read_requests(*tables, **options)
+    return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in rows}
 
 
 PARTITIONED = {
@@ -290,19 +290,19 @@ PARTITIONED = {
 }
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
-def test_key_value_folders_are_columns(ending: str, memory: Any, tmp_path: Path) -> None:
-    """In every format, local and remote, for every way to name the files."""
-    partitioned(ending, lambda path, content: write_bytes(Path(path), content))
-    partitioned(ending, lambda path, content: memory.pipe(f"/{path}", content))
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
+def test_key_value_folders_are_columns(suffix: str, memory: Any, tmp_path: Path) -> None:
+    """This holds in every format, local and remote, for every kind of argument."""
+    partitioned(suffix, lambda path, content: write_bytes(Path(path), content))
+    partitioned(suffix, lambda path, content: memory.pipe(f"/{path}", content))
     for argument in ("ds", "ds/**/*.*", "memory://ds", "memory://ds/**/*.*", f"file://{tmp_path}/ds"):
         assert described(argument) == PARTITIONED
     assert described("ds/lang=en") == described("ds/lang=*n/*/*") == {"a": PARTITIONED["a"]}
-    assert described(f"ds/lang=en/height=128/part.0.{ending}") == {"a": PARTITIONED["a"]}
+    assert described(f"ds/lang=en/height=128/part.0.{suffix}") == {"a": PARTITIONED["a"]}
     with open_tables("ds") as tables:
         kinds = {field.name: str(field.type) for field in tables.carried}
         assert {kinds.pop(name) for name in ("lang", "a b")} == {"string"}
-        assert kinds.keys() == ({"tag"} if ending != "txt" else set())
+        assert kinds.keys() == ({"tag"} if suffix != "txt" else set())
     assert sorted(item.id for item in read_requests("ds"))[-1] == "lang=en-height=128-part.0-00000000"
 
 
@@ -314,13 +314,13 @@ def test_columns_in_the_path_of_a_served_file(server: str) -> None:
         assert described(url) == {"d": PARTITIONED["d"]}
 
 
-def test_columns_in_the_path_within_an_archive(tmp_path: Path) -> None:
+def test_columns_in_a_path_inside_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile("seed=9.zip", "w") as archive:
         partitioned("csv", archive.writestr)
     assert described(f"zip://ds::file://{tmp_path}/seed=9.zip") == PARTITIONED
 
 
-def test_a_column_of_the_path_replaces_that_of_the_file_with_a_remark() -> None:
+def test_a_column_of_the_path_replaces_that_of_the_file_with_a_notice() -> None:
     write_parquet(Path("t/height=128/n=5/a.parquet"), prompt=["x"], n=[7], height=[64])
     write_parquet(Path("t/b.parquet"), prompt=["y"], n=[7])
     with open_tables("t", columns={"seed": ""}) as tables:
@@ -342,13 +342,13 @@ def test_a_bad_value_in_the_path_makes_the_rows_of_its_file_invalid() -> None:
 
 
 def test_a_file_of_a_mini_batch_has_the_columns_of_its_path(tmp_path: Path) -> None:
-    """Although it is named by its last part alone."""
+    """Although its name is only the last part of the path."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
     with Tables(settings, SCHEMA.names, SharedFolder(("a.csv",), lambda name, file: False)) as tables:
-        (found,) = tables.read_rows(RULES)
-    assert isinstance(found, PromptRequest)
-    assert (found.id, found.params.height, found.carried) == ("a-00000000", 128, {"lang": "en"})
+        (row,) = tables.read_rows(RULES)
+    assert isinstance(row, PromptRequest)
+    assert (row.id, row.params.height, row.carried) == ("a-00000000", 128, {"lang": "en"})
 
 
 @pytest.mark.parametrize("names", [("a.csv", "b.csv", "B.csv"), ("B.csv", "b.csv"), ("b.csv",)])
@@ -358,9 +358,9 @@ def test_collisions_in_a_mini_batch_do_not_depend_on_its_other_files(tmp_path: P
     settings = TableSettings(tuple(f"./{name}" for name in names), folder=tmp_path)
     others = SharedFolder(("b.csv", "a.csv", "B.csv"), lambda name, file: False)
     with Tables(settings, SCHEMA.names, others) as tables:
-        found = {row.id: (row.id_collides, row.stem_collides) for row in tables.read_rows(RULES)
+        rows = {row.id: (row.id_collides, row.stem_collides) for row in tables.read_rows(RULES)
                  if isinstance(row, PromptRequest) and row.source.file == "b.csv"}  # fmt: skip
-    assert found == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
+    assert rows == {"Sku": (False, True), "sku": (True, True), "z": (False, True)}
 
 
 def test_only_a_name_and_an_equals_sign_make_a_column() -> None:
@@ -378,20 +378,20 @@ def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_may_be_piped_in(ending: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_may_be_piped_in(suffix: str, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     rows = [{"id": f"row {i}", **row} for i, row in enumerate(ROWS)]
     equal = read_requests(write_csv(Path("t.csv"), [list(rows[0]), *(list(row.values()) for row in rows)]))
-    pipe(monkeypatch, in_format(ending, rows))
+    pipe(monkeypatch, in_format(suffix, rows))
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
         assert tables.local_paths == []
-        found = list(tables.read_rows(RULES))
-        assert list(tables.read_rows(RULES)) == found, "it is read again and again"
+        items = list(tables.read_rows(RULES))
+        assert list(tables.read_rows(RULES)) == items, "it is read again and again"
         assert list(temporary.iterdir())
     assert not list(temporary.iterdir())
-    assert essence(item for item in found if isinstance(item, PromptRequest)) == essence(equal)
-    assert {item.source.file for item in found if isinstance(item, PromptRequest)} == {"stdin"}
+    assert essence(item for item in items if isinstance(item, PromptRequest)) == essence(equal)
+    assert {item.source.file for item in items if isinstance(item, PromptRequest)} == {"stdin"}
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_plain_prompts_on_standard_input_are_refused_with_advice(monkeypatch: py
     pipe(monkeypatch, b"a red circle\na blue square\n")
     assert refusal_of("-") == (
         "stdin has no column 'prompt'; standard input is read as CSV, and its first line is 'a red circle': "
-        "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+        "plain prompts need a .txt file (or the first line 'prompt', if no prompt contains a comma)"
     )
 
 
@@ -492,18 +492,18 @@ def memory() -> Iterator[Any]:
     files.pseudo_dirs[:] = [""]
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_can_be_read_from_a_url(ending: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
-    content = in_format(ending, ROWS)
-    memory.pipe(f"/there/t.{ending}", content)
-    write_bytes(tmp_path / "here" / f"t.{ending}", content)
-    for url in (f"memory://there/t.{ending}", f"file://{tmp_path}/here/t.{ending}"):
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_can_be_read_from_a_url(suffix: str, memory: Any, temporary: Path, tmp_path: Path) -> None:
+    content = in_format(suffix, ROWS)
+    memory.pipe(f"/there/t.{suffix}", content)
+    write_bytes(tmp_path / "here" / f"t.{suffix}", content)
+    for url in (f"memory://there/t.{suffix}", f"file://{tmp_path}/here/t.{suffix}"):
         with open_tables(url) as tables:
             assert tables.files == [url]
             assert tables.local_paths == []
-            found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-        assert essence(found) == expected()
-        assert {item.source.file for item in found} == {url}
+            rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
+        assert essence(rows) == expected()
+        assert {item.source.file for item in rows} == {url}
         assert not list(temporary.iterdir())
 
 
@@ -571,7 +571,7 @@ def test_urls_without_a_table(url: str, sentence: str, memory: Any, monkeypatch:
 
 
 class Stubborn:
-    """A file system of which one call fails."""
+    """A file system with one failing call."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -595,7 +595,7 @@ class Stubborn:
         (type("OfNoKind", (Exception,), {})("secret?"), TableError, "x://a.csv cannot be opened: OfNoKind"),
     ],
 )
-def test_errors_of_clients_are_the_users_or_the_services(
+def test_client_errors_are_attributed_to_the_user_or_the_service(
     error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Stubborn(error), url))
@@ -642,7 +642,7 @@ def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
                 assert tables.files == [f"{base}/{name}" for name in ("c.csv", "lang=de/deep/b.csv", "lang=en/a.csv")]
                 assert {"_tmp/", ".hidden.csv", "notes.md"} == {
                     Path(name).name + "/" * name.endswith("/")
-                    for items in tables.ignored_files.items().values()
+                    for items in tables.ignored_files.group().values()
                     for name in items
                 }
             assert [item.id for item in requests] == ["c-00000000", "lang=de-deep-b-00000000", "lang=en-a-00000000"]
@@ -732,13 +732,13 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_any_format_can_be_read_over_http(ending: str, server: str, temporary: Path) -> None:
-    write_bytes(Path(f"served/t.{ending}"), in_format(ending, ROWS))
-    with open_tables(f"{server}/t.{ending}?sig=secret#part") as tables:
-        assert tables.files == [f"{server}/t.{ending}"]
-        found = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-    assert essence(found) == expected()
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_can_be_read_over_http(suffix: str, server: str, temporary: Path) -> None:
+    write_bytes(Path(f"served/t.{suffix}"), in_format(suffix, ROWS))
+    with open_tables(f"{server}/t.{suffix}?sig=secret#part") as tables:
+        assert tables.files == [f"{server}/t.{suffix}"]
+        rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
+    assert essence(rows) == expected()
     assert not list(temporary.iterdir())
 
 
@@ -758,7 +758,7 @@ def test_any_format_can_be_read_over_http(ending: str, server: str, temporary: P
         ("zip://in/t.csv::{}/x.zip", "range requests"),
     ],
 )
-def test_secrets_of_a_chain_are_used_and_not_shown(
+def test_secrets_in_a_chain_are_used_and_not_shown(
     chain: str, answer: str | None, server: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
@@ -767,9 +767,9 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
         archive.writestr("in/t.csv", "prompt\nx\n")
     url = f"{chain.format(server.replace('://', '://me:TOP-SECRET@'))}?sig=TOP-SECRET"
     if answer is None:
-        (found,) = read_requests(url)
-        assert (found.id, found.prompt) == ("t-00000000", "x")
-        text = found.source.file
+        (row,) = read_requests(url)
+        assert (row.id, row.prompt) == ("t-00000000", "x")
+        text = row.source.file
     else:
         with pytest.raises((TableError, RetryableError), match=answer) as caught:
             open_tables(url)
@@ -781,25 +781,25 @@ def test_secrets_of_a_chain_are_used_and_not_shown(
 
 def test_urls_with_different_queries_are_different_files(server: str) -> None:
     write_bytes(Path("served/t.csv"), b"id,prompt\na,x\n")
-    found = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
-    assert [item.id for item in found] == ["a", "t-00000000"]
-    assert isinstance(found[1], ResultRow)
-    assert found[1].error == "duplicate id 'a'"
+    rows = read(f"{server}/t.csv?part=1", f"{server}/t.csv?part=2", f"{server}/t.csv?part=1")
+    assert [item.id for item in rows] == ["a", "t-00000000"]
+    assert isinstance(rows[1], ResultRow)
+    assert rows[1].error == "duplicate id 'a'"
 
 
 @pytest.mark.parametrize("chain", ["{}/t.csv?in={}", "simplecache::{}/t.csv.gz?in={}", "{}/t.csv?sig=SECRET&in={}"])
 def test_urls_that_differ_in_secret_parts_are_different_files(chain: str, server: str) -> None:
     for name in "ab":
         write_bytes(Path(f"served/{name}/t.csv"), f"id,prompt\n{name},in {name}\n".encode())
-        write_bytes(Path(f"served/{name}/t.csv.gz"), pack("gz", f"id,prompt\n{name},in {name}\n".encode()))
+        write_bytes(Path(f"served/{name}/t.csv.gz"), compress("gz", f"id,prompt\n{name},in {name}\n".encode()))
     urls = [chain.format(server, name) for name in "aba"]
-    found = read_requests(*urls)
-    assert [item.prompt for item in found] == ["in a", "in b"]
-    assert [item.source.file for item in found] == [redact_url(urls[0]), f"{redact_url(urls[0])}#2"]
-    assert {item.source.stem for item in found} == {"t"}
-    assert "SECRET" not in str(found)
+    rows = read_requests(*urls)
+    assert [item.prompt for item in rows] == ["in a", "in b"]
+    assert [item.source.file for item in rows] == [redact_url(urls[0]), f"{redact_url(urls[0])}#2"]
+    assert {item.source.stem for item in rows} == {"t"}
+    assert "SECRET" not in str(rows)
     with open_tables(*urls) as tables:
-        assert tables.files == [item.source.file for item in found]
+        assert tables.files == [item.source.file for item in rows]
     assert [item.id for item in read_requests(*urls, columns={"id": ""}, id_from="content")] == [
         item.id for item in read_requests(urls[1], urls[0], columns={"id": ""}, id_from="content")
     ][::-1]
@@ -855,7 +855,7 @@ def test_answers_of_an_http_server(
 
 
 def test_a_service_that_is_down_ends_the_run_temporarily(temporary: Path) -> None:
-    """Its rows are not invalid: the same command, later, reads them."""
+    """Its rows are not invalid, since the same command can read them later."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: no server answers
         port = taken.getsockname()[1]

@@ -25,11 +25,11 @@ from batch_infer.table.scanner import Scanner
 from tests.tables import (
     ROWS,
     RULES,
+    compress,
     error_of,
     essence,
     in_format,
     open_tables,
-    pack,
     read,
     read_requests,
     write_bytes,
@@ -53,8 +53,8 @@ def write(name: str, content: str | bytes | Any) -> Path:
     return write_bytes(Path(name), content.encode() if isinstance(content, str) else content)
 
 
-def errors_of(found: list[PromptRequest | ResultRow]) -> list[str | None]:
-    return [item.error if isinstance(item, ResultRow) else None for item in found]
+def errors_of(rows: list[PromptRequest | ResultRow]) -> list[str | None]:
+    return [item.error if isinstance(item, ResultRow) else None for item in rows]
 
 
 def refusal_of(path: Path | str, **options: Any) -> str:
@@ -66,96 +66,96 @@ def refusal_of(path: Path | str, **options: Any) -> str:
 # The same table in every format
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("ending", [*(name for name in FORMATS if name != "txt"), "pq", "parq"])
-def test_every_format_gives_the_rows_of_the_equal_csv(ending: str, packing: str) -> None:
+@pytest.mark.parametrize("compression", PACKINGS)
+@pytest.mark.parametrize("suffix", [*(name for name in FORMATS if name != "txt"), "pq", "parq"])
+def test_every_format_gives_the_rows_of_the_equal_csv(suffix: str, compression: str) -> None:
     expected = essence(read_requests(write("t.csv", in_format("csv", ROWS))))
-    named = f"other/t.{ending}{packing}"
-    assert essence(read_requests(write(named, in_format(ending + packing, ROWS)))) == expected
-    upper = f"upper/t.{ending.upper()}{packing.upper()}"
-    assert essence(read_requests(write(upper, in_format(ending + packing, ROWS)))) == expected
+    named = f"other/t.{suffix}{compression}"
+    assert essence(read_requests(write(named, in_format(suffix + compression, ROWS)))) == expected
+    upper = f"upper/t.{suffix.upper()}{compression.upper()}"
+    assert essence(read_requests(write(upper, in_format(suffix + compression, ROWS)))) == expected
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_plain_text_is_a_prompt_a_line(packing: str) -> None:
+@pytest.mark.parametrize("compression", PACKINGS)
+def test_plain_text_has_one_prompt_per_line(compression: str) -> None:
     rows = [{"prompt": "a red circle"}, {"prompt": " two, three "}, {"prompt": 'say "é"'}]
     expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
     content = in_format("txt", rows).replace(b"\n", b"\r\n\r\n  \n")
-    content = pack(packing[1:], content) if packing else content
-    found = read_requests(write(f"t.txt{packing}", content), columns={"prompt": "caption"})
-    assert essence(found) == expected
+    content = compress(compression[1:], content) if compression else content
+    items = read_requests(write(f"t.txt{compression}", content), columns={"prompt": "caption"})
+    assert essence(items) == expected
 
 
 def test_a_line_of_plain_text_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
-    found = read(write("t.txt", b"one\ncaf\xe9\nthree"))
-    assert errors_of(found) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
+    rows = read(write("t.txt", b"one\ncaf\xe9\nthree"))
+    assert errors_of(rows) == [None, "column 'prompt' is not UTF-8: save the table as UTF-8", None]
 
 
-@pytest.mark.parametrize("ending", TEXT)
-def test_a_byte_order_mark_is_skipped(ending: str) -> None:
-    content = b"\xef\xbb\xbf" + in_format(ending, [{"prompt": "x"}])
-    assert [item.prompt for item in read_requests(write(f"t.{ending}", content))] == ["x"]
-    assert [item.prompt for item in read_requests(write(f"t.{ending}.gz", gzip.compress(content)))] == ["x"]
+@pytest.mark.parametrize("suffix", TEXT)
+def test_a_byte_order_mark_is_skipped(suffix: str) -> None:
+    content = b"\xef\xbb\xbf" + in_format(suffix, [{"prompt": "x"}])
+    assert [item.prompt for item in read_requests(write(f"t.{suffix}", content))] == ["x"]
+    assert [item.prompt for item in read_requests(write(f"t.{suffix}.gz", gzip.compress(content)))] == ["x"]
 
 
-@pytest.mark.parametrize("ending", TEXT)
-def test_utf_16_is_refused_with_advice(ending: str) -> None:
-    content = in_format(ending, [{"prompt": "x"}]).decode().encode("utf-16")
-    assert refusal_of(write(f"t.{ending}", content)) == (
-        f"t.{ending} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
+@pytest.mark.parametrize("suffix", TEXT)
+def test_utf_16_is_refused_with_advice(suffix: str) -> None:
+    content = in_format(suffix, [{"prompt": "x"}]).decode().encode("utf-16")
+    assert refusal_of(write(f"t.{suffix}", content)) == (
+        f"t.{suffix} is UTF-16; save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8"
     )
 
 
-@pytest.mark.parametrize("ending", TEXT)
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_an_empty_file_is_refused(ending: str, packing: str) -> None:
-    assert refusal_of(write(f"t.{ending}{packing}", b"")) == f"t.{ending}{packing} is empty"
+@pytest.mark.parametrize("suffix", TEXT)
+@pytest.mark.parametrize("compression", PACKINGS)
+def test_an_empty_file_is_refused(suffix: str, compression: str) -> None:
+    assert refusal_of(write(f"t.{suffix}{compression}", b"")) == f"t.{suffix}{compression} is empty"
 
 
 # Packed files
 
 
-@pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])
-def test_a_compressed_file_may_have_several_parts(packing: str) -> None:
-    content = pack(packing, b"prompt\nx\n") + pack(packing, b"y\n")
-    assert [item.prompt for item in read_requests(write(f"t.csv.{packing}", content))] == ["x", "y"]
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_may_have_several_parts(compression: str) -> None:
+    content = compress(compression, b"prompt\nx\n") + compress(compression, b"y\n")
+    assert [item.prompt for item in read_requests(write(f"t.csv.{compression}", content))] == ["x", "y"]
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize(("packing", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
-def test_a_file_with_the_wrong_compression_ending_is_refused(ending: str, packing: str, name: str) -> None:
-    path = write(f"t.{ending}.{packing}", in_format(ending, [{"prompt": "x"}]))
-    assert refusal_of(path) == f"t.{ending}.{packing} cannot be read: it is not {name}"
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(("compression", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz"), ("zst", "zstd")])
+def test_a_file_with_the_wrong_compression_suffix_is_refused(suffix: str, compression: str, name: str) -> None:
+    path = write(f"t.{suffix}.{compression}", in_format(suffix, [{"prompt": "x"}]))
+    assert refusal_of(path) == f"t.{suffix}.{compression} cannot be read: it is not {name}"
 
 
-@pytest.mark.parametrize("ending", TEXT)
-def test_a_truncated_gzip_file_gives_the_rows_before_the_break(ending: str) -> None:
+@pytest.mark.parametrize("suffix", TEXT)
+def test_a_truncated_gzip_file_gives_the_rows_before_the_break(suffix: str) -> None:
     rows = [{"prompt": f"prompt {i} {i**9}"} for i in range(2000)]
-    whole = in_format(f"{ending}.gz", rows)
-    found = read(write(f"t.{ending}.gz", whole[: len(whole) // 2]))
-    assert errors_of(found)[-1] == "the file breaks off here: the gzip stream is cut off"
-    assert all(isinstance(item, PromptRequest) for item in found[:-1])
-    assert 700 < len(found) < 1300
-    assert [item.prompt for item in found[:-1]] == [row["prompt"] for row in rows[: len(found) - 1]]
+    whole = in_format(f"{suffix}.gz", rows)
+    items = read(write(f"t.{suffix}.gz", whole[: len(whole) // 2]))
+    assert errors_of(items)[-1] == "the file breaks off here: the gzip stream is cut off"
+    assert all(isinstance(item, PromptRequest) for item in items[:-1])
+    assert 700 < len(items) < 1300
+    assert [item.prompt for item in items[:-1]] == [row["prompt"] for row in rows[: len(items) - 1]]
 
 
-@pytest.mark.parametrize("packing", ["bz2", "xz"])
-def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(packing: str) -> None:
-    """Here the rows of its first streams, which are compressed separately."""
+@pytest.mark.parametrize("compression", ["bz2", "xz"])
+def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(compression: str) -> None:
+    """The blocks before the damage are complete, since they are compressed separately."""
     rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
-    whole = pack(packing, b"prompt\n" + rows) + pack(packing, rows)
-    found = read(write(f"t.csv.{packing}", whole[:-20]))
-    name = {"bz2": "bzip2"}.get(packing, packing)
-    assert errors_of(found)[-1] == f"the file breaks off here: the {name} stream is cut off"
-    assert [item.prompt for item in found[:100]] == [f"prompt {i}" for i in range(100)]
-    assert not any(errors_of(found[:-1]))
+    whole = compress(compression, b"prompt\n" + rows) + compress(compression, rows)
+    items = read(write(f"t.csv.{compression}", whole[:-20]))
+    name = {"bz2": "bzip2"}.get(compression, compression)
+    assert errors_of(items)[-1] == f"the file breaks off here: the {name} stream is cut off"
+    assert [item.prompt for item in items[:100]] == [f"prompt {i}" for i in range(100)]
+    assert not any(errors_of(items[:-1]))
 
 
 def test_a_truncated_zstd_file_gives_the_rows_before_the_break() -> None:
     whole = in_format("csv.zst", [{"prompt": f"prompt {i} {i**9}"} for i in range(30_000)])
-    found = read(write("t.csv.zst", whole[:-100]))
-    assert "breaks off here" in (errors_of(found)[-1] or "")
-    assert len(found) > 10_000
+    rows = read(write("t.csv.zst", whole[:-100]))
+    assert "breaks off here" in (errors_of(rows)[-1] or "")
+    assert len(rows) > 10_000
 
 
 def test_a_damaged_checksum_loses_no_row() -> None:
@@ -175,21 +175,21 @@ def test_a_truncated_parquet_file_in_gzip_is_refused() -> None:
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 @pytest.mark.parametrize("quoted", [False, True])
 def test_the_separator_is_detected_from_the_header(mark: str, quoted: bool) -> None:
-    """German Excel writes semicolons; a comma stays a comma."""
+    """German Excel writes semicolons. A comma is then text."""
     form = {"delimiter": mark, "quoting": int(quoted)}
     table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
-    (found,) = read_requests(table)
-    assert (found.seed, found.prompt, found.carried) == (1, "a red, round circle", {"n,m": "x"})
+    (row,) = read_requests(table)
+    assert (row.seed, row.prompt, row.carried) == (1, "a red, round circle", {"n,m": "x"})
 
 
-def test_the_comma_comes_first() -> None:
-    (found,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
-    assert found.prompt == "x;y"
+def test_the_comma_is_tried_first() -> None:
+    (row,) = read_requests(write("t.csv", "prompt,a;prompt;b\nx;y,z\n"))
+    assert row.prompt == "x;y"
 
 
 def test_a_renamed_prompt_column_decides_the_separator() -> None:
-    (found,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
-    assert found.prompt == "x"
+    (row,) = read_requests(write("t.csv", "caption;prompt\nx;y\n"), columns={"prompt": "caption"})
+    assert row.prompt == "x"
 
 
 def test_tsv_is_separated_by_tabs_only() -> None:
@@ -216,41 +216,41 @@ def test_too_many_cells_with_another_separator() -> None:
 
 def test_columns_without_a_name_are_named_by_position() -> None:
     """Spreadsheets' trailing commas and pandas' index make such columns."""
-    (found,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
-    assert found.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
+    (row,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
+    assert row.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
 
 
 def remarks_of(path: Path | str, **options: Any) -> list[str]:
-    """Return the remarks on a table after its rows were read."""
+    """Return the notices on a table after its rows were read."""
     with open_tables(path, **options) as tables:
         list(tables.read_rows(RULES))
         return tables.notices
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv"])
-def test_rows_of_separators_alone_are_skipped_and_counted(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_rows_of_separators_alone_are_skipped_and_counted(suffix: str) -> None:
     """Spreadsheets write them below a table. The rows that follow keep their numbers, and so their ids."""
     text = "prompt,seed,tag\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
-    table = write(f"t.{ending}", text.replace(",", "\t") if ending == "tsv" else text)
+    table = write(f"t.{suffix}", text.replace(",", "\t") if suffix == "tsv" else text)
     assert [(item.id, item.seed) for item in read_requests(table)] == [("t-00000000", 1), ("t-00000003", 2)]
     assert len(read(table, limit=2)) == 2
-    assert remarks_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{ending}, line 3)"]
+    assert remarks_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{suffix}, line 3)"]
 
 
 def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
     """pandas writes an empty prompt like this."""
-    found = read(write("t.csv", 'prompt\nx\n""\ny\n'))
-    assert errors_of(found) == [None, "the prompt is empty", None]
+    rows = read(write("t.csv", 'prompt\nx\n""\ny\n'))
+    assert errors_of(rows) == [None, "the prompt is empty", None]
 
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
-    """Spreadsheets leave out the last cells where they are empty; a row that was cut in two is short too."""
+    """Spreadsheets omit empty cells at the end of a row. A row that was split in two is short too."""
     table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
-    found = read_requests(table)
-    assert [(item.prompt, item.seed) for item in found if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
-    assert found[1].carried == {"tag": None}
-    (remark,) = remarks_of(table)
-    assert remark == (
+    rows = read_requests(table)
+    assert [(item.prompt, item.seed) for item in rows if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
+    assert rows[1].carried == {"tag": None}
+    (notice,) = remarks_of(table)
+    assert notice == (
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
         "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'tag')"
     )
@@ -264,75 +264,76 @@ def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
 @pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=|", "sep=\t", "sep=,", "sep=:"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
-    """As Excel does, where the header alone would suggest another separator."""
+    """As Excel writes it. The header alone would suggest another separator."""
     mark = first.strip('"')[4]
     lines = [first, f"prompt{mark}tag", f"x{mark}1", f'"y{mark}"{mark}2', f"z{mark}{mark}{mark}3"]
-    for ending in ("csv", "tsv"):
-        first_row, second, bad = read(write(f"t.{ending}", end.join([*lines, ""])))
+    for suffix in ("csv", "tsv"):
+        first_row, second, bad = read(write(f"t.{suffix}", end.join([*lines, ""])))
         assert isinstance(first_row, PromptRequest)
         assert (first_row.prompt, first_row.carried, first_row.source.line) == ("x", {"tag": "1"}, 3)
         assert (second.prompt, second.carried) == (f"y{mark}", {"tag": "2"})
         assert (errors_of([bad])[0] or "").startswith("line 5 has 4 cells where the header names 2; quote cells that")
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet", "json"])
-def test_two_carried_columns_of_one_name_have_two_names(ending: str) -> None:
-    if ending == "csv":
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_carried_columns_with_the_same_name_are_renamed(suffix: str) -> None:
+    if suffix == "csv":
         table = write("t.csv", "tag,prompt,tag,tag_2,tag\n1,x,2,3,4\n")
-    elif ending == "json":
+    elif suffix == "json":
         table = write("t.json", {"columns": ["tag", "prompt", "tag", "tag_2", "tag"], "data": [list("1x234")]})
     else:
         table = Path("t.parquet")
         pq.write_table(
             pa.Table.from_arrays([[cell] for cell in "1x234"], ["tag", "prompt", "tag", "tag_2", "tag"]), table
         )
-    (found,) = read_requests(table)
-    assert found.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
+    (row,) = read_requests(table)
+    assert row.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
     assert remarks_of(table) == [
-        f"t.{ending} has columns of one name: carried are another 'tag' as 'tag_3', another 'tag' as 'tag_4'"
+        f"t.{suffix} has columns with the same name: "
+        "another 'tag' is carried as 'tag_3', another 'tag' is carried as 'tag_4'"
     ]
 
 
-def test_a_doubled_field_is_refused_unless_it_is_carried() -> None:
+def test_a_duplicate_field_is_refused_unless_it_is_carried() -> None:
     table = write("t.csv", "prompt,seed,seed\nx,1,2\n")
     assert refusal_of(table) == "t.csv has two columns named 'seed'; rename one"
     assert refusal_of(table, columns={"guidance_scale": "seed"}) == "t.csv has two columns named 'seed'; rename one"
-    (found,) = read_requests(table, columns={"seed": ""})
-    assert found.carried == {"input_seed": "1", "seed_2": "2"}
+    (row,) = read_requests(table, columns={"seed": ""})
+    assert row.carried == {"input_seed": "1", "seed_2": "2"}
 
 
 @pytest.mark.parametrize(
     "line",
     ["# prompts of May", "// a comment", "a cat --steps 20", "--prompt a cat", "a cat --ar 16:9", "a cat -s50 -W512"],
 )
-def test_comments_and_options_in_plain_text_are_rendered_with_a_remark(line: str) -> None:
+def test_comments_and_options_in_plain_text_are_rendered_with_a_notice(line: str) -> None:
     prompts = ["a well-known cat -- sitting", line, "an n-1 -5 degrees - a"]
     table = write("t.txt", "\n".join(["", *prompts]))
     assert [(item.prompt, item.source.line) for item in read_requests(table)] == list(
         zip(prompts, (2, 3, 4), strict=True)
     )
-    (remark,) = remarks_of(table)
-    assert remark.startswith("lines of .txt that look like comments or options and are rendered word for word (")
-    assert remark.endswith(f"): 1 (first: t.txt, line 3: {line!r})")
+    (notice,) = remarks_of(table)
+    assert notice.startswith("lines of .txt that look like comments or options and are rendered word for word (")
+    assert notice.endswith(f"): 1 (first: t.txt, line 3: {line!r})")
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "txt"])
-def test_a_row_of_a_text_format_has_its_line(ending: str) -> None:
-    """As an editor counts it; `source_row` counts rows from 0."""
-    kind = ending.partition(".")[0]
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl", "txt"])
+def test_a_row_in_a_text_format_has_a_line_number(suffix: str) -> None:
+    """The line that an editor shows. `source_row` counts rows from 0."""
+    kind = suffix.partition(".")[0]
     lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
     content = b"\n".join([lines[0], b"", *lines[1:], b""])
-    found = read(write(f"t.{ending}", pack("gz", content) if ending.endswith("gz") else content))
+    rows = read(write(f"t.{suffix}", compress("gz", content) if suffix.endswith("gz") else content))
     first = 3 if kind == "csv" else 1
-    assert [str(item.source) for item in found] == [
-        f"t.{ending}, line {line}" for line in (first, *((4, 5) if kind == "csv" else (3, 4)))
+    assert [str(item.source) for item in rows] == [
+        f"t.{suffix}, line {line}" for line in (first, *((4, 5) if kind == "csv" else (3, 4)))
     ]
-    assert [item.source.row for item in found] == [0, 1, 2]
+    assert [item.source.row for item in rows] == [0, 1, 2]
 
 
-def test_a_row_of_parquet_has_its_number() -> None:
-    (found,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
-    assert str(found.source) == "t.parquet, row 0"
+def test_a_row_in_parquet_has_a_row_number() -> None:
+    (row,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x"}])))
+    assert str(row.source) == "t.parquet, row 0"
 
 
 def test_empty_cells_beyond_the_header_are_ignored() -> None:
@@ -342,21 +343,21 @@ def test_empty_cells_beyond_the_header_are_ignored() -> None:
     assert errors_of([third]) == ["line 4 has 3 cells where the header names 1; quote cells that hold commas"]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "txt"])
-def test_a_line_that_is_too_long_makes_only_its_row_invalid(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONGEST", 1000)
-    content = in_format(ending, [{"prompt": "x"}, {"prompt": "y" * 5000}, {"prompt": "z"}])
-    first, bad, last = read(write(f"t.{ending}", content))
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_a_line_that_is_too_long_makes_only_its_row_invalid(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
+    content = in_format(suffix, [{"prompt": "x"}, {"prompt": "y" * 5000}, {"prompt": "z"}])
+    first, bad, last = read(write(f"t.{suffix}", content))
     assert isinstance(first, PromptRequest)
-    assert errors_of([bad]) == [f"line {3 if ending == 'csv' else 2} is longer than 1000 characters"]
+    assert errors_of([bad]) == [f"line {3 if suffix == 'csv' else 2} is longer than 1000 characters"]
     assert isinstance(last, PromptRequest)
     assert (last.prompt, last.source.row) == ("z", 2)
 
 
 @pytest.mark.parametrize("width", [2, 40])
 def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the length of its cells. Its lines are not rows."""
-    monkeypatch.setattr(streams, "LONGEST", 1000)
+    """The limit does not depend on the length of cells. Lines of the row are not rows."""
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
     good = ",".join(["x", *["y"] * (width - 1)])
     cells = ",".join(['"' + "word\n" * (20_000 // 5 // width) + '"'] * width)
@@ -371,7 +372,7 @@ def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: 
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONGEST", 1000)
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     good = "".join(f"{k},y\n" for k in range(500))
     text = 'prompt,tag\n"open,y\n' + "prose\n" * 500 + good + 'closed",y\n' * closes
     bad, *rest = read(write("t.csv", text))
@@ -397,14 +398,14 @@ def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monk
         ('a,"beginCOMMAS\nmiddle, words\nend"\nb,ok\n', ["2-4 long 2", "b ok 5"]),
     ],
 )
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
-    rows: str, expected: list[str], ending: str, monkeypatch: pytest.MonkeyPatch
+    rows: str, expected: list[str], newline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row has its result with its line, and words within a quoted cell are not a row."""
-    monkeypatch.setattr(streams, "LONGEST", 80)
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 80)
     content = "id,prompt\n" + rows.replace("GIANT", "red circle " * 100).replace("COMMAS", "," * 500)
-    found = read(write("t.csv", content.replace("\n", ending).encode()))
+    items = read(write("t.csv", content.replace("\n", newline).encode()))
 
     def short(item: PromptRequest | ResultRow) -> str:
         if isinstance(item, PromptRequest):
@@ -415,15 +416,15 @@ def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
         where = r"^lines (\d+) to (\d+) are a row in which line (\d+) is longer than 80 characters$"
         return re.sub(where, r"\1-\2 long \3", error)
 
-    assert [short(item) for item in found] == expected
-    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in found] == list(
-        range(len(found))
+    assert [short(item) for item in items] == expected
+    assert [item.source_row if isinstance(item, ResultRow) else item.source.row for item in items] == list(
+        range(len(items))
     )
 
 
 @pytest.mark.parametrize("words", ["red circle, ", ",", '""'])
 def test_memory_does_not_grow_with_a_line_below_an_open_quote(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONGEST", 10_000)
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 10_000)
     path = write("t.csv", 'id,prompt\na,"open\n' + words * (3_000_000 // len(words)) + '\nend"\nb,ok\n')
     read(path)
     tracemalloc.start()
@@ -437,19 +438,19 @@ def test_memory_does_not_grow_with_a_line_below_an_open_quote(words: str, monkey
 
 
 def test_a_header_that_is_one_long_line_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONGEST", 1000)
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     with pytest.raises(TableError, match="^t.csv has a header that is longer than 1000 characters"):
         read(write("t.csv", "prompt," + "word" * 400 + "\nx,y\n"))
 
 
 def test_a_header_of_many_lines_has_the_limit_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LONGEST", 1000)
+    monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     with pytest.raises(TableError, match="^t.csv has a header that is longer than 1000 characters"):
         read(write("t.csv", 'prompt,"' + "word\n" * 400 + '"\nx,y\n'))
 
 
-def test_a_long_row_of_parquet_is_invalid_alone() -> None:
-    """It is not converted. A dictionary word counts for each row that has it."""
+def test_a_long_row_in_parquet_makes_only_itself_invalid() -> None:
+    """It is not converted. A dictionary value counts in every row that has it."""
     long = "x" * (9 << 20)
     columns: dict[str, Any] = {
         "prompt": ["1", "2", "3", None, "5"],
@@ -459,28 +460,28 @@ def test_a_long_row_of_parquet_is_invalid_alone() -> None:
         "number": [1, 2, 3, 4, None],
     }
     pq.write_table(pa.table(columns), "t.parquet")
-    found = read("t.parquet")
-    assert [isinstance(item, ResultRow) for item in found] == [True, True, True, True, False]
-    assert [(error or "").partition(":")[0] for error in errors_of(found[:4])] == [
-        "the carried cells of a row may be 1048576 bytes together",
+    rows = read("t.parquet")
+    assert [isinstance(item, ResultRow) for item in rows] == [True, True, True, True, False]
+    assert [(error or "").partition(":")[0] for error in errors_of(rows[:4])] == [
+        "the row's carried cells exceed 1048576 bytes in total",
         "the row has more than 16777216 bytes",
         "the row has more than 16777216 bytes",
         "the prompt is empty",
     ]
-    assert [item.id for item in found] == [f"t-{row:08d}" for row in range(5)]
+    assert [item.id for item in rows] == [f"t-{row:08d}" for row in range(5)]
 
 
 def test_lines_are_counted_as_an_editor_does() -> None:
-    found = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
-    assert [(error or "")[:12] for error in errors_of(found)] == ["", "line 5 has 3", "line 6 canno"]
+    rows = read(write("t.csv", 'prompt,seed\n"x\ny",1\n\nz,one,two\n"open\n'))
+    assert [(error or "")[:12] for error in errors_of(rows)] == ["", "line 5 has 3", "line 6 canno"]
 
 
 # JSON Lines
 
 
 def test_blank_lines_and_key_order_do_not_matter() -> None:
-    found = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
-    assert [(item.id, item.prompt, item.seed) for item in found] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
+    rows = read_requests(write("t.jsonl", '\n{"prompt": "x", "seed": 1}\r\n\n \t\n{"seed": 2, "prompt": "y"}'))
+    assert [(item.id, item.prompt, item.seed) for item in rows] == [("t-00000000", "x", 1), ("t-00000001", "y", 2)]
 
 
 @pytest.mark.parametrize(
@@ -536,36 +537,36 @@ def test_a_bad_line_of_json_makes_only_its_row_invalid(line: bytes, sentence: st
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_column_has_the_type_that_holds_all_its_values(
-    ending: str, values: list[Any], kind: pa.DataType, carried: list[Any]
+    suffix: str, values: list[Any], kind: pa.DataType, carried: list[Any]
 ) -> None:
     rows = [{"prompt": "x", "column": value} for value in values]
-    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x"}, *rows]))
+    table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x"}, *rows]))
     assert open_tables(table).carried.field("column").type == kind
-    found = [item.carried["column"] for item in read_requests(table)]
-    assert found == [None, *carried]
-    assert [type(value) for value in found[1:]] == [type(value) for value in carried]
+    items = [item.carried["column"] for item in read_requests(table)]
+    assert items == [None, *carried]
+    assert [type(value) for value in items[1:]] == [type(value) for value in carried]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_keys_that_are_values_make_their_rows_invalid(ending: str) -> None:
-    """Memory must not grow with the table, nor must a result have a column for each row of it."""
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_keys_that_are_values_make_their_rows_invalid(suffix: str) -> None:
+    """Memory must not grow with the table, and results must not get a column per row."""
     rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
     rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
-    found = read(write(f"t.{ending}", in_format(ending, rows)))
-    errors = [error for error in errors_of(found) if error]
+    items = read(write(f"t.{suffix}", in_format(suffix, rows)))
+    errors = [error for error in errors_of(items) if error]
     assert len(errors) == 2000 - 1023
     assert (
         "has a column that the table cannot have, 'key 1023': it is not UTF-8, or there are 1024 before it" in errors[0]
     )
-    assert isinstance(found[-1], PromptRequest)
+    assert isinstance(items[-1], PromptRequest)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_json_table_without_prompts_is_refused(ending: str) -> None:
-    table = write(f"t.{ending}", in_format(ending, [{"Prompt": "x", "seed": 1}]))
-    assert refusal_of(table) == f"t.{ending} has no column 'prompt'; try --column prompt=Prompt"
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_json_table_without_prompts_is_refused(suffix: str) -> None:
+    table = write(f"t.{suffix}", in_format(suffix, [{"Prompt": "x", "seed": 1}]))
+    assert refusal_of(table) == f"t.{suffix} has no column 'prompt'; try --column prompt=Prompt"
     assert len(read_requests(table, columns={"prompt": "Prompt"})) == 1
 
 
@@ -615,8 +616,8 @@ def test_invalid_sizes_make_their_row_invalid(size: Any) -> None:
 
 def test_the_body_overrides_the_request() -> None:
     line = {**batch_line("a", prompt="x", url="inner", id="inner"), "seed": 1}
-    (found,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
-    assert (found.id, found.seed, found.carried["url"]) == ("a", 1, "inner")
+    (row,) = read_requests(write("t.jsonl", in_format("jsonl", [line])))
+    assert (row.id, row.seed, row.carried["url"]) == ("a", 1, "inner")
 
 
 def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
@@ -626,8 +627,8 @@ def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
         "line 2 has no custom_id and body, as the first line has",
         "line 3 has no custom_id and body, as the first line has",
     ]
-    found = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
-    assert errors_of(found) == [None, "the prompt is empty"]
+    rows = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
+    assert errors_of(rows) == [None, "the prompt is empty"]
 
 
 # JSON documents
@@ -636,8 +637,8 @@ def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
 def test_an_array_of_prompts() -> None:
     expected = essence(read_requests(write("t.csv", "prompt\nx\ny\n")))
     assert essence(read_requests(write("t.json", ["x", "y"]))) == expected
-    found = read_requests(write("t.json", ["x", {"caption": "y", "seed": 1}]), columns={"prompt": "caption"})
-    assert [item.prompt for item in found] == ["x", "y"]
+    rows = read_requests(write("t.json", ["x", {"caption": "y", "seed": 1}]), columns={"prompt": "caption"})
+    assert [item.prompt for item in rows] == ["x", "y"]
 
 
 PAYLOADS: list[dict[str, Any]] = [
@@ -664,15 +665,15 @@ def test_parameters_fill_empty_cells(first: str) -> None:
         "data": [["x", 5], ["y", None], {"prompt": "z", "who": "you"}, ["short"]],
     }
     payload = {first: parts[first], **parts}
-    found = read_requests(write("t.json", {"input_data": payload}))
-    assert [item.params.num_inference_steps for item in found] == [5, 3, 3, 3]
-    assert {item.params.guidance_scale for item in found} == {2.0}
-    assert [item.carried["who"] for item in found] == ["me", "me", "you", "me"]
+    rows = read_requests(write("t.json", {"input_data": payload}))
+    assert [item.params.num_inference_steps for item in rows] == [5, 3, 3, 3]
+    assert {item.params.guidance_scale for item in rows} == {2.0}
+    assert [item.carried["who"] for item in rows] == ["me", "me", "you", "me"]
 
 
-@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("compression", ["", ".gz"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
-def test_json_lines_can_be_named_json(packing: str, mark: bytes) -> None:
+def test_json_lines_can_be_named_json(compression: str, mark: bytes) -> None:
     """As Spark and `datasets.to_json` name them."""
     rows: list[dict[str, Any]] = [
         {"prompt": "x", "data": {"a": 1}, "tag": "t"},
@@ -680,16 +681,16 @@ def test_json_lines_can_be_named_json(packing: str, mark: bytes) -> None:
     ]
     expected = essence(read_requests(write("t.jsonl", in_format("jsonl", rows))))
     content = mark + in_format("jsonl", rows)
-    found = read_requests(write(f"t.json{packing}", pack("gz", content) if packing else content))
-    assert essence(found) == expected
-    assert [item.source.line for item in found] == ([1, 2] if not mark else [2, 3])
-    assert [item.carried["tag"] for item in found] == ["t", None]
+    items = read_requests(write(f"t.json{compression}", compress("gz", content) if compression else content))
+    assert essence(items) == expected
+    assert [item.source.line for item in items] == ([1, 2] if not mark else [2, 3])
+    assert [item.carried["tag"] for item in items] == ["t", None]
 
 
 def test_one_line_of_json_is_a_row_if_it_has_a_prompt() -> None:
     assert [item.prompt for item in read_requests(write("t.json", '{"prompt": "x"}'))] == ["x"]
-    (found,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
-    assert found.prompt == "x"
+    (row,) = read_requests(write("t.json", '{"caption": "x"}\n'), columns={"prompt": "caption"})
+    assert row.prompt == "x"
 
 
 def test_a_broken_first_line_of_json_lines_named_json_makes_only_its_row_invalid() -> None:
@@ -703,17 +704,17 @@ def test_an_openai_batch_file_can_be_named_json() -> None:
     assert [item.id for item in read_requests(write("t.json", in_format("jsonl", lines)))] == ["a", "b"]
 
 
-def test_a_payload_on_one_long_line_may_begin_with_any_key() -> None:
+def test_a_payload_on_one_long_line_can_begin_with_any_key() -> None:
     payload = {"version": 1, "input_data": {"columns": ["prompt"], "data": ["y" * 9_000] * 30}}
-    found = read(write("t.json", payload))
-    assert [len(item.prompt or "") for item in found] == [9_000] * 30
+    rows = read(write("t.json", payload))
+    assert [len(item.prompt or "") for item in rows] == [9_000] * 30
 
 
-@pytest.mark.parametrize("packing", ["", ".zst"])
-def test_a_long_first_line_of_json_lines_named_json(packing: str) -> None:
+@pytest.mark.parametrize("compression", ["", ".zst"])
+def test_a_long_first_line_of_json_lines_named_json(compression: str) -> None:
     content = in_format("jsonl", [{"prompt": "x", "tag": "é" * 200_000}, {"prompt": "y"}])
-    found = read_requests(write(f"t.json{packing}", pack("zst", content) if packing else content))
-    assert [item.prompt for item in found] == ["x", "y"]
+    rows = read_requests(write(f"t.json{compression}", compress("zst", content) if compression else content))
+    assert [item.prompt for item in rows] == ["x", "y"]
 
 
 def test_a_payload_without_rows_is_a_table_without_rows() -> None:
@@ -757,16 +758,16 @@ def test_a_bad_element_makes_only_its_row_invalid(element: str, sentence: str) -
 )
 def test_a_document_breaks_off_where_it_is_not_json(element: str, reason: str) -> None:
     """The rows before are read, and one result says that the file breaks off."""
-    found = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
-    assert isinstance(found[0], PromptRequest)
-    assert isinstance(found[-1], ResultRow)
-    assert (found[-1].error or "").startswith(f"the file breaks off here: {reason}")
-    assert "z" not in [item.prompt for item in found]
+    rows = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
+    assert isinstance(rows[0], PromptRequest)
+    assert isinstance(rows[-1], ResultRow)
+    assert (rows[-1].error or "").startswith(f"the file breaks off here: {reason}")
+    assert "z" not in [item.prompt for item in rows]
 
 
-def test_an_element_that_is_not_utf_8_is_invalid_alone() -> None:
-    found = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
-    assert [bool(error) for error in errors_of(found)] == [False, True, True, False]
+def test_an_element_that_is_not_utf_8_makes_only_its_row_invalid() -> None:
+    rows = read(write("t.json", b'["x", "caf\xe9", {"prompt": "\xff"}, "z"]'))
+    assert [bool(error) for error in errors_of(rows)] == [False, True, True, False]
 
 
 def test_a_list_in_an_array_is_an_invalid_row() -> None:
@@ -789,9 +790,9 @@ def test_a_list_in_an_array_is_an_invalid_row() -> None:
     ],
 )
 def test_a_document_that_breaks_off_gives_the_rows_before(content: str, rows: int) -> None:
-    found = read(write("t.json", content))
-    assert [bool(error) for error in errors_of(found)] == [False] * rows + [True]
-    assert (errors_of(found)[-1] or "").startswith("the file breaks off here: ")
+    items = read(write("t.json", content))
+    assert [bool(error) for error in errors_of(items)] == [False] * rows + [True]
+    assert (errors_of(items)[-1] or "").startswith("the file breaks off here: ")
 
 
 @pytest.mark.parametrize(
@@ -831,10 +832,10 @@ def test_unreadable_documents(content: str, sentence: str) -> None:
 
 def test_an_element_that_is_too_long_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the document other than rows may be of any length."""
-    monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, longest=1000))
+    monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, max_length=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
-    found = read(write("t.json", payload))
-    assert errors_of(found) == [None, "the file breaks off here: it is not JSON: Unterminated string starting"]
+    rows = read(write("t.json", payload))
+    assert errors_of(rows) == [None, "the file breaks off here: it is not JSON: Unterminated string starting"]
 
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
@@ -864,13 +865,13 @@ def peak_of(path: Path) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zst", "jsonl", "jsonl.gz", "json", "txt", "parquet"])
-def test_memory_does_not_grow_with_the_table(ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "csv.zst", "jsonl", "jsonl.gz", "json", "txt", "parquet"])
+def test_memory_does_not_grow_with_the_table(suffix: str) -> None:
     def rows(count: int) -> Iterator[dict[str, Any]]:
         return ({"prompt": f"prompt {i} " + "word " * 160} for i in range(count))
 
-    small = write(f"small.{ending}", in_format(ending, list(rows(500))))
-    large = write(f"large.{ending}", in_format(ending, list(rows(5000))))
+    small = write(f"small.{suffix}", in_format(suffix, list(rows(500))))
+    large = write(f"large.{suffix}", in_format(suffix, list(rows(5000))))
     peak_of(small)
     # A megabyte is a third of the larger table's text.
     assert peak_of(large) < peak_of(small) + 1_000_000
@@ -919,24 +920,24 @@ STARTS = {
 
 
 def survives(path: Path, readable: int = 0) -> None:
-    """Every row is a request or an invalid result, with a key of its own and of text that a result can hold."""
+    """Every row is a request or an invalid result with a unique key and text that results can store."""
     try:
-        found = read(path)
+        rows = read(path)
     except TableError as error:
         assert str(path) in str(error)
         assert not readable
         return
-    assert len({item.key for item in found}) == len(found) >= readable
-    for item in found:
+    assert len({item.key for item in rows}) == len(rows) >= readable
+    for item in rows:
         "".join(filter(None, [item.id, item.prompt, getattr(item, "error", None)])).encode()
 
 
 @relaxed
 @given(st.sampled_from(sorted(STARTS)), st.data())
-def test_any_bytes_give_rows_or_a_table_error(ending: str, data: st.DataObject) -> None:
-    start = data.draw(st.sampled_from(STARTS[ending]))
+def test_any_bytes_give_rows_or_a_table_error(suffix: str, data: st.DataObject) -> None:
+    start = data.draw(st.sampled_from(STARTS[suffix]))
     rest = data.draw(st.binary(max_size=150) | st.text('{}[]",:\\\n 1axé', max_size=60).map(str.encode))
-    survives(write(f"t.{ending}", start + rest))
+    survives(write(f"t.{suffix}", start + rest))
 
 
 @relaxed
@@ -949,11 +950,11 @@ def test_any_bytes_give_rows_or_a_table_error(ending: str, data: st.DataObject) 
     ),
     st.data(),
 )
-def test_any_damage_gives_rows_or_a_table_error(ending: str, data: st.DataObject) -> None:
-    content = bytearray(in_format(ending, ROWS))
+def test_any_damage_gives_rows_or_a_table_error(suffix: str, data: st.DataObject) -> None:
+    content = bytearray(in_format(suffix, ROWS))
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    survives(write(f"t.{ending}", bytes(content[: data.draw(st.integers(0, len(content)))])))
+    survives(write(f"t.{suffix}", bytes(content[: data.draw(st.integers(0, len(content)))])))
 
 
 @relaxed
@@ -968,11 +969,11 @@ def test_any_json_is_accounted_for(values: list[Any]) -> None:
 
 @relaxed
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
-def test_text_is_the_same_from_every_format(prompts: list[str]) -> None:
+def test_every_format_gives_the_same_text(prompts: list[str]) -> None:
     rows: list[dict[str, Any]] = [{"prompt": "x"}, *({"prompt": prompt} for prompt in prompts)]
     outcomes = [
-        [(item.id, item.prompt, item.fingerprint) for item in read(write(f"t.{ending}", in_format(ending, rows)))]
-        for ending in ("jsonl", "json", "parquet", "json.gz", "jsonl.zst")
+        [(item.id, item.prompt, item.fingerprint) for item in read(write(f"t.{suffix}", in_format(suffix, rows)))]
+        for suffix in ("jsonl", "json", "parquet", "json.gz", "jsonl.zst")
     ]
     for outcome in outcomes[1:]:
         assert [entry[0] for entry in outcome] == [entry[0] for entry in outcomes[0]]
@@ -992,10 +993,10 @@ def test_one_long_text_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
+    ("suffix", "text"), [("jsonl", "\ud7ff"), ("csv", "x"), ("parquet", "x")], ids=["jsonl", "csv", "parquet"]
 )
-def test_cells_have_a_size_limit(ending: str, text: str) -> None:
-    """Beyond it the row is invalid and keeps its other cells."""
+def test_cells_have_a_size_limit(suffix: str, text: str) -> None:
+    """A row beyond the limit is invalid and keeps its other cells."""
     rows: list[dict[str, Any]] = [
         {"id": "1", "prompt": text * 10_001, "negative_prompt": None, "tag": "a"},
         {"id": "2", "prompt": "x", "negative_prompt": text * 10_001, "tag": "b"},
@@ -1003,21 +1004,27 @@ def test_cells_have_a_size_limit(ending: str, text: str) -> None:
         {"id": "4", "prompt": "x", "negative_prompt": None, "tag": text * 2_000_000},
         {"id": "5", "prompt": text * 10_000, "negative_prompt": text * 10_000, "tag": text * 1_000_000},
     ]
-    *bad, good = read(write(f"t.{ending}", in_format(ending, rows)))
+    *bad, good = read(write(f"t.{suffix}", in_format(suffix, rows)))
     assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
     assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
     assert [item.error for item in bad if isinstance(item, ResultRow)] == [
         "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
         "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
         "the id has 10001 characters, and 10000 are the most",
-        "the carried cells of a row may be 1048576 bytes together: left out 'tag' of 2000000 bytes",
+        "the row's carried cells exceed 1048576 bytes in total: dropped 'tag' of 2000000 bytes",
     ]
     assert all(len(item.prompt or "") <= 10_000 for item in bad)
     assert isinstance(good, PromptRequest)
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_table_with_too_many_columns_is_refused(ending: str) -> None:
-    table = write(f"t.{ending}", in_format(ending, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
+def test_values_in_a_struct_count_towards_its_size() -> None:
+    (row,) = read(write("t.parquet", in_format("parquet", [{"prompt": "x", "tag": {"key": ["y" * 2_000_000]}}])))
+    assert row.carried == {"tag": None}
+    assert errors_of([row]) == ["the row's carried cells exceed 1048576 bytes in total: dropped 'tag' of 2000003 bytes"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_with_too_many_columns_is_refused(suffix: str) -> None:
+    table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
     with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
         read(table)

@@ -1,17 +1,17 @@
 """The scoring script of an Azure ML batch endpoint, which renders tables of prompts and returns a row per image.
 
-Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. Settings are environment
-variables of the deployment: those of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30), and
-BATCH_INFER_PREDICTIONS=card for the five columns of the model catalog's deployments. By default, rows have the columns
-of results.* and, last, `carried`: a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images
-and the manifest are written to AZUREML_BI_OUTPUT_PATH, where `batch-infer merge` writes results.*.
+Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. The settings are the
+environment variables of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30) and BATCH_INFER_PREDICTIONS=card, which
+selects the five columns of the model catalog's deployments. By default, rows have the columns of results.* and, last,
+`carried`, a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images and the manifest are
+written to AZUREML_BI_OUTPUT_PATH. `batch-infer merge` writes results.* to the same folder.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -24,7 +24,6 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import shorten_float32, to_json
 from batch_infer.manifest import SCHEMA
 
-Columns = Literal["full", "card"]
 BLOCKED = "Blocked By Azure AI Content Safety"
 """Text that the model catalog's samples write instead of an image path."""
 _OUT = "AZUREML_BI_OUTPUT_PATH"
@@ -44,7 +43,7 @@ _worker: MiniBatchScorer | None = None
 def init() -> None:
     """Load the model. Raises UsageError if a setting is invalid or not supported."""
     global _worker
-    _read_columns()
+    _choose_columns()
     out = os.environ.get(_OUT)
     if not out:
         raise SettingsError(f"{_OUT} is not set: set it to the output folder")
@@ -52,7 +51,7 @@ def init() -> None:
 
 
 def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
-    """Return the results of the tables at these paths. Rows with a committed result are not rendered again.
+    """Return the results of the tables at these paths. Rows with committed results are not rendered again.
 
     Invalid rows, failed rows and unreadable files have results too. Raises TableError if no file can be read,
     ServiceError if a safety service does not answer, StorageError.
@@ -61,7 +60,9 @@ def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
         raise RuntimeError("call init() before run()")
     if not isinstance(mini_batch, (list, tuple)) or not all(isinstance(file, str) for file in mini_batch):
         raise SettingsError("a mini-batch is a list of paths: this script scores files, not a tabular dataset")
-    return to_predictions(_worker.score(mini_batch), _read_columns())
+    select_columns = _choose_columns()
+    frame: pd.DataFrame = select_columns(_worker.score(mini_batch)).to_pandas(types_mapper=_PANDAS_TYPES.get)
+    return frame
 
 
 def shutdown() -> None:
@@ -71,26 +72,17 @@ def shutdown() -> None:
         _worker = None
 
 
-def _read_columns() -> Columns:
-    columns = os.environ.get(_COLUMNS, "full")
-    if columns not in get_args(Columns):
-        raise SettingsError(f"{_COLUMNS}={columns}: use {' or '.join(get_args(Columns))}")
-    return cast(Columns, columns)
-
-
-def to_predictions(results: pa.Table, columns: Columns) -> pd.DataFrame:
-    """Return a row per result. `full`: the columns of results.*. `card`: the five of the model catalog's deployments.
-
-    Azure appends the rows of all mini-batches without a header, so `full` has the same columns for all tables: the last
-    one, `carried`, has the carried columns as a JSON object. The five columns are row_number_per_file, prompt,
-    generated_image (a path relative to predictions.csv), nsfw_content_detected and input_file_name.
-    """
-    results = _select_card(results) if columns == "card" else _select_full(results)
-    frame: pd.DataFrame = results.to_pandas(types_mapper=_PANDAS_TYPES.get)
-    return frame
+def _choose_columns() -> Callable[[pa.Table], pa.Table]:
+    """Return the function that selects the columns of predictions.csv. Raises SettingsError."""
+    choices = {"full": _select_full, "card": _select_card}
+    choice = os.environ.get(_COLUMNS, "full")
+    if choice not in choices:
+        raise SettingsError(f"{_COLUMNS}={choice}: use {' or '.join(choices)}")
+    return choices[choice]
 
 
 def _select_card(results: pa.Table) -> pa.Table:
+    """Return the columns of the model catalog's deployments. generated_image is relative to predictions.csv."""
     columns = {
         "row_number_per_file": results["source_row"],
         "prompt": results["prompt"],
@@ -102,7 +94,10 @@ def _select_card(results: pa.Table) -> pa.Table:
 
 
 def _select_full(results: pa.Table) -> pa.Table:
-    """Return the result columns, with safety_scores as JSON text as in results.csv, and `carried`."""
+    """Return the columns of results.csv, with all carried columns in the last column, `carried`, as a JSON object.
+
+    Azure appends the rows of all mini-batches without a header, so all tables must have the same columns.
+    """
     names = [name for name in results.column_names if name not in SCHEMA.names]
     # Without columns, zip would yield no rows.
     rows = zip(*(to_python_values(results[name]) for name in names), strict=True) if names else [()] * len(results)

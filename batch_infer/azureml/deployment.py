@@ -63,10 +63,10 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
 
 
 def read_cached_run(out: Path) -> dict[str, Any] | None:
-    """Return run.json, which another worker may just have written, or None if OUT has none. Raises UsageError.
+    """Return run.json, or None if OUT has none. Raises UsageError.
 
-    A mount of a storage account that caches file sizes, such as blobfuse, may for a while show a new file truncated to
-    the size of the old one.
+    Another worker may just have written the file. A mount of a storage account that caches file sizes, such as
+    blobfuse, may temporarily truncate a new file to the size of the old file.
     """
     for _ in range(READ_ATTEMPTS - 1):
         with suppress(UsageError):
@@ -76,7 +76,7 @@ def read_cached_run(out: Path) -> dict[str, Any] | None:
 
 
 def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettings:
-    """Return the settings of a run as those of an endpoint. Raises SettingsError if an endpoint does not support them.
+    """Convert the settings of a run for an endpoint. Raises SettingsError if an endpoint does not support them.
 
     The model is BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model.
     """
@@ -124,7 +124,7 @@ def find_model_path(folder: Path) -> str:
 def _refuse_worker_without_gpu(settings: RunSettings) -> None:
     """Raise SettingsError in a worker that would share the first worker's GPU and its memory.
 
-    Azure sets CUDA_VISIBLE_DEVICES to one GPU per worker. Workers in excess of the GPUs do not get the variable.
+    Azure sets CUDA_VISIBLE_DEVICES to one GPU per worker, but does not set it for workers beyond the number of GPUs.
     """
     if _count_gpus() and "CUDA_VISIBLE_DEVICES" not in os.environ and settings.model.device != "cpu":
         raise SettingsError(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import NamedTuple
 
 from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
@@ -16,32 +14,22 @@ from batch_infer.records import ResultRow, Source, digest, utc_now
 from batch_infer.store import path_exists, temporary_database
 from batch_infer.table import is_ignored_name, make_default_id
 
-_COLUMNS = ("id", "image_index", "source_file", "source_row", "generated_image")
-
 log = logging.getLogger("batch_infer")
 
 
-@dataclass(frozen=True, slots=True)
-class FolderFiles:
-    """Names of a mini-batch's files in one folder, in order. `existing` contains the names of all files there."""
+class FolderFiles(NamedTuple):
+    """The names of a mini-batch's files in one folder, in order, and the `existing` names of all its files.
+
+    A file that was removed no longer owns ids.
+    """
 
     path: Path
     files: tuple[str, ...]
     existing: frozenset[str]
 
-    @property
-    def sorted_files(self) -> list[str]:
-        """The files in reading order. The first file by name owns an id that several files contain."""
-        return sorted(self.files)
-
-    def restore_order(self, results: pa.Table) -> pa.Table:
-        """Return results in the order of the mini-batch's files."""
-        positions = pc.index_in(results["source_file"], value_set=pa.array(self.files, pa.string()))
-        return results.take(pc.sort_indices(positions))
-
 
 def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[ResultRow]]:
-    """Return the files by folder, and an invalid result for each file with the same name as an earlier one.
+    """Return the files by folder, and an invalid result for each file with the name of an earlier file.
 
     A row is identified by the name of its file without the folder, since a worker does not see other mini-batches.
     Hidden files, markers and documentation are left out, as in a folder of `batch-infer run`.
@@ -56,16 +44,13 @@ def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[Resul
             names_by_folder.setdefault(file.parent, []).append(file.name)
         else:
             refused.append(_refuse(file, other))
-    folders = [FolderFiles(path, tuple(names), _list_existing(path, names)) for path, names in names_by_folder.items()]
+    folders = []
+    for path, names in names_by_folder.items():
+        existing = names
+        with suppress(OSError):
+            existing = [*names, *(entry.name for entry in path.iterdir())]
+        folders.append(FolderFiles(path, tuple(names), frozenset(existing)))
     return folders, refused
-
-
-def _list_existing(path: Path, names: Sequence[str]) -> frozenset[str]:
-    """Return the names of a folder's files. A file that was removed no longer owns ids."""
-    try:
-        return frozenset(names).union(entry.name for entry in path.iterdir())
-    except OSError:
-        return frozenset(names)
 
 
 def _refuse(file: Path, other: Path) -> ResultRow:
@@ -85,15 +70,21 @@ def _refuse(file: Path, other: Path) -> ResultRow:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class CommittedId:
-    """A row that was committed under an id from its table, and the path of its image."""
+class CommittedId(NamedTuple):
+    """The result columns of a row that was committed under an id from its table."""
 
     id: str
     image_index: int
-    file: str
-    row: int
-    path: str | None
+    source_file: str
+    source_row: int
+    generated_image: str | None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the id is the default id of its row, which no other row can have."""
+        file, row = self.source_file, self.source_row
+        default_ids = make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row)
+        return self.id.rstrip("+") in default_ids
 
 
 class IdOwnership:
@@ -109,48 +100,47 @@ class IdOwnership:
     def __init__(self) -> None:
         self._database = temporary_database()
         self._database.execute(
-            "CREATE TABLE ids (id TEXT, image_index INTEGER, file TEXT, row INTEGER, path TEXT,"
-            " PRIMARY KEY (id, file, image_index)) WITHOUT ROWID"
+            "CREATE TABLE ids (id TEXT, image_index INTEGER, source_file TEXT, source_row INTEGER,"
+            " generated_image TEXT, PRIMARY KEY (id, source_file, image_index)) WITHOUT ROWID"
         )
-        self._database.execute("CREATE INDEX files ON ids (file)")
+        self._database.execute("CREATE INDEX files ON ids (source_file)")
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read the parts that have not been read yet. Raises DamagedPartError, StorageError."""
+        """Read the parts that were not read before. Raises DamagedPartError, StorageError."""
         for part in parts:
             if part.name in self._part_names:
                 continue
             try:
-                columns = read_part(part, _COLUMNS).to_pydict()
+                columns = read_part(part, CommittedId._fields).to_pydict()
             except StorageError:
                 if path_exists(part):
                     raise
                 continue  # another worker has set it aside
-            rows = (row for row in zip(*(columns[name] for name in _COLUMNS), strict=True) if not _has_default_id(*row))
-            self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", rows)
+            rows = map(CommittedId, *(columns[name] for name in CommittedId._fields))
+            values = (row for row in rows if not row.is_default)
+            self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", values)
             self._part_names.add(part.name)
 
     def has_earlier_owner(self, name: str, file: str, folder: FolderFiles) -> bool:
         """Return whether a file of the folder that sorts before `file` has a row under the id `name`."""
-        rows = self._database.execute("SELECT DISTINCT file FROM ids WHERE id = ? AND file < ?", (name, file))
-        return any(other in folder.existing for (other,) in rows)
+        query = "SELECT DISTINCT source_file FROM ids WHERE id = ? AND source_file < ?"
+        return any(other in folder.existing for (other,) in self._database.execute(query, (name, file)))
 
     def find_conflicts(self, folder: FolderFiles) -> frozenset[CommittedId]:
-        """Return all rows of existing files under an id that a file of the mini-batch and another file contain."""
-        query = "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.file <> a.file WHERE a.file = ?"
+        """Return all rows under ids that a file of the mini-batch shares with another existing file."""
+        query = (
+            "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.source_file <> a.source_file"
+            " WHERE a.source_file = ?"
+        )
         names = {name for file in folder.files for (name,) in self._database.execute(query, (file,))}
         conflicts: list[CommittedId] = []
         for name in names:
-            rows = self._database.execute("SELECT id, image_index, file, row, path FROM ids WHERE id = ?", (name,))
-            committed = [entry for row in rows if (entry := CommittedId(*row)).file in folder.existing]
-            if len({entry.file for entry in committed}) > 1:
-                conflicts += committed
+            rows = map(CommittedId._make, self._database.execute("SELECT * FROM ids WHERE id = ?", (name,)))
+            existing = [row for row in rows if row.source_file in folder.existing]
+            if len({row.source_file for row in existing}) > 1:
+                conflicts += existing
         return frozenset(conflicts)
 
     def close(self) -> None:
         self._database.close()
-
-
-def _has_default_id(name: str, _: int, file: str, row: int, __: str | None) -> bool:
-    """Return whether an id is the default id of its row. No other row can have it."""
-    return name.rstrip("+") in (make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batch_infer.azureml.deployment import AzureDeployment, read_cached_run
 from batch_infer.azureml.folders import CommittedId, FolderFiles, IdOwnership, group_by_folder
@@ -36,7 +37,7 @@ MAX_PASSES = 5
 
 
 class MiniBatchScorer:
-    """One of several workers that write into the same OUT, with its model loaded.
+    """A worker with a loaded model. Several workers write to the same OUT.
 
     Workers do not lock OUT: the image of a row, its file name and its key in the manifest depend only on the row, so
     two workers can render the same row. A row that any worker has committed is not rendered again.
@@ -45,7 +46,13 @@ class MiniBatchScorer:
     def __init__(self, deployment: AzureDeployment) -> None:
         """Load the model, and create OUT and its run.json if they do not exist. Raises UsageError, StorageError."""
         self._deployment, self._path = deployment, deployment.settings.out
-        self._prepare_out()
+        refuse_foreign_files(self._path, (), deployment.earlier)
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
+        create_run_json(self._path, deployment.record)
+        self._check_identity()
         # run.json marks the folder: a separate marker would remain if a worker is killed.
         self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
@@ -56,9 +63,8 @@ class MiniBatchScorer:
     def score(self, files: Sequence[str]) -> pa.Table:
         """Render the pending rows of files and return the results of all their rows, in the order of the files.
 
-        A file that cannot be read has one invalid result, and a file whose name is not that of a table has none. Raises
-        TableError after committing these results if no file can be read, ServiceError if a safety service does not
-        answer, StorageError.
+        A file that cannot be read has one invalid result, and an ignored file has none. Raises TableError after
+        committing these results if no file can be read, ServiceError if a safety service does not answer, StorageError.
         """
         self._check_identity()
         folders, refused = group_by_folder(files)
@@ -83,15 +89,6 @@ class MiniBatchScorer:
         self._ids.close()
         self._renderer.close()
 
-    def _prepare_out(self) -> None:
-        refuse_foreign_files(self._path, (), self._deployment.earlier)
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
-        create_run_json(self._path, self._deployment.record)
-        self._check_identity()
-
     def _check_identity(self) -> None:
         """Raise SettingsError if OUT belongs to workers with another model, scheduler, dtype or safety policy.
 
@@ -107,12 +104,12 @@ class MiniBatchScorer:
 
     def _score_folder(self, folder: FolderFiles) -> tuple[pa.Table, dict[str, str]]:
         """Return the results of a folder's files, and an error message for each file that cannot be read."""
+        files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
         # Remove temporary files of workers that died with these files, and restore the images that they set aside.
-        leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(folder.sorted_files)]
+        leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
         originals = remove_abandoned(self._path, leftover_folders)
         restore_images(self._path, originals, lambda: nullcontext(self._update_index()), _set_aside)
-        with self._open_tables(folder, folder.sorted_files) as tables:
-            job = self._make_job(tables)
+        with self._open_job(folder, files) as job:
             for _ in range(MAX_PASSES):
                 try:
                     results = self._try_pass(job, folder)
@@ -120,9 +117,10 @@ class MiniBatchScorer:
                     _set_aside(damage)
                     continue
                 if results is not None:
-                    return folder.restore_order(results), tables.unreadable_files
+                    positions = pc.index_in(results["source_file"], value_set=pa.array(folder.files, pa.string()))
+                    return results.take(pc.sort_indices(positions)), job.tables.unreadable_files
         raise StorageError(
-            f"{', '.join(folder.sorted_files)}: {self._manifest.folder} does not have a result of every row, because"
+            f"{', '.join(files)}: {self._manifest.folder} does not have a result of every row, because"
             " other workers rendered the same rows or parts were damaged; committed rows are kept, try again"
         )
 
@@ -140,13 +138,20 @@ class MiniBatchScorer:
         empty = pa.schema([*SCHEMA, *job.tables.carried]).empty_table()
         return None if counts.remaining else pa.concat_tables([empty, *batches])
 
-    def _commit_pending(self, job: Job, folder: FolderFiles) -> None:
-        """Render and commit pending rows. Their ids depend only on the parts that were read before."""
+    def _commit_pending(
+        self, job: Job, folder: FolderFiles, sources: Collection[tuple[str, int]] | None = None
+    ) -> None:
+        """Render and commit pending rows, or only those of `sources` (file name, row number).
+
+        Their ids depend only on the parts that were read before.
+        """
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
-            file, _ = get_source(item)
-            owner = getattr(entry, "source_file", file)
-            return is_finished(item, entry) and (owner == file or owner not in folder.existing)
+            source = get_source(item)
+            if sources is not None and source not in sources:
+                return True
+            owner = getattr(entry, "source_file", source[0])
+            return is_finished(item, entry) and (owner == source[0] or owner not in folder.existing)
 
         scan_tables(job, self._index, is_skipped)
         self._update_index()
@@ -156,25 +161,23 @@ class MiniBatchScorer:
 
     def _settle_conflicts(self, conflicts: frozenset[CommittedId], folder: FolderFiles) -> None:
         """Commit results for conflicting rows of other files, and remove images that lost their id."""
-        for file in sorted({conflict.file for conflict in conflicts} - set(folder.files)):
-            with self._open_tables(folder, [file]) as tables:
-                sources = {(file, conflict.row) for conflict in conflicts if conflict.file == file}
-                self._commit_pending(self._make_job(tables, sources), folder)
+        for file in sorted({conflict.source_file for conflict in conflicts} - set(folder.files)):
+            with self._open_job(folder, [file]) as job:
+                sources = {(file, conflict.source_row) for conflict in conflicts if conflict.source_file == file}
+                self._commit_pending(job, folder, sources)
         sink = make_sink(self._out)
         for conflict in conflicts:
             entry = self._index.find((conflict.id, conflict.image_index))
-            if conflict.path and entry and entry.path != conflict.path:
-                sink.remove(conflict.path)
+            if conflict.generated_image and entry and entry.path != conflict.generated_image:
+                sink.remove(conflict.generated_image)
 
-    def _open_tables(self, folder: FolderFiles, names: Sequence[str]) -> Tables:
-        settings = self._deployment.settings.table
-        settings = replace(settings, tables=tuple(f"./{name}" for name in names), folder=folder.path)
-        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
-        return Tables(settings, SCHEMA.names, others)
-
-    def _make_job(self, tables: Tables, sources: Collection[tuple[str, int]] | None = None) -> Job:
+    @contextmanager
+    def _open_job(self, folder: FolderFiles, names: Sequence[str]) -> Iterator[Job]:
         it = self._deployment
-        return RowSelectionJob(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules, sources)
+        settings = replace(it.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
+        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
+        with Tables(settings, SCHEMA.names, others) as tables:
+            yield Job(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
 
     def _read_new_parts(self) -> None:
         """Read the results and ids that workers have committed since the last call."""
@@ -190,17 +193,6 @@ class MiniBatchScorer:
         self._index.add(parts, _set_aside)
         self._part_names = names
         return self._index
-
-
-@dataclass(frozen=True, slots=True)
-class RowSelectionJob(Job):
-    """A job with only the rows of these sources (file name, row number), or with all rows if `sources` is None."""
-
-    sources: Collection[tuple[str, int]] | None
-
-    def items(self, index: ManifestIndex) -> Iterator[Item]:
-        items = super(RowSelectionJob, self).items(index)
-        return items if self.sources is None else (item for item in items if get_source(item) in self.sources)
 
 
 def _set_aside(damage: DamagedPartError) -> None:

@@ -4,14 +4,14 @@ A request is `{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}`. Th
 image, in order: `prompt`, `generated_image` (a file in base64) and `nsfw_content_detected` (null if no checker ran).
 Only an object without an image also has `error`.
 
-`data` contains prompts, lists or objects. Columns are those of a table: negative_prompt, seed, num_inference_steps,
-guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id. Other columns, and `index`, are ignored.
-`parameters` or `params`, in `input_data` or next to it, contains default values for all rows. As in tables, a missing
-seed is derived from --seed and the row's id, or its number if it has no id: the same request returns the same images.
-Send a `seed` for other images.
+`data` contains prompts, lists or objects. The columns are the same as in tables: negative_prompt, seed,
+num_inference_steps, guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id. Other columns, and
+`index`, are ignored. `parameters` or `params`, in `input_data` or next to it, contains default values for all rows. As
+in tables, a missing seed is derived from --seed and the row's id or, without an id, the row's number. Therefore the
+same request returns the same images. Send a `seed` for other images.
 
-An invalid row, such as a prompt of more than 10,000 characters, is reported in its object. A malformed request gets
-status 400, as does one with an unknown key or parameter, an invalid parameter, or a row with fewer cells than columns.
+The object of an invalid row, such as a prompt of more than 10,000 characters, has the reason in `error`. A malformed
+request, an unknown key or parameter, an invalid parameter, or a row with fewer cells than columns gets status 400.
 A request for more than 256 images gets status 413. The status is 503 if content safety does not answer, or if the
 images are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of these responses is `{"error": "a
 sentence"}`. The server itself refuses a body that is not UTF-8, with `message`. When a client disconnects, the rest of
@@ -70,8 +70,15 @@ def init() -> None:
 def run(raw_data: str | bytes) -> Any:
     """Return the objects for a request, or a response of the server with an error status."""
     service = _load_service()
+    deployment = service.deployment
     try:
-        return _score(raw_data, service, Client(_read_timeout(), _find_disconnection_check()))
+        client = Client(_read_timeout(), _find_disconnection_check())
+        rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
+        check_parameters(parameters, deployment)
+        items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
+        if len(items) > MAX_IMAGES:
+            raise TooManyImagesError(len(rows))
+        return score(items, service, client)
     except TooManyImagesError as error:
         return _make_response(error, TOO_LARGE, str(error))
     except TableError as error:
@@ -87,16 +94,6 @@ def run(raw_data: str | bytes) -> Any:
 @cache
 def _load_service() -> Service:
     return Service(read_deployment(is_only_worker=True))
-
-
-def _score(raw_data: str | bytes, service: Service, client: Client) -> list[dict[str, Any]]:
-    deployment = service.deployment
-    rows, parameters = read_payload(raw_data, deployment.settings.table.columns)
-    check_parameters(parameters, deployment)
-    items = list(islice(read_rows(rows, deployment), MAX_IMAGES + 1))
-    if len(items) > MAX_IMAGES:
-        raise TooManyImagesError(len(rows))
-    return score(items, service, client)
 
 
 def _read_timeout() -> float:

@@ -91,7 +91,7 @@ def _read_input_data(document: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_parameters(
     document: Mapping[str, Any], payload: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the request-level parameters by column, from everywhere a request may have them."""
+    """Return the request-level parameters by column."""
     allowed = {field: name for field, name in names.items() if field not in ("prompt", "id")}
     parameters: dict[str, Any] = {}
     for parent_name, parent in (("the request", document), ("input_data", payload)):
@@ -142,15 +142,14 @@ def _read_format(payload: Mapping[str, Any], prompt: str, parameters: dict[str, 
 
 
 def _read_row(number: int, element: Any, document_format: DocumentFormat) -> dict[str, Any]:
-    if not isinstance(element, (str, list, dict)):
-        problem = f"element {number} of data is neither an object nor a prompt but {_json_type(element)}"
-        raise TableError(f"{problem}: send {SAMPLE}")
     columns = len(document_format.columns)
     if isinstance(element, list) and len(element) < columns:
         cells = "1 cell" if len(element) == 1 else f"{len(element)} cells"
         problem = f"element {number} of data has {cells} where columns names {columns}"
         raise TableError(f"{problem}; send null for a cell without a value")
     try:
+        if not isinstance(element, (str, list, dict)):
+            raise RowError(f"is neither an object nor a prompt but {_json_type(element)}")
         return parse_element(element, document_format)
     except RowError as error:
         raise TableError(f"element {number} of data {error}: send {SAMPLE}") from error

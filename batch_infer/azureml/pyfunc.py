@@ -29,7 +29,7 @@ class PromptsToImages:
     """Renders the prompts of a DataFrame. Rows of concurrent calls share UNet calls."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model. Environment variables override those packed with the model. Raises UsageError."""
+        """Load the model. Environment variables override variables packed with the model. Raises UsageError."""
         with _default_variables(_packed_variables(context)):
             self._service = Service(read_deployment())
 

@@ -39,7 +39,7 @@ MARKER_ROWS = 32
 RETRY_ROWS = 16
 """Maximum number of rows that are retried together after a crash."""
 MAX_CRASHES = 3
-"""A row fails if it was in progress in this many crashes, and was alone in the last one."""
+"""Number of crashes after which a row fails, if it was alone in the last one."""
 _PREFIX = ".begun-"
 
 Key = tuple[str, int]
@@ -140,7 +140,7 @@ class CrashHistory:
 
 
 class ProgressMarkers:
-    """The in-progress markers of one OUT.
+    """The in-progress markers in OUT. As a context manager, it removes them at the end, or keeps them after a crash.
 
     A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
     rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
@@ -193,7 +193,7 @@ class ProgressMarkers:
                     path.replace(path.with_name(f"{_PREFIX}broken-{token_hex(6)}"))
 
     def _remove(self, path: Path) -> None:
-        del self._open[path]
+        self._open.pop(path, None)
         with write_errors(path):
             path.unlink(missing_ok=True)
 
@@ -210,8 +210,7 @@ class ProgressMarkers:
         """Remove markers of dead processes if the index contains all of their rows. Raises StorageError."""
         for path, _, keys in self._read_markers():
             if all(index.find(key) for key in keys):
-                with write_errors(path):
-                    path.unlink(missing_ok=True)
+                self._remove(path)
 
     def _read_markers(self) -> Iterator[tuple[Path, bool, list[Key]]]:
         """Yield the markers of processes that may have died. Raises StorageError if a marker cannot be read."""
@@ -220,7 +219,7 @@ class ProgressMarkers:
             path = self._out / name
             if not name.startswith(_PREFIX) or (name.startswith(own_prefix) and not is_abandoned(name, _PREFIX)):
                 continue
-            # A marker may be removed meanwhile, and a file with such a name need not be a marker.
+            # Another worker may remove a marker meanwhile, and other files may have similar names.
             with read_errors(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 marker = json.loads(path.read_text("ascii"))
                 yield path, bool(marker["alone"]), [(str(name), int(k)) for name, k in marker["keys"]]

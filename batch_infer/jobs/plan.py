@@ -126,7 +126,7 @@ class _Planner:
         self._estimator.close()
         plan.total, plan.invalid, plan.finished, plan.pending = scan.total, scan.invalid, scan.finished, scan.pending
         plan.reasons, plan.default_ids = scan.reasons, tables.default_id_source
-        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.items()
+        plan.remarks, plan.left_out = tables.notices, tables.ignored_files.group()
         plan.truncated = self._tokens.close() if self._tokens else None
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
         self._estimate(TABLE_READS * reading_seconds)

@@ -1,4 +1,4 @@
-"""Build, inspect and call diffusers' text-to-image pipelines that have no model family."""
+"""Build, inspect and call diffusers' text-to-image pipelines without a model family."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]
 
 
 def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: SchedulerSpec | None = None) -> Any:
-    """Build the pipeline of a checkpoint, whose networks `load` returns by class and component. Raises ModelError.
+    """Build a checkpoint's pipeline from the networks that `load` returns by class and name. Raises ModelError.
 
     The pipeline gets no safety checker, because batch-infer loads and calls it separately.
     """

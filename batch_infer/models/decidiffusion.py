@@ -116,7 +116,7 @@ class FlexibleUNetConfig:
 class FlexibleUNet(nn.Module):
     """A UNet with the tensor names of the published checkpoint.
 
-    Besides the order of its layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
+    Besides the order of layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
     runs its first resnet twice. A skip is the output of a resnet, before the transformer that follows. The last down
     block also halves the sides, and the mid block doubles them again before the first skip is popped.
     """
@@ -167,7 +167,7 @@ class FlexibleUNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A list that alternates resnets and transformers until one of them runs out."""
+    """Alternating resnets and transformers. If one kind outnumbers the other, its surplus comes last."""
 
     def __init__(self, config: FlexibleUNetConfig, inputs: Sequence[int], width: int, attentions: int) -> None:
         """`inputs` contains the input channels of each resnet. All resnets have `width` output channels."""

@@ -89,7 +89,7 @@ def _choose_files(
     has_config = any(file.name == "config.json" for file in candidates)
     if not candidates or bool(weights) != has_config:
         missing = "safetensors" if has_config else "config.json" if weights else "files"
-        raise ModelError(f"{name}: there are no {missing} of {component}/{note}")
+        raise ModelError(f"{name}: {component}/ has no {missing}{note}")
     yield from map(str, weights)
     yield from (str(file) for file in candidates if file.suffix in CONFIG_SUFFIXES)
 

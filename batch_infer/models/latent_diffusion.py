@@ -90,7 +90,7 @@ class LatentDiffusion:
         self.feature_extractor: Any | None = getattr(pipeline, "feature_extractor", None)
         self._vae = pipeline.vae
         self._embeddings = EmbeddingCache()
-        # Not tokenizer_3: T5 reads tokens beyond the limit of the CLIP tokenizers.
+        # Excludes tokenizer_3: T5 reads text beyond the limit of the CLIP tokenizers, which count alike.
         tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None

@@ -56,7 +56,7 @@ def load_network(component_type: Any, card: ModelCard, name: str, **options: Any
 
 
 def refuse_unmatched_weights(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ModelError for missing and unexpected tensors."""
+    """Raise ModelError if tensors are missing or unexpected."""
     unexpected = [key for key in unexpected if not key.endswith(COMPUTED_SUFFIX)]
     for keys, verb, adjective in ((sorted(missing), "lacks", ""), (sorted(unexpected), "has", "unexpected ")):
         if keys:

@@ -45,7 +45,7 @@ File = TypeVar("File", bound=PurePath)
 
 
 class LoadingErrors:
-    """Context manager that converts library errors into a ModelError naming `source`, a folder or file.
+    """Converts library errors in a `with` block into a ModelError naming `source`, a folder or file.
 
     Device errors propagate unchanged, because the checkpoint does not cause them.
     """

@@ -15,7 +15,7 @@ from batch_infer.chain import NoRequest, RowOutcome
 from batch_infer.records import PromptRequest
 
 MAX_WAIT_SECONDS = 2.0
-"""Maximum time for which rows of the current group may overtake rows of another group."""
+"""Maximum time for which rows of the current group overtake rows of other groups."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +33,8 @@ class Submission:
 class RequestQueue:
     """Requests of all clients in round-robin order, so that no client waits for all rows of another.
 
-    A chain renders one group of rows at a time, the rows with an equal `group_key`, and empties its slots before it
-    changes to another group. Therefore rows of the current group come first, but for at most MAX_WAIT_SECONDS.
+    Rows with the same `group_key` form a group. A chain renders one group at a time, and empties its slots before the
+    next group. Therefore rows of the current group come first, but for at most MAX_WAIT_SECONDS.
 
     The rows in the chain have at most `limit` UNet evaluations per step. A chain that reads far ahead would delay other
     clients, and it renders the rows that it has read even if their client disconnects.

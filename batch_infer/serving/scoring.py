@@ -6,6 +6,8 @@ import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from batch_infer import images
 from batch_infer.chain import RenderedImage, UnrenderedRow
 from batch_infer.errors import TableError
@@ -53,14 +55,13 @@ def _to_object(outcome: RenderedImage | UnrenderedRow, deployment: Deployment) -
     if isinstance(outcome, UnrenderedRow):
         return _without_image(request.prompt, nsfw, outcome.error)
     settings, card = deployment.settings, deployment.card
-    pixels = outcome.pixels
+    pixels: np.ndarray | None = outcome.pixels
     if nsfw:
-        # A service stores nothing, so it has no quarantine either.
         policy = settings.safety.policy
-        allowed = images.apply_policy(pixels, "drop" if policy == "quarantine" else policy)
-        if allowed is None:
-            return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
-        pixels = allowed
+        # A service stores no images, so it has no quarantine.
+        pixels = images.apply_policy(outcome.pixels, "drop" if policy == "quarantine" else policy)
+    if pixels is None:
+        return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
     parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
     file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")
     return {"prompt": request.prompt, "generated_image": file, "nsfw_content_detected": nsfw}

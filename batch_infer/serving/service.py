@@ -17,8 +17,7 @@ from batch_infer.errors import RetryableError, StoppedError
 from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest
 from batch_infer.serving.request_queue import RequestQueue, Submission
-from batch_infer.settings import Compute, RunSettings, SafetySettings
-from batch_infer.stages import Stages
+from batch_infer.settings import Compute, RunSettings
 from batch_infer.table import RowRules
 from batch_infer.worker import ChainLoader, load_chain
 
@@ -80,23 +79,24 @@ class Service:
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
         """Load the model. Raises ModelError, SettingsError."""
-        self.deployment = replace(deployment, compute=_real_time_compute(deployment))
+        slots, safety = deployment.settings.compute.slots, deployment.settings.safety
+        if not isinstance(slots, int):
+            slots = DEFAULT_SLOTS
+        if safety.service is not None:
+            service = structs.replace(safety.service, timeout_seconds=SAFETY_TIMEOUT_SECONDS)
+            safety = replace(safety, service=service)
+        compute = replace(deployment.compute, slots=slots, decode_batch=1, by_size=())
+        self.deployment = replace(deployment, compute=compute)
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
-        compute, safety = self.deployment.compute, _limit_service_timeout(deployment.settings.safety)
         self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
         uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
             lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
-            compute.slots + max(compute.slots, MIN_READ_AHEAD),
+            slots + max(slots, MIN_READ_AHEAD),
         )
-
-    @property
-    def stages(self) -> Stages:
-        """The time of each stage so far."""
-        return self._chain.stages
 
     def render(
         self, requests: Sequence[PromptRequest], client: Client = NO_TIMEOUT
@@ -141,7 +141,7 @@ class Service:
         work.add_done_callback(self._finish)  # runs at once if the work is already done
 
     def _render_pending(self) -> None:
-        """Render until nothing is pending. Requests that are submitted meanwhile take slots as these become free."""
+        """Render until nothing is pending. Requests that are submitted meanwhile take the next free slots."""
         for outcome in self._chain.render(self._queue):
             self._queue.deliver(outcome)
 
@@ -165,16 +165,3 @@ def _next_outcome(submission: Submission, client: Client) -> tuple[int, RowOutco
             return submission.outcomes.get(timeout=min(remaining, POLL_SECONDS))
         except Empty:
             continue
-
-
-def _real_time_compute(deployment: Deployment) -> Compute:
-    """Return batch sizes for a real-time service instead of those for a table."""
-    requested = deployment.settings.compute.slots
-    slots = requested if isinstance(requested, int) else DEFAULT_SLOTS
-    return replace(deployment.compute, slots=slots, decode_batch=1, by_size=())
-
-
-def _limit_service_timeout(safety: SafetySettings) -> SafetySettings:
-    if safety.service is None:
-        return safety
-    return replace(safety, service=structs.replace(safety.service, timeout_seconds=SAFETY_TIMEOUT_SECONDS))

@@ -99,6 +99,10 @@ class SimulatedJob:
         return list(self._group.workers.values())
 
     def _report_outcome(self) -> None:
+        """Fail the job if too many files have failed, and report the outcome so far."""
+        failed, allowed = self._outcome.failed_files, self._settings.error_threshold
+        if 0 <= allowed < failed and self._outcome.fault is None:
+            self._outcome.fault = f"{failed} files have failed, and --error-threshold allows {allowed}"
         now = time.monotonic()
         self._outcome.seconds = now - self._start
         self._outcome.running_seconds = now - (self._first_run or now)
@@ -147,22 +151,17 @@ class SimulatedJob:
             case Event.RUN_STARTED if assignment is not None:
                 assignment.start = time.monotonic()
                 self._first_run = self._first_run or assignment.start
-            case RunReturned() if assignment is not None:
-                self._finish(worker, assignment)
-                self._handle_rows(assignment, message)
-            case ScriptFailed(text) if assignment is not None:
-                self._finish(worker, assignment)
-                if self._handle_failure(worker, assignment.state, text.strip().splitlines()[-1]):
+            case RunReturned() | ScriptFailed() if assignment is not None:
+                worker.assignment = None
+                if assignment.kill_after is not None:  # the kill was scheduled for a later time
+                    self._kills.remaining += 1
+                if isinstance(message, RunReturned):
+                    self._handle_rows(assignment, message)
+                elif self._handle_failure(worker, assignment.state, message.traceback.strip().splitlines()[-1]):
                     self._assign(worker, assignment.state)
             case ScriptFailed(text):
                 last_lines = "\n".join(text.strip().splitlines()[-TRACEBACK_LINES:])
                 self._outcome.fault = f"the script did not start; the full traceback is in {worker.log}:\n{last_lines}"
-
-    def _finish(self, worker: WorkerProcess, assignment: Assignment) -> None:
-        """Mark a worker as idle. A kill that was scheduled for a later time has missed."""
-        worker.assignment = None
-        if assignment.kill_after is not None:
-            self._kills.record_miss()
 
     def _handle_rows(self, assignment: Assignment, message: RunReturned) -> None:
         state = assignment.state
@@ -175,7 +174,7 @@ class SimulatedJob:
                 self._predictions.write(message.text)
                 self._predictions.flush()
         self._queue.record_success(state, message.rows)
-        self._check_threshold()
+        self._report_outcome()
 
     def _handle_death(self, worker: WorkerProcess) -> None:
         """Remove a worker that has died. Any worker may retry its mini-batch."""
@@ -188,12 +187,12 @@ class SimulatedJob:
             return
         if worker.kill_reason == KILLED:
             self._outcome.kills += 1
-            self._kills.record_kill(assignment.state.mini_batch)
+            self._kills.killed.add(assignment.state.mini_batch.index)
         else:
             self._outcome.timeouts += worker.kill_reason == TIMED_OUT
             self._outcome.deaths += worker.kill_reason != TIMED_OUT
             if assignment.kill_after is not None:
-                self._kills.record_miss()
+                self._kills.remaining += 1
         if self._handle_failure(worker, assignment.state, exit_text):
             self._queue.waiting.append(assignment.state)
 
@@ -203,12 +202,5 @@ class SimulatedJob:
         level = logging.INFO if worker.kill_reason == KILLED else logging.WARNING
         details = (state.mini_batch.index, description, worker.index, reason, worker.log)
         log.log(level, "mini-batch %d, %s, worker %d: %s (%s)", *details)
-        self._check_threshold()
-        return must_retry and self._outcome.fault is None
-
-    def _check_threshold(self) -> None:
-        """Fail the job if too many files have failed, and report the outcome so far."""
-        failed, allowed = self._outcome.failed_files, self._settings.error_threshold
-        if 0 <= allowed < failed and self._outcome.fault is None:
-            self._outcome.fault = f"{failed} files have failed, and --error-threshold allows {allowed}"
         self._report_outcome()
+        return must_retry and self._outcome.fault is None

@@ -15,9 +15,9 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import batch_infer
-from batch_infer.simulation.schedule import MiniBatchState
+from batch_infer.simulation.schedule import MiniBatch, MiniBatchState
 from batch_infer.simulation.settings import SimulationSettings
-from batch_infer.simulation.worker import MessageFromWorker, MessageToWorker, ScriptTask
+from batch_infer.simulation.worker import MessageFromWorker
 from batch_infer.store import temporary_file_errors, write_errors
 
 EXIT_SECONDS = 10.0
@@ -27,7 +27,7 @@ SHUTDOWN_SECONDS = 30.0
 NVIDIA_SMI_SECONDS = 20.0
 KILLED, TIMED_OUT = "killed by --kill", "killed: the mini-batch took longer than --timeout"
 PROGRAM = (
-    "import sys; sys.path.append({root!r}); from batch_infer.simulation.worker import run_worker; run_worker({number})"
+    "import sys; sys.path.append({root!r}); from batch_infer.simulation.worker import run_worker; run_worker{arguments}"
 )
 
 
@@ -51,23 +51,26 @@ class Assignment:
 class WorkerProcess:
     """A worker process from its start to its end."""
 
-    def __init__(self, index: int, folder: Path, log: Path, environment: Mapping[str, str], task: ScriptTask) -> None:
-        """Start the process in a new working folder.
+    def __init__(
+        self, index: int, folder: Path, log: Path, environment: Mapping[str, str], task: tuple[object, ...]
+    ) -> None:
+        """Start the process in a new working folder. `task`: further arguments of `run_worker`.
 
-        It has its own session, so that Ctrl-C reaches only the parent, which then ends the process.
+        The process has its own session, so that Ctrl-C reaches only the parent, which then ends it.
         """
         self.index, self.log = index, log
         self.is_ready = False
         self.assignment: Assignment | None = None
         self.kill_reason = ""
         self.connection, worker_connection = Pipe()
-        root, number = str(Path(batch_infer.__file__).parent.parent), worker_connection.fileno()
+        number = worker_connection.fileno()
+        program = PROGRAM.format(root=str(Path(batch_infer.__file__).parent.parent), arguments=(number, *task))
         with worker_connection:  # must be closed here, so that the connection ends with the process
             with temporary_file_errors():
                 folder.mkdir()
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-u", "-c", PROGRAM.format(root=root, number=number)],
+                    [sys.executable, "-u", "-c", program],
                     cwd=folder,
                     env=environment,
                     pass_fds=[number],
@@ -76,12 +79,11 @@ class WorkerProcess:
                     stderr=output,
                     start_new_session=True,
                 )
-        self.send(task)
 
-    def send(self, message: MessageToWorker) -> None:
-        """Send a message. If the worker has died, drop the message; `receive` reports the death."""
+    def send(self, mini_batch: MiniBatch | None) -> None:
+        """Send a mini-batch, or None to request shutdown. If the worker has died, only `receive` reports it."""
         with suppress(OSError):
-            self.connection.send(message)
+            self.connection.send(mini_batch)
 
     def receive(self) -> Iterator[MessageFromWorker]:
         """Yield the messages that have arrived. Raises EOFError after the last message of a process that has ended."""
@@ -123,7 +125,7 @@ class WorkerGroup:
         """Remove the logs of an earlier job. `folder` is for working folders. Raises SettingsError, StorageError."""
         self._settings, self._folder = settings, folder
         to_csv = settings.to_csv() if settings.append_rows else None
-        self._task = ScriptTask(os.path.abspath(settings.script), to_csv)  # noqa: PTH100
+        self._task = (os.path.abspath(settings.script), to_csv)  # noqa: PTH100
         self._gpus = find_gpus(settings.gpus)
         self._size = settings.workers or max(1, len(self._gpus))
         self._folder_numbers = count()
@@ -179,18 +181,12 @@ class WorkerGroup:
 def find_gpus(limit: int | None) -> Sequence[str]:
     """Return the CUDA_VISIBLE_DEVICES entries of `limit` GPUs, or of all that this process sees, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(index) for index in range(_count_gpus() if limit is None else limit)]
-    names = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
+    if visible is None and limit is None:
+        command = ["nvidia-smi", "-L"]
+        with suppress(OSError, subprocess.SubprocessError):  # not installed, or the driver does not respond
+            listing = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+            limit = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
     if limit is None:
-        return names
+        limit = len(names)
     return [names[index] if index < len(names) else str(index) for index in range(limit)]
-
-
-def _count_gpus() -> int:
-    command = ["nvidia-smi", "-L"]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):  # not installed, or the driver does not respond
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -124,16 +124,17 @@ class DeliveryQueue:
 
 
 class KillSchedule:
-    """Kills the workers of a share of mini-batches, once each, at a random moment within a typical duration.
+    """Kills a share of mini-batches, once each, at a random moment within the durations measured so far.
 
-    A kill that comes after the end of its mini-batch has missed, and is assigned to another mini-batch.
+    If a kill comes after the end of its mini-batch, increase `remaining` to assign it to another mini-batch.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
         self.remaining = round(share * mini_batches)
         """Kills that are not assigned to a delivery."""
+        self.killed: set[int] = set()
+        """Indices of the mini-batches that were killed."""
         self._new_count, self._rng = mini_batches, rng
-        self._killed: set[int] = set()
         self._seconds_per_file: list[float] = []
 
     def must_wait(self, *, is_measuring: bool) -> bool:
@@ -148,7 +149,7 @@ class KillSchedule:
         new_count = self._new_count
         if is_new:
             self._new_count -= 1
-        if not self.remaining or mini_batch.index in self._killed:
+        if not self.remaining or mini_batch.index in self.killed:
             return None
         is_known = bool(self._seconds_per_file)
         # Retries and duplicates are killed only once there are no new mini-batches for the remaining kills.
@@ -163,9 +164,3 @@ class KillSchedule:
 
     def record_duration(self, mini_batch: MiniBatch, seconds: float) -> None:
         self._seconds_per_file.append(seconds / len(mini_batch.files))
-
-    def record_kill(self, mini_batch: MiniBatch) -> None:
-        self._killed.add(mini_batch.index)
-
-    def record_miss(self) -> None:
-        self.remaining += 1

@@ -52,7 +52,7 @@ class SimulationSettings:
         if not self.script.is_file():
             raise SettingsError(f"--script {self.script}: there is no such file; name the scoring script")
         if self.model_dir is not None and not self.model_dir.exists():
-            raise SettingsError(f"--model-dir {self.model_dir}: there is no such folder; name the model's")
+            raise SettingsError(f"--model-dir {self.model_dir}: there is no such folder; name the model's folder")
 
     @property
     def predictions(self) -> Path:

@@ -24,14 +24,6 @@ MODULE = "entry_script"
 """Module name of the script. Its file name could equal the name of a module that it imports."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptTask:
-    """The script to run, and the arguments of DataFrame.to_csv, or None to write no rows."""
-
-    script: str
-    to_csv: Mapping[str, Any] | None
-
-
 class Event(Enum):
     """Messages without content: init() has returned, and run() is called."""
 
@@ -56,62 +48,54 @@ class ScriptFailed:
 
 
 MessageFromWorker: TypeAlias = "Event | RunReturned | ScriptFailed"
-MessageToWorker: TypeAlias = "ScriptTask | MiniBatch | None"
-"""None: shut down."""
 
 
-class ScriptError(RuntimeError):
-    """The script lacks a function, or returned a result that Azure does not accept."""
+def run_worker(descriptor: int, path: str, to_csv: Mapping[str, Any] | None) -> None:
+    """Run a script until the parent requests shutdown or closes the connection with this file descriptor.
 
-
-def run_worker(descriptor: int) -> None:
-    """Run the script until the parent requests shutdown or closes the connection with this file descriptor."""
+    `to_csv` contains the arguments of DataFrame.to_csv, or is None to format no rows.
+    """
     os.set_inheritable(descriptor, False)  # otherwise processes of the script would keep the connection open
     parent = ParentConnection(Connection(descriptor))
-    task = parent.inbox.get()
     script = None
     with parent:
-        script = _start_script(Path(task.script))
+        script = _start_script(Path(path))
     if script is None:
         sys.exit(1)
     parent.send(Event.READY)
     while (mini_batch := parent.inbox.get()) is not None:
         parent.send(Event.RUN_STARTED)
         with parent:
-            parent.send(_format_rows(_call_run(script, mini_batch), task.to_csv))
+            arguments = [list(mini_batch.files), SimpleNamespace(minibatch_index=mini_batch.index)]
+            takes_context = len(inspect.signature(script.run).parameters) > 1
+            parent.send(_format_rows(script.run(*arguments[: 2 if takes_context else 1]), to_csv))
     if callable(shutdown := getattr(script, "shutdown", None)):
         shutdown()
 
 
 def _start_script(path: Path) -> ModuleType:
-    """Import a script and call its init(). Raises ScriptError, and any exception of the script."""
+    """Import a script and call its init(). Raises ImportError, AttributeError, and any exception of the script."""
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
-        raise ScriptError(f"{path} is not a Python file")
+        raise ImportError(f"{path} is not a Python file")
     if not path.with_name("__init__.py").exists():  # modules of a package could hide libraries of the same name
         sys.path.insert(0, str(path.parent))  # the script may import modules in its folder
     module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in ("init", "run"):
         if not callable(getattr(module, name, None)):
-            raise ScriptError(f"{path} has no function {name}()")
+            raise AttributeError(f"{path} has no function {name}()")
     module.init()
     return module
 
 
-def _call_run(script: ModuleType, mini_batch: MiniBatch) -> Any:
-    if len(inspect.signature(script.run).parameters) > 1:
-        return script.run(list(mini_batch.files), SimpleNamespace(minibatch_index=mini_batch.index))
-    return script.run(list(mini_batch.files))
-
-
 def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
-    """Count the rows of a result, and format them unless `to_csv` is None. Raises ScriptError."""
+    """Count the rows of a result, and format them unless `to_csv` is None. Raises TypeError."""
     if isinstance(result, list):
         return RunReturned(len(result), text="" if to_csv is None else "".join(f"{item}\n" for item in result))
     pandas = sys.modules.get("pandas")  # a script that returns a DataFrame has imported it
     if pandas is None or not isinstance(result, pandas.DataFrame):
-        raise ScriptError(f"run() returned a {type(result).__name__}; return a list or a pandas DataFrame")
+        raise TypeError(f"run() returned a {type(result).__name__}; return a list or a pandas DataFrame")
     if to_csv is None:
         return RunReturned(len(result))
     header = result.iloc[:0].to_csv(**to_csv) if to_csv.get("header") else ""
@@ -126,8 +110,8 @@ class ParentConnection:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        """Messages of the type MessageToWorker."""
+        self.inbox: queue.SimpleQueue[MiniBatch | None] = queue.SimpleQueue()
+        """The mini-batches to run. None requests shutdown."""
         Thread(target=self._receive_all, daemon=True).start()
 
     def _receive_all(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,14 +19,22 @@ from batch_infer.errors import StorageError, first_line
 from batch_infer.store import temporary_folder
 
 ID_DIGITS = 8
-"""Number of digits to which a default id pads the row number."""
+"""Number of digits of the row number in a default id, padded with zeros."""
 BATCH_ROWS = 1024
-SHOWN_COLUMNS = 5
+MAX_COLUMNS = 1024
+"""Maximum number of columns. Rows whose keys are values ({"a red circle": 1, ...}) would add columns without limit."""
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
+MAX_SHOWN_COLUMNS = 5
 """Maximum number of column names in a message."""
+BLANK_ROW = "rows without any value, which are skipped"
+SHORT_ROW = "rows with fewer cells than there are columns, whose missing cells take their defaults"
+
+READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NON_BYTE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Lone surrogates that do not represent a byte. They come from JSON escapes."""
+"""Matches lone surrogates from JSON escapes, which do not represent a byte."""
 _PATH_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
@@ -36,11 +44,11 @@ _PATH_ERRNOS = {
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read, or an argument that is not a readable file, with its error.
+    """A file to read, or a file or argument that cannot be read, with its error.
 
-    `path` is the local path to read, and `name` is shown to the user. Default row ids start with `stem`, the path
-    relative to the argument without its endings. `compression` is an ending such as `.gz`, or ''. `is_named` is true if
-    the argument names this file, not a folder or glob. `url` may contain a secret and is never shown or stored.
+    `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, the path relative to
+    the argument without its suffixes. `compression` is a suffix such as `.gz`, or ''. `is_named` is true if the
+    argument names this file, not a folder or glob. `url` may contain a secret and is never shown or stored.
     """
 
     path: Path
@@ -53,102 +61,120 @@ class TableFile:
     is_named: bool = True
     url: str = field(default="", repr=False)
 
-    def default_id(self, row: int) -> str:
-        return make_default_id(self.stem, row)
-
 
 def make_default_id(stem: str, row: int) -> str:
-    """Return the id for a row whose table does not provide one."""
+    """Return the id of a row without an id cell."""
     return f"{stem}-{row:0{ID_DIGITS}d}"
 
 
-class Remark(NamedTuple):
-    """A notice about a row, not an error. `detail` is specific to the row."""
+class Notice(NamedTuple):
+    """A notice about a row that is not an error. `kind` describes all such rows, and `detail` this row."""
 
-    kind: Literal["blank", "short", "options"]
+    kind: str
     detail: str = ""
 
 
-_REMARKS = {
-    "blank": "rows without any value, which are skipped",
-    "short": "rows with fewer cells than there are columns, whose missing cells take their defaults",
-    "options": "lines of .txt that look like comments or options and are rendered word for word "
-    "(for parameters of a row use the columns of a .csv)",
-}
+def make_short_row_notice(count: int, columns: Sequence[str]) -> Notice:
+    """Return the notice about a row that has cells only for the first `count` columns."""
+    missing = ", ".join(repr(name) for name in columns[count : count + MAX_SHOWN_COLUMNS])
+    return Notice(SHORT_ROW, f"{count} of {len(columns)} cells, without {missing}")
 
 
-def remark_short_row(count: int, columns: Sequence[str]) -> Remark:
-    """Return the remark on a row with cells for only the first `count` columns."""
-    missing = ", ".join(repr(name) for name in columns[count : count + SHOWN_COLUMNS])
-    return Remark("short", f"{count} of {len(columns)} cells, without {missing}")
-
-
-class RemarkCounts:
-    """Counts the remarks of one pass over the tables by kind, and keeps the first row of each kind."""
+class NoticeCounts:
+    """Counts the notices of one pass over the tables by kind, and stores the first row of each kind."""
 
     def __init__(self) -> None:
-        self._examples: dict[str, str] = {}
-        self._counts: dict[str, int] = {}
+        self._first_rows: dict[str, str] = {}
+        self._counts = Counter[str]()
 
-    def add(self, remark: Remark, source: object) -> None:
-        """Count a remark on the row at `source`."""
-        self._examples.setdefault(remark.kind, f"{source}: {remark.detail}" if remark.detail else str(source))
-        self._counts[remark.kind] = self._counts.get(remark.kind, 0) + 1
+    def add(self, notice: Notice, source: object) -> None:
+        """Count a notice about the row at `source`."""
+        self._first_rows.setdefault(notice.kind, f"{source}: {notice.detail}" if notice.detail else str(source))
+        self._counts[notice.kind] += 1
 
-    def sentences(self) -> list[str]:
+    def format_sentences(self) -> list[str]:
         """Return one sentence per kind."""
-        return [f"{_REMARKS[kind]}: {self._counts[kind]:,} (first: {row})" for kind, row in self._examples.items()]
+        return [f"{kind}: {self._counts[kind]:,} (first: {row})" for kind, row in self._first_rows.items()]
 
 
 class RawRow(NamedTuple):
-    """A row as read from its file.
+    """A row as read from its file. This is a tuple because a table may have millions of rows.
 
     `number` counts rows from 0, and `line` counts lines of a text file from 1. `error` says why the row cannot be read.
-    A row with the remark `blank` is skipped. This is a tuple because a table may have millions of rows.
+    A row with a BLANK_ROW notice is skipped.
     """
 
     number: int
     cells: Mapping[str, Any]
     error: str | None = None
     line: int | None = None
-    remark: Remark | None = None
+    notice: Notice | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Reader(ABC):
-    """An open file with known columns, whose rows can be read repeatedly.
+class Reader:
+    """An open file with known columns.
 
-    `renamed` maps each column or struct field renamed in `schema` to its name in the file.
+    `renamed` maps each column or struct field renamed in `schema` to its name in the file. `read` yields all rows from
+    the start. `read_column` yields the readable values of a column in batches, faster than `read`.
     """
 
     file: TableFile
     schema: pa.Schema
     renamed: Mapping[str, str]
+    read: Callable[[], Iterator[RawRow]]
+    read_column: Callable[[str], Iterator[pa.Array]] | None = None
 
-    @abstractmethod
-    def rows(self) -> Iterator[RawRow]:
-        """Yield the rows in order. Unreadable rows contain an error. If the file breaks off, the last row says so.
+    def read_rows(self) -> Iterator[RawRow]:
+        """Yield the rows in order. Unreadable rows contain an error. If the file is truncated, the last row says so.
 
         Raises StorageError if the disk fails.
         """
+        number = 0
+        try:
+            for row in self.read():
+                yield row
+                number = row.number + 1
+        except READ_ERRORS as error:
+            raise_storage_error(error, self.file.name, was_opened=True)
+            yield RawRow(number, {}, f"the file breaks off here: {format_error(error)}")
 
-    def arrays(self, name: str) -> Iterator[pa.Array]:
+    def read_arrays(self, name: str) -> Iterator[pa.Array]:
         """Yield the values of one column in batches, without unreadable rows."""
+        if self.read_column is not None:
+            yield from self.read_column(name)
+            return
         dtype = self.schema.field(name).type
-        values = (row.cells.get(name) for row in self.rows() if not row.error)
+        values = (row.cells.get(name) for row in self.read_rows() if not row.error)
         while batch := list(islice(values, BATCH_ROWS)):
             yield to_array(batch, dtype)
 
 
+def rename_duplicates(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return unique names, with `tag_2` for the second `tag`, and a map from changed names to old names."""
+    used, count = set(names), Counter[str]()
+    distinct, renamed = [], {}
+    for name in names:
+        count[name] += 1
+        new = name
+        if count[name] > 1:
+            while (new := f"{name}_{count[name]}") in used:
+                count[name] += 1
+            used.add(new)
+            renamed[new] = name
+        distinct.append(new)
+    return distinct, renamed
+
+
 class Scratch:
-    """A temporary folder, created on first use, for tables that are downloaded, piped in or decompressed."""
+    """A temporary folder, created on first use, for downloaded, piped and decompressed tables."""
 
     def __init__(self) -> None:
         self._folder: TemporaryDirectory[str] | None = None
         self._count = 0
 
     def new_path(self) -> Path:
-        """Return an unused path in the folder. Raises StorageError."""
+        """Return a new path in the folder. Raises StorageError."""
         if self._folder is None:
             self._folder = temporary_folder()
         self._count += 1
@@ -163,23 +189,17 @@ class Scratch:
 def raise_storage_error(error: Exception, name: str, *, was_opened: bool = False) -> None:
     """Raise StorageError for an OS error, such as EIO, that the path and content of the file do not explain.
 
-    With `was_opened`, also raise it for path errors: a file that could be opened before may have been removed.
+    With `was_opened`, also raise it for path errors, since a file that could be opened before may have been removed.
     """
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return
     if was_opened or error.errno not in _PATH_ERRNOS:
         raise StorageError(
-            f"cannot read {name}: {error_text(error)}; run the same command again to continue"
+            f"cannot read {name}: {format_error(error)}; run the same command again to continue"
         ) from error
 
 
-def broken_off_row(file: TableFile, number: int, error: Exception) -> RawRow:
-    """Return the last row of a file that breaks off. Raises StorageError if the disk fails."""
-    raise_storage_error(error, file.name, was_opened=True)
-    return RawRow(number, {}, f"the file breaks off here: {error_text(error)}")
-
-
-def error_text(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return the first line of an error message without the file name."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
@@ -188,8 +208,6 @@ def error_text(error: Exception) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -197,7 +215,7 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def encoding_error(text: str) -> str | None:
+def find_encoding_error(text: str) -> str | None:
     """Return an error message if text cannot be encoded as UTF-8, else None."""
     if is_utf8(text):
         return None
@@ -206,10 +224,8 @@ def encoding_error(text: str) -> str | None:
     return "is not UTF-8: save the table as UTF-8"
 
 
-def clean(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace bytes that were not UTF-8 with U+FFFD, so that a results table can store the text."""
-    if is_utf8(text):
-        return text
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # a surrogate that does not represent a byte

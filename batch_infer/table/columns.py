@@ -1,148 +1,185 @@
-"""Determine the types of a file's JSON columns, make column names unique, and assign columns to fields."""
+"""Assign columns to fields, convert the cells of fields, and carry all other cells to the results."""
 
 from __future__ import annotations
 
+import difflib
+import re
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from batch_infer.carried import (
+    estimate_bytes,
+    find_common_type,
+    make_converter,
+    make_python_reader,
+    make_result_names,
+    to_result_type,
+    to_text,
+)
 from batch_infer.errors import TableError
+from batch_infer.records import digest
 from batch_infer.settings import FIELDS
-from batch_infer.table.base import SHOWN_COLUMNS, RawRow, TableFile, clean, is_utf8
+from batch_infer.table.base import MAX_SHOWN_COLUMNS, SEPARATORS, RawRow, Reader, TableFile
+from batch_infer.table.fields import read_fields
 
-MAX_COLUMNS = 1024
-"""Maximum number of columns. Rows whose keys are values ({"a red circle": 1, ...}) would add columns without limit."""
-MAX_DEPTH = 100
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
+MAX_CARRIED_BYTES = 1 << 20
+"""Maximum total bytes of a row's carried cells, to bound memory use."""
+DIGEST_DIGITS = 20
+"""Number of hexadecimal digits in a row's digest. Among a billion rows, two share a digest with probability 4e-7."""
 
-_NULL, _BOOL, _INTEGER, _FLOAT, _TEXT, _INEXACT = 0, 1, 2, 4, 8, 16
-"""Bit flags for the values in a column. _INEXACT marks an integer that float64 cannot represent exactly."""
-_FLAGS = {type(None): _NULL, bool: _BOOL, float: _FLOAT, str: _TEXT, list: _TEXT, dict: _TEXT}
-_TYPES = {
-    _NULL: pa.null(),
-    _BOOL: pa.bool_(),
-    _INTEGER: pa.int64(),
-    _INTEGER | _INEXACT: pa.int64(),
-    _FLOAT: pa.float64(),
-    _INTEGER | _FLOAT: pa.float64(),
+SYNONYMS = {
+    "id": ("uid", "rowid", "promptid", "customid"),
+    "negative_prompt": ("negative", "neg", "negprompt", "negativetext", "uncond"),
+    "seed": ("seeds", "randomseed", "rngseed", "noiseseed"),
+    "height": ("h", "imageheight"),
+    "width": ("w", "imagewidth"),
+    "num_inference_steps": ("steps", "numsteps", "nsteps", "inferencesteps", "samplingsteps", "ddimsteps"),
+    "guidance_scale": ("guidance", "cfg", "cfgscale"),
+    "guidance_rescale": ("rescale", "cfgrescale"),
+    "num_images_per_prompt": ("n", "numimages", "nimages", "imagesperprompt", "numsamples", "nsamples", "numoutputs"),
 }
+"""Names of fields in other tools, in lower case without spaces, hyphens and underscores."""
+MIN_SIMILARITY = 0.8
+"""Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
+MIN_FUZZY_LENGTH = 5
+"""Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
 
 
-class JsonColumns:
-    """Collects the names and types of JSON columns in order of first appearance, since JSON has no header."""
+@dataclass(slots=True)
+class OpenTable:
+    """A readable file and its columns.
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self._flags: dict[str, int] = dict.fromkeys(names, _NULL)
-
-    def add(self, cells: Mapping[str, Any]) -> None:
-        """Add the columns of a row, except for invalid names, which `check_row` rejects."""
-        for name, value in cells.items():
-            flags = _FLAGS.get(value.__class__)
-            if flags is None:
-                flags = _number_flags(value)
-            if name in self._flags:
-                self._flags[name] |= flags
-            elif len(self._flags) < MAX_COLUMNS and is_utf8(name):
-                self._flags[name] = flags
-
-    def schema(self) -> pa.Schema:
-        return pa.schema([(name, _TYPES.get(flags, pa.string())) for name, flags in self._flags.items()])
-
-
-def _number_flags(value: Any) -> int:
-    if value.__class__ is not int or not -(2**63) <= value < 2**63:  # a Decimal, or a larger integer
-        return _TEXT
-    return _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
-
-
-def check_row(row: RawRow, source: str, columns: frozenset[str]) -> RawRow:
-    """Return a JSON row, with an error if it does not fit the table. `source` is its line or element."""
-    error = None
-    if not columns.issuperset(row.cells):
-        unknown = clean(next(name for name in row.cells if name not in columns))
-        error = (
-            f"has a column that the table cannot have, {unknown[:40]!r}: "
-            f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
-        )
-    elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
-        error = f"is nested too deeply, in {deep[0]!r}"
-    return row if error is None else row._replace(cells={}, error=f"{source} {error}")
-
-
-def is_too_deep(value: Any) -> bool:
-    """Return whether a list or object is nested too deeply for recursive code."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if outer.__class__ is dict else outer)
-            if inner.__class__ in (list, dict)
-        ]
-        if not level:
-            return False
-    return True
-
-
-def rename_doubled(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return unique names, with `tag_2` for the second `tag`, and a map from changed names to old names."""
-    used, count = set(names), Counter[str]()
-    distinct, renamed = [], {}
-    for name in names:
-        count[name] += 1
-        if count[name] == 1:
-            distinct.append(name)
-            continue
-        while (new := f"{name}_{count[name]}") in used:
-            count[name] += 1
-        used.add(new)
-        renamed[new] = name
-        distinct.append(new)
-    return distinct, renamed
-
-
-def rename_doubled_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
-    """Return a type whose structs have unique field names, and add the changed names to `renamed`.
-
-    `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
+    `path_columns` come from the file's path and override columns in the file. `fields` maps fields to columns, and
+    `carried` maps the other columns to their names in the results.
     """
-    if pa.types.is_struct(dtype):
-        names, duplicates = rename_doubled([field.name for field in dtype])
-        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in duplicates.items()})
-        fields = [
-            field.with_name(new).with_type(rename_doubled_fields(field.type, f"{name}.{new}", renamed))
-            for field, new in zip(dtype, names, strict=True)
+
+    file: TableFile
+    reader: Reader
+    path_columns: Mapping[str, str | None]
+    fields: Mapping[str, str]
+    carried: dict[str, str]
+
+    def read_rows(self) -> Iterator[RawRow]:
+        rows = self.reader.read_rows()
+        if not self.path_columns:
+            return rows
+        return (row._replace(cells={**row.cells, **self.path_columns}) for row in rows)
+
+    def get_type(self, column: str) -> pa.DataType:
+        return pa.string() if column in self.path_columns else self.reader.schema.field(column).type
+
+
+class CellReader:
+    """Converts the cells of one file. `schema` contains the type of each carried column."""
+
+    def __init__(self, table: OpenTable, schema: pa.Schema) -> None:
+        self._fields = table.fields
+        self._python_readers = {
+            field: reader
+            for field, column in table.fields.items()
+            if (reader := make_python_reader(table.get_type(column)))
+        }
+        self._dtypes = {column: to_result_type(table.get_type(column)) for column in table.carried}
+        self._converters = [
+            (column, name, make_converter(self._dtypes[column], schema.field(name).type))
+            for column, name in table.carried.items()
         ]
-        return pa.struct(fields)
-    if pa.types.is_map(dtype):
-        key, item = (
-            field.with_type(rename_doubled_fields(field.type, name, renamed))
-            for field in (dtype.key_field, dtype.item_field)
-        )
-        return pa.map_(key, item, dtype.keys_sorted)
-    if not isinstance(dtype, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-        return dtype
-    field = dtype.value_field.with_type(rename_doubled_fields(dtype.value_type, name, renamed))
-    if isinstance(dtype, pa.FixedSizeListType):
-        return pa.list_(field, dtype.list_size)
-    return pa.list_(field) if isinstance(dtype, pa.ListType) else pa.large_list(field)
+
+    def read_fields(self, row: RawRow) -> dict[str, Any]:
+        """Return the cells by field, None if empty, in Python's own types such as datetime."""
+        cells = read_fields(self._fields, row.cells.get)
+        for field, read in self._python_readers.items():
+            if cells.get(field) is not None:
+                cells[field] = read(cells[field])
+        return cells
+
+    def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
+        """Return a digest of a row's cells as text, independent of the row's file and position.
+
+        Carried cells count, so that rows that differ only in carried cells keep their images if they move. Empty cells
+        and the storage type of whole numbers do not count.
+        """
+        carried = {column: _format_cell(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
+        cells = {field: _format_cell(value) for field, value in fields.items()}
+        nonempty = [{name: text for name, text in texts.items() if text} for texts in (cells, carried)]
+        return digest(nonempty)[:DIGEST_DIGITS]
+
+    def read_carried(self, row: RawRow) -> tuple[dict[str, Any], str | None]:
+        """Return the carried cells by result name, and an error message if they are too large."""
+        get = row.cells.get
+        cells = {}
+        for column, name, convert in self._converters:
+            value = get(column)
+            if convert is not None and value is not None and value.__class__ is not str:
+                value = convert(value)
+            cells[name] = value
+        return cells, _drop_largest(cells) if estimate_bytes(cells.values()) > MAX_CARRIED_BYTES else None
 
 
-def describe_renamed(file: str, renamed: Mapping[str, str]) -> str:
-    """Return a message with the new names of columns that share a name."""
-    pairs = [f"another {old!r} as {new!r}" for new, old in list(renamed.items())[:SHOWN_COLUMNS]]
-    more = f" and {len(renamed) - SHOWN_COLUMNS:,} more" if len(renamed) > SHOWN_COLUMNS else ""
-    return f"{file} has columns of one name: carried are {', '.join(pairs)}{more}"
+def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
+    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
+    if value is None:
+        return ""
+    if value.__class__ is float and value.is_integer():
+        value = int(value)
+    return to_text(value, dtype)
+
+
+def _drop_largest(cells: dict[str, Any]) -> str:
+    """Set the largest cells to None until the others fit into a row. Return an error that names them."""
+    sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
+    dropped = []
+    while sum(sizes.values()) > MAX_CARRIED_BYTES:
+        name = max(sizes, key=sizes.__getitem__)
+        dropped.append(f"{name!r} of {sizes.pop(name)} bytes")
+        cells[name] = None
+    return f"the row's carried cells exceed {MAX_CARRIED_BYTES} bytes in total: dropped {', '.join(dropped)}"
+
+
+def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
+    """Return the schema of the carried columns, and a warning for each column that becomes text.
+
+    Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
+    `result_columns`. A column's type represents its values from every file.
+    """
+    tables = list(tables)
+    names = make_result_names((column for table in tables for column in table.carried), result_columns)
+    columns: dict[str, list[tuple[OpenTable, str]]] = {}
+    for table in tables:
+        table.carried = {column: names[column] for column in table.carried}
+        for column, name in table.carried.items():
+            columns.setdefault(name, []).append((table, column))
+    fields, warnings = [], list[str]()
+    for name, sources in columns.items():
+        dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
+        # Values are only read for numbers, so never for a column in a path, which is text.
+        arrays = (array for table, column in sources for array in table.reader.read_arrays(column))
+        dtype = find_common_type(dtypes.values(), arrays)
+        fields.append((name, dtype))
+        if pa.types.is_string(dtype):
+            warnings += _warn_about_text(name, dtypes)
+    return pa.schema(fields), warnings
+
+
+def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[str]:
+    """Yield a warning if a column is carried as text because its types differ between files."""
+    first_files: dict[pa.DataType, str] = {}
+    for file, dtype in dtypes.items():
+        first_files.setdefault(dtype, file)
+    first_files.pop(pa.null(), None)
+    if len(first_files) > 1:
+        examples = " and ".join(f"{dtype} in {file}" for dtype, file in list(first_files.items())[:2])
+        yield f"column {name!r} is {examples}: its values are carried as text"
 
 
 def map_fields(
     file: TableFile, names: Sequence[str], columns: Mapping[str, str], renamed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the column of each field. `columns` contains the user's names for fields, '' for a field without a column.
+    """Return the column of each field. `columns` maps fields to the user's column names, '' for no column.
 
     Raises TableError if the prompt column, or a column named by the user, is missing or duplicated.
     """
@@ -172,7 +209,62 @@ def _advise(file: TableFile, field: str, missing: str, names: Sequence[str]) -> 
     if file.origin == "stdin" and file.format == ".csv":
         return (
             f"standard input is read as CSV, and its first line is {', '.join(names)[:80]!r}: "
-            "a list of plain prompts wants a .txt file (or a first line 'prompt', where no prompt holds a comma)"
+            "plain prompts need a .txt file (or the first line 'prompt', if no prompt contains a comma)"
         )
     present = ", ".join(repr(name) for name in names[:12])
     return f"it has {present}; name one with --column {field}=NAME"
+
+
+def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:
+    """Yield notices about columns that are renamed, resemble a field, or are also in the path of their file.
+
+    `columns` maps fields to the user's column names, '' for no column.
+    """
+    for table in tables:
+        if renamed := table.reader.renamed:
+            pairs = [f"another {old!r} is carried as {new!r}" for new, old in list(renamed.items())[:MAX_SHOWN_COLUMNS]]
+            more = f" and {len(renamed) - MAX_SHOWN_COLUMNS:,} more" if len(renamed) > MAX_SHOWN_COLUMNS else ""
+            yield f"{table.file.name} has columns with the same name: {', '.join(pairs)}{more}"
+    yield from _describe_near_fields(tables, columns)
+    overlaps = [
+        (table.file.name, name) for table in tables for name in table.path_columns if name in table.reader.schema.names
+    ]
+    if overlaps:
+        file, name = overlaps[0]
+        more = f" (and {len(overlaps) - 1:,} more columns of files)" if overlaps[1:] else ""
+        yield f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"
+
+
+def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:
+    """Yield a hint for each carried column that resembles the name of a field missing from its table."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for table in tables:
+        missing = [field for field in FIELDS if field not in table.fields and columns.get(field) != ""]
+        for field, name in _match_near(missing, table.carried):
+            files.setdefault((field, name), []).append(table.file.name)
+    for (field, name), names in files.items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        option = f"--column {shlex.quote(f'{field}={name}')}"
+        yield f"{names[0]}{more}: column {name!r} is carried and has no effect; if it is the {field}, add {option}"
+
+
+def _match_near(missing: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each missing field that has a column with a similar name, and the first such column."""
+    keys = {name: _normalize(name) for name in names}
+    for field in missing:
+        target = _normalize(field)
+        matches = [name for name, key in keys.items() if key == target or key in SYNONYMS.get(field, ())]
+        if not matches and len(target) >= MIN_FUZZY_LENGTH:
+            matches = [
+                name
+                for name, key in keys.items()
+                if len(key) >= MIN_FUZZY_LENGTH
+                and key[0] == target[0]
+                and difflib.SequenceMatcher(None, key, target).ratio() >= MIN_SIMILARITY
+            ]
+        if matches:
+            yield field, matches[0]
+
+
+def _normalize(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()

@@ -13,39 +13,40 @@ import pyarrow as pa
 
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.base import (
+    BLANK_ROW,
+    SEPARATORS,
+    Notice,
     RawRow,
     Reader,
-    Remark,
     Scratch,
     TableFile,
-    broken_off_row,
     is_utf8,
-    remark_short_row,
+    make_short_row_notice,
+    rename_duplicates,
 )
-from batch_infer.table.columns import SEPARATORS, rename_doubled
-from batch_infer.table.streams import LONGEST, LineReader, open_text
+from batch_infer.table.streams import MAX_ROW_SIZE, LineReader, open_text
 
-DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
+SEPARATOR_DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
 """Matches a first line in which a spreadsheet declares the separator."""
 
-csv.field_size_limit(LONGEST)  # The row limit applies first.
+csv.field_size_limit(MAX_ROW_SIZE)  # The row limit applies first.
 
 
-def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> DelimitedReader:
+def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a CSV or TSV file. Raises OSError, csv.Error and TableError.
 
     The separator of a .csv is the first in SEPARATORS that gives the header a prompt column. If none does, it is the
     separator that gives the most columns, and the error message shows their names.
     """
     with open_text(file, newline="") as stream:
-        declared = DECLARATION.fullmatch(stream.readline(20))
+        declaration = SEPARATOR_DECLARATION.fullmatch(stream.readline(20))
     defaults = ["\t"] if file.format == ".tsv" else list(SEPARATORS)
-    separators = [declared["separator"]] if declared else defaults
+    separators = [declaration["separator"]] if declaration else defaults
     headers: dict[str, list[str]] = {}
     error = None
     for separator in separators:
         try:
-            headers[separator] = _read_header(file, separator, is_declared=declared is not None)
+            headers[separator] = _read_header(file, separator, is_declared=declaration is not None)
         except csv.Error as exc:  # a quoted header is malformed CSV with the wrong separator
             error = error or exc
             continue
@@ -54,33 +55,32 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Del
     if error and not headers:
         raise error
     separator = max(headers, key=lambda separator: (prompt_column in headers[separator], len(headers[separator])))
-    names, renamed = rename_doubled(_name_columns(file, headers[separator]))
+    names, renamed = rename_duplicates(_name_columns(file, headers[separator]))
     schema = pa.schema([(name, pa.string()) for name in names])
-    return DelimitedReader(file, schema, renamed, tuple(names), separator, declared is not None)
+    rows = _DelimitedRows(file, names, separator, declaration is not None)
+    return Reader(file, schema, renamed, rows.read)
 
 
 def _read_header(file: TableFile, separator: str, *, is_declared: bool) -> list[str]:
     with open_text(file, newline="") as stream:
         lines = _CsvLines(stream, separator)
         with suppress(RowError):
-            header = _first_row(_open_csv(lines, separator, is_declared=is_declared))
+            _, header = _open_csv(lines, separator, is_declared=is_declared)
             if not lines.shortened:
                 return header
-    raise TableError(f"{file.name} has a header that is longer than {lines.longest} characters; is it a table?")
+    raise TableError(f"{file.name} has a header that is longer than {lines.max_length} characters; is it a table?")
 
 
-def _open_csv(lines: _CsvLines, separator: str, *, is_declared: bool) -> Any:
+def _open_csv(lines: _CsvLines, separator: str, *, is_declared: bool) -> tuple[Any, list[str]]:
+    """Return a CSV reader and the header that it has read."""
     if is_declared:
         next(lines)
-    return csv.reader(lines, strict=True, delimiter=separator)
-
-
-def _first_row(reader: Any) -> list[str]:
-    return next((cells for cells in reader if cells), [])
+    reader = csv.reader(lines, strict=True, delimiter=separator)
+    return reader, next(filter(None, reader), [])
 
 
 def _name_columns(file: TableFile, header: list[str]) -> list[str]:
-    """Name unnamed columns, which come from trailing commas in spreadsheets and from the index in pandas."""
+    """Name unnamed columns, which come from trailing commas in spreadsheets and the index in pandas."""
     if not all(map(is_utf8, header)):
         raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
     names = list(header)
@@ -93,31 +93,28 @@ def _name_columns(file: TableFile, header: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class DelimitedReader(Reader):
-    """Reads a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
+class _DelimitedRows:
+    """The rows of a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
 
-    header: tuple[str, ...]
+    file: TableFile
+    header: list[str]
     separator: str
     is_declared: bool
 
-    def rows(self) -> Iterator[RawRow]:
+    def read(self) -> Iterator[RawRow]:
         row_number = 0
-        try:
-            with open_text(self.file, newline="") as stream:
-                lines = _CsvLines(stream, self.separator)
-                reader = _open_csv(lines, self.separator, is_declared=self.is_declared)
-                _first_row(reader)
-                while True:
-                    lines.begin_row()
-                    try:
-                        row = self._read_row(reader, lines, row_number)
-                    except StopIteration:
-                        return
-                    if row:
-                        yield row
-                        row_number += 1
-        except OSError as error:
-            yield broken_off_row(self.file, row_number, error)
+        with open_text(self.file, newline="") as stream:
+            lines = _CsvLines(stream, self.separator)
+            reader, _ = _open_csv(lines, self.separator, is_declared=self.is_declared)
+            while True:
+                lines.begin_row()
+                try:
+                    row = self._read_row(reader, lines, row_number)
+                except StopIteration:
+                    return
+                if row:
+                    yield row
+                    row_number += 1
 
     def _read_row(self, reader: Any, lines: _CsvLines, row_number: int) -> RawRow | None:
         """Return the next row, or None for a blank line. Raises StopIteration at the end of the file."""
@@ -125,26 +122,27 @@ class DelimitedReader(Reader):
         try:
             cells = next(reader)
         except (csv.Error, RowError) as error:
-            if len(self.header) > 1 or _is_unclosed(error):
-                count = self._count_rows_within(lines.row_lines)
+            is_unclosed = isinstance(error, RowError) or str(error).startswith("unexpected end of data")
+            if is_unclosed or len(self.header) > 1:
+                count = self._count_later_lines(lines.row_lines)
                 lines.push_back(count)
                 if isinstance(error, RowError) and not count:
                     self._skip_row(lines)
             return RawRow(row_number, {}, _describe(first, lines.number, error), first)
         if lines.shortened:
-            return RawRow(row_number, {}, _describe_shortened(first, lines), first)
+            message = f"line {lines.shortened} is longer than {lines.max_length} characters"
+            if first < lines.number:
+                message = f"{_format_lines(first, lines.number)} are a row in which {message}"
+            return RawRow(row_number, {}, message, first)
         return self._make_row(row_number, cells, first, lines.number) if cells else None
 
-    def _count_rows_within(self, lines: list[str]) -> int:
+    def _count_later_lines(self, lines: list[str]) -> int:
         """Return how many of the last lines of an unreadable row belong to later rows.
 
         An unclosed quote swallows the rows below it, so the next row starts at the first line that is a complete row.
-        (In a one-column table every line is a complete row, so this is only called if a quote was never closed.)
+        (In a one-column table every line is a complete row, so this is only called for an unclosed quote.)
         """
-        for index in range(1, len(lines)):
-            if self._is_row(lines[index]):
-                return len(lines) - index
-        return 0
+        return next((len(lines) - index for index in range(1, len(lines)) if self._is_row(lines[index])), 0)
 
     def _is_row(self, line: str) -> bool:
         """Return whether a line is a complete row."""
@@ -158,9 +156,7 @@ class DelimitedReader(Reader):
         is_open = sum(line.count('"') for line in lines.row_lines) % 2 == 1
         while is_open:
             lines.begin_row()
-            try:
-                line = next(lines)
-            except StopIteration:
+            if (line := next(lines, None)) is None:
                 return
             if self._is_row(line):
                 lines.push_back(1)
@@ -168,30 +164,30 @@ class DelimitedReader(Reader):
             is_open ^= line.count('"') % 2 == 1
 
     def _make_row(self, row_number: int, cells: list[str], first: int, last: int) -> RawRow:
-        error, remark = None, None
+        error, notice = None, None
         width = len(self.header)
         if len(cells) > 1 and not any(cells):
-            return RawRow(row_number, {}, None, first, Remark("blank"))
+            return RawRow(row_number, {}, None, first, Notice(BLANK_ROW))
         if len(cells) > width and any(cells[width:]):
             separators = SEPARATORS.get(self.separator, repr(self.separator))
             error = (
-                f"{_lines(first, last)} has {len(cells)} cells where the header names {width}; "
+                f"{_format_lines(first, last)} has {len(cells)} cells where the header names {width}; "
                 f"quote cells that hold {separators}"
             )
         elif len(cells) < width:  # some spreadsheets omit empty cells at the end of a row
-            remark = remark_short_row(len(cells), self.header)
+            notice = make_short_row_notice(len(cells), self.header)
         # strict=False also accepts a row with too many cells, which has an error.
-        return RawRow(row_number, dict(zip(self.header, cells, strict=False)), error, first, remark)
+        return RawRow(row_number, dict(zip(self.header, cells, strict=False)), error, first, notice)
 
 
 class _ShortenedLine(str):
-    """The short replacement of a line that was too long."""
+    """A short replacement for a line that was too long."""
 
 
 class _CsvLines(LineReader):
     """Reads lines and can push them back. `row_lines` contains the lines since `begin_row`.
 
-    To bound memory, raises RowError if the total length of a row's lines is too long. A single line that is too long is
+    To bound memory, raises RowError if the lines of a row are too long in total. A single line that is too long is
     shortened without moving the end of its row. `shortened` is the number of the row's first shortened line, or 0.
     """
 
@@ -213,22 +209,22 @@ class _CsvLines(LineReader):
         if line.__class__ is _ShortenedLine:
             self.shortened = self.shortened or self.number
         self._size += len(line)
-        if self._size > self.longest:
-            raise RowError(f"a row of more than {self.longest} characters; is there an unclosed quote?")
+        if self._size > self.max_length:
+            raise RowError(f"a row of more than {self.max_length} characters; is there an unclosed quote?")
         return line
 
     def shorten(self, pieces: Iterator[str]) -> str:
         """Return a line in which each text between quotes and separators is a single letter.
 
         If that is still too long, return only an unpaired quote, if any, so that the next line still starts inside or
-        outside of a quoted cell.
+        outside a quoted cell.
         """
         text, quotes = "", 0
         for piece in pieces:
             quotes += piece.count('"')
-            if len(text) <= self.longest:
+            if len(text) <= self.max_length:
                 text += self._words.sub("x", piece)
-        return _ShortenedLine(text if len(text) <= self.longest else '"' * (quotes % 2))
+        return _ShortenedLine(text if len(text) <= self.max_length else '"' * (quotes % 2))
 
     def begin_row(self) -> None:
         self.row_lines.clear()
@@ -241,21 +237,11 @@ class _CsvLines(LineReader):
         self.number -= count
 
 
-def _is_unclosed(error: Exception) -> bool:
-    """Return whether the file ended, or the row became too long, before a quote was closed."""
-    return isinstance(error, RowError) or str(error).startswith("unexpected end of data")
-
-
 def _describe(first: int, last: int, error: Exception) -> str:
     if isinstance(error, RowError):
-        return f"{_lines(first, last)} {'begins' if first >= last else 'are'} {error}"
-    return f"{_lines(first, last)} cannot be read as CSV: {error}; is there an unclosed quote?"
+        return f"{_format_lines(first, last)} {'begins' if first >= last else 'are'} {error}"
+    return f"{_format_lines(first, last)} cannot be read as CSV: {error}; is there an unclosed quote?"
 
 
-def _describe_shortened(first: int, lines: _CsvLines) -> str:
-    message = f"line {lines.shortened} is longer than {lines.longest} characters"
-    return message if first >= lines.number else f"{_lines(first, lines.number)} are a row in which {message}"
-
-
-def _lines(first: int, last: int) -> str:
+def _format_lines(first: int, last: int) -> str:
     return f"line {first}" if first >= last else f"lines {first} to {last}"

@@ -11,23 +11,21 @@ from typing import Any
 from batch_infer.errors import RowError
 from batch_infer.records import SizeRules
 from batch_infer.settings import FIELDS
-from batch_infer.table.base import clean
+from batch_infer.table.base import replace_surrogates
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 1000
 MAX_TEXT_LENGTH = 10_000
-"""Maximum number of characters in a prompt, negative prompt or id.
-
-A text encoder reads about 75 words, and tokenizing a megabyte delays all other rows by seconds.
-"""
-NUMBERS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
-MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
+"""Maximum number of characters in a prompt, negative prompt or id. A text encoder reads about 75 words, and tokenizing
+a megabyte delays all other rows by seconds."""
+NUMERIC_FIELDS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
+MISSING_VALUES = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
 """Text that databases, spreadsheets and pandas write for a missing number, in lower case."""
 
 
-def id_text(value: Any) -> str:
+def format_id(value: Any) -> str:
     """Return an id cell as text."""
     if isinstance(value, float) and value.is_integer():  # an empty cell turns a column of integers into floats
         value = int(value)
@@ -39,26 +37,15 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
     fields = {}
     for field, column in columns.items():
         value = get(column)
-        if value is None or _is_empty(value) or (value.__class__ is str and field in NUMBERS and _is_missing(value)):
-            value = None
-        fields[field] = value
+        fields[field] = None if value is None or _is_empty(field, value) else value
     return fields
 
 
-def _is_empty(value: Any) -> bool:
-    """Return whether a cell is None, NaN, or empty text or bytes."""
-    return value is None or value in ("", b"") or (isinstance(value, float) and math.isnan(value))
-
-
-def _is_missing(text: str) -> bool:
-    return not text[0].isdigit() and text.strip().lower() in MISSING
-
-
-def _parse_prompt(field: str, value: Any, sizes: SizeRules) -> str:
-    text = _parse_text(field, value, sizes)
-    if not text.strip():
-        raise RowError("the prompt is empty")
-    return text
+def _is_empty(field: str, value: Any) -> bool:
+    """Return whether a cell is NaN, empty text or bytes, or a number's text for a missing value."""
+    if value.__class__ is str and value and field in NUMERIC_FIELDS:
+        return not value[0].isdigit() and value.strip().lower() in MISSING_VALUES
+    return value in ("", b"") or (isinstance(value, float) and math.isnan(value))
 
 
 def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
@@ -68,13 +55,15 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
         except UnicodeDecodeError as error:
             raise RowError(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
     if not isinstance(value, str):
-        raise RowError(f"{field} {show_value(value)} is not text but {type(value).__name__}")
+        raise RowError(f"{field} {format_value(value)} is not text but {type(value).__name__}")
     if "\0" in value:
         raise RowError(f"{field} holds a NUL byte")
+    if field == "prompt" and not value.strip():
+        raise RowError("the prompt is empty")
     return value
 
 
-def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
+def _parse_integer(field: str, value: Any, minimum: int, maximum: int) -> int:
     if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
         number = int(value)  # ten times as fast as Decimal, and enough for nearly all cells
         if minimum <= number <= maximum:
@@ -82,45 +71,39 @@ def _parse_whole(field: str, value: Any, minimum: int, maximum: int) -> int:
     decimal = _to_decimal(value)
     # A short cell with an exponent of millions is a huge integer: compare before converting.
     if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
-        raise RowError(f"{field} {show_value(value)} is not a whole number")
+        raise RowError(f"{field} {format_value(value)} is not a whole number")
     if not minimum <= decimal <= maximum:
-        raise RowError(f"{field} {show_value(value)} is not within {minimum} to {maximum}")
+        raise RowError(f"{field} {format_value(value)} is not within {minimum} to {maximum}")
     return int(decimal)
 
 
 def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
-    side = _parse_whole(field, value, sizes.min_side, sizes.max_side)
+    side = _parse_integer(field, value, sizes.min_side, sizes.max_side)
     if side % sizes.side_multiple:
         nearest = max(sizes.min_side, round(side / sizes.side_multiple) * sizes.side_multiple)
         raise RowError(f"{field} {side} is not a multiple of {sizes.side_multiple}; the nearest is {nearest}")
     return side
 
 
-def _parse_real(field: str, value: Any, maximum: float) -> float:
+def _parse_float(field: str, value: Any, maximum: float) -> float:
     number = _to_decimal(value)
     if number is None:
-        raise RowError(f"{field} {show_value(value)} is not a number")
+        raise RowError(f"{field} {format_value(value)} is not a number")
     if not 0 <= number <= Decimal(maximum):
-        raise RowError(f"{field} {show_value(value)} is not within 0 to {maximum:g}")
+        raise RowError(f"{field} {format_value(value)} is not within 0 to {maximum:g}")
     return float(number)
 
 
 def _to_decimal(value: Any) -> Decimal | None:
     """Return a cell as a finite number, or None. A boolean is not a number."""
     if isinstance(value, str):
-        return _cached_decimal(value) if len(value) < 20 else _finite_decimal(value.strip())
+        return _parse_cached(value.strip()) if len(value) < 20 else _parse_decimal(value.strip())
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
-    return _finite_decimal(value)
+    return _parse_decimal(value)
 
 
-@lru_cache(maxsize=4096)
-def _cached_decimal(text: str) -> Decimal | None:
-    """Parse a short text. The cache helps because the numbers in a table repeat."""
-    return _finite_decimal(text.strip())
-
-
-def _finite_decimal(value: str | int | float | Decimal) -> Decimal | None:
+def _parse_decimal(value: str | int | float | Decimal) -> Decimal | None:
     try:
         number = Decimal(value)
     except InvalidOperation:
@@ -128,21 +111,25 @@ def _finite_decimal(value: str | int | float | Decimal) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def show_value(value: Any) -> str:
-    """Return a value as text for a message, truncated to 40 characters."""
-    text = clean(str(value))
+_parse_cached = lru_cache(maxsize=4096)(_parse_decimal)
+"""Parses short texts with a cache, since the numbers in a table repeat."""
+
+
+def format_value(value: Any) -> str:
+    """Return a value for a message, truncated to 40 characters."""
+    text = replace_surrogates(str(value))
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
-    "prompt": _parse_prompt,
+    "prompt": _parse_text,
     "negative_prompt": _parse_text,
-    "seed": lambda field, value, sizes: _parse_whole(field, value, 0, MAX_SEED),
-    "num_images_per_prompt": lambda field, value, sizes: _parse_whole(field, value, 1, MAX_IMAGES),
+    "seed": lambda field, value, sizes: _parse_integer(field, value, 0, MAX_SEED),
+    "num_images_per_prompt": lambda field, value, sizes: _parse_integer(field, value, 1, MAX_IMAGES),
     "height": _parse_side,
     "width": _parse_side,
-    "num_inference_steps": lambda field, value, sizes: _parse_whole(field, value, 1, MAX_STEPS),
-    "guidance_scale": lambda field, value, sizes: _parse_real(field, value, MAX_GUIDANCE),
-    "guidance_rescale": lambda field, value, sizes: _parse_real(field, value, 1.0),
+    "num_inference_steps": lambda field, value, sizes: _parse_integer(field, value, 1, MAX_STEPS),
+    "guidance_scale": lambda field, value, sizes: _parse_float(field, value, MAX_GUIDANCE),
+    "guidance_rescale": lambda field, value, sizes: _parse_float(field, value, 1.0),
 }
-"""Parsers by field. Messages and fingerprints use this order, so it must not change."""
+"""Parsers by field. The order must not change, since messages and fingerprints depend on it."""

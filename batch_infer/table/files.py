@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.errors import TableError
 from batch_infer.store import create_temporary
-from batch_infer.table.base import Scratch, TableFile, clean, error_text, raise_storage_error
-from batch_infer.table.formats import ENDINGS, detect_format, parse_name, stem_of
-from batch_infer.table.selection import IgnoredFiles, TableFilter, outermost_folders
+from batch_infer.table.base import Scratch, TableFile, format_error, raise_storage_error, replace_surrogates
+from batch_infer.table.formats import TABLE_SUFFIXES, detect_format, get_stem, parse_name
+from batch_infer.table.selection import IgnoredFiles, TableFilter, find_outermost_folders
 from batch_infer.table.streams import BUFFER
-from batch_infer.table.urls import is_http, join_url, protocol_of, redact_url, split_chain
+from batch_infer.table.urls import get_protocol, is_http, join_url, redact_url, split_chain
 
 if TYPE_CHECKING:
     from batch_infer.table.remote import RemoteFiles, RemoteListing
@@ -36,20 +36,21 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            identity = _identity(file)
+            identity = _get_identity(file)
             first = files.setdefault(identity, file)
             if file.is_named and not first.is_named:
                 files[identity] = replace(first, is_named=True)
     if not files:
-        raise TableError(f"no TABLE given: name a file ({ENDINGS}), a folder of them, a glob, a URL, or -")
-    ignored.remove(file.name for file in files.values())
+        raise TableError(f"no TABLE given: name a file ({TABLE_SUFFIXES}), a folder of them, a glob, a URL, or -")
+    for file in files.values():
+        ignored.pop(file.name, None)
     return list(files.values()), ignored
 
 
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     """Rename the second file named `t.csv` to `t.csv#2`, and so on.
 
-    URLs have the same name if they differ only in a secret part, such as the query.
+    Names of URLs are equal if the URLs differ only in a secret part, such as the query.
     """
     count = Counter[str]()
     numbered = []
@@ -60,32 +61,32 @@ def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     return numbered
 
 
-def _identity(file: TableFile) -> str | Path:
-    """Return the complete URL or path of a file, which is the same for all arguments that match the file."""
+def _get_identity(file: TableFile) -> str | Path:
+    """Return the complete URL or path of a file, which does not depend on the argument that matches it."""
     if file.url:
         return file.url
     return file.path.resolve() if file.error is None and file.origin == "file" else file.name
 
 
 def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
-    name = clean(redact_url(argument))
+    name = replace_surrogates(redact_url(argument))
     try:
         if argument == STDIN:
-            return [_spool(scratch)]
-        if protocol_of(argument) and not (folder / argument).exists():
+            return [_copy_stdin(scratch)]
+        if get_protocol(argument) and not (folder / argument).exists():
             return _find_remote(argument, name, scratch, ignored)
         return _find_local(argument, folder, ignored)
     except TableError as exc:
         error = str(exc)
     except (OSError, ValueError) as exc:  # ValueError: pathlib rejects the pattern
         raise_storage_error(exc, name)
-        error = f"{name}: {error_text(exc)}"
-    url = argument if protocol_of(argument) else ""
-    return [TableFile(folder, name, stem_of(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
+        error = f"{name}: {format_error(exc)}"
+    url = argument if get_protocol(argument) else ""
+    return [TableFile(folder, name, get_stem(name.rstrip("/").rpartition("/")[2]), error=error, url=url)]
 
 
-def _spool(scratch: Scratch) -> TableFile:
-    """Copy standard input to a file, since tables are read more than once. Raises TableError and StorageError."""
+def _copy_stdin(scratch: Scratch) -> TableFile:
+    """Copy standard input to a file, since tables are read repeatedly. Raises TableError and StorageError."""
     if sys.stdin is None or sys.stdin.closed:
         raise TableError("-: there is no standard input to read")
     if sys.stdin.isatty():
@@ -97,22 +98,24 @@ def _spool(scratch: Scratch) -> TableFile:
         return detect_format(TableFile(path, "stdin", "stdin", origin="stdin"))
     except OSError as error:
         raise_storage_error(error, "standard input")
-        raise TableError(f"-: standard input cannot be read: {error_text(error)}") from error
+        raise TableError(f"-: standard input cannot be read: {format_error(error)}") from error
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. Raises TableError if its relative path has no table ending."""
+    """Return the file at `path`. Raises TableError if its relative path has no table suffix."""
     parts = parse_name(relative)
     if parts is None:
-        raise TableError(f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {ENDINGS}")
+        raise TableError(
+            f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {TABLE_SUFFIXES}"
+        )
     return TableFile(path, name, *parts, **options)
 
 
 def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
     """Download the tables behind a URL.
 
-    Raises TableError if the URL contains no table, ServiceError if a service does not answer, StorageError if the
-    temporary folder is full.
+    Raises TableError if it has no table, ServiceError if a service does not answer, StorageError if the temporary
+    folder is full.
     """
     from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
 
@@ -125,16 +128,13 @@ def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -
             files = {remote.path: _make_file(scratch.new_path(), name, relative, origin="url", url=url)}
         else:
             files = _choose_remote(remote, listing, name, scratch, ignored)
-
-    def download(path: str, file: TableFile) -> TableFile:
+    for path, file in files.items():
         try:
             with RemoteErrors(file.name):
                 remote.system.get_file(path, str(file.path))
         except TableError as error:  # a missing or forbidden file does not affect other files
-            return replace(file, error=str(error))
-        return file
-
-    return [download(path, file) for path, file in files.items()]
+            files[path] = replace(file, error=str(error))
+    return list(files.values())
 
 
 def _choose_remote(
@@ -143,17 +143,17 @@ def _choose_remote(
     """Return the tables in a remote folder or glob by remote path."""
     paths = {path[len(listing.folder) :].lstrip("/"): path for path in listing.paths}
 
-    def name_of(relative: str) -> str:
-        return clean(join_url(redact_url(listing.url), relative))
+    def get_name(relative: str) -> str:
+        return replace_surrogates(join_url(redact_url(listing.url), relative))
 
     def is_file(relative: str) -> bool:
         return bool(remote.system.isfile("/".join(filter(None, [listing.folder, relative]))))
 
     files = {}
-    for relative in TableFilter(name, is_file, name_of, ignored).choose(paths):
+    for relative in TableFilter(name, is_file, get_name, ignored).choose(paths):
         url = join_url(listing.url, relative)
         files[paths[relative]] = _make_file(
-            scratch.new_path(), name_of(relative), relative, origin="url", is_named=False, url=url
+            scratch.new_path(), get_name(relative), relative, origin="url", is_named=False, url=url
         )
     return files
 
@@ -162,91 +162,85 @@ def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[Tabl
     user_path = Path(argument).expanduser()
     path = folder / user_path
     if path.is_dir():
-        return _LocalFolder(argument, user_path, folder, ignored).walk()
+        local = _LocalFolder(argument, user_path, folder, ignored)
+        return local.choose(local.walk("."))
     if path.exists():
-        return [_make_file(path, clean(user_path.as_posix()), path.name)]
+        return [_make_file(path, replace_surrogates(user_path.as_posix()), path.name)]
     if glob.has_magic(argument):
         parts = user_path.parts
         first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        return _LocalFolder(argument, Path(*parts[:first]), folder, ignored).match("/".join(parts[first:]))
-    raise TableError(f"{clean(argument)}: no such file or folder")
+        local = _LocalFolder(argument, Path(*parts[:first]), folder, ignored)
+        return local.choose(local.match("/".join(parts[first:])))
+    raise TableError(f"{replace_surrogates(argument)}: no such file or folder")
 
 
 class _LocalFolder:
-    """Finds tables below a local folder. `user_path` is the folder's path as the user wrote it.
-
-    All methods raise TableError and OSError.
-    """
+    """Finds tables below a local folder. `user_path` is its path as given by the user. Raises TableError, OSError."""
 
     def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
         self._user_path, self._folder, self._ignored = user_path, folder / user_path, ignored
         self._unreadable: list[OSError] = []
-        self._filter = TableFilter(clean(argument), self._is_file, self._name_of, ignored)
+        self._filter = TableFilter(
+            replace_surrogates(argument), lambda path: (self._folder / path).is_file(), self._get_name, ignored
+        )
 
-    def walk(self) -> list[TableFile]:
-        """Return all tables below the folder."""
-        return self._choose(self._files_in("."))
-
-    def match(self, pattern: str) -> list[TableFile]:
-        """Return the tables that match a glob, and the tables below folders that match it."""
-        self._record_unreadable(pattern)
-        matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
-        files = [relative for relative, is_folder in matches.items() if not is_folder]
-        for relative in outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
-            if relative == "." or self._should_list(relative):
-                files += self._files_in(relative)
-        return self._choose(dict.fromkeys(files))
-
-    def _record_unreadable(self, pattern: str) -> None:
-        """Record unreadable folders along a glob's path, which pathlib skips silently."""
-        parts = pattern.split("/")
-        for count in range(1, len(parts)):
-            for path in self._folder.glob("/".join(parts[:count])):
-                relative = path.relative_to(self._folder).as_posix()
-                if path.is_dir() and (relative == "." or not self._filter.find_cause(f"{relative}/")):
-                    try:
-                        os.scandir(path).close()
-                    except PermissionError as error:
-                        self._unreadable.append(error)
-
-    def _files_in(self, relative: str) -> Iterator[str]:
+    def walk(self, relative: str) -> Iterator[str]:
         """Yield the files at any depth below a folder."""
         for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             parent = Path(path).relative_to(self._folder)
             folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
             yield from ((parent / name).as_posix() for name in files)
 
+    def match(self, pattern: str) -> Iterator[str]:
+        """Yield the files that match a glob, and those below folders that match it."""
+        self._record_unreadable(pattern)
+        matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
+        yield from (relative for relative, is_folder in matches.items() if not is_folder)
+        for relative in find_outermost_folders(relative for relative, is_folder in matches.items() if is_folder):
+            if relative == "." or self._should_list(relative):
+                yield from self.walk(relative)
+
+    def _record_unreadable(self, pattern: str) -> None:
+        """Record unreadable folders on the path of a glob, which pathlib skips silently."""
+        parts = pattern.split("/")
+        for count in range(1, len(parts)):
+            for path in self._folder.glob("/".join(parts[:count])):
+                relative = path.relative_to(self._folder).as_posix()
+                if path.is_dir() and (relative == "." or not self._filter.find_reason(f"{relative}/")):
+                    try:
+                        os.scandir(path).close()
+                    except PermissionError as error:
+                        self._unreadable.append(error)
+
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. An ignored folder may contain a million images."""
+        """Return whether to list a folder. An ignored one may contain a million images."""
         if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
-            self._ignored.add(self._name_of(f"{relative}/"), "link")
+            self._ignored.setdefault(self._get_name(f"{relative}/"), "link")
             return False
         return True
 
-    def _choose(self, relatives: Iterable[str]) -> list[TableFile]:
-        relatives = list(relatives)
+    def choose(self, relatives: Iterable[str]) -> list[TableFile]:
+        """Return the tables among files, and an unreadable file for each broken link or unreadable folder."""
+        relatives = list(dict.fromkeys(relatives))
         if self._unreadable and not relatives:
             raise self._unreadable[0]
         files = []
         for relative in self._filter.choose(relatives):
-            path, name = self._folder / relative, self._name_of(relative)
+            path, name = self._folder / relative, self._get_name(relative)
             if path.is_symlink() and not path.exists():
-                files.append(_make_unreadable(path, name, stem_of(relative), "the link leads to no file"))
+                files.append(_make_unreadable(path, name, get_stem(relative), "the link leads to no file"))
             elif path.is_file():
                 files.append(_make_file(path, name, relative, is_named=False))
         for error in self._unreadable:
-            name = self._name_of(Path(error.filename).relative_to(self._folder).as_posix())
+            name = self._get_name(Path(error.filename).relative_to(self._folder).as_posix())
             raise_storage_error(error, name)
-            files.append(_make_unreadable(self._folder, name, stem_of(name), error_text(error)))
+            files.append(_make_unreadable(self._folder, name, get_stem(name), format_error(error)))
         return files
 
-    def _is_file(self, relative: str) -> bool:
-        return (self._folder / relative).is_file()
-
-    def _name_of(self, relative: str) -> str:
-        return clean((self._user_path / relative).as_posix()) + ("/" if relative.endswith("/") else "")
+    def _get_name(self, relative: str) -> str:
+        return replace_surrogates((self._user_path / relative).as_posix()) + ("/" if relative.endswith("/") else "")
 
 
 def _make_unreadable(path: Path, name: str, stem: str, message: str) -> TableFile:

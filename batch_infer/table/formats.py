@@ -7,18 +7,23 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
-
-import pyarrow as pa
 
 from batch_infer.errors import TableError
-from batch_infer.table.base import Reader, Scratch, TableFile, clean, error_text, raise_storage_error
-from batch_infer.table.columns import MAX_COLUMNS
+from batch_infer.table.base import (
+    MAX_COLUMNS,
+    READ_ERRORS,
+    Reader,
+    Scratch,
+    TableFile,
+    format_error,
+    raise_storage_error,
+    replace_surrogates,
+)
 from batch_infer.table.delimited import open_delimited
 from batch_infer.table.json import open_json
 from batch_infer.table.jsonl import open_jsonl
 from batch_infer.table.parquet import open_parquet
-from batch_infer.table.streams import COMPRESSIONS, LONGEST, MAGIC_BYTES, UTF_8_MARK, open_decompressed
+from batch_infer.table.streams import COMPRESSIONS, MAGIC_BYTES, MAX_ROW_SIZE, UTF_8_MARK, open_decompressed
 from batch_infer.table.text import open_plain_text
 
 FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
@@ -32,51 +37,43 @@ FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
     ".json": open_json,
     ".txt": open_plain_text,
 }
-"""Functions that open a file, by ending. They also take the prompt column and a temporary folder."""
+"""Functions by suffix that open a file. They also take the prompt column and a temporary folder."""
 
 
-def _join(endings: list[str]) -> str:
-    return f"{', '.join(endings[:-1])} or {endings[-1]}"
+def _join(suffixes: list[str]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
-ENDINGS = f"{_join(list(FORMATS))}, also with {_join(list(COMPRESSIONS))} after it"
-_FORMAT, _COMPRESSION = ("|".join(map(re.escape, endings)) for endings in (FORMATS, COMPRESSIONS))
+TABLE_SUFFIXES = f"{_join(list(FORMATS))}, also with {_join(list(COMPRESSIONS))} after it"
+_FORMAT, _COMPRESSION = ("|".join(map(re.escape, suffixes)) for suffixes in (FORMATS, COMPRESSIONS))
 _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMPRESSION})?", re.IGNORECASE | re.DOTALL)
 
 
-class TableName(NamedTuple):
-    """The parts of a table's path: the stem for default ids, the format and the compression."""
-
-    stem: str
-    format: str
-    compression: str
-
-
-def parse_name(relative: str) -> TableName | None:
-    """Return the parts of a path with a table ending, else None."""
+def parse_name(relative: str) -> tuple[str, str, str] | None:
+    """Return the stem for default ids, format and compression of a path with a table suffix, else None."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None
-    return TableName(_to_stem(match["stem"]), match["format"].lower(), (match["compression"] or "").lower())
+    return _to_stem(match["stem"]), match["format"].lower(), (match["compression"] or "").lower()
 
 
-def stem_of(name: str) -> str:
-    """Return the stem for default ids. The name need not have a table ending."""
+def get_stem(name: str) -> str:
+    """Return the stem for default ids of a path with or without a table suffix."""
     parts = parse_name(name)
-    return parts.stem if parts else _to_stem(name.rpartition(".")[0] or name)
+    return parts[0] if parts else _to_stem(name.rpartition(".")[0] or name)
 
 
 def _to_stem(relative: str) -> str:
-    return clean(relative).replace("/", "-")
+    return replace_surrogates(relative).replace("/", "-")
 
 
 def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a file. Raises TableError if it cannot be read, StorageError if the disk fails."""
     try:
         reader = FORMATS[file.format](file, prompt_column, scratch)
-    except (OSError, pa.ArrowException, csv.Error, UnicodeError) as error:
+    except (*READ_ERRORS, csv.Error) as error:
         raise_storage_error(error, file.name)
-        raise TableError(f"{file.name} cannot be read: {error_text(error)}") from error
+        raise TableError(f"{file.name} cannot be read: {format_error(error)}") from error
     if not reader.schema.names:
         raise TableError(f"{file.name} is empty")
     if (count := len(reader.schema.names)) > MAX_COLUMNS:
@@ -88,7 +85,7 @@ def detect_format(file: TableFile) -> TableFile:
     """Detect the format and compression of an unnamed file from its first bytes. Raises OSError."""
     with file.path.open("rb") as stream:
         start = stream.read(MAGIC_BYTES)
-    compression = next((ending for ending, candidate in COMPRESSIONS.items() if candidate.magic.match(start)), "")
+    compression = next((suffix for suffix, candidate in COMPRESSIONS.items() if candidate.magic.match(start)), "")
     file = replace(file, compression=compression)
     try:
         with open_decompressed(file) as content:
@@ -97,14 +94,14 @@ def detect_format(file: TableFile) -> TableFile:
                 return replace(file, format=".parquet")
             if start.startswith(UTF_8_MARK):
                 content.read(len(UTF_8_MARK))
-            lines = (line.strip() for line in iter(lambda: content.readline(LONGEST), b""))
+            lines = (line.strip() for line in iter(lambda: content.readline(MAX_ROW_SIZE), b""))
             nonblank = (line for line in lines if line)
-            return replace(file, format=_text_format(next(nonblank, b""), next(nonblank, b"")))
-    except OSError:  # the compressed data is damaged at the start, which opening the table reports
+            return replace(file, format=_detect_text_format(next(nonblank, b""), next(nonblank, b"")))
+    except OSError:  # the compressed data is damaged at the start, which `open_reader` reports
         return replace(file, format=".csv")
 
 
-def _text_format(first: bytes, second: bytes) -> str:
+def _detect_text_format(first: bytes, second: bytes) -> str:
     """Return the format of a text from its first two nonblank lines."""
     if first.startswith(b"["):
         return ".json"

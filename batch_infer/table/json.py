@@ -11,36 +11,36 @@ from typing import Any
 
 from batch_infer.errors import RowError, TableError
 from batch_infer.table.base import (
+    MAX_COLUMNS,
     RawRow,
     Reader,
     Scratch,
     TableFile,
-    broken_off_row,
-    error_text,
+    format_error,
     is_utf8,
-    remark_short_row,
+    make_short_row_notice,
+    rename_duplicates,
 )
-from batch_infer.table.columns import MAX_COLUMNS, JsonColumns, check_row, rename_doubled
-from batch_infer.table.jsonl import open_jsonl
-from batch_infer.table.scanner import BrokenDocumentError, Scanner
+from batch_infer.table.jsonl import open_jsonl, open_objects
+from batch_infer.table.scanner import Scanner
 from batch_infer.table.streams import BUFFER, open_bytes
 
-ACCEPTED = (
+ACCEPTED_FORMS = (
     'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
     '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line'
 )
 PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
 """Matches the start of an Azure payload on one line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
-LONG_START = 4000
-"""A first line that fails to parse may be truncated JSON if it has more bytes than this."""
+MAX_COMPLETE_BYTES = 4000
+"""A longer first line that fails to parse may be truncated JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFormat:
     """The layout of a document. `columns` names the cells of a row that is a list or a bare prompt.
 
-    `parameters` contains default cells for all rows.
+    `parameters` contains the default cells of all rows.
     """
 
     is_payload: bool
@@ -49,7 +49,7 @@ class DocumentFormat:
 
 
 def parse_payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names in a payload's `columns`. Raises RowError for too many or duplicate names."""
+    """Return the names in a payload's `columns`. Raises RowError for too many names or duplicates."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
     if duplicates := [name for name, count in Counter(map(str, values)).items() if count > 1]:
@@ -75,30 +75,19 @@ def parse_element(element: Any, document: DocumentFormat) -> dict[str, Any]:
 
 
 def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a .json file and find its format and columns in one pass.
-
-    Raises OSError, and TableError if no row can be read.
-    """
-    if _holds_json_lines(file, prompt_column):
+    """Open a .json file and find its format and columns. Raises OSError, and TableError if no row can be read."""
+    if _is_json_lines(file, prompt_column):
         return open_jsonl(file, prompt_column, scratch)
     document, renamed = _read_format(file, prompt_column or "prompt")
-    columns = JsonColumns([*document.columns, *document.parameters] if document.is_payload else [])
-    error: str | None = None
-    is_readable = False
-    for row in _read_elements(file, document):
-        columns.add(row.cells)
-        error = error or row.error
-        is_readable = is_readable or not row.error
-    if error and not is_readable:
-        raise TableError(f"{file.name} cannot be read: {error}")
-    return DocumentReader(file, columns.schema(), renamed, document)
+    columns = (*document.columns, *document.parameters) if document.is_payload else ()
+    return open_objects(file, lambda: _read_elements(file, document), columns, renamed)
 
 
-def _holds_json_lines(file: TableFile, prompt_column: str) -> bool:
+def _is_json_lines(file: TableFile, prompt_column: str) -> bool:
     """Return whether a .json file contains JSON Lines, as written by Spark and `datasets.to_json`. Raises OSError.
 
-    The second line of a document starts with a key, that of JSON Lines with another object. A single line is JSON Lines
-    if it has a prompt. Only the first read counts, since a document may be one line of any length.
+    The second line of a document starts with a key, and the second line of JSON Lines with another object. A single
+    line is JSON Lines if it has a prompt. Only the first read counts, since a document may be one line of any length.
     """
     with open_bytes(file) as stream:
         start = stream.peek(BUFFER)
@@ -110,12 +99,12 @@ def _holds_json_lines(file: TableFile, prompt_column: str) -> bool:
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
-        return len(first) > LONG_START and not PAYLOAD_KEY.search(first)
+        return len(first) > MAX_COMPLETE_BYTES and not PAYLOAD_KEY.search(first)
     return isinstance(value.get(prompt_column), str)
 
 
 def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, dict[str, str]]:
-    """Return the format of a document, and a map from renamed columns to their names in the document."""
+    """Return the format of a document, and the original names of renamed columns."""
     with open_bytes(file) as stream:
         scanner = Scanner(stream)
         match scanner.peek():
@@ -126,7 +115,7 @@ def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, d
             case "":
                 raise TableError(f"{file.name} is empty")
             case _:
-                raise TableError(f"{file.name} is no table: {ACCEPTED}")
+                raise TableError(f"{file.name} is no table: {ACCEPTED_FORMS}")
 
 
 def _read_payload_format(
@@ -136,28 +125,30 @@ def _read_payload_format(
     document, renamed = DocumentFormat(True, ()), dict[str, str]()
     has_rows, error = False, ""
     try:
-        for key in _payload_keys(scanner):
+        for key in _read_payload_keys(scanner):
             match key, scanner.peek():
                 case "columns", "[":
-                    names, renamed = rename_doubled(list(map(str, scanner.read_value())))
+                    names, renamed = rename_duplicates(list(map(str, scanner.read_value())))
                     document = replace(document, columns=parse_payload_columns(names))
                 case "parameters", "{":
                     document = replace(document, parameters=scanner.read_value())
-                case _, mark:
-                    has_rows = has_rows or (key == "data" and mark == "[")
+                case _, character:
+                    has_rows = has_rows or (key == "data" and character == "[")
                     scanner.skip_value()
-    except (OSError, BrokenDocumentError) as exc:
-        error = error_text(exc)  # the rows before the damage can be read once the columns are known
+    except OSError as exc:
+        error = format_error(exc)  # if the columns are known, the rows before the damage can be read
     except RowError as exc:
         raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
     if not has_rows or (error and not document.columns):
-        raise TableError(f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED}")
+        raise TableError(
+            f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED_FORMS}"
+        )
     if not all(map(is_utf8, (*document.columns, *document.parameters))):
         raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
     return document if document.columns else replace(document, columns=(prompt_column,)), renamed
 
 
-def _payload_keys(scanner: Scanner) -> Iterator[str]:
+def _read_payload_keys(scanner: Scanner) -> Iterator[str]:
     """Yield the keys of a payload, at the top level or inside `input_data`. The caller must consume each value."""
     for key in scanner.read_keys():
         if key == "input_data" and scanner.peek() == "{":
@@ -166,39 +157,22 @@ def _payload_keys(scanner: Scanner) -> Iterator[str]:
             yield key
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentReader(Reader):
-    """Reads the rows of a JSON document."""
-
-    document: DocumentFormat
-
-    def rows(self) -> Iterator[RawRow]:
-        columns = frozenset(self.schema.names)
-        for row in _read_elements(self.file, self.document):
-            yield row if row.error else check_row(row, f"element {row.number}", columns)
-
-
 def _read_elements(file: TableFile, document: DocumentFormat) -> Iterator[RawRow]:
-    row_number = 0
-    try:
-        with open_bytes(file) as stream:
-            scanner = Scanner(stream)
-            for _ in _find_elements(scanner, document):
-                yield _make_row(row_number, scanner.read_value(), document)
-                row_number += 1
-            scanner.read_end()
-    except (OSError, BrokenDocumentError) as error:
-        yield broken_off_row(file, row_number, error)
+    with open_bytes(file) as stream:
+        scanner = Scanner(stream)
+        for row_number, _ in enumerate(_find_elements(scanner, document)):
+            yield _make_row(row_number, scanner.read_value(), document)
+        scanner.read_end()
 
 
 def _find_elements(scanner: Scanner, document: DocumentFormat) -> Iterator[None]:
     """Yield before each row. The caller must consume the row."""
     if not document.is_payload:
-        yield from scanner.elements()
+        yield from scanner.find_elements()
         return
-    for key in _payload_keys(scanner):
+    for key in _read_payload_keys(scanner):
         if key == "data" and scanner.peek() == "[":
-            yield from scanner.elements()
+            yield from scanner.find_elements()
         else:
             scanner.skip_value()
 
@@ -209,4 +183,4 @@ def _make_row(row_number: int, element: Any, document: DocumentFormat) -> RawRow
     except RowError as error:
         return RawRow(row_number, {}, f"element {row_number} {error}")
     is_short = isinstance(element, list) and len(element) < len(document.columns)
-    return RawRow(row_number, cells, remark=remark_short_row(len(element), document.columns) if is_short else None)
+    return RawRow(row_number, cells, notice=make_short_row_notice(len(element), document.columns) if is_short else None)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+
 from batch_infer.carried import JsonNumber
 from batch_infer.errors import RowError, TableError
-from batch_infer.table.base import RawRow, Reader, Scratch, TableFile, broken_off_row, is_utf8
-from batch_infer.table.columns import JsonColumns, check_row
-from batch_infer.table.streams import LineReader, open_text
+from batch_infer.table.base import (
+    MAX_COLUMNS,
+    RawRow,
+    Reader,
+    Scratch,
+    TableFile,
+    is_utf8,
+    replace_surrogates,
+)
+from batch_infer.table.streams import open_text, read_lines
 
+MAX_DEPTH = 100
 SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
 """https://platform.openai.com/docs/api-reference/images/create: size is WIDTHxHEIGHT or auto."""
 FLOAT_DIGITS = 15
@@ -23,65 +32,120 @@ FLOAT_DIGITS = 15
 MAX_INTEGER_DIGITS = 4000
 """Maximum number of digits to convert to an integer. Python's own limit is 4300."""
 
+_NULL, _BOOL, _INTEGER, _FLOAT, _TEXT, _INEXACT = 0, 1, 2, 4, 8, 16
+"""Bit flags for the values in a column. _INEXACT marks an integer that float64 cannot represent exactly."""
+_FLAGS = {type(None): _NULL, bool: _BOOL, float: _FLOAT, str: _TEXT, list: _TEXT, dict: _TEXT}
+_TYPES = {
+    _NULL: pa.null(),
+    _BOOL: pa.bool_(),
+    _INTEGER: pa.int64(),
+    _INTEGER | _INEXACT: pa.int64(),
+    _FLOAT: pa.float64(),
+    _INTEGER | _FLOAT: pa.float64(),
+}
 
-def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> JsonLinesReader:
+
+def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
-        pass  # raises OSError if the file cannot be opened, which `_read_lines` would report as a row
-    columns = JsonColumns()
+        pass  # raises OSError if the file cannot be opened, which `Reader.read_rows` would turn into a row
+    return open_objects(file, lambda: _read_objects(file))
+
+
+def open_objects(
+    file: TableFile,
+    read: Callable[[], Iterator[RawRow]],
+    columns: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> Reader:
+    """Return a reader of the rows from `read`, after one pass that finds their columns and types.
+
+    The file has `columns` even if no row does. Rows appended after the pass are read by the next run. Raises TableError
+    if no row can be read.
+    """
+    flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
-    count = 0
-    for row in _read_lines(file):
-        columns.add(row.cells)
+    is_readable, count = False, 0
+    for row in Reader(file, pa.schema([]), {}, read).read_rows():
+        _add_flags(row.cells, flags)
         error = error or row.error
+        is_readable = is_readable or bool(row.cells) or not row.error
         count += 1
-    schema = columns.schema()
-    if error and not schema.names:
+    if error and not is_readable:
         raise TableError(f"{file.name} cannot be read: {error}")
-    return JsonLinesReader(file, schema, {}, count)
+    schema = pa.schema([(name, _TYPES.get(flag, pa.string())) for name, flag in flags.items()])
+    names = frozenset(flags)
+    return Reader(file, schema, renamed or {}, lambda: (_check_row(row, names) for row in islice(read(), count)))
 
 
-@dataclass(frozen=True, slots=True)
-class JsonLinesReader(Reader):
-    """Reads the first `count` rows of a JSON Lines file. Rows appended later are read by the next run."""
+def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
+    """Add the flags of a row's values to `columns`, except for invalid names, which `_check_row` rejects."""
+    for name, value in cells.items():
+        flags = _FLAGS.get(value.__class__)
+        if flags is None:  # an integer or Decimal
+            is_int64 = value.__class__ is int and -(2**63) <= value < 2**63
+            flags = _TEXT if not is_int64 else _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
+        if name in columns:
+            columns[name] |= flags
+        elif len(columns) < MAX_COLUMNS and is_utf8(name):
+            columns[name] = flags
 
-    count: int
 
-    def rows(self) -> Iterator[RawRow]:
-        columns = frozenset(self.schema.names)
-        for row in islice(_read_lines(self.file), self.count):
-            yield row if row.error else check_row(row, f"line {row.line}", columns)
+def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
+    """Return a row, with an error if it does not fit the table."""
+    error = None
+    if row.error:
+        return row
+    if not columns.issuperset(row.cells):
+        unknown = replace_surrogates(next(name for name in row.cells if name not in columns))
+        error = (
+            f"has a column that the table cannot have, {unknown[:40]!r}: "
+            f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
+        )
+    elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
+        error = f"is nested too deeply, in {deep[0]!r}"
+    if error is None:
+        return row
+    location = f"line {row.line}" if row.line else f"element {row.number}"
+    return row._replace(cells={}, error=f"{location} {error}")
 
 
-def _read_lines(file: TableFile) -> Iterator[RawRow]:
-    row_number, is_batch = 0, None
-    try:
-        with open_text(file, newline="\n") as stream:
-            lines = LineReader(stream)
-            while True:
+def is_too_deep(value: Any) -> bool:
+    """Return whether a list or object is nested too deeply for recursive code."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if outer.__class__ is dict else outer)
+            if inner.__class__ in (list, dict)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _read_objects(file: TableFile) -> Iterator[RawRow]:
+    is_batch = None
+    with open_text(file, newline="\n") as stream:
+        for row_number, (line, text, error) in enumerate(read_lines(stream)):
+            cells: dict[str, Any] = {}
+            if error is None:
                 try:
-                    text = next(lines)
-                    if text.isspace():
-                        continue
-                    cells, error = _parse_object(text), None
+                    cells = _parse_object(text)
                     is_batch = _is_batch_request(cells) if is_batch is None else is_batch
                     if is_batch:
                         cells, error = _read_batch_request(cells)
-                except StopIteration:
-                    return
                 except RowError as exc:
-                    cells, error = {}, f"line {lines.number} {exc}"
-                yield RawRow(row_number, cells, error, lines.number)
-                row_number += 1
-    except OSError as exc:
-        yield broken_off_row(file, row_number, exc)
+                    cells, error = {}, f"line {line} {exc}"
+            yield RawRow(row_number, cells, error, line)
 
 
 def _parse_object(text: str) -> dict[str, Any]:
     if not is_utf8(text):
         raise RowError("is not UTF-8")
     try:
-        value = json.loads(text.rstrip(), parse_float=exact_float)
+        value = json.loads(text.rstrip(), parse_float=parse_exact_float)
     except json.JSONDecodeError as error:
         raise RowError(f"is not JSON: {error.msg.removesuffix(' at')}, character {error.pos + 1}") from error
     except ValueError as error:  # a number with thousands of digits
@@ -98,7 +162,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a request's cells under our column names, and an error message if its size is invalid."""
+    """Return a request's cells by our column names, and an error message if its size is invalid."""
     if not _is_batch_request(line):
         raise RowError("has no custom_id and body, as the first line has")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
@@ -115,10 +179,10 @@ def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | Non
     return {**cells, **body, "id": line["custom_id"]}, error
 
 
-def exact_float(text: str) -> float | int | Decimal | JsonNumber:
-    """Parse a JSON number with a point or an exponent without rounding, to a float if possible.
+def parse_exact_float(text: str) -> float | int | Decimal | JsonNumber:
+    """Parse a JSON number with a point or exponent without rounding, to a float if possible.
 
-    A float is exact if it prints as the same number, as 0.1 does. A number with an exponent beyond Decimal stays text.
+    A float is exact if it prints as the same number, like 0.1. A number with an exponent beyond Decimal stays text.
     """
     value = float(text)
     is_plain = "e" not in text.lower()

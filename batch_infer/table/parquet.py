@@ -11,77 +11,95 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import types
 
-from batch_infer.carried import to_result_array, to_values
+from batch_infer.carried import convert_items, to_result_array, to_values
 from batch_infer.table.base import (
     BATCH_ROWS,
+    READ_ERRORS,
     RawRow,
     Reader,
     Scratch,
     TableFile,
-    broken_off_row,
-    error_text,
+    format_error,
     raise_storage_error,
+    rename_duplicates,
 )
-from batch_infer.table.columns import rename_doubled, rename_doubled_fields
-from batch_infer.table.streams import LONGEST, decompress
+from batch_infer.table.streams import MAX_ROW_SIZE, decompress
 
 BATCH_BYTES = 32 << 20
 MIN_VALUE_BYTES = 16
-"""Minimum bytes to assume per value, since a long list of equal values takes only a few bytes in the file."""
+"""Bytes to assume per value at least, since a long list of equal values takes only a few bytes in the file."""
 BUFFER = 1 << 20
-"""Bytes per read of a column. Without this limit, pyarrow reads the entire column chunk of a row group."""
+"""Bytes per read of a column. Without this limit, pyarrow reads all of a row group's column at once."""
 PLAUSIBLE_ROWS = 1 << 20
-"""Row count that is plausible for a row group of any size: a million equal rows take only a few bytes."""
-READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
+"""Number of rows that a row group of any size can have, since a million equal rows take only a few bytes."""
 
-_HAS_LENGTH = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+_HAS_LENGTH = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
 
 
-def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> ParquetReader:
+def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a Parquet file. Raises OSError, pa.ArrowException and UnicodeError."""
     # The path is absolute because Arrow parses a relative path with a colon as a URI.
     path = decompress(file, scratch.new_path()) if file.compression else file.path.absolute()
     schema = pq.read_schema(path)
-    names, renamed = rename_doubled(schema.names)
+    names, renamed = rename_duplicates(schema.names)
     renamed_fields: dict[str, str] = {}
     fields = [
-        field.with_name(name).with_type(rename_doubled_fields(field.type, name, renamed_fields))
+        field.with_name(name).with_type(_rename_duplicate_fields(field.type, name, renamed_fields))
         for field, name in zip(schema, names, strict=True)
     ]
-    return ParquetReader(file, pa.schema(fields), {**renamed, **renamed_fields}, path, renamed)
+    rows = _ParquetRows(file.name, path, pa.schema(fields), renamed, bool(renamed_fields))
+    return Reader(file, rows.schema, {**renamed, **renamed_fields}, rows.read, rows.read_column)
+
+
+def _rename_duplicate_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
+    """Return a type whose structs have unique field names, and add the changed names to `renamed`.
+
+    `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
+    """
+    if types.is_struct(dtype):
+        names, duplicates = rename_duplicates([field.name for field in dtype])
+        renamed.update({f"{name}.{new}": f"{name}.{old}" for new, old in duplicates.items()})
+        return pa.struct(
+            field.with_name(new).with_type(_rename_duplicate_fields(field.type, f"{name}.{new}", renamed))
+            for field, new in zip(dtype, names, strict=True)
+        )
+    if types.is_map(dtype) or types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+        return convert_items(dtype, lambda item: _rename_duplicate_fields(item, name, renamed))
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetReader(Reader):
-    """Reads a Parquet file. Its cells are plain values, as defined in `batch_infer.carried`."""
+class _ParquetRows:
+    """The rows of a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
 
+    name: str
     path: Path
-    renamed_columns: Mapping[str, str]
+    schema: pa.Schema
+    renamed: Mapping[str, str]
+    has_renamed_fields: bool
 
-    def rows(self) -> Iterator[RawRow]:
+    def read(self) -> Iterator[RawRow]:
         """Yield as many rows as the footer counts. The rows of a damaged row group contain its error.
 
         If the counts in the footer are damaged, a single row says so.
         """
         row_number = counted_rows = 0
-        try:
-            with self._open() as parquet:
-                for group in range(parquet.num_row_groups):
-                    for row in self._read_group(parquet, group, row_number):
-                        yield row
-                        row_number = row.number + 1
-                    counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
-                if counted_rows < (total := parquet.metadata.num_rows):
-                    message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
-                    yield RawRow(row_number, {}, message)
-        except READ_ERRORS as error:
-            yield broken_off_row(self.file, row_number, error)
+        with self._open_file() as parquet:
+            for group in range(parquet.num_row_groups):
+                for row in self._read_group(parquet, group, row_number):
+                    yield row
+                    row_number = row.number + 1
+                counted_rows += max(0, parquet.metadata.row_group(group).num_rows)
+            if counted_rows < (total := parquet.metadata.num_rows):
+                message = f"the footer is damaged: it counts {total} rows, and its row groups {counted_rows}"
+                yield RawRow(row_number, {}, message)
 
-    def arrays(self, name: str) -> Iterator[pa.Array]:
-        original = self.renamed_columns.get(name, name)
-        duplicates = [column for column in self.schema.names if self.renamed_columns.get(column, column) == original]
-        with self._skip_damage(), self._open() as parquet:
+    def read_column(self, name: str) -> Iterator[pa.Array]:
+        original = self.renamed.get(name, name)
+        duplicates = [column for column in self.schema.names if self.renamed.get(column, column) == original]
+        with self._skip_damage(), self._open_file() as parquet:
             for group in range(parquet.num_row_groups):
                 with self._skip_damage():
                     for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[original]):
@@ -93,9 +111,9 @@ class ParquetReader(Reader):
         try:
             yield
         except READ_ERRORS as error:
-            raise_storage_error(error, self.file.name, was_opened=True)
+            raise_storage_error(error, self.name, was_opened=True)
 
-    def _open(self) -> pq.ParquetFile:
+    def _open_file(self) -> pq.ParquetFile:
         """Open the file. Repeated texts are read as dictionaries, since one long text may be in millions of rows."""
         with pq.ParquetFile(self.path) as parquet:
             repeated = _find_repeated(parquet.metadata)
@@ -106,12 +124,12 @@ class ParquetReader(Reader):
         row_number, count = first, metadata.num_rows
         message = "it has fewer rows than the footer counts"
         try:
-            for batch in parquet.iter_batches(batch_size=_batch_rows(metadata), row_groups=[group]):
+            for batch in parquet.iter_batches(batch_size=_choose_batch_size(metadata), row_groups=[group]):
                 yield from _read_batch(self._rename(batch), row_number)
                 row_number += len(batch)
         except READ_ERRORS as error:
-            raise_storage_error(error, self.file.name, was_opened=True)
-            message = error_text(error)
+            raise_storage_error(error, self.name, was_opened=True)
+            message = format_error(error)
         else:
             if row_number - first >= count:
                 return
@@ -124,10 +142,10 @@ class ParquetReader(Reader):
 
     def _rename(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch with the schema's names for columns and struct fields."""
-        if len(self.renamed) == len(self.renamed_columns):  # no struct field is renamed
+        if not self.has_renamed_fields:
             return batch.rename_columns(self.schema.names)
         columns = [
-            column.view(field.type) if pa.types.is_nested(field.type) else column
+            column.view(field.type) if types.is_nested(field.type) else column
             for column, field in zip(batch.columns, self.schema, strict=True)
         ]
         return pa.RecordBatch.from_arrays(columns, self.schema.names)
@@ -144,39 +162,34 @@ def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
     return list(repeated)
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
-    """Return how many rows of a row group to read together, so that a batch takes about BATCH_BYTES at most."""
+def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
+    """Return the number of rows of a row group to read together, in at most about BATCH_BYTES."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
 
 
 def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
-    """Yield the rows of a batch. A row that is too long is not converted to Python values."""
-    start = 0
-    for index in _find_too_long(batch):
+    """Yield the rows of a batch. Rows that are too long are not converted to Python values."""
+    start, long_rows = 0, []
+    if batch.nbytes > MAX_ROW_SIZE:
+        sizes = reduce(pc.add, map(_measure_cells, batch.columns))
+        long_rows = pc.indices_nonzero(pc.greater(sizes, MAX_ROW_SIZE)).to_pylist()
+    for index in long_rows:
         yield from _convert_rows(batch.slice(start, index - start), row_number + start)
-        yield RawRow(row_number + index, {}, f"the row has more than {LONGEST} bytes")
+        yield RawRow(row_number + index, {}, f"the row has more than {MAX_ROW_SIZE} bytes")
         start = index + 1
     yield from _convert_rows(batch.slice(start), row_number + start)
 
 
-def _find_too_long(batch: pa.RecordBatch) -> list[int]:
-    """Return the indices of rows with more than LONGEST bytes."""
-    if batch.nbytes <= LONGEST:
-        return []
-    total = reduce(pc.add, map(_cell_bytes, batch.columns))
-    return list(pc.indices_nonzero(pc.greater(total, LONGEST)).to_pylist())
-
-
-def _cell_bytes(column: pa.Array) -> pa.Array:
+def _measure_cells(column: pa.Array) -> pa.Array:
     """Return the size of each cell in bytes. Fixed-width numbers count as 0."""
     dtype = column.type
-    if pa.types.is_dictionary(dtype):
-        sizes = _cell_bytes(column.dictionary).take(column.indices)
+    if types.is_dictionary(dtype):
+        sizes = _measure_cells(column.dictionary).take(column.indices)
     elif any(test(dtype) for test in _HAS_LENGTH):
         sizes = pc.binary_length(column).cast(pa.int64())
-    elif pa.types.is_primitive(dtype):
+    elif types.is_primitive(dtype):
         sizes = pa.nulls(len(column), pa.int64())
     else:
         cells = (column.slice(index, 1) for index in range(len(column)))
@@ -202,5 +215,5 @@ def _convert_row(batch: pa.RecordBatch, row_number: int) -> RawRow:
         try:
             (cells[name],) = to_values(batch.column(name))
         except ValueError as error:
-            errors.append(f"column {name!r} cannot be read: {error_text(error)}")
+            errors.append(f"column {name!r} cannot be read: {format_error(error)}")
     return RawRow(row_number, cells, "; ".join(errors) or None)

@@ -1,7 +1,6 @@
 """List and download files behind URLs with fsspec, and translate its errors.
 
-Files are downloaded before they are read, so that every pass reads the same bytes and no pass fails because of the
-network.
+Files are downloaded before they are read, so that all passes read the same bytes and none fails because of the network.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import fsspec
 
 from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
 from batch_infer.store import temporary_file_errors
-from batch_infer.table.selection import outermost_folders
-from batch_infer.table.urls import HTTP, is_http, protocol_of, redact_urls, split_chain, split_query
+from batch_infer.table.selection import find_outermost_folders
+from batch_infer.table.urls import HTTP_PROTOCOLS, get_protocol, is_http, redact_urls, split_chain, split_query
 
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
@@ -28,22 +27,20 @@ EXTRAS = {
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), ("adlfs", "abfss")),
     **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
 }
-"""The package that fsspec needs for each protocol, and our extra that installs the package."""
-CLIENTS = frozenset(
-    {
-        *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub"),
-        *("paramiko", "requests", "smbprotocol", "urllib3"),
-    }
-)
-"""Client packages of services. Many of their errors are not OSErrors, and fsspec does not translate them."""
-REFUSALS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
-"""Client errors without an HTTP status for requests that a service refuses."""
-SILENCE_SECONDS = 60
-"""Seconds to wait for data from a server. aiohttp's default limits the total time, which aborts large downloads."""
+"""The package that fsspec needs for each protocol, and the extra of batch-infer that installs it."""
+CLIENTS = {
+    *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub", "paramiko"),
+    *("requests", "smbprotocol", "urllib3"),
+}
+"""Client packages of services. fsspec does not translate their errors, many of which are not OSErrors."""
+ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
+"""Names of client errors, without an HTTP status, for requests that a service refuses."""
+READ_TIMEOUT_SECONDS = 60
+"""Timeout for data from a server. aiohttp's default limits the total time, which aborts large downloads."""
 
 
 class RemoteListing(NamedTuple):
-    """The contents of a folder or glob: the folder's path and URL, and the files' paths in fsspec."""
+    """Paths in fsspec of the files in a folder or glob, with the folder's path and URL."""
 
     folder: str
     url: str
@@ -52,14 +49,14 @@ class RemoteListing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """A file, folder or glob behind a URL. `path` is its path in fsspec's `system`. `url` may contain a secret."""
+    """A file, folder or glob behind a URL, which may contain a secret. `path` is its path in fsspec's `system`."""
 
     system: Any
     path: str
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob. Return None for a single file. A name with brackets is first tried as a file."""
+        """List a folder or glob. Return None for a single file. A name with wildcards may also be that of a file."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
@@ -75,33 +72,33 @@ class RemoteFiles:
     def _list_glob(self) -> RemoteListing:
         matches = self.system.glob(self.path, detail=True)
         paths = {path for path, entry in matches.items() if entry["type"] in ("file", "link")}
-        for folder in outermost_folders(path for path, entry in matches.items() if entry["type"] == "directory"):
+        for folder in find_outermost_folders(path for path, entry in matches.items() if entry["type"] == "directory"):
             paths.update(self.system.find(folder))
         before, link, after = split_chain(self.url)
         head, query = split_query(link)
         protocol, mark, path = head.rpartition("://")
-        folder_url = f"{before}{protocol}{mark}{_fixed_part(path)}{query}{after}"
-        return RemoteListing(_fixed_part(self.path), folder_url, list(paths))
+        folder_url = f"{before}{protocol}{mark}{_get_fixed_part(path)}{query}{after}"
+        return RemoteListing(_get_fixed_part(self.path), folder_url, list(paths))
 
 
-def _fixed_part(path: str) -> str:
-    """Return the part of a path before its first component with a wildcard."""
+def _get_fixed_part(path: str) -> str:
+    """Return the components of a path before the first one with a wildcard."""
     return "/".join(takewhile(lambda part: not has_magic(part), path.split("/")))
 
 
 def connect(url: str, name: str) -> RemoteFiles:
-    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and errors of fsspec."""
-    protocol = protocol_of(url) or ""
+    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and fsspec's errors."""
+    protocol = get_protocol(url) or ""
     package, extra = EXTRAS.get(protocol, (None, None))
     if package is not None and find_spec(package) is None:
         raise TableError(f"{name}: reading {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
     if is_http(url):
         from fsspec.implementations import http
 
-        system = http.HTTPFileSystem(**_http_options(), use_listings_cache=False, skip_instance_cache=True)
+        system = http.HTTPFileSystem(**_make_http_options(), use_listings_cache=False, skip_instance_cache=True)
         return RemoteFiles(system, url, url)
-    inner = {protocol_of(link) for link in url.split("::")[1:]}
-    options: dict[str, Any] = {name: _http_options() for name in inner if name in HTTP}
+    inner = {get_protocol(link) for link in url.split("::")[1:]}
+    options: dict[str, Any] = {name: _make_http_options() for name in inner if name in HTTP_PROTOCOLS}
     try:
         try:  # a cached listing could be older than this run
             system, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
@@ -112,19 +109,18 @@ def connect(url: str, name: str) -> RemoteFiles:
         raise TableError(f"{name}: reading {protocol}:// needs another package: {first_line(error)}") from error
 
 
-def _http_options() -> dict[str, Any]:
+def _make_http_options() -> dict[str, Any]:
     from fsspec.implementations import http
 
-    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
     # No compression in transit: the client would decompress a .csv.gz too.
     return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 
 
 class RemoteErrors:
-    """Context manager that translates errors of fsspec and its clients into TableError, ServiceError or StorageError.
+    """Translate all errors of fsspec and its clients into TableError, ServiceError or StorageError.
 
-    Clients raise all types of exceptions. The cause is dropped, since its message may contain the whole URL with a
-    signature.
+    The cause is dropped, since its message may contain the whole URL with a signature.
     """
 
     def __init__(self, name: str) -> None:
@@ -146,18 +142,18 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return TableError(f"{name}: no such file or folder")
     if isinstance(error, PermissionError):
-        return TableError(f"{name}: no permission to read it: {_reason(error)}")
+        return TableError(f"{name}: no permission to read it: {_describe(error)}")
     if isinstance(error, (ValueError, TypeError, RuntimeError)) or not _is_service_error(error):
-        return TableError(f"{name} cannot be opened: {_reason(error)}")
-    status = _http_status(error)
+        return TableError(f"{name} cannot be opened: {_describe(error)}")
+    status = _get_http_status(error)
     is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if is_refused or type(error).__name__ in REFUSALS:
-        return TableError(f"{name}: the server refuses it: {_reason(error)}")
-    return ServiceError(f"could not fetch {name}: {_reason(error)}; run again")
+    if is_refused or type(error).__name__ in ACCESS_ERRORS:
+        return TableError(f"{name}: the server refuses it: {_describe(error)}")
+    return ServiceError(f"could not fetch {name}: {_describe(error)}; run again")
 
 
 def _is_service_error(error: Exception) -> bool:
-    """Return whether an error comes from the network or a service, not from the content, such as an archive."""
+    """Return whether an error comes from the network or a service, not from content such as an archive."""
     modules = {base.__module__ for base in type(error).__mro__}
     if isinstance(error, EOFError):  # from ftplib if the server hangs up, from gzip if a file is cut off
         modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
@@ -165,7 +161,7 @@ def _is_service_error(error: Exception) -> bool:
     return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)
 
 
-def _http_status(error: Exception) -> int | None:
+def _get_http_status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
         if isinstance(status := getattr(holder, name, None), int):
@@ -173,8 +169,8 @@ def _http_status(error: Exception) -> int | None:
     return None
 
 
-def _reason(error: Exception) -> str:
-    if (status := _http_status(error)) is not None:
+def _describe(error: Exception) -> str:
+    if (status := _get_http_status(error)) is not None:
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
     text, name = redact_urls(first_line(error)), type(error).__name__
     if text == name or "?" in text or "@" in text:

@@ -11,22 +11,26 @@ from typing import Any, TypeAlias
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
 from batch_infer.settings import FIELDS, RowDefaults
-from batch_infer.table.base import clean, encoding_error, is_utf8, make_default_id
-from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, id_text, read_fields, show_value
+from batch_infer.table.base import find_encoding_error, is_utf8, make_default_id, replace_surrogates
+from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, format_id, format_value, read_fields
 
 REQUEST_STEM = "request"
-"""Used instead of a file name, also in ids, for rows that do not come from a file."""
+"""File name in sources and default ids of rows that do not come from a file."""
 
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
     (re.compile(r"it is not JSON: "), "it is no JSON: "),
     (re.compile(r"('.+'|\".+\") instead of (.+)"), r"\1 stands where \2 should"),
     (re.compile(r"('.+'|\".+\") after its end"), r"\1 stands after its end"),
+    (
+        re.compile(r"the row's carried cells exceed (\d+) bytes in total: dropped "),
+        r"the carried cells of a row may be \1 bytes together: left out ",
+    ),
 )
-"""Errors that earlier versions worded otherwise, and how."""
+"""Patterns of errors, and their wording in earlier versions, which committed its digest as the row's fingerprint."""
 
-IsFinished: TypeAlias = "Callable[[PromptRequest], bool]"
-"""Returns whether the image of a request already exists."""
+HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
+"""Returns whether the manifest has a final result for a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,10 @@ class RowRules:
 
 @dataclass(frozen=True, slots=True)
 class RowCells:
-    """The field cells (None if empty) and the carried cells of a row.
+    """The cells of a row: those of fields (None if empty), and those carried to the results.
 
-    `id` is the id cell or the default id, and is unique in a run. `too_large` is the error message if carried cells are
-    left out because their total size is too large. The last two attributes are those of PromptRequest.
+    `id` is the id cell or the default id, and is unique in a run. `too_large` is an error message if carried cells were
+    dropped because of their size. PromptRequest documents `id_collides` and `stem_collides`.
     """
 
     id: str
@@ -81,7 +85,7 @@ def parse_rows(
     for number, row in enumerate(rows):
         fields = read_fields(field_columns, row.get)
         value = fields.pop("id", None)
-        name = make_default_id(REQUEST_STEM, number) if value is None else id_text(value)
+        name = make_default_id(REQUEST_STEM, number) if value is None else format_id(value)
         cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
         not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
         if not_utf8:  # a table can be saved as UTF-8, a request cannot
@@ -95,11 +99,11 @@ def parse_rows(
 
 
 def make_requests(
-    cells: RowCells, rules: RowRules, is_finished: IsFinished = lambda _: False
+    cells: RowCells, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
 ) -> Iterator[PromptRequest | ResultRow]:
     """Yield one request for each image of a row, or a single invalid result.
 
-    A row with a finished image stays valid even if its texts or carried cells are too large, since earlier versions had
+    A row with a final result stays valid even if its texts or carried cells are too large, since earlier versions had
     no size limits.
     """
     errors: list[str] = []
@@ -108,7 +112,7 @@ def make_requests(
         yield make_invalid(cells, "; ".join(errors))
         return
     too_large = [*_check_lengths(values), *([cells.too_large] if cells.too_large else ())]
-    if too_large and not any(map(is_finished, _make_requests(cells, rules, dict(values)))):
+    if too_large and not any(map(has_final_result, _make_requests(cells, rules, dict(values)))):
         yield make_invalid(cells, "; ".join(too_large))
     else:
         yield from _make_requests(cells, rules, values)
@@ -139,36 +143,35 @@ def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> 
 def make_invalid(cells: RowCells, error: str) -> ResultRow:
     """Return the invalid result for a row that cannot be rendered."""
     prompt = cells.fields.get("prompt")
+    earlier_error = error
+    for pattern, wording in EARLIER_WORDINGS:
+        earlier_error = pattern.sub(wording, earlier_error)
     fields = {
         name: value[:MAX_TEXT_LENGTH] if isinstance(value, str) else value for name, value in cells.fields.items()
     }
     return ResultRow(
         id=cells.id,
         image_index=0,
-        prompt=None if prompt is None else clean(str(prompt)[:MAX_TEXT_LENGTH]),
+        prompt=None if prompt is None else replace_surrogates(str(prompt)[:MAX_TEXT_LENGTH]),
         status="invalid",
-        error=clean(error),
+        error=replace_surrogates(error),
         finished_at=utc_now(),
         source_file=cells.source.file,
         source_row=cells.source.row,
-        fingerprint=digest(["invalid", _earlier_wording(error), str(fields)]),
-        carried={name: clean(value) if isinstance(value, str) else value for name, value in cells.carried.items()},
+        fingerprint=digest(["invalid", earlier_error, str(fields)]),
+        carried={
+            name: replace_surrogates(value) if isinstance(value, str) else value
+            for name, value in cells.carried.items()
+        },
         line=cells.source.line,
     )
-
-
-def _earlier_wording(error: str) -> str:
-    """Return an error in the words of earlier versions, which committed its digest as the fingerprint of the row."""
-    for pattern, earlier in EARLIER_WORDINGS:
-        error = pattern.sub(earlier, error)
-    return error
 
 
 def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any]:
     """Return a row's values by field, with defaults for empty cells. Add error messages to `errors`."""
     for columns in (cells.carried, cells.fields):
         for name, value in columns.items():
-            if value.__class__ is str and not value.isascii() and (error := encoding_error(value)):
+            if value.__class__ is str and not value.isascii() and (error := find_encoding_error(value)):
                 errors.append(f"column {name!r} {error}")
     if cells.fields.get("prompt") is None:
         errors.append("the prompt is empty")
@@ -181,7 +184,7 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
             errors.append(str(exc))
     for field, value in rules.fixed:
         if field in values and values[field] != value:
-            errors.append(f"{field} {show_value(values[field])} is given, and this model takes none")
+            errors.append(f"{field} {format_value(values[field])} is given, and this model takes none")
     if errors:
         return values
     if cells.fields.get("seed") is None:

@@ -1,4 +1,4 @@
-"""Read the bytes or lines of a file, with streaming decompression."""
+"""Read the bytes or lines of a file, and decompress them while reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import pyarrow as pa
 
@@ -20,11 +20,11 @@ from batch_infer.errors import RowError, TableError
 from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
-LONGEST = 16 << 20
-"""Maximum number of characters in a row, or bytes in a Parquet row. A quote still open then counts as unclosed."""
+MAX_ROW_SIZE = 16 << 20
+"""Maximum number of characters in a row, or bytes in a Parquet row. A quote that is open for longer is unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
-"""Bytes per zstd read. If a read fails, Arrow loses all data that it decompressed in that read."""
+"""Bytes per zstd read. Arrow loses the data that it decompressed in a failed read."""
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
 MAGIC_BYTES = 10
@@ -49,7 +49,7 @@ COMPRESSIONS = {
 
 
 class _RawFile(io.FileIO):
-    """A file on disk. Raises StorageError, which names the table, if the disk fails."""
+    """Reads a file on disk. Raises StorageError naming the table if the disk fails."""
 
     def __init__(self, file: TableFile) -> None:
         super().__init__(file.path)
@@ -64,11 +64,11 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file. In a damaged file, returns all data before the damage, then raises OSError."""
+    """Reads the content of a compressed file: all data before any damage, and then raises OSError."""
 
-    def __init__(self, raw: BinaryIO, ending: str) -> None:
-        self._raw, self._name = raw, COMPRESSIONS[ending].name
-        self._source = COMPRESSIONS[ending].open(raw)
+    def __init__(self, raw: BinaryIO, suffix: str) -> None:
+        self._raw, self._name = raw, COMPRESSIONS[suffix].name
+        self._source = COMPRESSIONS[suffix].open(raw)
 
     def readable(self) -> bool:
         return True
@@ -76,18 +76,13 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
         try:
-            data = self._read(len(view))
+            data = self._source.read1(min(len(view), ZSTD_READ) if self._name == "zstd" else len(view))
         except EOFError as error:
             raise OSError(f"the {self._name} stream is cut off") from error
         except (zlib.error, lzma.LZMAError) as error:
             raise OSError(f"the {self._name} stream is damaged: {error}") from error
         view[: len(data)] = data
         return len(data)
-
-    def _read(self, size: int) -> bytes:
-        if self._name == "zstd":
-            return cast("bytes", self._source.read(min(size, ZSTD_READ)))
-        return cast("bytes", self._source.read1(size))
 
     def close(self) -> None:
         if not self.closed:
@@ -142,29 +137,43 @@ class LineReader:
 
     def __init__(self, stream: TextIO) -> None:
         self._readline = stream.readline
-        self.longest = LONGEST
+        self.max_length = MAX_ROW_SIZE
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._readline(self.longest)
+        line = self._readline(self.max_length)
         if not line:
             raise StopIteration
         self.number += 1
-        if len(line) < self.longest or line[-1] in "\r\n":
+        if len(line) < self.max_length or line[-1] in "\r\n":
             return line
-        return self.shorten(self._pieces(line))
+        return self.shorten(self._read_pieces(line))
 
     def shorten(self, pieces: Iterator[str]) -> str:
         """Skip a line that is too long and raise RowError. A subclass may return a shorter line."""
         for _ in pieces:
             pass
-        raise RowError(f"is longer than {self.longest} characters")
+        raise RowError(f"is longer than {self.max_length} characters")
 
-    def _pieces(self, piece: str) -> Iterator[str]:
+    def _read_pieces(self, piece: str) -> Iterator[str]:
         """Yield a line in pieces, starting with `piece`."""
         while piece:
             yield piece
-            piece = "" if piece[-1] in "\r\n" else self._readline(self.longest)
+            piece = "" if piece[-1] in "\r\n" else self._readline(self.max_length)
+
+
+def read_lines(stream: TextIO) -> Iterator[tuple[int, str, str | None]]:
+    """Yield the number and text of each nonblank line, and an error if it is too long."""
+    lines = LineReader(stream)
+    while True:
+        try:
+            text, error = next(lines), None
+        except StopIteration:
+            return
+        except RowError as exc:
+            text, error = "", f"line {lines.number} {exc}"
+        if error or not text.isspace():
+            yield lines.number, text, error

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
 from batch_infer.settings import IdSource, TableSettings
-from batch_infer.table.base import ID_DIGITS, RawRow, RemarkCounts, Scratch, TableFile, clean
-from batch_infer.table.cells import CellReader, OpenTable, find_near_fields, make_carried_schema
-from batch_infer.table.columns import describe_renamed, map_fields
-from batch_infer.table.fields import read_fields
+from batch_infer.table.base import (
+    BLANK_ROW,
+    ID_DIGITS,
+    NoticeCounts,
+    RawRow,
+    Scratch,
+    TableFile,
+    make_default_id,
+    replace_surrogates,
+)
+from batch_infer.table.columns import CellReader, OpenTable, describe_columns, make_carried_schema, map_fields
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
 from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems
-from batch_infer.table.rows import IsFinished, RowCells, RowRules, make_invalid, make_requests
-from batch_infer.table.urls import path_columns
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadableTable:
-    """A file or argument that cannot be read, with an error message."""
-
-    file: TableFile
-    error: str
+from batch_infer.table.rows import HasFinalResult, RowCells, RowRules, make_invalid, make_requests
+from batch_infer.table.urls import parse_path_columns
 
 
 @dataclass(frozen=True, slots=True)
 class SharedFolder:
-    """Tables in the same folder that are read elsewhere, at another time.
+    """A folder whose tables are partly read elsewhere, at another time.
 
-    `names` contains the names of all files in the folder. `has_id(id, file)` returns whether a file other than `file`
-    uses the id.
+    `names` contains the names of all its files. `has_id(id, file)` returns whether a file other than `file` uses the
+    id.
 
-    If files share a stem, the first table by name uses the stem in its default ids, and other files use their full name
+    If files share a stem, the first table by name uses the stem in its default ids, and the others use their full name
     (`p.txt-00000000` next to p.csv). No file is rejected, since it is unknown which files will be read. For the same
     reason, a row must not use the default id of a row in another file, even if that file is never read.
     """
@@ -58,38 +55,37 @@ class Tables:
     """
 
     def __init__(
-        self, settings: TableSettings, result_columns: Iterable[str], others: SharedFolder | None = None
+        self, settings: TableSettings, result_columns: Iterable[str], shared_folder: SharedFolder | None = None
     ) -> None:
         """Open every file and find its columns.
 
-        With `others`, unreadable files appear in `unreadable_files`, and default ids are unique. Without `others`,
+        With `shared_folder`, unreadable files appear in `unreadable_files`, and default ids are unique. Without it,
         raises TableError if a named argument cannot be read, if no file at all can be read, or if default ids would
         collide. Raises ServiceError if a file cannot be downloaded, StorageError if the temporary folder is full.
         """
-        self._settings, self._others = settings, others
+        self._settings, self._shared_folder = settings, shared_folder
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
         self._owners: Mapping[str, str] = {}
-        self._remarks: list[str] = []
-        self._remark_counts = RemarkCounts()
-        self._overlaps: list[tuple[str, str]] = []
+        self._notice_counts = NoticeCounts()
         self._scratch = Scratch()
         with ExitStack() as undo:
             undo.callback(self.close)
             files, self.ignored_files = find_files(settings.tables, settings.folder, self._scratch)
-            self._tables = self._open_all(files) if others is None else self._open_with_others(files, others.names)
+            self._tables = self._open_shared(files, shared_folder) if shared_folder else self._open_all(files)
             undo.pop_all()
-        names = self.files if others is None else sorted(map(clean, others.names))
+        self._readable = [table for table in self._tables if isinstance(table, OpenTable)]
+        self._files = [table.file if isinstance(table, OpenTable) else table for table in self._tables]
+        names = self.files if shared_folder is None else sorted(map(replace_surrogates, shared_folder.names))
         self._colliding = find_colliding_stems(Source(name, 0).stem for name in names)
-        self._stamps = {path: _stamp(path) for path in self.local_paths}
-        self.carried, warnings = make_carried_schema(self._readable(), frozenset(result_columns))
-        self._remarks += [*find_near_fields(self._readable(), settings.columns), *warnings, *self._describe_overlaps()]
+        paths = [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
+        self._stamps = {path: _get_stamp(path) for path in paths}
+        self.carried, warnings = make_carried_schema(self._readable, frozenset(result_columns))
+        self._notices = [*describe_columns(self._readable, settings.columns), *warnings]
 
     def __enter__(self) -> Tables:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, exc_traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,119 +95,99 @@ class Tables:
     @property
     def files(self) -> list[str]:
         """Names of all files as shown to the user."""
-        return [table.file.name for table in self._tables]
+        return [file.name for file in self._files]
 
     @property
     def unreadable_files(self) -> dict[str, str]:
         """Error messages of unreadable files, by file name."""
-        return {table.file.name: table.error for table in self._unreadable()}
+        return {file.name: file.error for file in self._files if file.error is not None}
 
     @property
     def local_paths(self) -> list[Path]:
-        """Absolute paths of the user's own tables on this machine."""
-        files = (table.file for table in self._tables)
-        return [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
+        """Absolute paths of the user's tables on this machine."""
+        return list(self._stamps)
 
     @property
     def notices(self) -> list[str]:
-        """Notices other than row errors: about files and, after `rows` ends, about rows."""
-        return [*self._remarks, *self._remark_counts.sentences()]
+        """Sentences that are not row errors: about files and, after `read_rows` ends, about rows."""
+        return [*self._notices, *self._notice_counts.format_sentences()]
 
     @property
     def default_id_source(self) -> IdSource | None:
         """Source of ids in tables without an id column, or None if every table has an id column."""
-        return None if all("id" in table.fields for table in self._readable()) else self._settings.id_from
+        return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
 
     def changed_files(self) -> list[str]:
-        """Return the user's own files that changed since they were opened."""
-        return [str(path) for path, before in self._stamps.items() if _stamp(path) != before]
+        """Return the user's files that changed since they were opened."""
+        return [str(path) for path, stamp in self._stamps.items() if _get_stamp(path) != stamp]
 
     def read_rows(
-        self, rules: RowRules, is_finished: IsFinished = lambda _: False
+        self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[PromptRequest | ResultRow]:
         """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
-        remarks = RemarkCounts()
-        for cells, error in self._read_rows(remarks):
+        notices = NoticeCounts()
+        for cells, error in self._read_cells(notices):
             if error is None:
-                yield from make_requests(cells, rules, is_finished)
+                yield from make_requests(cells, rules, has_final_result)
             else:
                 yield make_invalid(cells, error)
-        self._remark_counts = remarks
+        self._notice_counts = notices
 
     def compare_rows(
-        self, rules: RowRules, others: Sequence[RowRules], is_finished: IsFinished = lambda _: False
+        self, rules: RowRules, others: Sequence[RowRules], has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
-        """Yield the same items as `rows`, each with the corresponding items under `others` (None if there is none)."""
-        for cells, error in self._read_rows(RemarkCounts()):
+        """Yield the items of `read_rows`, each with the corresponding items under `others`, None if there is none."""
+        for cells, error in self._read_cells(NoticeCounts()):
             if error is not None:
                 yield make_invalid(cells, error), [None for _ in others]
                 continue
             other_items = [
-                {item.image_index: item for item in make_requests(cells, other, is_finished)} for other in others
+                {item.image_index: item for item in make_requests(cells, other, has_final_result)} for other in others
             ]
-            for item in make_requests(cells, rules, is_finished):
+            for item in make_requests(cells, rules, has_final_result):
                 yield item, [items.get(item.image_index) for items in other_items]
 
-    def _open_all(self, files: list[TableFile]) -> list[OpenTable | UnreadableTable]:
+    def _open_all(self, files: list[TableFile]) -> list[OpenTable | TableFile]:
         """Open all tables of a run. Raises TableError if the run must not start."""
         # Report missing arguments, which may be misspelt, before reading any file.
         if missing := [file.error for file in files if file.error is not None and file.is_named]:
             raise TableError(" · ".join(dict.fromkeys(missing)))
         tables = [self._open(file) for file in number_names(files)]
-        unreadable = [table for table in tables if isinstance(table, UnreadableTable)]
+        unreadable = [table for table in tables if isinstance(table, TableFile)]
         if len(unreadable) < len(tables):  # an unreadable file in a folder or glob becomes one invalid result
-            unreadable = [table for table in unreadable if table.file.is_named]
+            unreadable = [file for file in unreadable if file.is_named]
         if unreadable:
-            raise TableError(" · ".join(table.error for table in unreadable))
+            raise TableError(" · ".join(str(file.error) for file in unreadable))
         if self._settings.id_from == "row":
             _reject_equal_ids([table for table in tables if isinstance(table, OpenTable)])
         return tables
 
-    def _open_with_others(self, files: list[TableFile], names: Collection[str]) -> list[OpenTable | UnreadableTable]:
+    def _open_shared(self, files: list[TableFile], folder: SharedFolder) -> list[OpenTable | TableFile]:
         """Open tables with stems that are unique among all files of their folder."""
-        stems = assign_stems(map(clean, names))
+        stems = assign_stems(map(replace_surrogates, folder.names))
         self._owners = {stem: name for name, stem in stems.items() if parse_name(name)}
-        tables = [self._open(file) for file in files]
-        for index, table in enumerate(tables):
-            name = table.file.name.removeprefix("./")  # ./ only distinguishes a name from a URL
-            file = replace(table.file, name=name, stem=stems.get(name, table.file.stem))
-            if isinstance(table, UnreadableTable):
-                tables[index] = UnreadableTable(file, table.error.removeprefix("./"))
-            else:
-                table.file = file
+        tables = []
+        for file in files:
+            name = file.name.removeprefix("./")  # ./ only distinguishes a name from a URL
+            error = file.error and file.error.removeprefix("./")
+            tables.append(self._open(replace(file, name=name, stem=stems.get(name, file.stem), error=error)))
         return tables
 
-    def _open(self, file: TableFile) -> OpenTable | UnreadableTable:
+    def _open(self, file: TableFile) -> OpenTable | TableFile:
+        """Open a file. If it cannot be read, return it with its error."""
         if file.error is not None:
-            return UnreadableTable(file, file.error)
+            return file
         columns = self._settings.columns
         try:
             reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            # With `others`, file.name is only the last part of the path.
-            path_values = path_columns(file.path.as_posix() if self._others else file.name)
-            file_columns = reader.schema.names
-            names = [*file_columns, *(name for name in path_values if name not in file_columns)]
+            # In a shared folder, file.name is only the last part of the path.
+            path_columns = parse_path_columns(file.path.as_posix() if self._shared_folder else file.name)
+            names = list(dict.fromkeys([*reader.schema.names, *path_columns]))
             fields = map_fields(file, names, columns, reader.renamed)
         except TableError as error:
-            return UnreadableTable(file, str(error))
-        self._overlaps += [(file.name, name) for name in path_values if name in file_columns]
-        if reader.renamed:
-            self._remarks.append(describe_renamed(file.name, reader.renamed))
+            return replace(file, error=str(error))
         carried = {name: name for name in names if name not in fields.values()}
-        return OpenTable(file, reader, path_values, fields, carried)
-
-    def _describe_overlaps(self) -> list[str]:
-        if not self._overlaps:
-            return []
-        file, name = self._overlaps[0]
-        more = f" (and {len(self._overlaps) - 1:,} more columns of files)" if self._overlaps[1:] else ""
-        return [f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"]
-
-    def _readable(self) -> list[OpenTable]:
-        return [table for table in self._tables if isinstance(table, OpenTable)]
-
-    def _unreadable(self) -> list[UnreadableTable]:
-        return [table for table in self._tables if isinstance(table, UnreadableTable)]
+        return OpenTable(file, reader, path_columns, fields, carried)
 
     def _find_conflict(self, name: str, file: str) -> str | None:
         """Return an error message if an id in this file belongs to another file, else None."""
@@ -219,40 +195,40 @@ class Tables:
         owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
         if owner != file:
             return f"the id {name!r} would be the default id of a row of {owner}: give it another"
-        return f"duplicate id {name!r}" if self._others and self._others.has_id(name, file) else None
+        is_used = self._shared_folder is not None and self._shared_folder.has_id(name, file)
+        return f"duplicate id {name!r}" if is_used else None
 
-    def _read_rows(self, remarks: RemarkCounts) -> Iterator[tuple[RowCells, str | None]]:
+    def _read_cells(self, notices: NoticeCounts) -> Iterator[tuple[RowCells, str | None]]:
         """Yield the cells of up to `limit` rows, each with an error message or None."""
         # Default ids are distinct if their stems differ by more than case.
-        stems = {table.file.stem.lower() for table in self._tables}
-        is_distinct = len(stems) == len(self._tables) and not any("id" in table.fields for table in self._readable())
-        with closing(Ids(self._find_conflict if self._others else None, distinct=is_distinct)) as ids:
-            yield from islice(self._read_all(ids, remarks), self._limit)
+        stems = {file.stem.lower() for file in self._files}
+        is_distinct = len(stems) == len(self._files) and not any("id" in table.fields for table in self._readable)
+        with closing(Ids(self._find_conflict if self._shared_folder else None, distinct=is_distinct)) as ids:
+            yield from islice(self._read_all(ids, notices), self._limit)
 
-    def _read_all(self, ids: Ids, remarks: RemarkCounts) -> Iterator[tuple[RowCells, str | None]]:
+    def _read_all(self, ids: Ids, notices: NoticeCounts) -> Iterator[tuple[RowCells, str | None]]:
         for table in self._tables:
-            file = table.file
-            if isinstance(table, UnreadableTable):
-                name = ids.add_free(file.default_id(0), file.name)
-                yield RowCells(name, Source(file.name, 0), {}, {}), table.error
+            if isinstance(table, TableFile):
+                name = ids.reserve_unique(make_default_id(table.stem, 0), table.name)
+                yield RowCells(name, Source(table.name, 0), {}, {}), table.error
                 continue
             reader = CellReader(table, self.carried)
-            for row in table.rows():
-                if row.remark is not None:
-                    remarks.add(row.remark, Source(file.name, row.number, row.line))
-                    if row.remark.kind == "blank":
+            for row in table.read_rows():
+                if row.notice is not None:
+                    notices.add(row.notice, Source(table.file.name, row.number, row.line))
+                    if row.notice.kind == BLANK_ROW:
                         continue
-                yield self._read_row(file, reader, row, ids)
+                yield self._read_row(table.file, reader, row, ids)
 
     def _read_row(self, file: TableFile, reader: CellReader, row: RawRow, ids: Ids) -> tuple[RowCells, str | None]:
-        fields = reader.to_python(read_fields(reader.fields, row.cells.get))
+        fields = reader.read_fields(row)
         value = fields.pop("id", None)
         carried, too_large = reader.read_carried(row)
-        name, error = (None, None) if value is None else ids.add_own(value, file.name)
+        name, error = (None, None) if value is None else ids.reserve_cell(value, file.name)
         if name is None and self._settings.id_from == "content":
-            name = ids.add_numbered(reader.digest(fields, row), file.name)
+            name = ids.reserve_numbered(reader.digest(fields, row), file.name)
         elif name is None:
-            name = ids.add_free(file.default_id(row.number), file.name)
+            name = ids.reserve_unique(make_default_id(file.stem, row.number), file.name)
         source = Source(file.name, row.number, row.line)
         stem_collides = bool(self._colliding) and source.stem in self._colliding
         cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
@@ -261,22 +237,24 @@ class Tables:
 
 def _reject_equal_ids(tables: list[OpenTable]) -> None:
     """Raise TableError if rows of two files would have the same default ids."""
-    count = Counter(table.file.stem for table in tables)
+    names: dict[str, list[str]] = {}
     for table in tables:
-        if count[table.file.stem] > 1 and "id" not in table.fields:
-            names = [other.file.name for other in tables if other.file.stem == table.file.stem]
-            message = f"{' and '.join(names)} would give their rows the same ids ({table.file.default_id(0)}, ...): "
-            if any(name.rpartition("#")[0] in names for name in names):
-                message += (
-                    "add an id column, use --id-from content, or save one under another name (#2 is a URL that differs "
-                    "only in parts that may be secret and are not shown)"
-                )
-            else:
-                message += "rename one, name the folder that holds them, or add an id column"
-            raise TableError(message)
+        names.setdefault(table.file.stem, []).append(table.file.name)
+    for table in tables:
+        same = names[table.file.stem]
+        if len(same) < 2 or "id" in table.fields:
+            continue
+        default_id = make_default_id(table.file.stem, 0)
+        message = f"{' and '.join(same)} would give their rows the same ids ({default_id}, ...): "
+        if any(name.rpartition("#")[0] in same for name in same):
+            raise TableError(
+                f"{message}add an id column, use --id-from content, or save one under another name (#2 is a URL that "
+                "differs only in parts that may be secret and are not shown)"
+            )
+        raise TableError(f"{message}rename one, name the folder that holds them, or add an id column")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _get_stamp(path: Path) -> tuple[int, int] | None:
     """Return the size and modification time of a file, or None if it no longer exists."""
     try:
         status = path.stat()

@@ -1,36 +1,31 @@
-"""Parse paths and URLs, and remove parts that may be secret."""
+"""Parse paths and URLs, and redact parts that may be secret."""
 
 from __future__ import annotations
 
 import re
 from urllib.parse import unquote
 
-from batch_infer.table.base import clean
+from batch_infer.table.base import replace_surrogates
 
 URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-LINK = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
-HTTP = frozenset({"http", "https"})
-PUBLIC_USERS = frozenset(
-    {
-        *("abfs", "abfss", "wasb", "wasbs"),  # CONTAINER@ACCOUNT
-        *("sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"),
-    }
-)
-"""Protocols in which a name before @ is not secret if it has no password."""
+URL_PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
+HTTP_PROTOCOLS = frozenset({"http", "https"})
+PUBLIC_USERS = frozenset(["abfs", "abfss", "wasb", "wasbs", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"])
+"""Protocols in which the text before @ is not secret if it has no password, as in abfss://CONTAINER@ACCOUNT."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
-"""Matches the query in protocols other than HTTP, where a bare ? is part of a glob."""
+"""Matches the query in protocols other than HTTP, in which a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
-def protocol_of(argument: str) -> str | None:
+def get_protocol(argument: str) -> str | None:
     """Return the protocol of a URL, or None for a local path."""
     match = URL.match(argument)
     return match["protocol"].lower() if match else None
 
 
 def is_http(argument: str) -> bool:
-    return protocol_of(argument) in HTTP
+    return get_protocol(argument) in HTTP_PROTOCOLS
 
 
 def redact_url(argument: str) -> str:
@@ -38,7 +33,7 @@ def redact_url(argument: str) -> str:
 
     Names, ids and messages contain only redacted arguments.
     """
-    if protocol_of(argument) is None:
+    if get_protocol(argument) is None:
         return argument
     if is_http(argument):  # never a chain: text after :: is part of the query
         return _redact_link(argument)
@@ -51,7 +46,7 @@ def redact_urls(text: str) -> str:
 
 
 def _redact_link(link: str) -> str:
-    match = LINK.fullmatch(link)
+    match = URL_PARTS.fullmatch(link)
     if match is None:
         return link
     scheme, user, rest = match["scheme"], match["user"], match["rest"]
@@ -84,7 +79,7 @@ def join_url(url: str, relative: str) -> str:
     return f"{before}{head.rstrip('/')}/{relative.removeprefix('./')}{query}{after}"
 
 
-def path_columns(name: str) -> dict[str, str | None]:
+def parse_path_columns(name: str) -> dict[str, str | None]:
     """Return the columns in Hive's `key=value` folders of a path or URL, as written by Spark, pyarrow and DuckDB.
 
     Names and values are URL-decoded text: `month=05` stays 05. Folders in the argument count too, so that `ds`,
@@ -92,7 +87,7 @@ def path_columns(name: str) -> dict[str, str | None]:
     https://spark.apache.org/docs/latest/sql-data-sources-parquet.html#partition-discovery
     """
     path = name
-    if protocol_of(name) is not None:
+    if get_protocol(name) is not None:
         link = split_chain(name)[1]
         path = link.partition("://")[2]
         if is_http(link):  # HTTP encodes the path once more
@@ -101,5 +96,7 @@ def path_columns(name: str) -> dict[str, str | None]:
     for folder in path.split("/")[:-1]:
         key, equals, value = folder.partition("=")
         if key and equals:
-            columns[clean(unquote(key))] = None if value == HIVE_NULL else clean(unquote(value))
+            columns[replace_surrogates(unquote(key))] = (
+                None if value == HIVE_NULL else replace_surrogates(unquote(value))
+            )
     return columns

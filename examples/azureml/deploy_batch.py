@@ -1,4 +1,4 @@
-"""Deploy batch-infer to a batch endpoint with Azure ML's Python SDK, score a folder of tables and fetch the images."""
+"""Deploy batch-infer to a batch endpoint with Azure ML's Python SDK, score a folder of tables and download images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from azure.ai.ml.entities import (
     ModelBatchDeploymentSettings,
     ResourceConfiguration,
 )
-from workspace import ENVIRONMENT, HERE, add_arguments, connect, make_environment, prepare, safety_variables, show
+from workspace import ENVIRONMENT, HERE, add_arguments, connect, make_environment, prepare, print_yaml, safety_variables
 
 
 def make_endpoint(arguments: argparse.Namespace) -> BatchEndpoint:
-    """Return the same as batch/endpoint.yml."""
+    """Return the endpoint that batch/endpoint.yml defines."""
     return BatchEndpoint(
         name=arguments.endpoint,
         description="Tables of prompts in, images and a table of results out",
@@ -29,11 +29,11 @@ def make_endpoint(arguments: argparse.Namespace) -> BatchEndpoint:
 
 
 def make_deployment(arguments: argparse.Namespace) -> ModelBatchDeployment:
-    """Return the same as batch/deployment.yml, which explains the values."""
+    """Return the deployment that batch/deployment.yml defines and explains."""
     return ModelBatchDeployment(
         name="packed",
         endpoint_name=arguments.endpoint,
-        description="batch-infer, one worker a GPU",
+        description="batch-infer, one worker per GPU",
         model=arguments.model,
         environment=f"azureml:{ENVIRONMENT}@latest",
         code_configuration=CodeConfiguration(code=str(HERE / "batch" / "code"), scoring_script="score.py"),
@@ -63,27 +63,27 @@ def deploy(client: MLClient, arguments: argparse.Namespace) -> None:
 
 
 def score(client: MLClient, arguments: argparse.Namespace) -> None:
-    """Run a job on a folder of tables, and fetch its output."""
+    """Run a job on a folder of tables, and download its output."""
     tables = Input(type=AssetTypes.URI_FOLDER, path=str(arguments.input))
     job = client.batch_endpoints.invoke(endpoint_name=arguments.endpoint, input=tables)
     client.jobs.stream(job.name)
     (scoring,) = client.jobs.list(parent_job_name=job.name)
     client.jobs.download(name=scoring.name, download_path=arguments.out, output_name="score")
-    print(f"{arguments.out / 'named-outputs' / 'score'}: run batch-infer merge on it to write results.parquet")
+    print(f"to write results.parquet, run: batch-infer merge {arguments.out / 'named-outputs' / 'score'}")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, "prompts-to-images")
     parser.add_argument("--compute", default="azureml:gpu-cluster", help="a compute cluster of the workspace")
-    parser.add_argument("--instances", type=int, default=1, help="machines")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs per machine; one worker each")
-    parser.add_argument("--timeout", type=int, default=3600, help="seconds per mini-batch, which is one file")
-    parser.add_argument("--input", type=Path, metavar="FOLDER", help="then score the tables in this folder")
+    parser.add_argument("--instances", type=int, default=1, help="number of machines")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs per machine, which is the number of workers")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds per mini-batch of one file")
+    parser.add_argument("--input", type=Path, metavar="FOLDER", help="score the tables in this folder afterwards")
     parser.add_argument("--out", type=Path, default=Path("scored"), help="output folder")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(command_line)
     if arguments.dry_run:
-        show(make_environment(), make_endpoint(arguments), make_deployment(arguments))
+        print_yaml(make_environment(), make_endpoint(arguments), make_deployment(arguments))
         return
     client = connect(arguments)
     deploy(client, arguments)

@@ -1,11 +1,12 @@
-"""A scoring script that calls the pipeline once per prompt in float32, as the model catalog's wrapper does.
+"""A scoring script that calls the pipeline once per prompt in float32, like the model catalog's wrapper.
 
-To compare on the same rows, model and machine:
+To compare it with batch-infer on the same rows, model and machine:
 
     batch-infer azureml-simulate examples/prompts.csv -o theirs --timeout 1h --script examples/azureml/one_by_one.py
     batch-infer azureml-simulate examples/prompts.csv -o ours --timeout 1h
 
-Both print rows/s at the end. The denoising steps are STEPS here and BATCH_INFER_STEPS in batch-infer.
+Both commands print rows/s at the end. The variable STEPS sets the denoising steps here, and BATCH_INFER_STEPS in
+batch-infer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Code shared by both deployment scripts: workspace, environment and model."""
+"""Prepare a workspace for both deployment scripts: connection, environment and model."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ MODEL, ENVIRONMENT = "decidiffusion", "batch-infer"
 
 
 def add_arguments(parser: argparse.ArgumentParser, endpoint: str) -> None:
-    parser.add_argument("--endpoint", default=endpoint, help="a name that is still free in the region")
-    parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model of the workspace")
+    parser.add_argument("--endpoint", default=endpoint, help="a name that is not in use in the region")
+    parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model in the workspace")
     parser.add_argument("--register", type=Path, metavar="DIR", help=f"first register this folder as {MODEL}")
     parser.add_argument("--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety")
-    parser.add_argument("--subscription", help="these three, or a config.json in this folder or a parent")
+    parser.add_argument("--subscription", help="default for these three: config.json in this folder or a parent")
     parser.add_argument("--resource-group")
     parser.add_argument("--workspace")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be created, and connect to nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the YAML of all resources without connecting")
 
 
 def make_environment() -> Environment:
-    """Return the same as environment.yml."""
+    """Return the environment that environment.yml defines."""
     health, score = {"path": "/", "port": 5001}, {"path": "/score", "port": 5001}
     return Environment(
         name=ENVIRONMENT,
-        description="batch-infer, for batch and for online endpoints",
+        description="batch-infer for batch and online endpoints",
         build=BuildContext(path=str(CONTEXT), dockerfile_path="Dockerfile"),
         inference_config={"liveness_route": health, "readiness_route": health, "scoring_route": score},
     )
@@ -47,8 +47,8 @@ def safety_variables(arguments: argparse.Namespace) -> dict[str, str]:
     return {"BATCH_INFER_SAFETY": "checker,azure", "CONTENT_SAFETY_ENDPOINT": arguments.content_safety}
 
 
-def show(*entities: Any) -> None:
-    """Print entities as YAML for the CLI."""
+def print_yaml(*entities: Any) -> None:
+    """Print entities as YAML that the CLI accepts."""
     for entity in entities:
         print("---")
         if values := entity.dump(sys.stdout):  # endpoints return a dictionary instead of writing YAML
