@@ -178,7 +178,7 @@ def test_a_run_repairs_parts_and_images_that_a_crash_has_damaged(tmp_path: Path)
     (out / "results.parquet").unlink()
     done = run(table, out, "--slots", "16")
     assert done.code == 0, done.stderr
-    assert "2 images" in done.stderr
+    assert "2 committed images are missing or damaged" in done.stderr
     assert "part-0.parquet is damaged" in done.stderr
     assert without_bookkeeping(out) == expected
     assert hashes(out) == hashes(tmp_path / "reference")

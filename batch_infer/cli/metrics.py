@@ -53,12 +53,8 @@ class Metrics:
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
-        from batch_infer.engines import read_rank_info
-
         self.model = model
-        rank_info = read_rank_info()
-        is_reporting = rank_info is None or rank_info.rank == 0  # other ranks of a launcher write no metrics
-        self._file = file if is_reporting else None
+        self._file = file if file is not None and _is_first_rank() else None
         self._out = out if "://" in out else os.path.abspath(Path(out).expanduser())  # noqa: PTH100  # keep links
         self._gauges: dict[str, float] = {}
         self._results: dict[str, int] = {}
@@ -194,3 +190,11 @@ class Metrics:
         for name, value in self._gauges.items():
             Gauge(f"batch_infer_{name}", GAUGES[name], ["out"], registry=registry).labels(self._out).set(value)
         return registry
+
+
+def _is_first_rank() -> bool:
+    """Return whether this process is the command itself or a launcher's rank 0. Other ranks write no metrics."""
+    from batch_infer.engines import read_rank_info
+
+    rank_info = read_rank_info()
+    return rank_info is None or rank_info.rank == 0

@@ -1,6 +1,7 @@
-"""Engines: they hand a run's rows to workers, replace workers that die, and account for every row.
+"""Engines hand the rows of a run to workers, replace workers that die, and account for every row.
 
-An engine renders inline, in local worker processes, or in the processes of a launcher; the registry chooses one.
+An engine renders in the command's process, in local worker processes, or in the processes of a launcher. `make_engine`
+chooses one.
 """
 
 from batch_infer.engines.factory import make_engine

@@ -53,7 +53,7 @@ log = logging.getLogger("batch_infer")
 class RankInfo:
     """The rank of this process under a launcher, among all ranks and on its machine.
 
-    `address` is that of rank 0's machine. `launch` identifies one start of all ranks.
+    `master_address` is that of rank 0's machine. `launch_id` identifies one start of all ranks.
     """
 
     rank: int
