@@ -186,7 +186,7 @@ class _CsvLines(LineReader):
         self._words = re.compile(rf'[^"{re.escape(separator)}\r\n]+')
         self._pushed_back: list[str] = []
         self.row_lines: list[str] = []
-        self.begin_row()
+        self._size = self.shortened = 0
 
     def __next__(self) -> str:
         if self._pushed_back:
