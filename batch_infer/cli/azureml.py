@@ -68,7 +68,7 @@ JOB_FAILED = 3
         "--gpus",
         type=click.IntRange(min=0),
         metavar="N",
-        help="The first N workers see one GPU each. Default: the number that nvidia-smi lists.",
+        help="Number of GPUs: the first N workers see one each. Default: the number that nvidia-smi lists.",
     ),
     option(
         "--kill",
@@ -106,13 +106,12 @@ JOB_FAILED = 3
 def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options: Any) -> int:
     """Run a batch scoring script over files like Azure ML's batch endpoint, before you deploy it.
 
-    INPUT is a file, or a folder, whose files are scored without those in subfolders. Worker processes receive the
-    files in mini-batches. Each worker has a temporary working folder, its own GPU if there are any, a log in
-    OUT/logs/azureml, and your environment variables. What run() returns is written to OUT/predictions.csv, which is
-    replaced.
+    INPUT is a file or a folder; files in its subfolders are ignored. Worker processes receive the files in
+    mini-batches. Each worker has a temporary working folder, its own GPU if there is one, a log in OUT/logs/azureml,
+    and your environment variables. What run() returns replaces OUT/predictions.csv.
 
     A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long,
-    or if the worker dies. --kill and --duplicate cause retries with a correct script too; its output should not change.
+    and if the worker dies. --kill and --duplicate repeat mini-batches; the output of a correct script does not change.
 
     Exit codes: 0; 2 usage; 3 if Azure would report the job as failed; 75 interrupted.
     """
@@ -133,7 +132,7 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
 
 
 class SimulationProgress:
-    """A bar on a terminal, a log line every LINE_EVERY seconds elsewhere, or nothing."""
+    """Shows a bar on a terminal, logs a line every LINE_EVERY seconds elsewhere, or does nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown, self._logged_at = shown, time.monotonic()
