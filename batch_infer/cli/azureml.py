@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,11 +105,11 @@ JOB_FAILED = 3
     name="azureml-simulate",
 )
 def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options: Any) -> int:
-    """Run a batch scoring script over files like Azure ML's batch endpoint, before you deploy it.
+    """Run a scoring script like an Azure ML batch endpoint.
 
-    INPUT is a file or a folder; files in its subfolders are ignored. Worker processes receive the files in
-    mini-batches. Each worker has a temporary working folder, its own GPU if there is one, a log in OUT/logs/azureml,
-    and your environment variables. What run() returns replaces OUT/predictions.csv.
+    Use it to test a script before you deploy it. INPUT is a file or a folder; files in its subfolders are ignored.
+    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, its own GPU if there
+    is one, a log in OUT/logs/azureml, and your environment variables. What run() returns replaces OUT/predictions.csv.
 
     A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long,
     and if the worker dies. --kill and --duplicate repeat mini-batches; the output of a correct script does not change.
@@ -121,11 +122,8 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     script = options.pop("script") or DEFAULT_SCRIPT
     settings = SimulationSettings(script=script, append_rows=append_rows, **options)
     progress = SimulationProgress(shown=not (quiet or no_progress))
-    with stoppable(hint=NOTHING_KEPT):
-        try:
-            outcome = simulate(settings, progress)
-        finally:
-            progress.close()
+    with stoppable(hint=NOTHING_KEPT), closing(progress):
+        outcome = simulate(settings, progress)
     if outcome.fault is not None or not quiet:
         print_result(_lines(outcome), outcome.as_dict() if as_json else None)
     return 0 if outcome.fault is None else JOB_FAILED
@@ -183,12 +181,13 @@ def _lines(outcome: SimulationOutcome) -> Iterator[str]:
 
 @command(click.Argument(["folder"], metavar="DIR", type=PATH), *model_options, name="export-mlflow")
 def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
-    """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
+    """Write a model to DIR in MLflow's format.
 
-    DIR contains the model's files, batch-infer itself and a signature. The input is a DataFrame with a column
-    `prompt`. The output is a DataFrame with prompt, generated_image (a file in base64), nsfw_content_detected and, for
-    rows without an image, error. num_inference_steps, guidance_scale, height, width, seed and negative_prompt are
-    parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the model is loaded.
+    It can be deployed without a scoring script. DIR contains the model's files, batch-infer itself and a signature. The
+    input is a DataFrame with a column `prompt`. The output is a DataFrame with prompt, generated_image (a file in
+    base64), nsfw_content_detected and, for rows without an image, error. num_inference_steps, guidance_scale, height,
+    width, seed and negative_prompt are parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the
+    model is loaded.
 
     Exit codes: 0; 2 usage, or DIR exists; 75 interrupted.
     """

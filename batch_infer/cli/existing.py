@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 @command(out_argument, json_option)
 def status(*, out: Path, as_json: bool, quiet: bool) -> int:
-    """Show the progress of the run in OUT, whether it is running, stopped or finished.
+    """Show the state and the progress of the run in OUT.
 
-    Counts the results by status, and those that are left. A row has one result per image. Results that a killed run
-    committed count as done.
+    The run may be active, stopped or finished. Counts the results by status, and those that are left. A row has one
+    result per image. Results that a killed run committed count as done.
 
     Exit codes: 0; 2 if OUT contains no run. With -q only this error is printed.
     """
