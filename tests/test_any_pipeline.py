@@ -95,9 +95,8 @@ def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, checker: ImageChecker | None = None
 ) -> dict[str, RenderedImage]:
     rendered = {}
-    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), checker).render(
-        sorted(requests, key=attrgetter("batch_key"))
-    ):
+    ordered = sorted(requests, key=attrgetter("batch_key"))
+    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), checker).render(ordered):
         assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered

@@ -16,14 +16,7 @@ import pytest
 import torch
 
 from batch_infer.errors import ModelError
-from batch_infer.models import (
-    DEMO_MODEL,
-    AnyPipeline,
-    load_checker,
-    load_solver,
-    load_token_counter,
-    read_card,
-)
+from batch_infer.models import DEMO_MODEL, AnyPipeline, load_checker, load_solver, load_token_counter, read_card
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.untrusted import MAX_DEPTH, loading_errors, parse_json
 from batch_infer.records import SizeRules
@@ -176,8 +169,7 @@ def test_a_malformed_header_is_refused(copy: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["model_index.json", UNET, SCHEDULER, TOKENIZER, VOCABULARY, PROCESSOR, "unet/x.safetensors.index.json"],
+    "file", ["model_index.json", UNET, SCHEDULER, TOKENIZER, VOCABULARY, PROCESSOR, "unet/x.safetensors.index.json"]
 )
 @pytest.mark.parametrize("content", [DEEP, '{"a": ' * 200 + "1" + "}" * 200, "\ufeff{}", "{", "[1]"])
 def test_a_file_without_a_json_object_is_refused(copy: Path, file: str, content: str) -> None:
@@ -236,11 +228,7 @@ def test_a_vocabulary_may_contain_refused_keys(copy: Path) -> None:
 
 
 CODE_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
-    (
-        TEXT,
-        {"_attn_implementation_internal": "someone/kernel"},
-        "_attn_implementation_internal='someone/kernel'",
-    ),
+    (TEXT, {"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal='someone/kernel'"),
     (TEXT, {"attribute_map": {"a": "_attn_implementation"}, "a": "someone/kernel"}, "renames settings"),
     (TEXT, {"use_kernels": True}, "would fetch and run kernels .use_kernels."),
     (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "would fetch and run kernels"),

@@ -69,9 +69,9 @@ def read(served: Hub, tmp_path: Path) -> Read:
     """Call read_card in a process that uses this Hub."""
 
     def read_in_process(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
-        hub = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
+        env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
-        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hub}, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=True)
         answer = json.loads(process.stdout)
         assert answer.pop("slow") == []
         assert process.stderr == ""
@@ -199,10 +199,7 @@ def test_unloadable_repositories_are_refused_before_fetching(
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        (
-            (403, "GatedRepo"),
-            "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN",
-        ),
+        ((403, "GatedRepo"), "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN"),
         ((404, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
         ((401, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
         ((401, ""), "owner/tiny could not be fetched .*HF_TOKEN.*401"),

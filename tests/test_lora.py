@@ -148,7 +148,7 @@ def test_fused_networks_have_their_original_layers(sd1_folder: Path, files: dict
     for network in (model.pipeline.unet, model.pipeline.text_encoder):
         assert not [name for name, _ in network.named_parameters() if "lora" in name]
         assert {type(module).__module__.partition(".")[0] for module in network.modules()} <= {
-            *("torch", "diffusers", "transformers"),
+            *("torch", "diffusers", "transformers")
         }
 
 

@@ -183,10 +183,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "unet/config.json has sample_size='8', but",
     ),
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
-    "no vocabulary": (
-        lambda f: empty(f / "tokenizer"),
-        "tokenizer/ has none of tokenizer.json",
-    ),
+    "no vocabulary": (lambda f: empty(f / "tokenizer"), "tokenizer/ has none of tokenizer.json"),
     "an index that is not JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "is not a JSON object"),
     "half a UNet": (
@@ -198,10 +195,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
         "unet/diffusion_pytorch_model.safetensors is damaged or incomplete",
     ),
-    "a pointer": (
-        lambda f: write_lfs_pointer(f, UNET),
-        "a Git LFS pointer: download the weights with `git lfs pull`",
-    ),
+    "a pointer": (lambda f: write_lfs_pointer(f, UNET), "a Git LFS pointer: download the weights with `git lfs pull`"),
     "a page of text": (lambda f: (f / UNET).write_text("not found"), "is damaged or incomplete"),
     "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
     "code named by a config": (
@@ -291,7 +285,7 @@ def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
 
 
 def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
-    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or the folder"):
+    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or a folder"):
         card_of(sd1_folder / UNET)
 
 

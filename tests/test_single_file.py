@@ -264,7 +264,7 @@ def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
     [
         ("a.ckpt", "is pickled, and reading a pickle can run code"),
         ("a.bin", "is pickled"),
-        ("a.gguf", "is a file; use a .safetensors"),
+        ("a.gguf", "is not a .safetensors file; use one"),
     ],
 )
 def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) -> None:
