@@ -32,7 +32,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Done:
+class CommandResult:
     """Exit code and output of a command."""
 
     code: int
@@ -40,7 +40,7 @@ class Done:
     stderr: str
 
 
-def command(*arguments: str | Path) -> Done:
+def command(*arguments: str | Path) -> CommandResult:
     """Run the command in this process, which has loaded torch."""
     log = logging.getLogger("batch_infer")
     before = log.handlers, log.level, log.propagate
@@ -53,13 +53,13 @@ def command(*arguments: str | Path) -> Done:
         ):
             main()
     except SystemExit as end:
-        return Done(end.code if isinstance(end.code, int) else 0, stdout.getvalue(), stderr.getvalue())
+        return CommandResult(end.code if isinstance(end.code, int) else 0, stdout.getvalue(), stderr.getvalue())
     finally:
         log.handlers, log.level, log.propagate = before
     raise AssertionError("main returned instead of ending the process")
 
 
-def run(table: Path | str, out: Path, *options: str | Path) -> Done:
+def run(table: Path | str, out: Path, *options: str | Path) -> CommandResult:
     """Run `batch-infer run` with few steps; a later option replaces an earlier one."""
     return command("run", table, "--out", out, *QUICK, *options)
 

@@ -30,7 +30,7 @@ from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
 from tests.pipelines import SAVE_FUNCTIONS, call_diffusers, save_perturbed
 from tests.rendering import CPU, copy_folder, make_request, max_difference
-from tests.runs import Done, assert_whole, command, hashes, results, run, run_json
+from tests.runs import CommandResult, assert_whole, command, hashes, results, run, run_json
 from tests.tables import write_csv
 
 NAMES = ("pixart", "flux", "z_image", "perturbed")
@@ -471,7 +471,7 @@ def test_layers_that_overflow_in_float16_stay_in_float32(folders: dict[str, Path
 # The commands
 
 
-def flux_run(table: Path, out: Path, folders: dict[str, Path], *options: str | Path) -> Done:
+def flux_run(table: Path, out: Path, folders: dict[str, Path], *options: str | Path) -> CommandResult:
     return run(table, out, "--model", folders["flux"], "--height", "64", "--width", "64", *options)
 
 

@@ -40,7 +40,7 @@ from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
 from tests.pipelines import save_sd3
 from tests.rendering import load_family, make_request, max_difference, render
-from tests.runs import Done, command
+from tests.runs import CommandResult, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
@@ -269,7 +269,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
-def refused(*options: str) -> Done:
+def refused(*options: str) -> CommandResult:
     done = command("bench", *ROWS, *options)
     assert (done.code, done.stdout) == (2, "")
     return done

@@ -19,7 +19,7 @@ from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import assert_close, call_diffusers, load_pipeline
 from tests.rendering import CPU, copy_folder, make_request, max_difference, render
-from tests.runs import Done, command, results, run, run_json
+from tests.runs import CommandResult, command, results, run, run_json
 
 ROWS = (
     make_request("guided", "a red circle", steps=6, seed=1),
@@ -185,7 +185,7 @@ def test_a_run_records_its_loras(sd1_folder: Path, files: dict[str, Path], tmp_p
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")
 
-    def run_with(*options: str | Path) -> Done:
+    def run_with(*options: str | Path) -> CommandResult:
         return run(table, out, "--model", sd1_folder, *options)
 
     assert run_with("--lora", f"{files['both']}:0.5").code == 0
