@@ -36,7 +36,7 @@ OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 _REMEDY = "remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
-"""Key of run.json while --overwrite removes the contents of OUT."""
+"""Key that run.json contains while --overwrite removes the contents of OUT."""
 
 
 @contextmanager
@@ -186,8 +186,3 @@ def refuse_to_clear(out: Path) -> None:
             f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to another program;"
             " remove them yourself"
         )
-
-
-def is_clearing(out: Path) -> bool:
-    """Return whether an --overwrite was stopped before OUT was empty. Raises UsageError, StorageError."""
-    return bool((read_run(out) or {}).get(CLEARING))
