@@ -219,7 +219,7 @@ def test_write_error_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert [path.name for path in where.iterdir()] == ["m.prom"], "no temporary file is left"
 
 
-def test_file_name_without_prom_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_name_without_prom_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("m.prom", "m.tmp", "m"):
         with Metrics(tmp_path / name, "/out"):
             pass

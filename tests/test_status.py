@@ -100,7 +100,7 @@ def test_status_if_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: p
     assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
 
 
-def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> None:
+def test_status_of_a_stopped_run_counts_remaining_results(table: Path, out: Path) -> None:
     from batch_infer.cli.progress import ProgressGroup
     from batch_infer.jobs.run import render_tables as score
 
@@ -110,7 +110,7 @@ def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> Non
 
 
 def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run warns, and `status` reports it until they are merged."""
+    """The run warns about them, and `status` reports them until they are merged."""
     assert run(table, out, "--limit", "2").code == 3
     assert not status(out)["is_stale"]
     before = (out / "results.parquet").read_bytes()

@@ -1,4 +1,4 @@
-"""`--time-limit`: a run stops in time, says so, and the next run continues."""
+"""`--time-limit`: a run stops in time and says so, and the next run continues."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_results_are_merged_when_the_time_limit_is_reached(
 @pytest.mark.promises
 @pytest.mark.usefixtures("_ticking")
 def test_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
-    """All rows have old results, so images are left only of the retry."""
+    """All rows have old results, so the remaining images are those of the retry."""
     out = tmp_path / "out"
     options = ("--slots", "2", "--num-processes", "0")
     assert run(table, out, *options).code == 0

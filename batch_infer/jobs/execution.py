@@ -121,8 +121,6 @@ class RunExecution:
         self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
-    # Rendering
-
     def _set_compute(self, compute: Compute) -> None:
         """Use these settings from now on, and in runs that continue this one."""
         self._job = replace(self._job, compute=compute)
@@ -218,8 +216,6 @@ class RunExecution:
             raise error
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._set_compute(replace(self._job.compute, compiled=False))
-
-    # Merging
 
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:

@@ -163,9 +163,6 @@ def resolve_run(
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 
-# Compute
-
-
 def choose_compute(
     settings: RunSettings, device: Device, earlier: Mapping[str, Any] | None = None, card: ModelCard | None = None
 ) -> Compute:

@@ -61,9 +61,6 @@ def refuse_unprintable(out: Path) -> None:
         raise SettingsError(f"the path of OUT is not UTF-8: {os.fsencode(out)!r}; give another --out") from error
 
 
-# run.json
-
-
 def read_run(out: Path) -> dict[str, Any] | None:
     """Return run.json after checking its types, or None if it does not exist. Raises UsageError, StorageError."""
     refuse_unprintable(out)
@@ -130,9 +127,6 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="ascii")
 
 
-# Checks
-
-
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
     """Raise SettingsError if a run would overwrite another program's files, or --overwrite would remove them."""
     _check_kinds(out)
@@ -173,9 +167,6 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
             f"a rescore of {out} is unfinished: continue it with `batch-infer rescore {out} --safety {mode}` and its"
             " other options, or start anew with `run --overwrite`"
         )
-
-
-# --overwrite
 
 
 def refuse_to_clear(out: Path) -> None:
