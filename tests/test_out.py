@@ -155,7 +155,7 @@ def test_clearing_keeps_links_and_removes_only_named_images_from_their_targets(o
     assert not empty.exists()
     assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "no part names it"
     assert (tmp_path / "big disk" / "t-00001").exists()
-    assert outdir.is_clearing(out)
+    assert outdir.CLEARING in (outdir.read_run(out) or {})
     assert not (out / "manifest").exists()
 
 
@@ -180,7 +180,7 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
                 break
             except KeyboardInterrupt:
                 pass
-        assert outdir.is_clearing(out)
+        assert outdir.CLEARING in (outdir.read_run(out) or {})
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
             outdir.read_existing_run(out)
         run_folder.clear(out)
@@ -192,7 +192,7 @@ def test_clearing_stops_on_request(out: Path) -> None:
     fill(out)
     with pytest.raises(StoppedError, match="run again"):
         run_folder.clear(out, lambda: not (out / "manifest").exists())
-    assert outdir.is_clearing(out)
+    assert outdir.CLEARING in (outdir.read_run(out) or {})
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
 
