@@ -25,8 +25,8 @@ from tests import runs
 from tests.tables import write_csv
 
 OTHER = ("--steps", "3", "--rerender-changed")
-MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
-every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+METHODS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
+every_method = pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 
 
 class Killed(BaseException):
@@ -56,9 +56,9 @@ def rendered(done: runs.Done) -> int:
     return int(json.loads(done.stdout)["rendered"])
 
 
-def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
+def die(owner: Any, method: str, *, after: bool) -> Callable[..., Any]:
     """Return a method that raises Killed before or after it calls the real one."""
-    real = getattr(room, moment)
+    real = getattr(owner, method)
 
     def dying(self: Any, *arguments: Any) -> None:
         if after:
@@ -68,23 +68,23 @@ def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
     return dying
 
 
-def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool) -> dict[str, bytes]:
+def killed_while_replacing(folder: Path, owner: Any, method: str, *, after: bool) -> dict[str, bytes]:
     """Kill a run with other options during its only commit. Return the images from before the run."""
     before = files(folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(room, moment, die(room, moment, after=after))
+        patch.setattr(owner, method, die(owner, method, after=after))
         runs.run(folder / "t.csv", folder / "out", *OTHER)
     assert runs.run_json(folder / "out")["summary"] is None
     return before
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@every_moment
-def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str, after: bool) -> None:
+@every_method
+def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, owner: Any, method: str, after: bool) -> None:
     """A run with the old options renders nothing, and every image is the old one unless the new ones were committed."""
     out = folder / "out"
-    before = killed_while_replacing(folder, room, moment, after=after)
-    committed = moment == "remove" or (moment == "commit" and after)
+    before = killed_while_replacing(folder, owner, method, after=after)
+    committed = method == "remove" or (method == "commit" and after)
     again = runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))
     assert rendered(again) == 0
     assert (files(out) == before) is not committed
@@ -246,19 +246,19 @@ from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
 from batch_infer.sinks.folder import FolderSink
 
-{room}.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+{owner}.{method} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 
 
 @pytest.mark.promises
-@every_moment
-def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str) -> None:
-    out, program = folder / "out", DYING.format(room=room.__name__, moment=moment)
+@every_method
+def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, owner: Any, method: str) -> None:
+    out, program = folder / "out", DYING.format(owner=owner.__name__, method=method)
     before = files(out)
     line = [sys.executable, "-c", program, "run", str(folder / "t.csv"), "-o", str(out), *runs.QUICK, *OTHER]
     assert subprocess.run(line, capture_output=True).returncode == -signal.SIGKILL
-    committed = moment == "remove"
+    committed = method == "remove"
     assert rendered(runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))) == 0
     assert (files(out) == before) is not committed
     runs.assert_whole(out)

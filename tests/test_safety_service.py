@@ -450,15 +450,15 @@ def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
+METHODS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
 def test_a_killed_rescore_is_continued(
-    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, owner: Any, method: str, after: bool
 ) -> None:
     """Kill it at any moment of its second batch. Until it finishes, other commands refuse OUT, and no image is lost."""
     folder = tmp_path / "folder"
@@ -466,18 +466,18 @@ def test_a_killed_rescore_is_continued(
     out, path = folder / "out", folder / "t.csv"
     checks = ("--safety", "checker", "--on-flagged", policy)
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
-    real, calls = getattr(room, moment), Counter[str]()
+    real, calls = getattr(owner, method), Counter[str]()
 
     def dying(self: Any, *arguments: Any) -> Any:
-        calls[moment] += 1
-        if calls[moment] != 2:
+        calls[method] += 1
+        if calls[method] != 2:
             return real(self, *arguments)
         if after:
             real(self, *arguments)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, moment, dying)
+        patch.setattr(owner, method, dying)
         try:
             runs.command("rescore", out, *checks)
         except Killed:
@@ -543,8 +543,8 @@ from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
 from batch_infer.sinks.folder import FolderSink
 
-rescore.BATCH, room, calls = 3, {room}, []
-real = room.{moment}
+rescore.BATCH, owner, calls = 3, {owner}, []
+real = owner.{method}
 
 def dying(*arguments):
     calls.append(1)
@@ -552,21 +552,21 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
-room.{moment} = dying
+owner.{method} = dying
 main()
 """
 
 
 @pytest.mark.promises
-@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
-    unchecked: Path, tmp_path: Path, room: Any, moment: str
+    unchecked: Path, tmp_path: Path, owner: Any, method: str
 ) -> None:
     shutil.copytree(unchecked, tmp_path / "folder")
     shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
     checks = ("--safety", "checker", "--on-flagged", "blur")
-    program = DYING.format(room=room.__name__, moment=moment)
+    program = DYING.format(owner=owner.__name__, method=method)
     killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *checks], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = runs.command("rescore", out, *checks, "--json")
@@ -617,8 +617,8 @@ def test_a_rescore_after_a_killed_run_is_counted(
         total = sum(counts.values()) + status["left"]
         return {"state": status["state"], "left": status["left"], **counts, "total": total}
 
-    def dying(moment: int) -> Callable[..., str]:
-        calls = [moment]
+    def dying(last_call: int) -> Callable[..., str]:
+        calls = [last_call]
 
         def commit(self: Manifest, *arguments: Any) -> str:
             calls[0] -= 1

@@ -43,8 +43,8 @@ CLEARING = "overwriting"
 def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Temporary results.* files from killed processes are removed, since only the lock holder writes results.*. An OSError
-    for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
+    Remove temporary files of dead processes, and all temporary results.* files, which only the lock holder writes. An
+    OSError for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
     with locked_folder(out, IMAGE_FOLDERS) as pinned:

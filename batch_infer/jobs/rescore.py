@@ -112,7 +112,7 @@ class _RescoreExecution:
         total = count_scanned_results(self._record)
         if results < total:
             raise SettingsError(
-                f"these tables have {results} results and those of the run had {total}: name all of them"
+                f"these tables have {results} results and those of the run had {total}: name all tables of the run"
             )
 
     def execute(

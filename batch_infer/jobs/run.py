@@ -63,7 +63,7 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
     rank, processes = read_rank_info(), settings.compute.processes
     if rank is not None and processes not in (None, rank.world_size):
         raise SettingsError(
-            f"--num-processes {processes}: a launcher has started {rank.world_size}; leave the option out"
+            f"--num-processes {processes}: a launcher has started {rank.world_size} processes; leave the option out"
         )
     return rank
 
