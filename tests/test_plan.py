@@ -140,7 +140,7 @@ def test_a_plan_within_the_failure_budget_succeeds(table: Path, out: Path) -> No
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
+def test_a_table_without_a_valid_row_has_no_cost(tmp_path: Path, out: Path) -> None:
     planned = plan(write_csv(tmp_path / "t.csv", [["prompt"], [""]]), out)
     assert (planned["rows"], planned["invalid"], planned["row_forwards"], planned["sizes"]) == (1, 1, 0, [])
     assert plan(write_csv(tmp_path / "u.csv", [["prompt"]]), out)["rows"] == 0

@@ -212,7 +212,7 @@ def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("jpeg", ".jpg"), ("webp", ".webp")])
-def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: str) -> None:
+def test_images_can_be_jpeg_or_webp(table: Path, out: Path, image_format: str, suffix: str) -> None:
     assert run(table, out, "--image-format", image_format, "--limit", "1").code == 0
     (row,) = results(out)
     assert row["generated_image"].endswith(suffix)
@@ -224,7 +224,7 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert png["sha256"] != row["sha256"]
 
 
-def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
+def test_csv_and_jsonl_can_contain_images_in_base64(table: Path, out: Path) -> None:
     assert run(table, out, "--results", "csv", "--results", "jsonl", "--base64").code == 0
     with (out / "results.csv").open(newline="") as stream:
         from_csv = list(csv.DictReader(stream))
@@ -343,12 +343,12 @@ def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     assert "nothing to render" in run(table, out).stdout
 
 
-def test_json_for_scripts(table: Path, out: Path) -> None:
+def test_json_prints_the_summary_of_run_json(table: Path, out: Path) -> None:
     done = run(table, out, "--json")
     assert json.loads(done.stdout) == run_json(out)["summary"]
 
 
-def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
+def test_quiet_prints_nothing_only_on_success(table: Path, out: Path) -> None:
     done = run(table, out, "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     write_csv(table, [["prompt"], [""]])
@@ -391,7 +391,7 @@ def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> No
     assert len(results(out)) == json.loads(planned.stdout)["rows"] == 2
 
 
-def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_options(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option takes precedence over its variable."""
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
     monkeypatch.setenv("BATCH_INFER_GUIDANCE_SCALE", "4")
@@ -445,7 +445,7 @@ def test_results_of_another_program_are_not_overwritten(table: Path, out: Path) 
     assert (out / "results.parquet").read_bytes() == b"mine"
 
 
-def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_contain_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow reads a relative path with a colon as a URI."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "t-12:30.parquet", prompt=["a red circle"])
@@ -862,7 +862,7 @@ def test_on_flagged_decides_how_a_flagged_image_is_stored(
     assert json.loads(run(table, out, "--model", flagging, "--on-flagged", policy, "--json").stdout)["rendered"] == 0
 
 
-def test_a_checker_that_flags_nothing(table: Path, out: Path, passing: Path) -> None:
+def test_images_that_the_checker_accepts_are_ok(table: Path, out: Path, passing: Path) -> None:
     assert run(table, out, "--model", passing, "--require-safety", "--safety", "checker").code == 0
     for row in results(out):
         assert (row["status"], row["nsfw_content_detected"], row["error"]) == ("ok", False, None)

@@ -222,7 +222,7 @@ def test_no_wrong_value_gives_a_traceback(finished: Path, tmp_path: Path, name: 
     assert_no_traceback(tmp_path / "copy", name, left_out=READ_BY_PEOPLE)
 
 
-def test_a_limit_beyond_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
+def test_a_limit_may_exceed_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
     done = command("run", finished / "t.csv", "-o", tmp_path / "out", *QUICK, "--steps", "1", "--limit", str(10**30))
     assert done.code == 0, done.stderr
 

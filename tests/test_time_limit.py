@@ -40,7 +40,7 @@ def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("90", 90), ("0.5", 0.5), (" 2h ", 7200),
      ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
 )  # fmt: skip
-def test_durations(text: Any, seconds: float) -> None:
+def test_durations_are_parsed(text: Any, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
@@ -48,7 +48,7 @@ def test_durations(text: Any, seconds: float) -> None:
     "text",
     ["", "0", "0s", "-1", "-5m", "1x", "m", "h1", "30m1h", "1h1h", "1e3", "inf", "nan", "1,5h", "5 minutes", "٣h"],
 )
-def test_invalid_durations(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a duration \\(examples: 90s, 30m, 2h"):
         parse_duration(text)
 
