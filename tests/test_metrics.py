@@ -248,9 +248,7 @@ def test_file_that_cannot_be_written_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_metrics_contain_every_exit_code_of_real_runs(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_exit_code_of_a_run_is_written(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]]), tmp_path / "out"
     options = ("--metrics-file", file, "-q")
 
