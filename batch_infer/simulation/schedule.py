@@ -66,7 +66,7 @@ def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
 
 @dataclass(slots=True, eq=False)
 class MiniBatchState:
-    """The progress of a mini-batch. `open_deliveries` wait or run. `rows` is the row count of the first returned run."""
+    """The progress of a mini-batch. `open_deliveries` wait or run. `rows` counts the rows of the first returned run."""
 
     mini_batch: MiniBatch
     failed_tries: int = 0
