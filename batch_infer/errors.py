@@ -1,4 +1,4 @@
-"""Exceptions of batch-infer. Any other uncaught exception is a bug: exit code 1 with a traceback."""
+"""Define the exceptions of batch-infer. Any other uncaught exception is a bug: exit code 1 with a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BatchInferError(Exception):
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return an error of this class from its message in another process."""
+        """Return an error of this class with the message of an error in another process."""
         return cls(text)
 
 

@@ -1,4 +1,4 @@
-"""Records that all packages share, from requests to results."""
+"""Define the records that all packages share, from requests to results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_ATTEMPTS = 3
 
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _DUPLICATE_SUFFIX = re.compile(r"#\d+$")
-"""Suffix of the second of two tables with the same name, as in `t.csv#2`. No table's own name ends this way."""
+"""Suffix of the second table with the same name, as in `t.csv#2`. No table's own name ends this way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from multiprocessing import active_children
 from types import FrameType
 from typing import Any, ClassVar
@@ -195,13 +196,10 @@ class Stopper:
     def _end_process(self) -> None:
         for process in active_children():
             process.kill()
-        # Each callback may block on a lock that the main thread holds.
-        threads = [threading.Thread(target=self._remove_files, daemon=True)]
-        threads.append(threading.Thread(target=self._log_error, args=(str(self.error()),), daemon=True))
-        for thread in threads:
+        for callback in (self._remove_files, partial(self._log_error, str(self.error()))):
+            thread = threading.Thread(target=callback, daemon=True)
             thread.start()
-        for thread in threads:
-            thread.join(END_SECONDS / 4)
+            thread.join(END_SECONDS / 4)  # the callback may block on a lock that the main thread holds
         os._exit(StoppedError.exit_code)
 
 

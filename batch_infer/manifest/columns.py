@@ -36,21 +36,16 @@ _HINTS = get_type_hints(ResultRow, include_extras=True)
 SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column in RESULT_COLUMNS])
 """Result columns in order. In a part, the carried columns come after these."""
 SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
-"""For each result column missing from version 1 of the format, the version that added it."""
+"""The version of the format that added each result column, without the columns of version 1."""
 VERSION = max(SINCE.values(), default=1)
 """Format version of new parts. Every part since version 2 records its version."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
-    """Convert rows to an Arrow table of the result columns and these carried columns."""
-    columns = [pa.array([_cell(row, field.name) for row in rows], field.type) for field in SCHEMA]
+    """Convert rows to an Arrow table of the result columns, followed by these carried columns."""
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SCHEMA]
     columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
     return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
-
-
-def _cell(row: ResultRow, name: str) -> Any:
-    value = getattr(row, name)
-    return list(value.items()) if isinstance(value, Mapping) else value
 
 
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:

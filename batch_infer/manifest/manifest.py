@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from time import monotonic
 
@@ -20,7 +20,7 @@ from batch_infer.records import ResultRow, digest
 from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, path_exists, temporary_database
 
 CACHED_BYTES = 64 << 20
-"""Maximum bytes of cached parts. In table order, rows from neighbouring parts alternate."""
+"""Maximum size in bytes of the parts kept in memory. In table order, rows from neighbouring parts alternate."""
 _VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
 _COLUMNS = ("id", "image_index", *_VALUES)
 _SELECT = (
@@ -36,7 +36,7 @@ _CREATE = (
     "CREATE TEMPORARY TABLE paths (name PRIMARY KEY)",
     "CREATE TEMPORARY TABLE tables (name PRIMARY KEY, position)",
 )
-# Two workers can commit the same attempt if one dies before it reports the row as finished. The later image is on disk.
+# Two workers commit the same attempt if one dies before it reports the row as finished. The later image is on disk.
 _UPSERT = (
     f"INSERT INTO committed VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})"
     + " ON CONFLICT (id, image_index) DO UPDATE SET "
@@ -47,7 +47,7 @@ _UPSERT = (
 
 @dataclass(frozen=True, slots=True)
 class CommittedImage:
-    """Manifest entry for one image. `failures` is the number of failures with this fingerprint."""
+    """Manifest entry for one image. `failures` is the number of failed attempts with this fingerprint."""
 
     status: str
     fingerprint: str
@@ -63,7 +63,7 @@ class ManifestIndex:
     """Index committed images in a temporary file, so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index parts. Damaged parts are raised as DamagedPartError, or passed to `on_damage`. Raises StorageError."""
+        """Index parts. Pass a DamagedPartError to `on_damage`, or raise it if that is None. Raises StorageError."""
         self.image_folders: set[str] = set()
         """Folders of all committed images, relative to OUT."""
         self._parts: dict[str, Path] = {}
@@ -80,10 +80,9 @@ class ManifestIndex:
             raise
 
     def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Read the parts that are not indexed yet. Raises DamagedPartError, StorageError.
+        """Index the parts that are not indexed yet. Raises DamagedPartError, StorageError.
 
-        After an error, the next call continues. A part that no longer exists is skipped, since another process moved
-        it.
+        After an error, the next call continues. A part that another process has moved is skipped.
         """
         for part in parts:
             if part.name not in self._parts:
@@ -105,7 +104,7 @@ class ManifestIndex:
         columns = [*(table[name].to_pylist() for name in _COLUMNS[:-1]), times.to_pylist()]
         rows = [(*row, part.name, row_number) for row_number, row in enumerate(zip(*columns, strict=True))]
         self.image_folders.update(path.rpartition("/")[0] for path in table["generated_image"].to_pylist() if path)
-        failures = [(row_id, index, digest) for row_id, index, status, digest, *_ in rows if status == "failed"]
+        failures = [(name, index, fingerprint) for name, index, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
         self._database.executemany(_UPSERT, rows)
         self._parts[part.name] = part
@@ -137,13 +136,13 @@ class ManifestIndex:
     def iterate_in_table_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
         """Yield the images of these tables in row order, then the images of other tables by table name."""
         self._database.execute("DELETE FROM tables")
-        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", ((t, i) for i, t in enumerate(tables)))
+        self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", zip(tables, count()))
         order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
         rows = self._database.execute(f"{_SELECT} LEFT JOIN tables ON name = source_file {order}")
         return (CommittedImage(*row) for row in rows)
 
     def count_rows(self) -> tuple[int, int]:
-        """Return the number of table rows, and how many are invalid or have a failed image."""
+        """Return the number of table rows, and the number of rows that are invalid or have a failed image."""
         bad = "SELECT max(status IN ('failed', 'invalid')) AS bad FROM committed GROUP BY id"
         rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
         return rows, bad_rows
@@ -170,7 +169,7 @@ class ManifestIndex:
         return pa.concat_tables(pieces).take(pc.sort_indices(by_part))
 
     def _read_part(self, part: str, columns: tuple[str, ...] | None) -> pa.Table:
-        """Read these columns of a part, or all columns if None, and keep CACHED_BYTES of recent tables in memory."""
+        """Read these columns of a part, or all columns if None, and cache up to CACHED_BYTES of recent tables."""
         key = part, columns
         if key not in self._cache:
             self._cache[key] = read_part(self._parts[part], columns)

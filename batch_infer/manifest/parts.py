@@ -1,4 +1,4 @@
-"""Read and write manifest parts: Parquet files with page checksums, which detect corruption."""
+"""Read and write manifest parts, which are Parquet files with page checksums to detect damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMNS_KEY = b"batch-infer-columns"
 The checksum omits types: another version of Arrow may read carried columns as different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
-"""Metadata key of the commit time: the clock's name and seconds."""
+"""Metadata key of the commit time: the name of the clock, and seconds."""
 
 
 def run_number(part: Path) -> int:
@@ -42,7 +42,7 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read these columns of a part, or all columns if None. Result columns newer than the part's format are null.
+    """Read these columns of a part, or all columns if None. Result columns added after the part's version are null.
 
     Raises DamagedPartError, NewerPartError, StorageError.
     """
@@ -73,7 +73,7 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return the clock's name and the commit time in seconds. One clock's times are in commit order.
+    """Return the name of a clock and the commit time in seconds. Times of the same clock are in commit order.
 
     A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
     time of day, and its clock is "". Raises DamagedPartError, StorageError.
@@ -89,9 +89,9 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 @contextmanager
 def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a part, read only its footer, and yield the part with its format version.
+    """Open a part, read only its footer, and yield the file with its format version.
 
-    Raises NewerPartError, and DamagedPartError also for reads inside the context. Raises StorageError if the disk
+    Raises NewerPartError, and DamagedPartError, also for reads inside the context. Raises StorageError if the disk
     cannot be read or the part does not exist, because both may be temporary.
     """
     try:

@@ -15,7 +15,7 @@ from batch_infer.errors import SettingsError
 SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 _ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
-"""http is allowed only on this machine, because the key must not leave this machine without TLS."""
+"""http is allowed only for this machine, because the key must not leave it without TLS."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 """Categories of Azure AI Content Safety. Severities are 0, 2, 4 or 6."""
 

@@ -40,8 +40,8 @@ FSYNC_THREADS = 32
 """Maximum number of images to fsync concurrently.
 
 A journal commits all waiting fsyncs together, which is several times as fast as one at a time, and more so on a slow
-disk. (Linux's `syncfs` is even faster, but also waits for writes of other programs, does not reach the server behind a
-FUSE mount, and hides some errors.)
+disk. Linux's `syncfs` is even faster, but it also waits for writes of other programs, does not reach the server behind
+a FUSE mount, and hides some errors.
 """
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
@@ -68,18 +68,15 @@ class FolderSink:
 
         The only exception is tables that different workers of an Azure ML job read.
         """
-        top = IMAGE_FOLDERS[quarantine]
-        folder = self._name(top, request.source.stem, collides=request.stem_collides)
-        path = self._path(request, top, folder, self._name(top, request.id, collides=request.id_collides))
+        paths = self._list_paths(request, IMAGE_FOLDERS[quarantine], lambda text: {hashed_name(text)})
         previous_path = self.path_in(request.replaces or "", quarantine=quarantine)
-        possible_paths = self._possible_paths(request, top, lambda text: {hashed_name(text)})
-        return previous_path if request.replaces and previous_path in possible_paths else path
+        return previous_path if previous_path in paths else paths[0]
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        def hash_unsafe(text: str) -> set[str]:  # earlier versions kept a text that is a safe name
+        def hash_unsafe(text: str) -> set[str]:  # earlier versions hashed only unsafe names
             return {safe_name(text)} - {text}
 
-        return set().union(*(self._possible_paths(request, top, hash_unsafe) for top in IMAGE_FOLDERS))
+        return {path for top in IMAGE_FOLDERS for path in self._list_paths(request, top, hash_unsafe)}
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
@@ -95,13 +92,12 @@ class FolderSink:
     def collisions(self, index: ImageIndex) -> Collisions:
         return Collisions(index)
 
-    def _possible_paths(self, request: PromptRequest, top: str, hash_names: Callable[[str], set[str]]) -> set[str]:
+    def _list_paths(self, request: PromptRequest, top: str, other_names: Callable[[str], set[str]]) -> list[str]:
+        """Return the path for a new image, then the paths under other names of its folder and its id."""
         stem, name = request.source.stem, request.id
-        return {
-            self._path(request, top, folder, file)
-            for folder in {self._name(top, stem, collides=request.stem_collides), *hash_names(stem)}
-            for file in {self._name(top, name, collides=request.id_collides), *hash_names(name)}
-        }
+        folders = [self._name(top, stem, collides=request.stem_collides), *other_names(stem)]
+        files = [self._name(top, name, collides=request.id_collides), *other_names(name)]
+        return [self._path(request, top, folder, file) for folder in folders for file in files]
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
         number = request.source.row // ROWS_PER_FOLDER
@@ -138,7 +134,7 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Fsync all images, then rename them. A power cut leaves the old or the new image, complete."""
+        """Fsync all images, then rename them. After a power cut, each path has the old or the new image, complete."""
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(FSYNC_THREADS) as pool:
@@ -152,7 +148,7 @@ class FolderSink:
         _fsync_parents(targets)
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names. Keep this process's earlier backup: its replacement was never committed."""
+        """Rename images to hidden names, unless this process has a backup, whose replacement was never committed."""
         self._check()
         backups = {self._out / path: self._out / self.backup_path(path) for path in paths}
         targets = [target for target, backup in backups.items() if not path_exists(backup)]
@@ -222,7 +218,7 @@ class FolderSink:
         self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
-        """Check images/ or quarantine/ before each write, like OUT, by a marker if the folder is on another disk."""
+        """Check images/ or quarantine/ before each write too, by the marker of OUT if the folder is on another disk."""
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
             self._pinned.setdefault(folder, PinnedFolder.pin(folder))
@@ -249,7 +245,7 @@ def resolve_path(out: Path, path: str) -> Path | None:
 
 
 def original_path(path: str) -> str | None:
-    """Return the path from which any process has backed up a file, or None if the file is not a backup."""
+    """Return the path that a file had before any process backed it up, or None if the file is not a backup."""
     backup = PurePosixPath(path)
     name = original_name(BACKUP_PREFIX, backup.name)
     return None if name is None else backup.with_name(name).as_posix()

@@ -26,7 +26,7 @@ def safe_name(text: str, *, capitals: bool = False) -> str:
 
 
 def hashed_name(text: str) -> str:
-    """Return a text's readable characters, `~` and a digest of the text. Unique even if case is ignored."""
+    """Return the readable characters of a text, `~` and a digest of the text. It is unique even if case is ignored."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
@@ -38,7 +38,7 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class ImageIndex(Protocol):
-    """What sinks need to know about committed images."""
+    """Answer the questions of sinks about committed images."""
 
     @property
     def image_folders(self) -> Iterable[str]:
@@ -49,10 +49,7 @@ class ImageIndex(Protocol):
 
 
 class Collisions:
-    """Collisions with the names of committed images.
-
-    All processes that name images in OUT must share a lock.
-    """
+    """Find collisions with the names of committed images. The caller holds the lock of OUT."""
 
     def __init__(self, index: ImageIndex) -> None:
         self._index = index

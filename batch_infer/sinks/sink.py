@@ -18,9 +18,9 @@ class Sink(Protocol):
 
     Images are in IMAGE_FOLDERS: in quarantine/ if `quarantine` is set, otherwise in images/. Paths elsewhere count as
     missing. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
-    of killed runs, and their `original_path`. This order loses no image in a crash: `write`, `back_up` the images to
-    replace, `publish`, commit the manifest part, `remove` the backups. All methods raise StorageError, also if they
-    cannot tell whether an image exists.
+    of killed runs and their `original_path`. A crash loses no image if the calls are in this order: `write`, `back_up`
+    the images to replace, `publish`, commit the manifest part, `remove` the backups. All methods raise StorageError,
+    also if they cannot tell whether an image exists.
     """
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
@@ -36,7 +36,7 @@ class Sink(Protocol):
         """Return the folders that may contain images from these source files, and their parent folders."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
-        """Return the collisions with names of committed images."""
+        """Return an object that finds collisions with the names of committed images."""
 
     def write(self, path: str, content: bytes) -> StoredImage:
         """Write an image under a temporary name."""

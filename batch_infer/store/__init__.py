@@ -1,6 +1,6 @@
 """Write durable atomic files in OUT, lock OUT, and manage temporary files and log files.
 
-An error of the disk becomes StorageError, which names the path and says what to do.
+Disk errors are raised as StorageError, which names the path.
 """
 
 from batch_infer.store.files import (

@@ -1,4 +1,4 @@
-"""Inspect paths and write files atomically: under a name unique to this process, then renamed."""
+"""Inspect paths, and write files atomically: under a name that is unique to this process, then renamed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RANDOM_ID = secrets.token_hex(6)
-"""Distinguishes two machines that write to the same folder, if their host ids and process ids are equal."""
+"""Distinguishes two processes that write to the same folder from machines with equal host ids."""
 _unfinished: set[Path] = set()
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR}
 _FSYNC_UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
@@ -42,7 +42,7 @@ read_errors = partial(_storage_errors, "read")
 
 
 def path_exists(path: Path) -> bool:
-    """Return whether a path exists, even as a broken link. Raises StorageError if that is unknown."""
+    """Return whether a path exists, even if it is a broken link. Raises StorageError if that is unknown."""
     return read_status(path) is not None
 
 
@@ -111,7 +111,7 @@ def fsync_folder(folder: Path) -> None:
 
 @cache
 def host_id() -> str:
-    """Return a digest of the host name and, on Linux, the boot id and PID namespace, in which process ids are unique.
+    """Return a digest of the host name and, on Linux, of the boot id and PID namespace. Process ids are unique within.
 
     Many containers have the same host name and PID namespace number. The kernel's boot id distinguishes their machines.
     """
@@ -127,7 +127,7 @@ def unique_name(prefix: str, name: str) -> str:
 
 
 def original_name(prefix: str, name: str) -> str | None:
-    """Return the file name inside a `unique_name` from any process, or None if `name` is not a unique name."""
+    """Return the file name that any process passed to `unique_name`, or None if `name` is not a unique name."""
     match = _TOKEN.match(name, len(prefix)) if name.startswith(prefix) else None
     return None if match is None else name[match.end() :]
 
@@ -143,17 +143,15 @@ def is_temporary(name: str) -> bool:
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
-    """Return whether a `unique_name` comes from a dead process of this machine, or False if that is unknown."""
+    """Return whether a dead process of this machine made a `unique_name`, or False if that is unknown."""
     host, _, rest = name.removeprefix(prefix).partition("-")
     process_id = rest.partition("-")[0]
     if not name.startswith(prefix) or os.name != "posix" or host != host_id() or not process_id.isdecimal():
         return False
     try:
         os.kill(int(process_id), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # the process belongs to another user
-        pass
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # otherwise the process belongs to another user
     return False
 
 
@@ -185,7 +183,7 @@ def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Ite
 
 
 def remove_unfinished() -> None:
-    """Remove this process's unfinished files. For a process that exits without raising an exception."""
+    """Remove this process's unfinished files before it exits without unwinding `atomic_write`."""
     for temporary in list(_unfinished):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -212,7 +210,7 @@ def sweep(
 ) -> list[Path]:
     """Call `remove` for each of our files in a folder, and return the subfolders that are not links.
 
-    No file is opened or statted, since there may be many. Raises OSError.
+    Files are neither opened nor statted, because there may be many. Raises OSError.
     """
     folders = []
     with os.scandir(folder) as entries:

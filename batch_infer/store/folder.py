@@ -26,29 +26,29 @@ from batch_infer.store.files import (
 )
 
 LOCK_SECONDS = 0.2
-"""Seconds to wait for a locked folder, since `find_holder` holds the lock for a moment."""
+"""Seconds to wait for a locked folder, because `find_holder` holds the lock for a moment."""
 LOCK, HOLDER = ".lock", ".holder"
 _USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-"""Errors from creating a folder that another folder or permissions fix. Others, such as a full disk, may pass."""
+"""Errors that another folder or other permissions fix. Other errors, such as a full disk, may be temporary."""
 
 
 # Pinned folders
 
 
 def marker_name() -> str:
-    """Return the name of the file by which this process recognises a folder. `sweep` treats it as a temporary file."""
+    """Return the name of the empty file by which this process recognises a folder. The name is a temporary name."""
     return unique_name(TEMPORARY_PREFIX, "here")
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedFolder:
-    """Folder and its identity before the first write, which other processes of this machine can check too.
+    """A folder with the identity that it had before the first write. Other processes of this machine can check it too.
 
-    `identity` is the device and inode, or None if there was no folder. `marker` is the name of an empty file in the
-    folder that identifies it on mounts whose inode numbers change.
+    `identity` is the device and inode, or None if there was no folder. `marker` is the name of a file in the folder
+    that identifies it on mounts whose inode numbers change.
     """
 
     path: Path
@@ -81,8 +81,8 @@ class PinnedFolder:
         """Check that the path is still this folder. Raises StorageError.
 
         After an unmount, files would be written beneath the mount point and hidden by the next mount. FUSE mounts may
-        return other inode numbers on each call, so an unexpected inode alone proves nothing. Only then does the marker
-        decide, at the cost of one more call.
+        return different inode numbers on each call, so an unexpected inode alone proves nothing. In that case, the
+        marker decides, at the cost of one more call.
         """
         identity = _identity(self.path)
         if identity is not None and identity == self.identity:
@@ -99,7 +99,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return None if status is None else (status.st_dev, status.st_ino)
 
 
-# Locks, which the operating system releases when their process dies
+# Locks, which the operating system releases when the process that holds them dies
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[Pinn
 
 
 def find_holder(folder: Path) -> str | None:
-    """Return the process that holds the lock, or None. Raises StorageError if the lock cannot be read."""
+    """Return a description of the process that holds the lock, or None. Raises StorageError if it cannot be read."""
     path = folder / LOCK
     if not path_exists(path):
         return None
@@ -139,14 +139,14 @@ def find_holder(folder: Path) -> str | None:
 
 
 def remove_stale_holder(folder: Path) -> None:
-    """Remove the holder file of a killed process. The current holder, even this process, keeps its file."""
+    """Remove the holder file of a killed process. If a process holds the lock, even this one, its file is kept."""
     if path_exists(folder / HOLDER):
         with suppress(Timeout), FileLock(folder / LOCK).acquire(timeout=0):
             (folder / HOLDER).unlink(missing_ok=True)
 
 
 def _acquire(folder: Path) -> FileLock:
-    """Create and lock a folder. The names of new folders are durable."""
+    """Create and lock a folder, and make the names of new folders durable."""
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Create temporary files and databases whose errors name the temporary folder and say what to do."""
+"""Create temporary files and databases. Their errors name the temporary folder and say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batch_infer.errors import StorageError
 
 BUFFER_SIZE = 1 << 16
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""Errors that only writing raises."""
+"""Errors that only writing can raise."""
 _DATABASE_ERRORS = ("full", "disk I/O error", "unable to open database file", "malformed", "not a database")
 
 Parameters = ParamSpec("Parameters")
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 def temporary_file_errors(*, reads: bool = False) -> Iterator[None]:
     """Re-raise OSError as a StorageError that names the temporary folder and TMPDIR.
 
-    With `reads`, the context also reads other files, so only errors that reading never raises are converted.
+    With `reads`, the context also reads other files, so only errors that reading cannot raise are converted.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def _storage_error(kind: str, folder: str, reason: object) -> StorageError:
 
 
 class _Raw(io.FileIO):
-    """Raise StorageError for write errors, even when a buffer around the file is closed."""
+    """Raise StorageError for write errors, even if closing a buffer around the file causes the write."""
 
     def write(self, data: object, /) -> int:
         with temporary_file_errors():
@@ -76,7 +76,7 @@ def open_temporary_text() -> TextIO:
 
 
 def temporary_database() -> sqlite3.Connection:
-    """Open an empty database in an unnamed file, which is deleted on close. A crash may damage the database.
+    """Open an empty database in an unnamed file, which is deleted on close and may be damaged in a crash.
 
     Statements raise StorageError if the temporary folder is full or broken.
     """
@@ -87,7 +87,7 @@ def temporary_database() -> sqlite3.Connection:
 
 
 def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Wrap a cursor method so that disk errors raise StorageError."""
+    """Wrap a cursor method to raise disk errors as StorageError."""
 
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         try:
@@ -103,19 +103,14 @@ def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Par
     return call
 
 
-_fetch_next: Callable[[sqlite3.Cursor], Any] = _raising_storage_error(sqlite3.Cursor.__next__)
-
-
 class _Cursor(sqlite3.Cursor):
-    """Raise StorageError for disk errors, also in fetches, since SQLite reads rows as they are fetched."""
+    """Raise StorageError for disk errors, also in fetches, because SQLite reads rows as they are fetched."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)
     fetchone = _raising_storage_error(sqlite3.Cursor.fetchone)
     fetchall = _raising_storage_error(sqlite3.Cursor.fetchall)
-
-    def __next__(self) -> Any:
-        return _fetch_next(self)
+    __next__ = _raising_storage_error(sqlite3.Cursor.__next__)  # type: ignore[arg-type]
 
 
 class _Database(sqlite3.Connection):
