@@ -25,7 +25,7 @@ from batch_infer.models import (
     read_card,
 )
 from batch_infer.models.schedulers import refuse_unknown_scheduler
-from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
+from batch_infer.models.untrusted import MAX_DEPTH, loading_errors, parse_json
 from batch_infer.records import SizeRules
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import SHORT_NAMES, ModelSettings, SchedulerSpec
@@ -200,13 +200,13 @@ def test_json_has_bounded_depth() -> None:
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_errors_of_libraries_name_the_place(error: Exception) -> None:
-    with pytest.raises(ModelError, match="unet could not be loaded: "), LoadingErrors("unet"):
+    with pytest.raises(ModelError, match="unet could not be loaded: "), loading_errors("unet"):
         raise error
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: unknown"), StopIteration()])
 def test_device_errors_and_own_errors_are_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, LoadingErrors("unet"):
+    with pytest.raises(type(error)) as raised, loading_errors("unet"):
         raise error
     assert raised.value is error
 

@@ -133,12 +133,7 @@ def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> N
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
         assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
         rows = list(tables.read_rows(RULES))
-    assert [item.id for item in rows] == [
-        "a-00000000",
-        "b-00000000",
-        "c-00000000",
-        "c-00000001",
-    ]
+    assert [item.id for item in rows] == ["a-00000000", "b-00000000", "c-00000000", "c-00000001"]
 
 
 def test_files_that_differ_in_their_suffix_have_the_same_stem() -> None:
@@ -282,12 +277,7 @@ def described(*tables: str, **options: Any) -> dict[str, tuple[Any, ...]]:
     return {item.prompt: (item.params.height, *(item.carried.get(name) for name in ("lang", "a b"))) for item in rows}
 
 
-PARTITIONED = {
-    "a": (128, "en", None),
-    "b": (64, "de", None),
-    "c": (64, None, None),
-    "d": (72, "05", "São/Paulo=1"),
-}
+PARTITIONED = {"a": (128, "en", None), "b": (64, "de", None), "c": (64, None, None), "d": (72, "05", "São/Paulo=1")}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt", "parquet", "csv.gz", "parquet.xz"])
@@ -652,9 +642,7 @@ def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
             assert tables.files == [item.source.file for item in requests]
 
 
-def test_unreadable_links_and_folders_that_a_glob_matches_are_reported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_unreadable_links_and_folders_that_a_glob_matches_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(Path("ds/a/t.csv"), [["prompt"], ["x"]])
     write_csv(Path("elsewhere/b.csv"), [["prompt"], ["x"]])
     Path("ds/link").symlink_to(Path("elsewhere").resolve())

@@ -1,4 +1,4 @@
-"""Run the benchmark: contenders render the same rows in turns, round by round, and then the slots are swept."""
+"""Run the benchmark: all contenders render the same rows round by round, then batch-infer with other slot counts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from batch_infer import peak_flops
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.bench import contenders as timing
-from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, unet_rate
+from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, matmul_tflops, unet_rate
 from batch_infer.bench.plotting import check_plot, draw
 from batch_infer.bench.renderers import BatchInfer, PlainDiffusers, Renderer
 from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint
@@ -30,13 +29,13 @@ from batch_infer.models import is_compiled
 from batch_infer.worker import read_peak_memory
 
 SAMPLE = 24
-"""Number of rows to compare images of, and to time one by one."""
+"""Number of rows whose images are compared, and that the baseline one-by-one renders."""
 
 log = logging.getLogger("batch_infer")
 
 
 def benchmark(settings: BenchSettings) -> BenchReport:
-    """Load the model, measure all contenders and draw the plot. Raises UsageError before anything is timed."""
+    """Load the model, measure all contenders and draw the plot. Raises UsageError before it times anything."""
     if settings.plot is not None:
         check_plot(settings.plot)
     subject = load_subject(settings)
@@ -75,21 +74,19 @@ def _make_contender(name: str, subject: Subject, workload: Workload) -> Contende
         raise SettingsError("--against grouped-compiled: the networks are not compiled; add --compile")
     if name == "bare":
         return BareUNet(name, subject, workload)
-    model, compute, rows = subject.model, subject.compute, workload.rows
-    sample = sample_evenly(rows, SAMPLE)
-    compared, share = [row.id for row in sample], 1.0
+    model, compute, sample = subject.model, subject.compute, sample_evenly(workload.rows, SAMPLE)
     renderer: Renderer
     if name == OURS:
         renderer = BatchInfer(model, compute)
     else:
         renderer = PlainDiffusers(model, compute, grouped=name != "one-by-one", compiled=name == "grouped-compiled")
-    if name == "one-by-one":
-        rows, share = sample, workload.row_forwards_of(sample) / workload.row_forwards
-    return RenderingContender(name, renderer, rows, subject, compared=compared, share=share)
+    rows = sample if name == "one-by-one" else workload.rows
+    share = workload.row_forwards_of(rows) / workload.row_forwards
+    return RenderingContender(name, renderer, rows, subject, compared=[row.id for row in sample], share=share)
 
 
 def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> None:
-    """Time all contenders in turns, and log the estimated remaining time."""
+    """Time every contender once per round, and log the estimated remaining time."""
     for index, contender in enumerate(contenders, 1):
         log.info("warming up: %s (%d of %d)", contender.name, index, len(contenders))
         contender.warm_up()
@@ -106,7 +103,7 @@ def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> Non
 
 
 def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
-    """Estimate the total seconds of these contenders from their last rounds, or from the mean of all last rounds."""
+    """Estimate the total seconds of these contenders, each from its last round, else from the mean of the others."""
     mean = statistics.mean(seconds.values())
     return sum(seconds.get(name, mean) for name in names)
 
@@ -147,7 +144,7 @@ def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoi
 
 def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
     compute, model = subject.compute, subject.model
-    measured = timing.matmul_tflops(model.device, model.dtype)
+    measured = matmul_tflops(model.device, model.dtype)
     if settings.peak_tflops is not None:
         return Peak(settings.peak_tflops, "given", measured)
     published = peak_flops.peak_tflops(compute.device_name, compute.dtype) if compute.device == "cuda" else None
@@ -175,7 +172,7 @@ def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: 
 def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
     """Compare our images with those of the first baseline that renders images."""
     ours, *baselines = (contender for contender in contenders if isinstance(contender, RenderingContender))
-    if not baselines:  # none was requested, or a stop came first
+    if not baselines:  # none was requested, or the benchmark was stopped first
         return None
     theirs = baselines[0].images
     differences = [np.abs(ours.images[name].astype(int) - image.astype(int)).max() for name, image in theirs.items()]

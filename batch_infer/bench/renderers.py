@@ -65,9 +65,8 @@ class BatchInfer:
 class PlainDiffusers:
     """Renders with the diffusers pipeline on the same networks, with one generator per row and no safety checker.
 
-    By default it calls the uncompiled networks, but with their other GPU optimisations (channels last, fused
-    projections). If `compiled`, it calls the networks that torch.compile made, and pads batches to one size so that
-    each network is compiled once.
+    It calls the networks uncompiled, but with their other GPU optimisations (channels last, fused projections). With
+    `compiled`, it calls them as torch.compile made them, and pads batches to one size so that each is compiled once.
     """
 
     def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
@@ -154,7 +153,7 @@ def _build_pipeline(model: LatentDiffusion) -> Any:
 
 
 class UNetAdapter(torch.nn.Module):
-    """Gives a UNet that diffusers lacks the attributes that its pipeline reads."""
+    """Adds the attributes that the diffusers pipeline reads to a UNet that diffusers lacks."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
@@ -173,7 +172,7 @@ class UNetAdapter(torch.nn.Module):
 
 @contextmanager
 def _without_compilation(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Use the networks' original forward methods instead of the compiled ones."""
+    """Use the networks' original forward methods instead of the compiled ones inside the context."""
     replaced = [(network, network.__dict__.pop("forward")) for network in networks if "forward" in vars(network)]
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ JOB_FAILED = 3
         "--gpus",
         type=click.IntRange(min=0),
         metavar="N",
-        help="The first N workers see one GPU each. Default: the number that nvidia-smi lists.",
+        help="Number of GPUs: the first N workers see one each. Default: the number that nvidia-smi lists.",
     ),
     option(
         "--kill",
@@ -104,15 +105,14 @@ JOB_FAILED = 3
     name="azureml-simulate",
 )
 def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options: Any) -> int:
-    """Run a batch scoring script over files like Azure ML's batch endpoint, before you deploy it.
+    """Run a scoring script like an Azure ML batch endpoint.
 
-    INPUT is a file, or a folder, whose files are scored without those in subfolders. Worker processes receive the
-    files in mini-batches. Each worker has a temporary working folder, its own GPU if there are any, a log in
-    OUT/logs/azureml, and your environment variables. What run() returns is written to OUT/predictions.csv, which is
-    replaced.
+    Use it to test a script before you deploy it. INPUT is a file or a folder; files in its subfolders are ignored.
+    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, its own GPU if there
+    is one, a log in OUT/logs/azureml, and your environment variables. What run() returns replaces OUT/predictions.csv.
 
     A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long,
-    or if the worker dies. --kill and --duplicate cause retries with a correct script too; its output should not change.
+    and if the worker dies. --kill and --duplicate repeat mini-batches; the output of a correct script does not change.
 
     Exit codes: 0; 2 usage; 3 if Azure would report the job as failed; 75 interrupted.
     """
@@ -122,18 +122,15 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     script = options.pop("script") or DEFAULT_SCRIPT
     settings = SimulationSettings(script=script, append_rows=append_rows, **options)
     progress = SimulationProgress(shown=not (quiet or no_progress))
-    with stoppable(hint=NOTHING_KEPT):
-        try:
-            outcome = simulate(settings, progress)
-        finally:
-            progress.close()
+    with stoppable(hint=NOTHING_KEPT), closing(progress):
+        outcome = simulate(settings, progress)
     if outcome.fault is not None or not quiet:
         print_result(_lines(outcome), outcome.as_dict() if as_json else None)
     return 0 if outcome.fault is None else JOB_FAILED
 
 
 class SimulationProgress:
-    """A bar on a terminal, a log line every LINE_EVERY seconds elsewhere, or nothing."""
+    """Shows a bar on a terminal, logs a line every LINE_EVERY seconds elsewhere, or does nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown, self._logged_at = shown, time.monotonic()
@@ -184,12 +181,13 @@ def _lines(outcome: SimulationOutcome) -> Iterator[str]:
 
 @command(click.Argument(["folder"], metavar="DIR", type=PATH), *model_options, name="export-mlflow")
 def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
-    """Write a model into DIR as an MLflow model, for deployments that need no scoring script.
+    """Write a model to DIR in MLflow's format.
 
-    DIR contains the model's files, batch-infer itself and a signature. The input is a DataFrame with a column
-    `prompt`. The output is a DataFrame with prompt, generated_image (a file in base64), nsfw_content_detected and, for
-    rows without an image, error. num_inference_steps, guidance_scale, height, width, seed and negative_prompt are
-    parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the model is loaded.
+    It can be deployed without a scoring script. DIR contains the model's files, batch-infer itself and a signature. The
+    input is a DataFrame with a column `prompt`. The output is a DataFrame with prompt, generated_image (a file in
+    base64), nsfw_content_detected and, for rows without an image, error. num_inference_steps, guidance_scale, height,
+    width, seed and negative_prompt are parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the
+    model is loaded.
 
     Exit codes: 0; 2 usage, or DIR exists; 75 interrupted.
     """

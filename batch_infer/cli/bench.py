@@ -36,7 +36,9 @@ if TYPE_CHECKING:
         help="Use a released architecture at full size with random weights instead of a model.",
     ),
     option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
-    option("--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Range of each row's steps."),
+    option(
+        "--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Steps, or range of steps, of each row."
+    ),
     option(
         "--sizes",
         default="mixed",

@@ -28,7 +28,7 @@ PREFIX = "BATCH_INFER_"
 ENDPOINT_VARIABLES = ("BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT")
 """Variables that only the Azure ML scoring scripts read."""
 LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
-"""Variables that only processes started by a launcher read. Every other variable sets an option."""
+"""Variables that only processes of a launcher read. Every other variable sets an option."""
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -232,5 +232,5 @@ config_option = click.Option(
     expose_value=False,
     callback=_load,
     help="TOML file with options: `steps = 30`, `results = ['csv']`. One file may serve several commands; a key that "
-    "is no option of any command is an error. Flags and environment override the file.",
+    "is not an option of any command is an error. Flags and environment override the file.",
 )

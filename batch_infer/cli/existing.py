@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 @command(out_argument, json_option)
 def status(*, out: Path, as_json: bool, quiet: bool) -> int:
-    """Show the progress of the run in OUT, whether it is running, stopped or finished.
+    """Show the state and the progress of the run in OUT.
 
-    Counts the results by status and the results still to come: a row has one result per image. Rows that a killed run
-    committed count as done.
+    The run may be active, stopped or finished. Counts the results by status, and those that are left. A row has one
+    result per image. Results that a killed run committed count as done.
 
     Exit codes: 0; 2 if OUT contains no run. With -q only this error is printed.
     """
@@ -71,16 +71,16 @@ def _status_lines(run: RunStatus, out: Path) -> Iterator[str]:
     if run.state == "unknown":
         yield f"{out / '.lock'} cannot be read (permission denied), so it is unknown whether a run is active"
     if run.state == "rescoring" and not run.holder:
-        yield "its images are being checked again: run the same `batch-infer rescore` to continue"
+        yield "a rescore is unfinished: run the same `batch-infer rescore` again to continue"
 
 
 @command(out_argument, *results_options, json_option)
 def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool) -> int:
     """Write OUT/results.* from OUT's manifest.
 
-    The results are in table order. `run` merges at its end; use merge after a run was killed, and for the output of a
-    batch endpoint. Only rows of the tables that run.json names are merged; if these tables cannot be read, all rows
-    of the manifest are. Writes the formats of the run and those of --results.
+    The results are in table order. `run` merges at its end; use `merge` after a run was killed, and for the output of
+    a batch endpoint. It merges only rows of the tables that run.json names, or all rows of the manifest if it cannot
+    read these tables. It writes the formats of the run and those of --results.
 
     Exit codes: 0; 2 if OUT contains no run; 75 if another command works in OUT, or interrupted.
     """

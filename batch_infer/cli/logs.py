@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -38,8 +38,9 @@ def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     With `quiet`, log only errors and the reason for an early stop. If the log is JSON, tracebacks and the output of
     libraries to stderr become JSON lines too.
     """
-    handler = StderrHandler(quiet=quiet)
-    handler.setLevel(logging.DEBUG if verbose else logging.INFO)
+    handler = StderrHandler(logging.DEBUG if verbose else logging.INFO)
+    if quiet:
+        handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.name == stop_log.name)
     handler.setFormatter(_json_formatter() if is_json() else EscapingFormatter("batch-infer: %(message)s"))
     for logger in (log, _warnings_log, _stderr_log):
         logger.handlers = [handler]
@@ -66,23 +67,14 @@ def _json_formatter() -> logging.Formatter:
 class StderrHandler(logging.Handler):
     """Writes log lines to stderr, above the progress bar if there is one."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        super().__init__()
-        self._quiet = quiet
-
-    def filter(self, record: logging.LogRecord) -> Any:
-        if self._quiet and record.levelno < logging.ERROR and record.name != stop_log.name:
-            return False
-        return super().filter(record)
-
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # Python formats a warning as two lines, of which the second is code
+        if record.name == _warnings_log.name:  # Python formats a warning as two lines; the second is code
             record.msg, record.args = " ".join(record.getMessage().split()), ()
         stream = sys.stderr.original if isinstance(sys.stderr, LoggedStream) else sys.stderr
         try:
             tqdm.write(self.format(record), file=stream)
         except OSError:  # stderr is closed or full, which must not end a run
-            # Discard all further output, because Python flushes stderr again at exit and fails.
+            # Discard all further output: at exit, Python would flush stderr again and fail.
             if isinstance(sys.stderr, LoggedStream):
                 sys.stderr.original = io.StringIO()
             else:
@@ -99,7 +91,7 @@ def _capture_stderr() -> None:
 
 
 def restore_stderr() -> None:
-    """Undo the capture of stderr, and log its unfinished line."""
+    """Undo the capture of stderr, and log its last line if it is unfinished."""
     if isinstance(sys.stderr, LoggedStream):
         sys.stderr.write("\n")
         sys.stderr = sys.stderr.original
@@ -111,7 +103,7 @@ def _log_exception(exc_type: type[BaseException], error: BaseException | None, t
 
 
 class LoggedStream(io.StringIO):
-    """A stream that logs each line. Of a line that is overwritten, such as a progress bar, it logs the last state."""
+    """A stream that logs each line. If a line is overwritten, like a progress bar, it logs only the final text."""
 
     def __init__(self, original: TextIO) -> None:
         super().__init__()

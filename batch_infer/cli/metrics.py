@@ -48,8 +48,8 @@ BUG = 1
 class Metrics:
     """Writes the metrics file of a run on progress and at the end of the context. Without a file, it does nothing.
 
-    Before the run locks OUT, only an error that ends it is written. If another run has locked OUT, not even that is
-    written, because the file belongs to the other run. Values that are not known yet are kept from an earlier file.
+    Before the run locks OUT, it writes only an error that ends the run, and not even that if another run has locked
+    OUT, because the file then belongs to the other run. It keeps values of an earlier file that are not known yet.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
@@ -67,8 +67,7 @@ class Metrics:
         """Raises SettingsError if the file cannot be written."""
         if self._file is not None:
             try:  # each write creates a temporary file next to the metrics file
-                with tempfile.NamedTemporaryFile(dir=self._file.parent, prefix=f"{self._file.name}."):
-                    pass
+                tempfile.NamedTemporaryFile(dir=self._file.parent, prefix=f"{self._file.name}.").close()
             except OSError as error:
                 reason = error.strerror or error
                 raise SettingsError(f"--metrics-file {self._file} cannot be written: {reason}") from error

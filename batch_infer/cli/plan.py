@@ -51,7 +51,7 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
     Exit codes: those of `run`; 3 if more rows are invalid than --max-failed.
     """
     settings = make_run_settings(options)
-    # Errors go to a file, because every row of the table may have one.
+    # Errors are kept in a file, because every row of the table may have one.
     with stoppable(hint=NOTHING_KEPT), open_temporary_text() as errors:
         from batch_infer.jobs import make_plan
 
@@ -69,9 +69,8 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
             else:
                 print_lines(_lines(plan, errors, settings))
                 if time_limit is not None:
-                    print_lines(
-                        [f"limit    {format_duration(time_limit)}, {'sufficient' if is_in_time else TOO_SHORT}"]
-                    )
+                    verdict = "sufficient" if is_in_time else TOO_SHORT
+                    print_lines([f"limit    {format_duration(time_limit)}, {verdict}"])
     if plan.refusal:
         raise SettingsError(plan.refusal)
     return 0 if is_accepted else ROWS_FAILED

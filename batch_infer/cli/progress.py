@@ -26,7 +26,7 @@ def shows_bar() -> bool:
 
 
 def make_progress(*, shown: bool) -> Progress:
-    """Return the progress for stderr, or one that shows nothing."""
+    """Return a bar on a terminal, a log elsewhere, or a progress that shows nothing."""
     if not shown:
         return ProgressGroup()
     return ProgressBar() if shows_bar() else ProgressLog()
@@ -99,7 +99,7 @@ class ProgressCounts:
 
 
 class ProgressBar(ProgressCounts):
-    """A tqdm bar with images per second, the remaining time, and flagged, failed and invalid results."""
+    """Shows a tqdm bar with images per second, the remaining time, and flagged, failed and invalid results."""
 
     _bar: tqdm[Any] | None = None
 
@@ -129,7 +129,7 @@ class ProgressBar(ProgressCounts):
 
 
 class ProgressLog(ProgressCounts):
-    """A log line every LINE_EVERY seconds, and one at the end."""
+    """Logs a line every LINE_EVERY seconds, and one at the end."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterator[str]:
-    """Yield the summary of `run` and `retry`, which takes five seconds to read."""
+    """Yield the summary of `run` and `retry`, short enough to read in five seconds."""
     counts = summary.counts
     yield format_counts(counts)
     yield from (f"  {line}" for line in counts.bad_results)

@@ -52,7 +52,7 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
 
     def job(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings] | None:
         settings = make_run_settings(options)
-        from batch_infer.jobs import join_run, render_tables  # takes seconds, in which a signal may come
+        from batch_infer.jobs import join_run, render_tables  # takes seconds, so a signal may arrive meanwhile
 
         return None if join_run(settings, stop) else (render_tables(settings, progress, stop), settings)
 
@@ -87,7 +87,7 @@ def retry(
     """Render the rows of OUT with a given status again.
 
     The tables and settings are those of the last run, from OUT/run.json; name TABLE... if the tables were moved. Rows
-    are retried however often they have failed. Other rows stay as they are, and `run` renders rows without a result.
+    are retried however often they have failed. Other rows are not changed. `run` renders rows without a result.
 
     Exit codes: those of `run`; 75 if it was stopped.
     """
@@ -116,9 +116,8 @@ def _render(
         summary, settings = result
         metrics.model = settings.model.name or "demo"
         code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
-        if summary.unfinished or (
-            summary.counts.remaining and not is_retry
-        ):  # retry leaves rows without a result to run
+        # Rows that remain after a retry have no result yet: `run` renders them.
+        if summary.unfinished or (summary.counts.remaining and not is_retry):
             code = StoppedError.exit_code
         metrics.conclude(summary, code)
     log_time_limit(stop, summary.unfinished)

@@ -185,5 +185,5 @@ def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
 
 
 def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
-    """Return the batch size, threads, compilation and processes to compute with."""
+    """Return the settings of batch size, threads, compilation and processes."""
     return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))

@@ -54,8 +54,7 @@ def _refuse_parts(file: Path, names: Collection[str]) -> None:
         raise ModelError(f"{file} is a LoRA: name it in --lora, and its base model in --model")
     if any(name.startswith(("control_model.", "controlnet_cond_embedding.")) for name in names):
         raise ModelError(f"{file} is a ControlNet, which needs an image in addition to the prompt")
-    missing = [part for part, prefixes in PARTS.items() if not any(name.startswith(prefixes) for name in names)]
-    if missing:
+    if missing := [part for part, prefixes in PARTS.items() if not any(name.startswith(prefixes) for name in names)]:
         raise ModelError(
             f"{file} has no tensors of a checkpoint's {' and '.join(missing)}: use a complete checkpoint of Stable "
             "Diffusion, or the folder of model_index.json"

@@ -12,10 +12,10 @@ from batch_infer.table.formats import get_stem, parse_name
 
 
 class Ids:
-    """Tracks the ids in use. With `distinct`, no two rows can request the same id, and nothing is stored."""
+    """Tracks the ids in use. With `distinct`, nothing is stored, since no two rows can request the same id."""
 
     def __init__(self, find_conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
-        """`find_conflict` takes an id and its file, and returns an error message if another file owns the id."""
+        """`find_conflict` takes an id and its file, and returns an error message if the id belongs to another file."""
         self._distinct, self._find_conflict = distinct, find_conflict
         self._has_collisions = False
         self._database = temporary_database()
@@ -50,8 +50,8 @@ class Ids:
     def collides(self, name: str) -> bool:
         """Return whether an id differs from an earlier one only by case.
 
-        In a shared folder, only ids of the same file count: the files that are read together may change between runs,
-        but the name of a row's image must not.
+        In a shared folder, only ids of the same file count: which files are read together may change between runs, but
+        the name of a row's image must not.
         """
         if not self._has_collisions:
             return False

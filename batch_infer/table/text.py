@@ -12,8 +12,8 @@ from batch_infer.table.base import Notice, RawRow, Reader, Scratch, TableFile, r
 from batch_infer.table.streams import open_bytes, open_text, read_lines
 
 NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-z][ =]?[0-9.]+(\s|$)")
-"""Matches comments and options in prompt files of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`),
-Midjourney (`--ar 16:9`), InvokeAI (`-s50`)."""
+"""Matches comments, and options of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`), Midjourney
+(`--ar 16:9`) and InvokeAI (`-s50`)."""
 LOOKS_LIKE_OPTIONS = (
     "lines of .txt that look like comments or options and are rendered word for word "
     "(for parameters of a row use the columns of a .csv)"
