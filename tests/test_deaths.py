@@ -27,7 +27,7 @@ from tests.runs import assert_whole, command, hashes, images, results, run, run_
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
-"""Seed of all random choices; the environment variable SEED replaces it."""
+"""Seed of all random choices. The environment variable SEED overrides it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -50,7 +50,7 @@ def test_random_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
     table, out = write_prompts(tmp_path, 10), tmp_path / "out"
     options = ("--slots", "16", "--num-processes", "1")
@@ -90,7 +90,7 @@ from tests import dummies
 jobs.make_engine = lambda *_: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
-"""The command with two slow workers, and a model that costs nothing to load."""
+"""Run the command with two slow workers and a model that loads instantly."""
 
 
 @pytest.mark.promises

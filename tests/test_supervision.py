@@ -290,7 +290,6 @@ def test_each_worker_gets_rows_as_soon_as_it_has_loaded_the_model(tmp_path: Path
     ready: list[str] = []
     supervisor = make_supervisor(source, tmp_path, rows=8)
     supervisor._on_ready = lambda: ready.append("ready")
-    supervisor._starting = {0, 1}
     first, second = source.handles
     supervisor._handle(first, ModelLoaded())
     for message in (WorkerIdle(), RowRequest(), RowRequest()):

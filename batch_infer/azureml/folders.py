@@ -18,7 +18,7 @@ log = logging.getLogger("batch_infer")
 
 
 class FolderFiles(NamedTuple):
-    """The names of a mini-batch's files in one folder, in order, and the `existing` names of all its files.
+    """A folder with files of a mini-batch: their names in order, and the `existing` names of all files in the folder.
 
     A file that was removed no longer owns ids.
     """
@@ -94,7 +94,7 @@ class IdOwnership:
     either commits, and both render the row. Therefore each worker checks again after its commit. Parts are never
     removed, so the worker that commits last sees both rows, and also settles the row of the other file. Both workers
     settle rows in the same way, so settling a row twice does no harm. If a worker dies before its second check, its
-    mini-batch is retried, which begins with a check.
+    mini-batch is retried, and the retry begins with a check.
     """
 
     def __init__(self) -> None:
