@@ -316,7 +316,10 @@ def test_a_column_of_the_path_replaces_that_of_the_file_with_a_notice() -> None:
     with open_tables("t", columns={"seed": ""}) as tables:
         assert tables.carried.field("n").type == "string"
         first, second = tables.read_rows(RULES)
-        assert any("t/height=128/n=5/a.parquet has a column 'height' (and 1 more" in text for text in tables.notices)
+        assert tables.notices[0] == (
+            "t/height=128/n=5/a.parquet: column 'height' (and 1 more) is also in the path of the file, "
+            "and the value in the path is used"
+        )
     assert isinstance(second, PromptRequest)
     assert (second.params.height, second.carried, first.carried) == (128, {"n": "5"}, {"n": "7"})
 

@@ -726,7 +726,7 @@ def test_a_payload_without_rows_is_a_table_without_rows() -> None:
     [
         ("7", "element 1 is neither an object nor a prompt but int"),
         ("null", "element 1 is neither an object nor a prompt but NoneType"),
-        ('["y", 1, 2]', "element 1 has 3 cells where columns names 2"),
+        ('["y", 1, 2]', "element 1 has 3 cells, but the number of columns is 2"),
         ('{"prompt": 7}', "prompt '7' is not text but int"),
         (
             '{"prompt": "y", "seed": 123456789012345678901234567890}',

@@ -230,8 +230,8 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
     ]
     if overlaps:
         file, name = overlaps[0]
-        more = f" (and {len(overlaps) - 1:,} more columns of files)" if overlaps[1:] else ""
-        yield f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"
+        more = f" (and {len(overlaps) - 1:,} more)" if overlaps[1:] else ""
+        yield f"{file}: column {name!r}{more} is also in the path of the file, and the value in the path is used"
 
 
 def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:
