@@ -139,13 +139,12 @@ def _drop_largest(cells: dict[str, Any]) -> str:
     return f"the row's carried cells exceed {MAX_CARRIED_BYTES} bytes in total: dropped {', '.join(dropped)}"
 
 
-def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
+def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
     """Return the schema of the carried columns, and a warning for each column that becomes text.
 
     Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
     `result_columns`. The type of a column represents its values in all files.
     """
-    tables = list(tables)
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
     columns: dict[str, list[tuple[OpenTable, str]]] = {}
     for table in tables:

@@ -33,7 +33,7 @@ PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s
 """Matches the start of an Azure payload on one line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
 MAX_COMPLETE_BYTES = 4000
-"""A longer first line that fails to parse may be truncated JSON."""
+"""A longer first line that fails to parse may have been cut off by `peek`."""
 
 
 @dataclass(frozen=True, slots=True)
