@@ -670,12 +670,12 @@ def test_an_unreadable_file_is_one_invalid_result() -> None:
     write_bytes(Path("t/b.parquet"), write_parquet(Path("whole.parquet"), prompt=["y"] * 100).read_bytes()[:-10])
     write_csv(Path("t/c.csv"), [["caption"], ["z"]])
     write_csv(Path("t/d.csv"), [["prompt"], ["x"]])
-    first, truncated, unnamed, last = read("t")
-    assert (first.id, truncated.id, unnamed.id, last.id) == tuple(f"{stem}-00000000" for stem in "abcd")
+    first, truncated, missing_column, last = read("t")
+    assert (first.id, truncated.id, missing_column.id, last.id) == tuple(f"{stem}-00000000" for stem in "abcd")
     assert isinstance(truncated, ResultRow)
     assert re.match("t/b.parquet cannot be read: ", truncated.error or "")
-    assert isinstance(unnamed, ResultRow)
-    assert "t/c.csv has no column 'prompt'" in (unnamed.error or "")
+    assert isinstance(missing_column, ResultRow)
+    assert "t/c.csv has no column 'prompt'" in (missing_column.error or "")
 
 
 def test_if_no_file_can_be_read_all_are_reported() -> None:

@@ -65,9 +65,9 @@ def expected() -> list[tuple[Any, ...]]:
 
 
 def refusal_of(*tables: Path | str, **options: Any) -> str:
-    with pytest.raises(TableError) as caught:
+    with pytest.raises(TableError) as exc_info:
         open_tables(*tables, **options)
-    return str(caught.value)
+    return str(exc_info.value)
 
 
 # Arguments with and without a table
@@ -334,10 +334,10 @@ def test_a_bad_value_in_the_path_makes_the_rows_of_its_file_invalid() -> None:
     write_csv(Path("t/height=tall/a.csv"), [["prompt"], ["x"]])
     write_csv(Path("t/height=64/b.csv"), [["prompt"], ["y"]])
     write_csv(Path("t/prompt=a%20ring/c.csv"), [["tag"], ["z"]])
-    good, bad, named = read("t")
+    good, bad, other = read("t")
     assert isinstance(bad, ResultRow)
     assert bad.error == "height 'tall' is not a whole number"
-    assert (good.prompt, named.prompt) == ("y", "a ring")
+    assert (good.prompt, other.prompt) == ("y", "a ring")
 
 
 def test_a_file_of_a_mini_batch_has_the_columns_in_its_path(tmp_path: Path) -> None:
@@ -598,9 +598,9 @@ def test_client_errors_are_attributed_to_the_user_or_the_service(
     error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (FailingFileSystem(error), url))
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind) as exc_info:
         open_tables("x://a.csv")
-    assert str(caught.value).startswith(sentence)
+    assert str(exc_info.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(
@@ -622,10 +622,10 @@ def test_client_errors_are_attributed_to_the_user_or_the_service(
     ],
 )
 def test_answers_of_an_ftp_server(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
-    with answer_ftp(answers) as address, pytest.raises(kind) as caught:
+    with answer_ftp(answers) as address, pytest.raises(kind) as exc_info:
         open_tables(f"ftp://me:SECRET@{address}/t.csv")
-    assert str(caught.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
-    assert "SECRET" not in str(caught.value)
+    assert str(exc_info.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
+    assert "SECRET" not in str(exc_info.value)
 
 
 def test_a_folder_that_a_glob_matches_is_read_as_a_folder(memory: Any) -> None:
@@ -761,9 +761,9 @@ def test_secrets_in_a_chain_are_used_and_not_shown(
         assert (row.id, row.prompt) == ("t-00000000", "x")
         text = row.source.file
     else:
-        with pytest.raises((TableError, RetryableError), match=answer) as caught:
+        with pytest.raises((TableError, RetryableError), match=answer) as exc_info:
             open_tables(url)
-        text = str(caught.value)
+        text = str(exc_info.value)
     assert server in text
     text += "".join(record.getMessage() for record in caplog.records if record.name.startswith("batch_infer"))
     assert "SECRET" not in text + "".join(capfd.readouterr())
@@ -837,10 +837,10 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
 def test_answers_of_an_http_server(
     path: str, kind: type[Exception], sentence: str, server: str, temporary: Path
 ) -> None:
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind) as exc_info:
         open_tables(f"{server}/{path}?sig=secret")
-    assert str(caught.value).startswith(sentence.format(url=f"{server}/{path}"))
-    assert "secret" not in str(caught.value)
+    assert str(exc_info.value).startswith(sentence.format(url=f"{server}/{path}"))
+    assert "secret" not in str(exc_info.value)
     assert not list(temporary.iterdir())
 
 

@@ -58,9 +58,9 @@ def errors_of(rows: list[PromptRequest | ResultRow]) -> list[str | None]:
 
 
 def refusal_of(path: Path | str, **options: Any) -> str:
-    with pytest.raises(TableError) as caught:
+    with pytest.raises(TableError) as exc_info:
         open_tables(path, **options)
-    return str(caught.value)
+    return str(exc_info.value)
 
 
 # Equal tables in every format
