@@ -1,4 +1,4 @@
-"""Compilation, memory format and fused projections of networks, and GPU pacing of the host."""
+"""Compilation, memory format and fused projections of networks, and how far the host runs ahead of a GPU."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace only the compiler behind torch.compile, which takes minutes: captured graphs run as they are."""
+    """Replace only the compiler behind torch.compile, which takes minutes: captured graphs run unchanged."""
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda forward, **how: compile_(forward, **{**how, "options": None, "backend": "eager"})
+        torch, "compile", lambda forward, **rest: compile_(forward, **{**rest, "options": None, "backend": "eager"})
     )
 
 
@@ -47,7 +47,7 @@ def test_networks_are_one_graph_and_change_no_image(sd1_folder: Path) -> None:
 
 
 def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
-    """It does not run uncompiled: the bytes would differ from those of workers that could compile it."""
+    """The network does not run uncompiled, because bytes would differ from those of workers that can compile it."""
 
     class Chatty(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,11 +64,11 @@ def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty folder for the compiler's cache."""
+    """Yield the path of an empty compiler cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(acceleration, "_cache", made := acceleration.CompilerCache())
+    monkeypatch.setattr(acceleration, "_cache", compiler_cache := acceleration.CompilerCache())
     yield tmp_path / "cache"
-    made.close()
+    compiler_cache.close()
 
 
 def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,24 +120,24 @@ def test_errors_that_no_file_causes_do_not_replace_the_cache(
 
 @pytest.mark.promises
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("ending", ["so", "py"])
-def test_truncated_cache_files_cause_no_error(ending: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", ["so", "py"])
+def test_truncated_cache_files_cause_no_error(suffix: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process leaves such files."""
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU()).eval()
-    found = []
+    outputs = []
     for name in ("whole", "truncated"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / name))
         torch._dynamo.reset()
         torch._inductor.utils.clear_inductor_caches()
         with torch.inference_mode():
-            found.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
+            outputs.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
         if name == "whole":
             shutil.copytree(cache / "whole", cache / "truncated")  # loaded files must not change
-            files = list((cache / "truncated").rglob(f"*.{ending}"))
+            files = list((cache / "truncated").rglob(f"*.{suffix}"))
             assert files
             for file in files:
                 os.truncate(file, 100)
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(cache / "truncated")
 
 
@@ -171,8 +171,8 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
     assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     fused = [module.processor for module in unet.modules() if hasattr(module, "to_q")]
     assert {type(processor).__name__ for processor in fused} == {"FusedAttnProcessor2_0"}
-    found = render(model, ROWS)
-    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    optimized = render(model, ROWS)
+    assert all(furthest(optimized[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
@@ -182,50 +182,50 @@ def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
         pos_embed_max_size=8, qk_norm="rms_norm",
     ).eval()  # fmt: skip
-    asked = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
+    inputs = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
     with torch.inference_mode():
-        plain = network(*asked, return_dict=False)[0]
+        plain = network(*inputs, return_dict=False)[0]
         optimize_networks([network], torch.device("cuda"), compiled=False)
-        assert torch.allclose(network(*asked, return_dict=False)[0], plain, atol=1e-5)
+        assert torch.allclose(network(*inputs, return_dict=False)[0], plain, atol=1e-5)
 
 
 @pytest.mark.promises
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
     plain = render(load_family(demo_folder), ROWS)
-    found = []
+    compiled = []
     for _ in range(2):
         torch._dynamo.reset()
         model = load_family(demo_folder)
         optimize_networks(model.networks, CPU, compiled=True)
-        found.append(render(model, ROWS))
+        compiled.append(render(model, ROWS))
         assert is_compiled(model.networks)
     for row in ROWS:
-        assert furthest(found[0][row.id].pixels, plain[row.id].pixels) <= 1
-        assert np.array_equal(found[0][row.id].pixels, found[1][row.id].pixels)
+        assert furthest(compiled[0][row.id].pixels, plain[row.id].pixels) <= 1
+        assert np.array_equal(compiled[0][row.id].pixels, compiled[1][row.id].pixels)
 
 
-class Clock:
-    """The clock of a GPU: each wait for an event takes one second."""
+class FakeEvent:
+    """A fake event and stream. Each wait for an event takes one second."""
 
-    waits: list[Clock] = []
+    waits: list[FakeEvent] = []
 
     def __init__(self, **_: Any) -> None: ...
 
     def record(self) -> None: ...
 
     def synchronize(self) -> None:
-        Clock.waits.append(self)
+        FakeEvent.waits.append(self)
 
-    def elapsed_time(self, end: Clock) -> float:
-        assert end in Clock.waits, "a time that is asked for before it is known makes the host wait"
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end in FakeEvent.waits, "reading a time before the event has happened makes the host wait"
         return 1000.0
 
 
-def test_the_host_is_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    Clock.waits = []
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(torch.cuda, "current_stream", Clock)
+def test_the_host_runs_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEvent.waits = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeEvent)
     stages = Stages()
     pacer = pacing.make_pacer(torch.device("cuda"), stages)
     for tick in range(1, 11):

@@ -1,4 +1,4 @@
-"""The embedding cache: every call has one shape, rows share the embeddings of a text, and the bytes are limited."""
+"""The embedding cache encodes texts in batches of one size, shares embeddings between rows, and limits its size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
 
 TEXT_BYTES = 8
 """Size of an embedding."""
-KEPT = 16
+CAPACITY = 16
+"""Number of embeddings that fit into the cache."""
 
 
 class Encoder:
@@ -43,9 +44,9 @@ def test_cached_texts_are_not_encoded_again() -> None:
 
 
 def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
-    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
+    encode, cache = Encoder(), EmbeddingCache(CAPACITY * TEXT_BYTES)
     cache.get(["common", "rare"], encode)
-    for number in range(KEPT):
+    for number in range(CAPACITY):
         cache.get([f"text {number}", "common"], encode)
     assert sum("common" in batch for batch in encode.batches) == 1
     encode.batches.clear()
@@ -54,8 +55,8 @@ def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
 
 
 def test_more_texts_at_once_than_the_cache_holds() -> None:
-    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
-    texts = [f"text {number}" for number in range(KEPT + TEXT_BATCH)]
+    encode, cache = Encoder(), EmbeddingCache(CAPACITY * TEXT_BYTES)
+    texts = [f"text {number}" for number in range(CAPACITY + TEXT_BATCH)]
     assert set(cache.get(texts, encode)) == set(texts)
     encode.batches.clear()
     cache.get(texts, encode)

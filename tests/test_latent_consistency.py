@@ -16,7 +16,7 @@ from batch_infer.models import load_solver, read_card
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline
+from tests.oracle import assert_close, assert_parity, load_pipeline, render_alone
 from tests.rendering import copied, load_family, make_request, render
 from tests.runs import results, run
 
@@ -98,7 +98,8 @@ def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -
     pipe = load_pipeline(lcm_folder)
     for name in "ab":
         request_options = make_request(seed=1, steps=4, guidance=rows[name]["guidance_scale"])
-        assert_close(np.asarray(Image.open(out / rows[name]["generated_image"])), ask(pipe, request_options)[0])
+        image = np.asarray(Image.open(out / rows[name]["generated_image"]))
+        assert_close(image, render_alone(pipe, request_options)[0])
 
 
 def test_an_unsupported_negative_prompt_is_reported(lcm_folder: Path, tmp_path: Path) -> None:

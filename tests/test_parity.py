@@ -1,4 +1,4 @@
-"""Images compared with the oracle: the pipeline of diffusers, called for a single row."""
+"""Images match those of diffusers' own pipeline, which renders one row per call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from batch_infer.models import load_solver, read_card
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
+from tests.oracle import assert_close, assert_parity, load_pipeline, render_alone, with_scheduler
 from tests.rendering import copied, load_family, make_request, render
 
 CHECKPOINTS = ("demo", "sd1", "sd2", "sdxl", "sdxl_turbo")
-UNLIKE = ("sd1", "sd2", "sdxl")
-"""Checkpoints that differ in more than their scheduler and their weights."""
+DISTINCT_CHECKPOINTS = ("sd1", "sd2", "sdxl")
+"""Checkpoints that differ in more than scheduler and weights."""
 SCHEDULERS = (
     "DDIMScheduler",
     "PNDMScheduler",
@@ -46,7 +46,7 @@ GRID = [
     *(("sdxl", scheduler) for scheduler in SCHEDULERS[1::5]),
 ]
 """Every scheduler, some of them also with a UNet that predicts velocity and with SDXL's second text encoder."""
-REFUSED = {
+REJECTED = {
     "DDIMScheduler:clip_sample=true": "clip_sample=true is not supported",
     "DDIMScheduler:thresholding=true": "thresholding=true is not supported",
     "DPMSolverMultistepScheduler:thresholding=true": "thresholding=true is not supported",
@@ -76,13 +76,13 @@ def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> Pipelines:
-    """The oracle of each checkpoint, without safety checker."""
+    """Return the pipeline of each checkpoint, without its safety checker."""
     return {name: load_pipeline(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def families(folders: dict[str, Path]) -> Families:
-    return {name: load_family(folders[name]) for name in UNLIKE}
+    return {name: load_family(folders[name]) for name in DISTINCT_CHECKPOINTS}
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -96,7 +96,7 @@ def folder(checkpoint: str, folders: dict[str, Path]) -> Path:
 
 
 @pytest.mark.parametrize(("checkpoint", "scheduler"), GRID)
-def test_batched_rows_look_like_single_ones(
+def test_batched_rows_match_diffusers(
     pipelines: Pipelines, families: Families, folder: Path, checkpoint: str, scheduler: str
 ) -> None:
     model = families[checkpoint]
@@ -106,13 +106,13 @@ def test_batched_rows_look_like_single_ones(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_long_rows_look_like_single_ones(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
+def test_rows_with_many_steps_match_diffusers(
+    pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str
+) -> None:
     assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), LONG)
 
 
-def test_sizes_and_texts_under_the_checkpoints_own_scheduler(
-    pipelines: Pipelines, checkpoint: str, folder: Path
-) -> None:
+def test_sizes_and_texts_match_diffusers(pipelines: Pipelines, checkpoint: str, folder: Path) -> None:
     rows = (
         make_request("wide", "a red circle", steps=5, size=(48, 80), seed=1),
         make_request("wide, unguided", "a red circle", steps=6, guidance=1.0, size=(48, 80), seed=2),
@@ -127,8 +127,8 @@ def test_sizes_and_texts_under_the_checkpoints_own_scheduler(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_fewest_steps(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
-    """PNDM's first steps are special, and its list of timesteps is longer than the count."""
+def test_the_smallest_step_counts_match_diffusers(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
+    """PNDM's first steps are special, and it has more timesteps than steps."""
     assert_parity(pipelines["sd1"], load_family(sd1_folder), (make_request("few", steps=steps, seed=steps),))
 
 
@@ -146,27 +146,27 @@ def test_the_comparison_detects_another_sampler(pipelines: Pipelines, sd1_folder
     """Even one of the same order."""
     request = make_request(steps=25, seed=14)
     image = render(load_family(sd1_folder, "DPMSolverMultistepScheduler"), [request])["row"].pixels
-    oracle, _ = ask(with_scheduler(pipelines["sd1"], "DEISMultistepScheduler"), request)
+    oracle, _ = render_alone(with_scheduler(pipelines["sd1"], "DEISMultistepScheduler"), request)
     with pytest.raises(AssertionError):
         assert_close(image, oracle)
 
 
-def test_the_verdict_of_the_checker_is_that_of_diffusers(sd1_folder: Path) -> None:
+def test_verdicts_match_diffusers(sd1_folder: Path) -> None:
     model = load_family(sd1_folder, with_checker=True)
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=3)
     pipe = load_pipeline(sd1_folder, requires_safety_checker=True)
     rows = [make_request(str(k), "a red circle", steps=4, guidance=1.0, seed=k) for k in range(12)]
     rendered = render(model, rows, decode=3, checker=checker)
-    oracle = {row.id: ask(pipe, row)[1] for row in rows}
+    oracle = {row.id: render_alone(pipe, row)[1] for row in rows}
     assert {name: [image.verdict.nsfw] for name, image in rendered.items()} == oracle
     assert {True, False} == {image.verdict.nsfw for image in rendered.values()}
 
 
-@pytest.mark.parametrize(("scheduler", "reason"), REFUSED.items())
-def test_schedulers_that_cannot_be_packed_are_refused(sd1_folder: Path, scheduler: str, reason: str) -> None:
-    with pytest.raises(ModelError) as refusal:
+@pytest.mark.parametrize(("scheduler", "reason"), REJECTED.items())
+def test_schedulers_without_linear_steps_are_rejected(sd1_folder: Path, scheduler: str, reason: str) -> None:
+    with pytest.raises(ModelError) as caught:
         load_family(sd1_folder, scheduler)
-    message = str(refusal.value)
+    message = str(caught.value)
     assert reason in message
     assert message.startswith(scheduler.partition(":")[0])
     assert "--scheduler" in message

@@ -1,4 +1,4 @@
-"""Azure AI Content Safety in whole runs: the command, the real SDK, and a server on loopback."""
+"""Azure AI Content Safety in complete runs: the command, the real SDK, and a local server."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from tests.content_safety_server import (
 
 RED = "a large red circle, centre, cream background"
 BLUE = "a large blue square, centre, cream background"
-READ = ServiceSettings.from_environment
+FROM_ENVIRONMENT = ServiceSettings.from_environment
 WORDS = {"axe": ("Violence", 4), "knife": ("Violence", 2)}
-CROSS = ("--on-flagged", "quarantine")
+QUARANTINE = ("--on-flagged", "quarantine")
 COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, and a short timeout for a silent service."""
+    """Set a key, and a short timeout for a service that does not answer."""
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
-    wait_for(monkeypatch, 0.5)
+    set_timeout(monkeypatch, 0.5)
 
 
-def wait_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def set_timeout(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
-        settings = READ(environment)
+        settings = FROM_ENVIRONMENT(environment)
         return settings and structs.replace(settings, timeout_seconds=seconds)
 
     monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
@@ -71,7 +71,7 @@ def table(folder: Path, prompts: Sequence[str]) -> Path:
 
 
 def is_red(image: Image.Image) -> dict[str, int]:
-    """Flags an image if a twentieth of it is red."""
+    """Return a severity above the default threshold if more than a twentieth of an image is red."""
     red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
     return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
 
@@ -93,12 +93,12 @@ def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     out = tmp_path / "out"
     with serving(words=WORDS, classify=is_red) as service:
         use(monkeypatch, service, THRESHOLD="1,Violence=2")
-        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
+        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *QUARANTINE)
         assert done.code == 0, done.stderr
         assert Counter(service.texts) == Counter(PROMPTS)
         assert len(service.images) == 4
         assert runs.run_json(out)["summary"]["row_forwards"] == 4 * 12 * 2
-        again = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
+        again = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *QUARANTINE)
         assert (again.code, len(service.requests)) == (0, 9)
     red, axe, blue, knife, ring = runs.results(out)
     assert (axe["status"], axe["generated_image"], axe["nsfw_content_detected"]) == ("blocked", None, True)
@@ -125,7 +125,7 @@ def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytes
 
 
 def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by default, once the endpoint is in the environment. The built-in model's checker flags crosses."""
+    """They are the default if the endpoint is in the environment. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
     with serving(classify=is_red) as service:
         use(monkeypatch, service)
@@ -144,11 +144,11 @@ FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<
 
 
 def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fault of each kind, among prompts and among images."""
+    """There is one fault of each kind among the prompts, and one among the images."""
     out, prompts = tmp_path / "out", [f"a blue ring {k}" for k in range(16)]
     with serving(faults=[*FAULTS, *[None] * 12, *FAULTS]) as service:
         use(monkeypatch, service)
-        wait_for(monkeypatch, 30)
+        set_timeout(monkeypatch, 30)
         done = runs.run(table(tmp_path, prompts), out, "--safety", "azure")
         assert done.code == 0, done.stderr
         assert len(service.requests) == 2 * len(prompts) + 2 * len(FAULTS)
@@ -282,11 +282,11 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-# Judging again
+# Rescoring
 
 
 class Killed(BaseException):
-    """Ends a process without any handler."""
+    """Ends a command without calling any handler of Exception."""
 
 
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
@@ -315,7 +315,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
     with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service)
-        assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
+        assert runs.run(path, out, *SHARP, "--safety", "azure", *QUARANTINE).code == 0
         flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
         assert flagged
         use(monkeypatch, service, THRESHOLD="4")
@@ -336,7 +336,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
 def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By rescore, and by the same `run` command after it."""
+    """`rescore` keeps it, and so does the same `run` command afterwards."""
     monkeypatch.delenv("CONTENT_SAFETY_KEY")
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
@@ -366,21 +366,21 @@ def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
 def test_a_warning_names_what_will_be_lost_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
 ) -> None:
-    """The policy is that of the run."""
+    """The default policy of `rescore` is that of the run."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "none", "--on-flagged", policy).code == 0
     before = runs.hashes(out)
 
-    def judge(*_: Any) -> None:
+    def die(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", judge)
+        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", die)
         runs.command("rescore", out, "--safety", "checker")
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")
     assert (f"images that are flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
-    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
+    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "every image is rescored"
 
 
 def test_a_prompt_refused_by_rescore_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +442,7 @@ def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: py
 @pytest.fixture(scope="module")
 def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table and an OUT whose images were not checked. Copy it."""
-    folder = tmp_path_factory.mktemp("unjudged")
+    folder = tmp_path_factory.mktemp("unchecked")
     path = table(folder, [*CROSSES, *CROSSES])
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CONTENT_SAFETY_KEY", raising=False)
@@ -460,7 +460,7 @@ MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"
 def test_a_killed_rescore_is_continued(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
 ) -> None:
-    """At any moment of its second batch. Until it has finished other commands refuse OUT, and no image is lost."""
+    """It is killed in its second batch. Other commands reject OUT until it has finished, and no image is lost."""
     folder = tmp_path / "folder"
     shutil.copytree(unchecked, folder)
     out, path = folder / "out", folder / "t.csv"
@@ -502,7 +502,7 @@ def test_a_killed_rescore_is_continued(
 def test_a_rescore_whose_process_is_killed_is_continued(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
-    """SIGKILL while the process waits for the service's verdict on an image, in different batches."""
+    """SIGKILL arrives while the process waits for the verdict on an image, in different batches."""
     shutil.copytree(unchecked, tmp_path / "folder")
     shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
@@ -582,7 +582,7 @@ def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
 def test_a_killed_rescore_can_be_undone(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """New files are published but not committed; then the first checkers are used again."""
+    """New files are published but not committed. A rescore with the first checkers then restores the images."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out = tmp_path / "folder" / "out"
     first = ("--safety", "checker", "--on-flagged", "keep")
@@ -604,7 +604,7 @@ def test_a_killed_rescore_can_be_undone(
 def test_a_rescore_after_a_killed_run_is_counted(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second command is killed: `status` says what is left, and the third does not treat new images as damaged."""
+    """The second command is killed. `status` reports the rest, and the third does not treat new images as damaged."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -653,7 +653,7 @@ def test_a_rescore_after_a_killed_run_is_counted(
 
 @pytest.mark.parametrize("policy", ["blank", "blur"])
 def test_an_image_keeps_its_format_with_its_name(unchecked: Path, tmp_path: Path, policy: str) -> None:
-    """Also if the last run, which rendered one more row, had another --image-format."""
+    """This also holds if the last run, which rendered one more row, had another --image-format."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -681,7 +681,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
         image.save(out / first["generated_image"], pnginfo=texts)
     (out / second["generated_image"]).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     for part in (out / "manifest").iterdir():
-        with_files(part, out)
+        rewrite_part(part, out)
     done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
     assert done.code == 3 and "2 images checked: 1 flagged" in done.stdout, done.stderr
     cross, blue, red = runs.results(out)
@@ -693,7 +693,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
 def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path, column: str) -> None:
-    """In a column that is indexed, or in one read only with the rows: the part is set aside, and `run` renders."""
+    """The damaged column is indexed or read only with the rows. The part is set aside, and `run` renders its rows."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, checks = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
     parts = sorted((out / "manifest").iterdir())
@@ -713,7 +713,7 @@ def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path
 
 
 def damage(part: Path, column: str) -> None:
-    """Garble a column's pages."""
+    """Damage a column's pages."""
     file = pq.ParquetFile(part)
     chunk = file.metadata.row_group(0).column(file.schema_arrow.get_field_index(column))
     content = bytearray(part.read_bytes())
@@ -724,8 +724,8 @@ def damage(part: Path, column: str) -> None:
     part.write_bytes(content)
 
 
-def with_files(part: Path, out: Path) -> None:
-    """Rewrite a part so that it describes the files as they are."""
+def rewrite_part(part: Path, out: Path) -> None:
+    """Rewrite a part so that it describes the current files."""
     rows = pq.read_table(part)
     files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
     for name, values in {
@@ -738,7 +738,7 @@ def with_files(part: Path, out: Path) -> None:
 
 
 def test_a_second_rescore_sees_the_results_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that were blanked while this one loaded its checker are not treated as originals."""
+    """Images that the first blanked while the second loaded its checker are not treated as originals."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
     real: Callable[[Any], Any] = vars(rescore)["find_model"]
