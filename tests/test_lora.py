@@ -17,7 +17,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, load_pipeline
+from tests.oracle import assert_close, load_pipeline, render_alone
 from tests.rendering import CPU, copied, furthest, make_request, render
 from tests.runs import Done, command, results, run, run_json
 
@@ -119,8 +119,8 @@ def test_images_equal_those_of_diffusers(sd1_folder: Path, files: dict[str, Path
     theirs, plain = oracle(sd1_folder, *specs), load_pipeline(sd1_folder)
     rendered = render(family(sd1_folder, *specs), ROWS)
     for row in ROWS:
-        assert_close(rendered[row.id].pixels, ask(theirs, row)[0])
-        assert furthest(rendered[row.id].pixels, ask(plain, row)[0]) > 2
+        assert_close(rendered[row.id].pixels, render_alone(theirs, row)[0])
+        assert furthest(rendered[row.id].pixels, render_alone(plain, row)[0]) > 2
 
 
 @pytest.mark.promises
@@ -133,7 +133,7 @@ def test_xl_fuses_both_text_encoders(sdxl_folder: Path, tmp_path: Path) -> None:
     spec = LoraSpec(str(tmp_path / "xl.safetensors"), 0.7)
     theirs, rendered = oracle(sdxl_folder, spec), render(family(sdxl_folder, spec), ROWS)
     for row in ROWS:
-        assert_close(rendered[row.id].pixels, ask(theirs, row)[0])
+        assert_close(rendered[row.id].pixels, render_alone(theirs, row)[0])
     parts = [LoraSpec(str(tmp_path / f"{network}.safetensors"), 0.7) for network in LAYERS]
     apart = render(family(sdxl_folder, *parts), ROWS)
     for row in ROWS:

@@ -23,7 +23,7 @@ from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend, make_unet
 from tests.checkpoints_xl import UNET
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
+from tests.oracle import assert_close, assert_parity, load_pipeline, render_alone, with_scheduler
 from tests.rendering import CPU, copied, furthest, load_family, make_request, render
 from tests.runs import results, run
 
@@ -82,7 +82,7 @@ def test_a_missing_negative_prompt_is_empty_if_the_checkpoint_says_so(copy: Path
     amend(copy / "model_index.json", force_zeros_for_empty_prompt=False)
     rendered, pipe = render(load_family(copy), NEGATIVES), load_pipeline(copy)
     for row in NEGATIVES:
-        assert_close(rendered[row.id].pixels, ask(pipe, row)[0])
+        assert_close(rendered[row.id].pixels, render_alone(pipe, row)[0])
     assert np.array_equal(rendered["none"].pixels, rendered["empty"].pixels)
 
 
@@ -273,4 +273,4 @@ def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) 
             guidance=row["guidance_scale"], size=(64, row.get("width", 64)),
         )  # fmt: skip
         image = np.asarray(Image.open(out / rendered[row["id"]]["generated_image"]))
-        assert_close(image, ask(pipe, request)[0])
+        assert_close(image, render_alone(pipe, request)[0])
