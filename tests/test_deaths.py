@@ -1,4 +1,4 @@
-"""Kills and signals of every kind: the same command then completes, with the images of an undisturbed run."""
+"""Kills and signals: the same command then completes the run, with the images of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs import assert_whole, command, hashes, images, results, run, run_
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
-"""Seed of all random choices; the environment variable SEED replaces it."""
+"""Seed of all random choices, which the environment variable SEED sets."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -42,7 +42,7 @@ def test_random_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
     table, out = table_of(tmp_path, 10), tmp_path / "out"
     options = ("--slots", "16", "--num-processes", "1")
@@ -82,7 +82,7 @@ from tests import dummies
 jobs.make_engine = lambda *_: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
-"""The command with two slow workers, and a model that costs nothing to load."""
+"""The command with two slow workers, and a model that loads immediately."""
 
 
 @pytest.mark.promises
@@ -103,7 +103,7 @@ def many(folder: Path) -> Path:
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> None:
-    """systemd and a terminal send it to each process of the group. Finished rows are committed."""
+    """systemd and terminals signal each process of the group. Finished rows are committed."""
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))

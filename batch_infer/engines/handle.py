@@ -1,4 +1,4 @@
-"""The worker handle: the supervisor's end of a worker's connection, and the worker's process if it is a child."""
+"""Start worker processes, and communicate with workers over the supervisor's end of their connections."""
 
 from __future__ import annotations
 
