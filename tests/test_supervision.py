@@ -185,7 +185,7 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     assert decode_from_worker(end.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
-        with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
+        with pytest.raises(ModelError, match="rank 1: built-in demo model differs from rank 0's model"):
             launched.join_launch(rank_info, "auto", tmp_path, replace(settings.card, **change), lambda: False)
 
 

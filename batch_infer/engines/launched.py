@@ -196,7 +196,8 @@ def join_launch(
         theirs = settings.card
         fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
-            raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
+            message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
+            raise ModelError(f"{message}; all ranks need the same files")
         return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)

@@ -71,7 +71,7 @@ def commit_failed(
 
 
 class Committer(Generic[Stored]):
-    """Commits rows in order and in batches on a thread of its own, as soon as their images are stored.
+    """Commits rows in order and in batches, on its own thread, once their images are stored.
 
     As a context manager, it commits all added rows on exit. `add` or the exit raises the first error of storing or
     committing, and nothing is committed after that error.
