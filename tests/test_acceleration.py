@@ -66,9 +66,9 @@ def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty folder for the compiler's cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(acceleration, "_cache", made := acceleration.CompilerCache())
+    monkeypatch.setattr(acceleration, "_cache", compiler_cache := acceleration.CompilerCache())
     yield tmp_path / "cache"
-    made.close()
+    compiler_cache.close()
 
 
 def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,7 +68,7 @@ def test_an_error_of_committing_is_raised_by_add(monkeypatch: pytest.MonkeyPatch
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"), Committer(fail) as committer:
-        for k in range(2 * committing.COMMITTING_AHEAD):  # more than there is room for
+        for k in range(2 * committing.COMMITTING_AHEAD):  # more than may wait
             committer.add(done(k))
 
 
