@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from batch_infer.jobs import (
     refuse_foreign_files,
     remove_abandoned,
     restore_images,
+    retry_without_damaged_parts,
     scan_tables,
     set_aside,
 )
@@ -106,8 +107,10 @@ class MiniBatchScorer:
         files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
         # Remove temporary files of workers that died with these files, and restore the images that they set aside.
         leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
-        originals = remove_abandoned(self._path, leftover_folders)
-        restore_images(self._path, originals, lambda: nullcontext(self._update_index()), _set_aside)
+        if originals := remove_abandoned(self._path, leftover_folders):
+            retry_without_damaged_parts(
+                lambda: restore_images(self._path, originals, self._update_index()), on_damage=_set_aside
+            )
         with self._open_job(folder, files) as job:
             for _ in range(MAX_PASSES):
                 try:
