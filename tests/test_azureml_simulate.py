@@ -530,7 +530,7 @@ def test_duplicates_are_delivered_twice(tmp_path: Path) -> None:
 # The command
 
 
-def run_command(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.Done:
+def run_command(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.CommandResult:
     inputs, script = write_files(tmp_path / "in", files), write_script(tmp_path, body)
     out = tmp_path / "out"
     return runs.command("azureml-simulate", inputs, "--out", out, "--script", script, "--gpus", "0", *options)

@@ -341,7 +341,7 @@ def test_out_of_memory_halves_a_batch_and_loses_no_row(
     assert all(isinstance(outcome, RenderedImage) for outcome in outcomes)
     assert chain.batch_sizes.for_size((16, 16)) == final_sizes
     assert {outcome.slots for outcome in outcomes if isinstance(outcome, RenderedImage)} <= {final_sizes[0], 16}
-    assert "out of memory at 16x16 pixels: going on with" in caplog.text
+    assert "out of memory at 16x16 pixels: continuing with" in caplog.text
     # Batches stay halved for later rows of this size, and for no other size.
     list(chain.render([paint("later", steps=4)]))
     assert chain.batch_sizes.for_size((16, 16)) == final_sizes
@@ -383,7 +383,8 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
         else:
             assert isinstance(outcome, UnrenderedRow)
             assert outcome.status == "failed"
-            assert outcome.error == "the device's memory does not hold one image of 24x16 pixels (CUDA out of memory)"
+            reason = "does not fit into the device's memory (CUDA out of memory)"
+            assert outcome.error == f"one image of 24x16 pixels {reason}"
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import (
-    GatedChain,
-    NoRequest,
-    RenderedImage,
-    RequestSource,
-    StepLevelChain,
-    UnrenderedRow,
-)
+from batch_infer.chain import GatedChain, NoRequest, RenderedImage, RequestSource, StepLevelChain, UnrenderedRow
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.base import IteratorSource
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
@@ -266,7 +259,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
 
 def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
-    """A checked image and a blocked prompt, although no other row finishes."""
+    """These are a checked image and a blocked prompt. No other row finishes."""
     ids: list[str] = []
 
     class Slow(DummyChain):
@@ -276,7 +269,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
             assert isinstance(first, PromptRequest)
             yield self._make([first], Stages())
             deadline = time.monotonic() + 60
-            while len(ids) < 2 and time.monotonic() < deadline:  # as a UNet that renders the other good row
+            while len(ids) < 2 and time.monotonic() < deadline:  # like a UNet that renders the other good row
                 source.poll()
                 yield []
                 time.sleep(0.001)

@@ -31,7 +31,7 @@ from batch_infer.engines.rendezvous import (
     write_rendezvous,
 )
 from batch_infer.errors import ServiceError, SettingsError
-from tests.deaths import eventually, table_of, undisturbed, without_bookkeeping
+from tests.deaths import eventually, render_undisturbed, without_bookkeeping, write_prompts
 from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
 
@@ -83,8 +83,8 @@ def meeting_environment(folder: Path, workers: int) -> dict[str, str]:
 
 @pytest.mark.promises
 def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 24)
-    undisturbed(table, tmp_path / "reference")
+    table = write_prompts(tmp_path, 24)
+    render_undisturbed(table, tmp_path / "reference")
     with launched(table, tmp_path / "out", *TORCHRUN, "--standalone", "--nproc-per-node", "2") as process:
         stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
@@ -95,8 +95,8 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 24)
-    undisturbed(table, tmp_path / "reference")
+    table = write_prompts(tmp_path, 24)
+    render_undisturbed(table, tmp_path / "reference")
     paced = meeting_environment(tmp_path, 3)
     with launched(table, tmp_path / "out", *ACCELERATE, "--num_processes", "3", program=MODULE, **paced) as process:
         _, stderr = process.communicate(timeout=600)
@@ -107,8 +107,8 @@ def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 24)
-    undisturbed(table, tmp_path / "reference")
+    table = write_prompts(tmp_path, 24)
+    render_undisturbed(table, tmp_path / "reference")
     paced = meeting_environment(tmp_path, 2)
     port = f"--master-port={free_port()}"
     node = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", port)
@@ -125,8 +125,8 @@ def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
 @pytest.mark.promises
 def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> None:
     """A launcher does so after one of them has died."""
-    table, out = table_of(tmp_path, 24), tmp_path / "out"
-    undisturbed(table, tmp_path / "reference")
+    table, out = write_prompts(tmp_path, 24), tmp_path / "out"
+    render_undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     with launched(table, out, *node, program=MODULE, PACE_SECONDS="0.3") as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
@@ -140,8 +140,8 @@ def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> No
 @pytest.mark.promises
 def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -> None:
     """This happens when one of several nodes is removed."""
-    table, out = table_of(tmp_path, 24), tmp_path / "out"
-    undisturbed(table, tmp_path / "reference")
+    table, out = write_prompts(tmp_path, 24), tmp_path / "out"
+    render_undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
     with launched(table, out, *node, program=MODULE, PACE_SECONDS="0.3") as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
@@ -320,6 +320,6 @@ def test_num_processes_must_agree_with_the_launcher(tmp_path: Path, monkeypatch:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    done = run(table_of(tmp_path, 2), tmp_path / "out", "--num-processes", "3")
+    done = run(write_prompts(tmp_path, 2), tmp_path / "out", "--num-processes", "3")
     assert done.code == 2
     assert "--num-processes 3: a launcher has started 2" in done.stderr

@@ -1,4 +1,4 @@
-"""The ledger: every row is unassigned, held by one worker, waiting to be retried, or committed."""
+"""Test the ledger: every row is unassigned, assigned to one worker, retried or committed, even if workers die."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_few_rows_are_shared_by_all_workers() -> None:
     assert [len(keys(ledger.next_chunk(worker))) for worker in range(4)] == [2] * 4
 
 
-def test_rows_are_handed_out_even_if_there_are_more_than_expected() -> None:
+def test_rows_beyond_the_expected_number_are_assigned_too() -> None:
     ledger = Ledger(rows(10), 3, 2)
     row_count = 0
     while (chunk := ledger.next_chunk(0)) is not None:
@@ -57,7 +57,7 @@ def test_the_ledger_is_done_when_every_row_is_committed() -> None:
 
 def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     ledger = Ledger(rows(40), 80, 1)
-    (killer, *others) = keys(ledger.next_chunk(0))
+    killer, *others = keys(ledger.next_chunk(0))
     assert len(others) == CHUNK_ROWS - 1
     assert ledger.record_death(0) == []
     first_retry = ledger.next_retry(1)
@@ -87,7 +87,7 @@ def test_rows_of_a_worker_that_ended_normally_do_not_fail() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 90), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_no_row_is_lost_or_committed_twice(count: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
-    """Workers get rows at random, and sometimes die with them."""
+    """Workers take rows at random, and sometimes die before they commit them."""
     ledger = Ledger(rows(count), count, workers)
     held: dict[int, list[tuple[str, int]]] = {worker: [] for worker in range(workers)}
     ends: Counter[tuple[str, int]] = Counter()

@@ -59,4 +59,4 @@ def test_two_workers_are_twice_as_fast_as_one(render_rows: Render, capfd: pytest
         print(f"\ntwo workers: {gain:.2f} times one; at the end one was idle for {idle:.2f} s")
     assert len(ends) == 2
     assert gain >= 1.9
-    assert idle <= 32 / dummies.TOGETHER * dummies.WAITED
+    assert idle <= 32 / dummies.BATCH_ROWS * dummies.BATCH_SECONDS
