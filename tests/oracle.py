@@ -1,4 +1,4 @@
-"""Compare images with an oracle: diffusers' own pipeline, which renders one row per call."""
+"""Render single rows with diffusers' own pipeline as the reference, and compare images with it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from batch_infer.records import PromptRequest
 from batch_infer.settings import SchedulerSpec
-from tests.rendering import furthest, render
+from tests.rendering import max_difference, render
 
-DISABLED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
-"""Arguments that leave out components, for pipeline classes with these components."""
+WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
+"""Constructor arguments that omit components. Each class supports some of them."""
 
 
 def load_pipeline(folder: Path, **components: Any) -> Any:
@@ -29,7 +29,7 @@ def load_pipeline(folder: Path, **components: Any) -> Any:
 
 
 def with_scheduler(pipe: Any, text: str) -> Any:
-    """Return the pipeline with another scheduler, created as diffusers' documentation advises."""
+    """Return a copy of the pipeline with another scheduler, built as in diffusers' documentation."""
     spec = SchedulerSpec.parse(text)
     scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
     pipeline_class = type(pipe)
@@ -38,7 +38,7 @@ def with_scheduler(pipe: Any, text: str) -> Any:
     return other
 
 
-def render_alone(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
+def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
     output = pipe(
@@ -56,21 +56,21 @@ def render_alone(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bo
 
 
 def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
-    """Allow rare differences of 1 of 255: only values close to a half can be rounded differently."""
+    """Allow a difference of 1 of 255 in under 1 % of the values: those close to a half can round differently."""
     assert image.shape == oracle.shape
-    assert furthest(image, oracle) <= 1
+    assert max_difference(image, oracle) <= 1
     assert np.mean(image != oracle) < 0.01
 
 
 def assert_parity(pipe: Any, model: object, requests: tuple[PromptRequest, ...]) -> None:
-    """Compare rows of one batch with diffusers. All rows differ, so that swapped rows would be noticed."""
+    """Compare rows rendered in one batch with diffusers. All rows differ, so the comparison detects swapped rows."""
     rendered = render(model, requests, slots=6, decode=2)
     assert rendered.keys() == {request.id for request in requests}
-    oracles = {request.id: render_alone(pipe, request)[0] for request in requests}
+    oracles = {request.id: call_diffusers(pipe, request)[0] for request in requests}
     for name, oracle in oracles.items():
         assert_close(rendered[name].pixels, oracle)
         others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+        assert all(max_difference(oracle, other) > 2 for other in others)
 
 
 def _disable_components(pipeline_class: Any) -> dict[str, Any]:

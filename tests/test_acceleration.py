@@ -20,41 +20,41 @@ from batch_infer.errors import CompilationError
 from batch_infer.models import acceleration
 from batch_infer.models.acceleration import Compiled, is_compiled, optimize_networks
 from batch_infer.stages import Stages
-from tests.rendering import CPU, furthest, load_family, make_request, render
+from tests.rendering import CPU, load_family, make_request, max_difference, render
 
 ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed=k) for k in range(3)]
 
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace only the compiler behind torch.compile, which takes minutes: captured graphs run unchanged."""
+    """Replace only the compiler behind torch.compile, which takes minutes. Captured graphs run uncompiled."""
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda forward, **rest: compile_(forward, **{**rest, "options": None, "backend": "eager"})
+        torch, "compile", lambda forward, **kwargs: compile_(forward, **{**kwargs, "options": None, "backend": "eager"})
     )
 
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("traced")
 def test_networks_are_one_graph_and_change_no_image(sd1_folder: Path) -> None:
-    """One graph per shape: a graph break would be an error."""
+    """There is one graph per shape, because a graph break is an error."""
     plain = render(load_family(sd1_folder), ROWS)
     model = load_family(sd1_folder)
     optimize_networks(model.networks, CPU, compiled=True)
     compiled = render(model, ROWS)
     assert is_compiled(model.networks)
-    assert all(furthest(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    assert all(max_difference(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
-    """The network does not run uncompiled, because bytes would differ from those of workers that can compile it."""
+    """There is no fallback to uncompiled code, because its bytes differ and other workers would not fall back."""
 
-    class Chatty(torch.nn.Module):
+    class GraphBreaker(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             torch._dynamo.graph_break()
             return x + 1
 
-    network = Chatty()
+    network = GraphBreaker()
     optimize_networks([network], CPU, compiled=True)
     assert is_compiled([network])
     for _ in range(2):
@@ -64,11 +64,11 @@ def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Yield the path of an empty compiler cache."""
+    """The path of a new folder for the compiler's cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(acceleration, "_cache", compiler_cache := acceleration.CompilerCache())
+    monkeypatch.setattr(acceleration, "_cache", new_cache := acceleration.CompilerCache())
     yield tmp_path / "cache"
-    compiler_cache.close()
+    new_cache.close()
 
 
 def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +105,7 @@ def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplo
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
     ],
 )
-def test_errors_that_no_file_causes_do_not_replace_the_cache(
+def test_errors_that_damaged_files_do_not_cause_keep_the_cache(
     error: Exception, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_errors_that_no_file_causes_do_not_replace_the_cache(
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("suffix", ["so", "py"])
 def test_truncated_cache_files_cause_no_error(suffix: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process leaves such files."""
+    """A process that is killed while it writes a file leaves it truncated."""
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU()).eval()
     outputs = []
     for name in ("whole", "truncated"):
@@ -161,7 +161,7 @@ def test_networks_are_unchanged_on_a_cpu(sd1_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd1", "decidiffusion"])
 def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pytest.FixtureRequest) -> None:
-    """Tested on the CPU, which supports both: no image changes by more than 1 of 255."""
+    """No value of an image changes by more than 1 of 255. The test uses the CPU, which supports both."""
     folder = request.getfixturevalue(f"{name}_folder")
     plain = render(load_family(folder), ROWS)
     model: Any = load_family(folder)
@@ -171,12 +171,12 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
     assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     fused = [module.processor for module in unet.modules() if hasattr(module, "to_q")]
     assert {type(processor).__name__ for processor in fused} == {"FusedAttnProcessor2_0"}
-    optimized = render(model, ROWS)
-    assert all(furthest(optimized[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    outputs = render(model, ROWS)
+    assert all(max_difference(outputs[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
-    """diffusers' fused attention of such transformers omits the norms of Stable Diffusion 3.5."""
+    """diffusers' fused joint attention omits the norms of Stable Diffusion 3.5."""
     network = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
@@ -193,20 +193,20 @@ def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
     plain = render(load_family(demo_folder), ROWS)
-    compiled = []
+    outputs = []
     for _ in range(2):
         torch._dynamo.reset()
         model = load_family(demo_folder)
         optimize_networks(model.networks, CPU, compiled=True)
-        compiled.append(render(model, ROWS))
+        outputs.append(render(model, ROWS))
         assert is_compiled(model.networks)
     for row in ROWS:
-        assert furthest(compiled[0][row.id].pixels, plain[row.id].pixels) <= 1
-        assert np.array_equal(compiled[0][row.id].pixels, compiled[1][row.id].pixels)
+        assert max_difference(outputs[0][row.id].pixels, plain[row.id].pixels) <= 1
+        assert np.array_equal(outputs[0][row.id].pixels, outputs[1][row.id].pixels)
 
 
 class FakeEvent:
-    """A fake event and stream. Each wait for an event takes one second."""
+    """A CUDA event or stream. One second passes between any two events."""
 
     waits: list[FakeEvent] = []
 
@@ -218,11 +218,11 @@ class FakeEvent:
         FakeEvent.waits.append(self)
 
     def elapsed_time(self, end: FakeEvent) -> float:
-        assert end in FakeEvent.waits, "reading a time before the event has happened makes the host wait"
+        assert end in FakeEvent.waits, "reading the time of an event before it has happened makes the host wait"
         return 1000.0
 
 
-def test_the_host_runs_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_is_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEvent.waits = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeEvent)

@@ -58,7 +58,7 @@ def test_other_errors_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
-def test_the_chain_halves_its_slots_on_every_such_report(text: str, sd1_folder: Path) -> None:
+def test_the_chain_halves_its_slots_after_every_such_error(text: str, sd1_folder: Path) -> None:
     model: Any = load_family(sd1_folder)
     denoise = model.denoise
 
@@ -120,7 +120,7 @@ def test_the_bare_unet_uses_the_compilation_of_the_chain(sd1_folder: Path) -> No
     torch._dynamo.reset()
 
 
-def test_compilation_is_part_of_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_do_not_include_compilation(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size is compiled once, by a call that advances no row."""
     calls: list[tuple[int, ...]] = []
 
@@ -196,7 +196,7 @@ def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypa
     assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 
-def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:
+def test_a_worker_on_a_gpu_stores_images_with_all_its_cores() -> None:
     assert count_storing_threads(ON_CUDA) == 16
     assert count_storing_threads(replace(ON_CUDA, threads=2)) == 4
     assert count_storing_threads(replace(ON_CUDA, threads=128)) == 32

@@ -10,9 +10,8 @@ from batch_infer.diffusion import Context
 from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
 
 TEXT_BYTES = 8
-"""Size of an embedding."""
+"""Size of the encoder's embeddings in bytes."""
 CAPACITY = 16
-"""Number of embeddings that fit into the cache."""
 
 
 class Encoder:
@@ -54,7 +53,7 @@ def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
     assert encode.batches
 
 
-def test_more_texts_at_once_than_the_cache_holds() -> None:
+def test_one_call_may_have_more_texts_than_the_cache_holds() -> None:
     encode, cache = Encoder(), EmbeddingCache(CAPACITY * TEXT_BYTES)
     texts = [f"text {number}" for number in range(CAPACITY + TEXT_BATCH)]
     assert set(cache.get(texts, encode)) == set(texts)

@@ -254,7 +254,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
 
 def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
-    """A checked image and a blocked prompt are yielded although no other row finishes."""
+    """These are a checked image and a blocked prompt. No other row finishes."""
     ids: list[str] = []
 
     class Slow(DummyChain):
@@ -264,7 +264,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
             assert isinstance(first, PromptRequest)
             yield self._make([first], Stages())
             deadline = time.monotonic() + 60
-            while len(ids) < 2 and time.monotonic() < deadline:  # as a UNet that renders the other good row
+            while len(ids) < 2 and time.monotonic() < deadline:  # like a UNet that renders the other good row
                 source.poll()
                 yield []
                 time.sleep(0.001)
