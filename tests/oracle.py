@@ -21,9 +21,8 @@ WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": Fa
 
 def load_pipeline(folder: Path, **components: Any) -> Any:
     """Load a checkpoint's pipeline, by default without its checker."""
-    pipeline_class = getattr(diffusers, json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
-    components = components or _disable_components(pipeline_class)
-    pipe = pipeline_class.from_pretrained(folder, dtype=torch.float32, **components)
+    kind = getattr(diffusers, json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
+    pipe = kind.from_pretrained(folder, dtype=torch.float32, **(components or _without(kind)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -32,8 +31,8 @@ def with_scheduler(pipe: Any, text: str) -> Any:
     """Return a copy of the pipeline with another scheduler, built as in diffusers' documentation."""
     spec = SchedulerSpec.parse(text)
     scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
-    pipeline_class = type(pipe)
-    other = pipeline_class(**_disable_components(pipeline_class) | {**pipe.components, "scheduler": scheduler})
+    kind = type(pipe)
+    other = kind(**_without(kind) | {**pipe.components, "scheduler": scheduler})
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -41,7 +40,7 @@ def with_scheduler(pipe: Any, text: str) -> Any:
 def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
-    output = pipe(
+    answer = pipe(
         request.prompt,
         negative_prompt=request.negative_prompt,
         num_inference_steps=params.num_inference_steps,
@@ -52,7 +51,7 @@ def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type="np",
     )
-    return (output.images[0] * 255).round().astype(np.uint8), getattr(output, "nsfw_content_detected", None)
+    return (answer.images[0] * 255).round().astype(np.uint8), getattr(answer, "nsfw_content_detected", None)
 
 
 def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
@@ -73,5 +72,5 @@ def assert_parity(pipe: Any, model: object, requests: tuple[PromptRequest, ...])
         assert all(max_difference(oracle, other) > 2 for other in others)
 
 
-def _disable_components(pipeline_class: Any) -> dict[str, Any]:
-    return {name: value for name, value in DISABLED.items() if name in inspect.signature(pipeline_class).parameters}
+def _without(kind: Any) -> dict[str, Any]:
+    return {name: value for name, value in WITHOUT.items() if name in inspect.signature(kind).parameters}

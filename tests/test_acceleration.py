@@ -1,4 +1,4 @@
-"""Compilation, memory format and fused projections of networks, and how far the host runs ahead of a GPU."""
+"""Compilation, memory format and fused projections of networks, and GPU pacing of the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedding cache encodes texts in batches of one size, shares embeddings between rows, and limits its size."""
+"""The embedding cache: every call has one shape, rows share the embeddings of a text, and the bytes are limited."""
 
 from __future__ import annotations
 

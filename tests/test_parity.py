@@ -96,7 +96,7 @@ def folder(checkpoint: str, folders: dict[str, Path]) -> Path:
 
 
 @pytest.mark.parametrize(("checkpoint", "scheduler"), GRID)
-def test_batched_rows_match_diffusers(
+def test_batched_rows_look_like_single_ones(
     pipelines: Pipelines, families: Families, folder: Path, checkpoint: str, scheduler: str
 ) -> None:
     model = families[checkpoint]
@@ -106,9 +106,7 @@ def test_batched_rows_match_diffusers(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_rows_with_many_steps_match_diffusers(
-    pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str
-) -> None:
+def test_long_rows_look_like_single_ones(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
     assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), LONG)
 
 
@@ -170,7 +168,7 @@ def test_schedulers_that_do_not_support_step_level_batching_are_refused(
 ) -> None:
     with pytest.raises(ModelError) as refusal:
         load_family(sd1_folder, scheduler)
-    message = str(caught.value)
+    message = str(refusal.value)
     assert reason in message
     assert message.startswith(scheduler.partition(":")[0])
     assert "--scheduler" in message

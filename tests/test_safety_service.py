@@ -1,4 +1,4 @@
-"""Azure AI Content Safety in complete runs: the command, the real SDK, and a local server."""
+"""Azure AI Content Safety in whole runs: the command, the real SDK, and a server on loopback."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from tests.content_safety_server import (
 
 RED = "a large red circle, centre, cream background"
 BLUE = "a large blue square, centre, cream background"
-FROM_ENVIRONMENT = ServiceSettings.from_environment
+READ = ServiceSettings.from_environment
 WORDS = {"axe": ("Violence", 4), "knife": ("Violence", 2)}
-QUARANTINE = ("--on-flagged", "quarantine")
+CROSS = ("--on-flagged", "quarantine")
 COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set a key, and a short timeout for a service that does not answer."""
+    """A key, and a short timeout for a silent service."""
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
-    set_timeout(monkeypatch, 0.5)
+    wait_for(monkeypatch, 0.5)
 
 
-def set_timeout(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def wait_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     def from_environment(environment: Mapping[str, str]) -> ServiceSettings | None:
-        settings = FROM_ENVIRONMENT(environment)
+        settings = READ(environment)
         return settings and structs.replace(settings, timeout_seconds=seconds)
 
     monkeypatch.setattr(ServiceSettings, "from_environment", from_environment)
@@ -93,12 +93,12 @@ def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     out = tmp_path / "out"
     with serving(words=WORDS, classify=is_red) as service:
         use(monkeypatch, service, THRESHOLD="1,Violence=2")
-        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *QUARANTINE)
+        done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
         assert done.code == 0, done.stderr
         assert Counter(service.texts) == Counter(PROMPTS)
         assert len(service.images) == 4
         assert runs.run_json(out)["summary"]["row_forwards"] == 4 * 12 * 2
-        again = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *QUARANTINE)
+        again = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
         assert (again.code, len(service.requests)) == (0, 9)
     red, axe, blue, knife, ring = runs.results(out)
     assert (axe["status"], axe["generated_image"], axe["nsfw_content_detected"]) == ("blocked", None, True)
@@ -144,11 +144,11 @@ FAULTS = [status(429, "0"), status(429), status(500), status(503), malformed(b"<
 
 
 def test_transient_errors_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one fault of each kind among the prompts, and one among the images."""
+    """One fault of each kind, among prompts and among images."""
     out, prompts = tmp_path / "out", [f"a blue ring {k}" for k in range(16)]
     with serving(faults=[*FAULTS, *[None] * 12, *FAULTS]) as service:
         use(monkeypatch, service)
-        set_timeout(monkeypatch, 30)
+        wait_for(monkeypatch, 30)
         done = runs.run(table(tmp_path, prompts), out, "--safety", "azure")
         assert done.code == 0, done.stderr
         assert len(service.requests) == 2 * len(prompts) + 2 * len(FAULTS)
@@ -315,7 +315,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
     with serving(classify=is_red, words=WORDS) as service:
         use(monkeypatch, service)
-        assert runs.run(path, out, *SHARP, "--safety", "azure", *QUARANTINE).code == 0
+        assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
         flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
         assert flagged
         use(monkeypatch, service, THRESHOLD="4")
@@ -366,16 +366,16 @@ def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
 def test_a_warning_names_what_will_be_lost_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, loss: str | None
 ) -> None:
-    """The default policy of `rescore` is that of the run."""
+    """The policy is that of the run."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "none", "--on-flagged", policy).code == 0
     before = runs.hashes(out)
 
-    def die(*_: Any) -> None:
+    def judge(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", die)
+        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", judge)
         runs.command("rescore", out, "--safety", "checker")
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")
@@ -442,7 +442,7 @@ def test_a_service_outage_keeps_rescored_results(tmp_path: Path, monkeypatch: py
 @pytest.fixture(scope="module")
 def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table and an OUT whose images were not checked. Copy it."""
-    folder = tmp_path_factory.mktemp("unchecked")
+    folder = tmp_path_factory.mktemp("unjudged")
     path = table(folder, [*CROSSES, *CROSSES])
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CONTENT_SAFETY_KEY", raising=False)
@@ -502,7 +502,7 @@ def test_a_killed_rescore_is_continued(
 def test_a_rescore_whose_process_is_killed_is_continued(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, requests: int
 ) -> None:
-    """SIGKILL arrives while the process waits for the verdict on an image, in different batches."""
+    """SIGKILL while the process waits for the service's verdict on an image, in different batches."""
     shutil.copytree(unchecked, tmp_path / "folder")
     shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
@@ -681,7 +681,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
         image.save(out / first["generated_image"], pnginfo=texts)
     (out / second["generated_image"]).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     for part in (out / "manifest").iterdir():
-        rewrite_part(part, out)
+        with_files(part, out)
     done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
     assert done.code == 3 and "2 images checked: 1 flagged" in done.stdout, done.stderr
     cross, blue, red = runs.results(out)
@@ -724,8 +724,8 @@ def damage(part: Path, column: str) -> None:
     part.write_bytes(content)
 
 
-def rewrite_part(part: Path, out: Path) -> None:
-    """Rewrite a part so that it describes the current files."""
+def with_files(part: Path, out: Path) -> None:
+    """Rewrite a part so that it describes the files as they are."""
     rows = pq.read_table(part)
     files = [(out / path).read_bytes() for path in rows["generated_image"].to_pylist()]
     for name, values in {
