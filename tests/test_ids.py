@@ -1,4 +1,4 @@
-"""Ids from content: renaming, sorting, splitting or converting a table changes no id, no seed and no image."""
+"""Ids from content: renaming, sorting, splitting and converting a table changes no id, no seed and no image."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ ROWS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def outcomes_of(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
-    """Return, sorted, what must not depend on the position of a row."""
+def read_values(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
+    """Return the values that must not depend on the position of a row, sorted."""
     rows = read_requests(*tables, id_from="content", **options)
     return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in rows)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
 def test_content_ids_do_not_depend_on_the_position_of_a_row(suffix: str) -> None:
-    """Nor do they depend on the format of the table."""
-    expected = outcomes_of(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
+    """They do not depend on the order of rows, the number of tables, or their format."""
+    expected = read_values(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     parts = [write_bytes(Path(f"s/{n}.{suffix}"), in_format(suffix, shuffled[n::2])) for n in (0, 1)]
-    rows = outcomes_of("s")
+    rows = read_values("s")
     assert [(*row[:4], row[4].replace("None", "")) for row in rows] == [
         (*row[:4], row[4].replace("None", "")) for row in expected
     ]
-    assert outcomes_of(*reversed(parts)) == rows
+    assert read_values(*reversed(parts)) == rows
 
 
 def test_equal_rows_are_numbered_and_id_cells_are_kept() -> None:
@@ -82,7 +82,7 @@ def test_a_table_that_is_sorted_split_and_renamed_renders_nothing(out: Path) -> 
     assert (hashes(out), images(out)) == (before, files)
     assert run_json(out)["settings"]["table"]["id_from"] == "content"
     assert [row["source_file"] for row in results(out)] == ["s/later.csv"] * 2 + ["s/sooner.csv"] * 2
-    # retry and merge read this setting from run.json.
+    # retry and merge take it from run.json.
     (out / next(iter(files))).unlink()
     assert command("retry", out, "--status", "missing").code == 0
     assert command("merge", out).code == 0

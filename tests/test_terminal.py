@@ -1,4 +1,4 @@
-"""What reaches a terminal or a text log: control characters are escaped, and no encoding fails."""
+"""Test output to terminals and text logs: control characters are escaped, and no encoding fails."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_json_escapes_control_characters(tmp_path: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("run", "--no-such\x1b]0;x\x07"), ("status", "no\x1b[31m")])
-def test_an_error_sends_no_control_character_either(arguments: tuple[str, ...]) -> None:
+def test_an_error_message_sends_no_control_character(arguments: tuple[str, ...]) -> None:
     done = command(*arguments)
     assert done.code == 2
     assert r"\x1b" in done.stderr
@@ -119,7 +119,7 @@ MERGE = "import sys; from batch_infer.__main__ import main; sys.argv[1:] = ['mer
 
 @pytest.mark.parametrize(("encoding", "mark"), [("iso8859-5", "-"), ("shift_jis", "-"), ("ascii", "·")])
 def test_reports_can_be_written_in_any_encoding(tmp_path: Path, out: Path, encoding: str, mark: str) -> None:
-    """click writes UTF-8 where the encoding is ASCII, which it assumes to be a mistake."""
+    """If the encoding is ASCII, click assumes a mistake and writes UTF-8."""
     run(write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), out)
     done = in_a_process(MERGE.format(out=str(out)), tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")
@@ -147,7 +147,7 @@ def test_a_worker_can_be_started_after_the_current_folder_was_removed(
     folder.mkdir()
     monkeypatch.chdir(folder)
     leave_removed_folder()
-    assert Path.cwd() == folder, "a folder that is there is kept"
+    assert Path.cwd() == folder, "a folder that exists is kept"
     folder.rmdir()
     leave_removed_folder()
     assert Path.cwd() == Path("/")
@@ -156,10 +156,10 @@ def test_a_worker_can_be_started_after_the_current_folder_was_removed(
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
 @pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
-def test_the_current_folder_is_removed_while_a_run_renders(
+def test_the_current_folder_may_be_removed_during_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """OUT is elsewhere, and named relative to it."""
+    """OUT is in another folder, under a path relative to the removed one."""
     folder, load, walk = tmp_path / "gone", loading.load_chain, scan.scan_tables
     folder.mkdir()
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
@@ -168,17 +168,17 @@ def test_the_current_folder_is_removed_while_a_run_renders(
     def load_chain(*arguments: Any) -> Any:
         if moment == "meanwhile":
             folder.rmdir()
-            os.getcwd()  # as torch does when it is imported  # noqa: PTH109
+            os.getcwd()  # torch calls it on import  # noqa: PTH109
         chain = load(*arguments)
         if moment == "after":
             folder.rmdir()
         return chain
 
     def scan_tables(*arguments: Any, **more: Any) -> Any:
-        found = walk(*arguments, **more)
+        result = walk(*arguments, **more)
         if moment == "before":
             folder.rmdir()
-        return found
+        return result
 
     monkeypatch.setattr(inline, "load_chain", load_chain)
     monkeypatch.setattr(execution, "scan_tables", scan_tables)
@@ -195,9 +195,7 @@ def test_the_current_folder_is_removed_while_a_run_renders(
 
 @pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
 @pytest.mark.parametrize("name", ["run", "plan", "status", "merge", "retry", "rescore", "bench"])
-def test_a_command_that_is_started_in_a_removed_folder_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_command_in_a_removed_folder_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     monkeypatch.chdir(folder)
