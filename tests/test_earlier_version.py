@@ -19,7 +19,7 @@ from batch_infer.azureml import batch
 from batch_infer.records import BOOKKEEPING, Source, digest
 from batch_infer.table.columns import MAX_CARRIED_BYTES
 from batch_infer.table.rows import RowCells, make_invalid
-from tests.runs import Done, Key, assert_whole, command, images, results, run_json
+from tests.runs import CommandResult, Key, assert_whole, command, images, results, run_json
 from tests.tables import write_csv
 
 DATA = Path(__file__).parent / "data" / "earlier_version"
@@ -50,12 +50,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, *options: str) -> Done:
+def run(folder: Path, name: str, *options: str) -> CommandResult:
     table, *own = OPTIONS[name]
     return command("run", table, "-o", folder / name, *COMPUTE, *own, *options)
 
 
-def rendered(done: Done, code: int = 0) -> int:
+def rendered(done: CommandResult, code: int = 0) -> int:
     """Return how many images the command has rendered."""
     assert done.code == code, done.stderr
     return int(json.loads(done.stdout)["rendered"])
@@ -267,6 +267,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
     [
         ("duplicate id 'a'", "the id 'a' stands twice"),
         ("line 3 is not valid: it is not JSON: Expecting value", "line 3 is not valid: it is no JSON: Expecting value"),
+        (
+            "element 1 has 3 cells, but the number of columns is 2",
+            "element 1 has 3 cells where columns names 2",
+        ),
         (
             "the file breaks off here: '\"' instead of , or ]",
             "the file breaks off here: '\"' stands where , or ] should",

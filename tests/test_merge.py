@@ -24,7 +24,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, utc_now
 from batch_infer.settings import OutputSettings
-from tests.runs import Done, command, results, run
+from tests.runs import CommandResult, command, results, run
 from tests.tables import write_csv
 
 NONE = pa.schema([])
@@ -258,7 +258,7 @@ def test_merge_works_without_run_json(tmp_path: Path) -> None:
     done = command("merge", tmp_path, "--results", "jsonl", "--json")
     assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
     assert [row["id"] for row in json_rows(tmp_path)] == ["a"]
-    assert command("merge", tmp_path, "-q") == Done(0, "", "")
+    assert command("merge", tmp_path, "-q") == CommandResult(0, "", "")
     refused = command("merge", tmp_path, "--base64")
     assert refused.code == 2
     assert "add --results csv or --results jsonl" in refused.stderr

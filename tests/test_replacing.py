@@ -51,7 +51,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {path: (out / path).read_bytes() for path in runs.images(out)}
 
 
-def rendered(done: runs.Done) -> int:
+def rendered(done: runs.CommandResult) -> int:
     assert done.code == 0, done.stderr
     return int(json.loads(done.stdout)["rendered"])
 

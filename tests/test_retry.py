@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from batch_infer.models.stable_diffusion import StableDiffusion
-from tests.runs import Done, assert_whole, command, hashes, images, results, run, run_json
+from tests.runs import CommandResult, assert_whole, command, hashes, images, results, run, run_json
 from tests.storage import fail_at
 from tests.tables import write_csv
 
@@ -24,7 +24,7 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", ROWS)
 
 
-def retry(out: Path, *arguments: str | Path) -> Done:
+def retry(out: Path, *arguments: str | Path) -> CommandResult:
     return command("retry", out, *arguments)
 
 

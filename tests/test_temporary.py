@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from batch_infer.errors import StorageError
 from batch_infer.store import temporary
 from batch_infer.store.temporary import create_temporary, open_temporary_text, temporary_file_errors, temporary_folder
-from tests.runs import Done, command
+from tests.runs import CommandResult, command
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -44,14 +44,14 @@ def small_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     assert not list(folder.iterdir())
 
 
-def assert_reported(done: Done, folder: Path, out: Path) -> None:
+def assert_reported(done: CommandResult, folder: Path, out: Path) -> None:
     assert done.code == 75, done.stderr
     assert f"cannot write a temporary file in {folder}: No space left on device; free some space there" in done.stderr
     assert "set TMPDIR" in done.stderr and "Traceback" not in done.stderr
     assert not (out / "results.parquet").exists()
 
 
-def run(table: str | Path, out: Path) -> Done:
+def run(table: str | Path, out: Path) -> CommandResult:
     return command("run", table, "-o", out, "--num-processes", "0", "--device", "cpu", "--limit", "1")
 
 

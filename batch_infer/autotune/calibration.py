@@ -1,4 +1,4 @@
-"""Load a model, measure its speed and count its evaluations. Functions import torch when the probe calls them."""
+"""Load a model, measure its speed and count its evaluations. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
-"""Step counts of the short rendering, of which the scheduler may accept only some."""
+"""Step counts to try for the short rendering, since a scheduler may refuse some of them."""
 LONG_SECONDS = 1.0
 """Seconds by which the long rendering should exceed the short rendering."""
 MAX_MORE_STEPS = 25
@@ -64,7 +64,7 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
-    except OutOfMemoryError:  # even the smallest batch: rows of this size fail in the run
+    except OutOfMemoryError:  # not even the smallest batch fits, so rows of this size fail in the run
         return Plateau(2, 1, utc_now())
 
 

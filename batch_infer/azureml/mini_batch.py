@@ -30,7 +30,7 @@ from batch_infer.jobs import (
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, cast_table, to_table
 from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
 from batch_infer.sinks import make_sink
-from batch_infer.store import PinnedFolder, path_exists
+from batch_infer.store import PinnedFolder, unless_removed
 from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
@@ -197,8 +197,5 @@ class MiniBatchScorer:
 
 def _set_aside(damage: DamagedPartError) -> None:
     """Set a damaged part aside, unless another worker does so first."""
-    try:
+    with unless_removed(damage.part):
         set_aside(damage)
-    except StorageError:
-        if path_exists(damage.part):
-            raise

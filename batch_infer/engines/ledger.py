@@ -13,9 +13,9 @@ from batch_infer.records import PromptRequest
 CHUNK_ROWS = 32
 """Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish together."""
 RETRY_ROWS = 16
-"""Maximum number of rows in a chunk to retry after one worker died with them."""
+"""Maximum number of rows that are retried together after one worker died with them."""
 MAX_DEATHS = 3
-"""Number of workers that must die with a row, the last one with no other row, until the row fails."""
+"""A row fails after this many workers died with it, the last one with no other row."""
 
 Key = tuple[str, int]
 Item = TypeVar("Item")
@@ -95,14 +95,11 @@ class Ledger:
 
     def record_death(self, worker: int) -> list[PromptRequest]:
         """Split the rows of a dead worker into smaller chunks to retry. Return the rows that have now failed."""
-        by_deaths: dict[int, list[PromptRequest]] = {count: [] for count in range(1, MAX_DEATHS + 1)}
-        for key, request in self._held.pop(worker, {}).items():
-            self._deaths[key] += 1
-            by_deaths[self._deaths[key]].append(request)
-        failed = by_deaths.pop(MAX_DEATHS)
-        for deaths, requests in by_deaths.items():
-            self._retry(requests, RETRY_ROWS if deaths == 1 else 1)
-        return failed
+        requests = list(self._held.pop(worker, {}).values())
+        self._deaths.update(request.key for request in requests)
+        self._retry([request for request in requests if self._deaths[request.key] == 1], RETRY_ROWS)
+        self._retry([request for request in requests if 1 < self._deaths[request.key] < MAX_DEATHS], 1)
+        return [request for request in requests if self._deaths[request.key] == MAX_DEATHS]
 
     def _retry(self, requests: Sequence[PromptRequest], rows: int) -> None:
         chunks = (requests[start : start + rows] for start in range(0, len(requests), rows))

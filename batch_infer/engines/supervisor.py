@@ -83,7 +83,8 @@ class Supervisor:
             return
         worker.reset_silence()  # it may have waited for its task while this process scanned tables
         self._workers[worker.rank] = worker
-        worker.share_inbox_event(self._inbox_event)
+        worker.inbox_event = self._inbox_event
+        self._inbox_event.set()  # messages may have arrived before
         worker.send(messages.StartTask(self._task.settings))
 
     def _remove(self, worker: WorkerHandle, *, has_died: bool = False) -> None:

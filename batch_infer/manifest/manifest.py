@@ -13,11 +13,11 @@ from time import monotonic
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.errors import BatchInferError, DamagedPartError, StorageError
+from batch_infer.errors import BatchInferError, DamagedPartError
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
 from batch_infer.manifest.parts import read_carried_fields, read_part, run_number, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, path_exists, temporary_database
+from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, temporary_database, unless_removed
 
 CACHED_BYTES = 64 << 20
 """Maximum size in bytes of the parts kept in memory. In table order, rows from neighbouring parts alternate."""
@@ -87,11 +87,8 @@ class ManifestIndex:
         """
         for part in parts:
             if part.name not in self.parts:
-                try:
+                with unless_removed(part):
                     self._add(part, on_damage)
-                except StorageError:
-                    if path_exists(part):
-                        raise
 
     def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
         try:

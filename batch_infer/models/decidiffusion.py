@@ -94,7 +94,7 @@ class FlexibleUNetConfig:
         implied = self._implied_keys()
         for key, value in implied.items():
             if settings.get(key) != value:
-                yield key, f"by the other keys it must be {value}"
+                yield key, f"it must be {value} to match the other keys"
         for key in sorted(settings.keys() - implied.keys() - {field.name for field in fields(self)}):
             yield key, "this version does not know that key"
 

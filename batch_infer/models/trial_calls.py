@@ -49,7 +49,7 @@ def can_share_calls(pipeline: Any, denoiser: Any, path: Path, arguments: Argumen
         if denoiser is not None and getattr(pipeline, "vae", None) is not None:
             _try_decoder(pipeline, denoiser, path, arguments)
     finally:
-        if denoiser is not None and processors:  # some pipelines replace them during a call
+        if processors:  # some pipelines replace them during a call
             denoiser.set_attn_processor(processors)
     return has_uniform_shapes
 
