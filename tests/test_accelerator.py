@@ -153,16 +153,16 @@ def test_a_size_is_not_compiled_while_it_renders_nothing(sd1_folder: Path, monke
     model = load_family(sd1_folder)
     table = model.solver.table
 
-    def refuse_two(steps: int) -> Any:
+    def reject_two(steps: int) -> Any:
         if steps == 2:
             raise RowError("not two")
         return table(steps)
 
-    monkeypatch.setattr(model.solver, "table", refuse_two)
+    monkeypatch.setattr(model.solver, "table", reject_two)
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
     chain = StepLevelChain(model, BatchSizes(4, 2), None)
-    (refused,) = chain.render([make_request("a", steps=2)])
-    assert not isinstance(refused, RenderedImage)
+    (rejected,) = chain.render([make_request("a", steps=2)])
+    assert not isinstance(rejected, RenderedImage)
     assert chain.stages.compilation == 0
     (rendered,) = chain.render([make_request("b", steps=4)])
     assert isinstance(rendered, RenderedImage)
@@ -189,10 +189,10 @@ def test_all_rows_of_one_tick_fit_into_the_decoder_queue(shape: tuple[int, int],
 
 
 def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append((device.type, priority)))
+    streams: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: streams.append((device.type, priority)))
     pacing.stream_for.__wrapped__(GPU, "encode")
-    assert made == [("cuda", -1)]
+    assert streams == [("cuda", -1)]
     assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 

@@ -75,12 +75,15 @@ class StepLevelChain(DeviceChain):
 
     def _shrink(self, size: Size, stage: Stage) -> str | None:
         """Halve a batch size and describe the change. Returns None if both batch sizes are at their minimum."""
-        before, smaller = self.batch_sizes.for_size(size), self.batch_sizes.halve(size, stage)
+        old_slots, old_decode = self.batch_sizes.for_size(size)
+        smaller = self.batch_sizes.halve(size, stage)
         if smaller is None:
             return None
         self._batch_sizes = smaller
-        changes = zip(smaller.for_size(size), before, ("slots", "images in a decoder call"), strict=True)
-        return next(f"{new} {unit}, not {old}" for new, old, unit in changes if new < old)
+        slots, decode = smaller.for_size(size)
+        if slots < old_slots:
+            return f"{slots} slots, not {old_slots}"
+        return f"{decode} images in a decoder call, not {old_decode}"
 
 
 class _SizePass:
