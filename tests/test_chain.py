@@ -348,6 +348,21 @@ def test_out_of_memory_halves_a_batch_and_loses_no_row(
     assert chain.batch_sizes.for_size((16, 24)) == (16, 4)
 
 
+def test_a_unet_call_that_runs_out_of_memory_is_not_counted() -> None:
+    class Counting(Small):
+        calls = 0
+
+        def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
+            prediction = super().denoise(sample, timestep, context)
+            self.calls += 1
+            return prediction
+
+    device = Counting(slots=5)
+    chain = StepLevelChain(device, BatchSizes(16, 4), None)
+    list(chain.render(paint(str(k), steps=4, seed=k) for k in range(12)))
+    assert chain.stages.ticks == device.calls
+
+
 def test_out_of_memory_later_keeps_finished_rows() -> None:
     device = Small(slots=8)
     chain = StepLevelChain(device, BatchSizes(8, 1), None)

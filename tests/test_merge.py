@@ -96,6 +96,17 @@ def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 
+def test_a_bad_row_counts_once_however_many_batches_its_images_are_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "BATCH", 2)
+    failed = (1, 6)
+    rows = [result("a", index, status="failed" if index in failed else "ok") for index in range(8)]
+    Manifest(tmp_path).commit([*rows, result("b", status="failed")], NONE)
+    counts, _ = merge(tmp_path, [*(request("a", index) for index in range(8)), request("b", row=1)])
+    assert (counts.rows, counts.failed, counts.bad_rows) == (2, 3, 2)
+
+
 def test_source_and_carried_columns_are_current(tmp_path: Path) -> None:
     """A row that moved, or whose carried columns changed, keeps its image."""
     before = pa.schema([("gone", pa.string()), ("kept", pa.string())])

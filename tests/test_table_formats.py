@@ -105,6 +105,17 @@ def test_utf_16_is_refused_with_advice(suffix: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("t.jsonl", "{}\n[1]\n", "line 2 is not a JSON object but list"),
+        ("t.json", "[{}, 5]", "element 1 is neither an object nor a prompt but int"),
+    ],
+)
+def test_a_file_of_empty_and_unreadable_rows_is_refused_with_the_reason(name: str, content: str, reason: str) -> None:
+    assert refusal_of(write(name, content)) == f"{name} cannot be read: {reason}"
+
+
 @pytest.mark.parametrize("suffix", TEXT)
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_an_empty_file_is_refused(suffix: str, compression: str) -> None:

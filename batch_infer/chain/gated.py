@@ -53,7 +53,7 @@ class GatedChain(Chain):
     ) -> None:
         """`make_gate` takes a function that returns whether the gate must stop waiting."""
         self._chain, self._stop = chain, stop
-        self._gate_stops_at = math.inf
+        self._has_ended, self._grace_end = False, math.inf
         self._gate = make_gate(self._must_stop_gate)
         self.model, self.uses_pipeline_call = chain.model, chain.uses_pipeline_call
         self.stages_by_size = chain.stages_by_size
@@ -95,15 +95,15 @@ class GatedChain(Chain):
                 yield from prompts.take_blocked()
                 raise
             finally:
-                self._gate_stops_at = -math.inf
+                self._has_ended = True
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _must_stop_gate(self) -> bool:
         """Return whether the run has stopped and `render` has ended or GRACE_SECONDS have passed since the stop."""
         if not self._stop():
             return False
-        self._gate_stops_at = min(self._gate_stops_at, time.monotonic() + GRACE_SECONDS)
-        return time.monotonic() >= self._gate_stops_at
+        self._grace_end = min(self._grace_end, time.monotonic() + GRACE_SECONDS)
+        return self._has_ended or time.monotonic() >= self._grace_end
 
 
 class _PromptGate:

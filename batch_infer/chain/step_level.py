@@ -182,10 +182,11 @@ class _SizePass:
 
     def _evaluate(self) -> list[FinishedRow[Tag]]:
         """Make one UNet call and return the rows that it finishes."""
-        self._stages.ticks += 1
-        self._stages.slot_ticks += self._slots.size
-        self._stages.row_forwards += self._slots.size - self._slots.free_count
+        used = self._slots.size - self._slots.free_count
         self._pacer.start()
         finished = self._slots.tick()
         self._pacer.end()
+        self._stages.ticks += 1
+        self._stages.slot_ticks += self._slots.size
+        self._stages.row_forwards += used
         return finished

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     ),
     option(
         "--sweep",
-        type=parse_sweep,
+        type=lambda text: parse_sweep(text) if text else (),
         metavar="N,...",
         help="Also measure these numbers of slots: 4,8,16,32,64. Stops at the first that does not fit into memory.",
     ),

@@ -180,9 +180,10 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
             for item in batch
             if (committed := index.find(item.key)) is not None and committed.fingerprint == item.fingerprint
         ]
-        previous_ids, previous_bad_ids = ids, bad_ids  # a row's images may be in two batches
-        ids = {item.id for item in batch}
-        bad_ids = {item.id for item, committed in matches if committed.status in ("failed", "invalid")}
+        previous_ids, ids = ids, {item.id for item in batch}
+        # A row's images may be in several batches, so a bad row is remembered until its last batch.
+        previous_bad_ids = bad_ids & ids
+        bad_ids = previous_bad_ids.union(i.id for i, committed in matches if committed.status in ("failed", "invalid"))
         counts.rows += len(ids - previous_ids)
         counts.bad_rows += len(bad_ids - previous_bad_ids)
         counts.remaining += len(batch) - len(matches)

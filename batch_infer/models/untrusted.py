@@ -76,7 +76,7 @@ def _is_device_error(error: Exception) -> bool:
         return False
     from batch_infer.accelerator import is_device_error
 
-    return is_device_error(error)
+    return isinstance(error, RuntimeError) and is_device_error(error)
 
 
 def parse_json(content: bytes, source: object) -> Any:

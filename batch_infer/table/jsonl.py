@@ -63,7 +63,7 @@ def open_objects(
         error = error or row.error
         is_readable = is_readable or bool(row.cells) or not row.error
         count += 1
-    if error and not is_readable:
+    if error and not (flags and is_readable):
         raise TableError(f"{file.name} cannot be read: {error}")
     schema = pa.schema([(name, _TYPES.get(flag, pa.string())) for name, flag in flags.items()])
     names = frozenset(flags)
