@@ -1,4 +1,4 @@
-"""Calibrations kept between commands, and measured again if they cannot be read."""
+"""Test that calibrations are kept between commands, and not used if they are damaged or for other conditions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU check: its report, its time limits, and the parts that a CPU can run."""
+"""Test the GPU check: its report, its time limits, and the parts that a CPU can run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BENCH = {
 
 
 def make_results() -> dict[str, Any]:
-    """Results of a check whose parts ended in every way."""
+    """Return results of a check whose parts ended in every possible way."""
     memory = {"shape_at_first": [4096, 8], "shape_at_the_end": [256, 8], "equal": 10, "images": 10, "rows": 10}
     attention = {"default": {"tflops": 320.0}, "flash": {"tflops": 321.0}, "cudnn": {"unsupported": "no such head"}}
     slots = {"row_forwards_per_second": 100.0, "tflops": 80.0, "peak_gib": 3.5, "ms": 40.0}

@@ -1,4 +1,4 @@
-"""Log files in OUT: a full disk loses lines, but masks no error."""
+"""Test log files in OUT: a full disk loses lines, but masks no error."""
 
 from __future__ import annotations
 

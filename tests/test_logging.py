@@ -1,4 +1,4 @@
-"""The log on stderr: only JSON lines with --log-format json, and nothing on success with -q."""
+"""Test the log on stderr: only JSON lines with --log-format json, and nothing on success with -q."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.tables import write_csv
 
 @pytest.fixture(autouse=True)
 def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging and hooks, which a command leaves changed because its process ends."""
+    """Restore logging and hooks. A command leaves them changed, because its process ends."""
     for name in ("", "py.warnings", "stderr", "batch_infer"):
-        for what in ("handlers", "level", "propagate"):
-            monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
+        for attribute in ("handlers", "level", "propagate"):
+            monkeypatch.setattr(logging.getLogger(name), attribute, getattr(logging.getLogger(name), attribute))
     for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
     before = warnings.showwarning
-    logging.captureWarnings(False)  # of another test, undone by pytest
+    logging.captureWarnings(False)  # another test may have captured them, and pytest restored showwarning
     warnings.showwarning = before
     yield
     logging.captureWarnings(False)
@@ -53,15 +53,15 @@ def table(tmp_path: Path) -> Path:
 
 def objects(text: str) -> list[dict[str, Any]]:
     """Parse a JSON log and check that each line has a current time, level, logger and message."""
-    found = [json.loads(line) for line in text.splitlines()]
-    for line in found:
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
         logged_at = datetime.fromisoformat(line["time"])
         assert logged_at.utcoffset() == timedelta(0)
         assert abs(datetime.now(timezone.utc) - logged_at) < timedelta(minutes=5)
         assert line["level"] in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
         assert line["logger"]
         assert line["message"]
-    return found
+    return lines
 
 
 def messages(text: str) -> list[str]:
@@ -75,7 +75,9 @@ def test_run_with_json_log(table: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     done = run(table, tmp_path / "out", "--log-format", "json", "--json")
     assert done.code == 3
-    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is on stdout, as always"
+    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, (
+        "the result is on stdout, as with text"
+    )
     lines = objects(done.stderr)
     assert {line["logger"] for line in lines} == {"batch_infer"}
     start = next(line for line in lines if "pending" in line)
@@ -124,7 +126,7 @@ def test_config_file_sets_the_format(tmp_path: Path, more: str, way: str, monkey
         monkeypatch.setenv("BATCH_INFER_CONFIG", str(config))
     flag = ("--config", config) if way == "flag" else ()
     for arguments in (("missing.csv",), (), ("missing.csv", "--bogus")):
-        assert objects(command("run", *arguments, *flag).stderr), "errors of the parser too"
+        assert objects(command("run", *arguments, *flag).stderr), "usage errors too"
     for flags in (("--log-format", "text", "--config", config), ("--config", config, "--log-format", "text")):
         stderr = command("run", "missing.csv", *flags).stderr
         assert stderr.startswith(("batch-infer: ", "Usage: "))
@@ -180,7 +182,7 @@ import gc, logging, sys, threading, types, warnings
 from batch_infer.__main__ import main
 
 def score(*_):
-    handler = logging.StreamHandler()  # as libraries make them for themselves
+    handler = logging.StreamHandler()  # like the handlers of libraries
     logging.getLogger("library").addHandler(handler)
     logging.getLogger("library").warning("from a library\\nin two lines")
     warnings.warn("old\\n  and tired", FutureWarning)
@@ -190,10 +192,10 @@ def score(*_):
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
     thread.join()
-    class Grave:
+    class Unraisable:
         def __del__(self):
             raise LookupError("too late")
-    Grave()
+    Unraisable()
     gc.collect()
     print("not ended", end="", file=sys.stderr)
     raise ArithmeticError("a bug")
@@ -204,7 +206,7 @@ main()
 
 
 def test_stderr_of_libraries_and_tracebacks_are_objects() -> None:
-    """In its own process, because the hooks are global."""
+    """Run in a separate process, because the hooks are global."""
     line = [sys.executable, "-c", FAULTY_SCRIPT, "run", "t.csv", "--log-format", "json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
     assert (done.returncode, done.stdout) == (1, "")
@@ -299,12 +301,12 @@ def test_warning_of_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_quiet_hides_warnings_of_diffusers(tmp_path: Path, log_format: str) -> None:
-    """With the old scheduler config of the first Stable Diffusion."""
+    """Use the outdated scheduler config of the first Stable Diffusion, which causes a warning."""
     model = tmp_path / "old"
     shutil.copytree(DEMO_MODEL, model)
     config = model / "scheduler" / "scheduler_config.json"
-    known = json.loads(config.read_text())
-    config.write_text(json.dumps({**known, "steps_offset": 0, "predict_epsilon": True, "variance_type": "fixed_small"}))
+    outdated = {"steps_offset": 0, "predict_epsilon": True, "variance_type": "fixed_small"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | outdated))
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     options = ("--model", str(model), "--log-format", log_format)
     with warnings.catch_warnings():
