@@ -76,7 +76,7 @@ def test_report_has_a_table_of_checks_and_one_of_throughput() -> None:
     report = format_report(make_results())
     assert "gpu NVIDIA H100" in report
     assert "| batch invariance, sd15 | passed | unet, compiled; unet, eager |" in report
-    assert "| batch invariance, sdxl | FAILED | not so: unet, compiled: same_at_other_positions |" in report
+    assert "| batch invariance, sdxl | FAILED | violated: unet, compiled: same_at_other_positions |" in report
     assert "| batch invariance, decidiffusion | not measured | the part's status is timeout |" in report
     assert "| sd15 | 32 | 4.321 | 41.4 % | 50.0 % | 2.5 | 345.6 | 12.5 | 120 | 1.2 % |" in report
     assert "| n32 h8 q4096 k4096 d40 | 320 | 321 | – | – |" in report
