@@ -16,7 +16,7 @@ from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
 
 PATH = click.Path(path_type=Path)
-POSITIVE = click.IntRange(min=1)
+POSITIVE, NONNEGATIVE, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)
