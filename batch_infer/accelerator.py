@@ -12,11 +12,11 @@ from batch_infer.errors import first_line
 MEMORY_FRACTION = 0.92
 """Maximum share of a GPU's memory for torch's allocator.
 
-cuDNN and cuBLAS allocate memory outside this allocator. Without the limit they run out first, and torch then silently
-chooses another algorithm, which changes image bytes.
+cuDNN and cuBLAS allocate memory outside this allocator. Without the limit, they run out of memory first, and torch then
+silently chooses another algorithm, which changes image bytes.
 """
 PEAK_FRACTION = 0.85
-"""Maximum share of a GPU's memory that a measured batch size may use at its peak. The rest allows for fragmentation."""
+"""Maximum share of a GPU's memory that a measured batch size may use. The rest allows for fragmentation."""
 OUT_OF_MEMORY = (
     "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -24,9 +24,9 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this computation",
 )
-"""Messages of RuntimeErrors that CUDA, cuDNN, cuBLAS and Triton raise if device memory is exhausted.
+"""Parts of the messages of RuntimeErrors from CUDA, cuDNN, cuBLAS and Triton if device memory is exhausted.
 
-The last one means that no cuDNN algorithm's workspace fits.
+The last one means that the workspace of every cuDNN algorithm is too large.
 """
 DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUDNN_STATUS", "cuDNN error", "CUBLAS_STATUS", "Triton Error")
 
@@ -38,7 +38,7 @@ def limit_memory(device: torch.device) -> None:
 
 
 def has_memory_headroom(device: torch.device) -> bool:
-    """Return whether peak memory since `reset_peak_memory_stats` is at most PEAK_FRACTION. Always True on a CPU."""
+    """Return whether peak memory since `reset_peak_memory_stats` is within PEAK_FRACTION. Always True on a CPU."""
     if device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info()
@@ -48,8 +48,8 @@ def has_memory_headroom(device: torch.device) -> bool:
 def set_float32_precision(dtype: torch.dtype) -> None:
     """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
-    TF32 stays on for half-precision models. Although Stable Diffusion XL decodes in float32, its activations are no
-    more precise than TF32.
+    TF32 stays on for half-precision models: Stable Diffusion XL decodes in float32, but its activations are no more
+    precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 

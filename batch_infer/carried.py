@@ -1,7 +1,7 @@
 """Carry column values from tables to results exactly, in a common type or as text.
 
-Between reading and writing, a cell is a plain Python value: an integer for a date, time or duration, and the storage
-value for an extension type. Plain values preserve years beyond 9999 and nanoseconds, unlike Python's own types.
+Between reading and writing, a cell is a plain value: an integer for a date, time or duration, and the storage value for
+an extension type. Plain values preserve years beyond 9999 and nanoseconds, unlike Python's own types such as datetime.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import json
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -28,7 +29,7 @@ def to_result_type(dtype: pa.DataType) -> pa.DataType:
     Types that Arrow cannot build from plain values become their storage type or text.
     """
     if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
-        return dtype  # skip the trial: an array of Python values imports pandas, which takes a third of a second
+        return dtype  # without a trial, since pa.array imports pandas, which takes a third of a second
     candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _to_result_leaf)
     try:
         plain = _to_plain_type(candidate)
@@ -70,7 +71,7 @@ def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
 
 
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
-    """Return a function from plain values to Python's own types such as datetime, None if they are the same."""
+    """Return a function from plain values to Python's own types such as datetime, or None if they are the same."""
     result = to_result_type(dtype)
     if _to_plain_type(result) == result:
         return None
@@ -85,13 +86,11 @@ def make_python_reader(dtype: pa.DataType) -> Convert | None:
 
 
 def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the values of an array as Python's own types such as datetime, or as text if Python has no such type."""
+    """Return the values of an array in Python's own types such as datetime, or as text if they do not fit."""
     dtype = to_result_type(array.type)
-    if "time64[ns]" not in str(dtype):  # Python's type would lose the nanoseconds
-        try:
+    if "time64[ns]" not in str(dtype):  # datetime.time would lose the nanoseconds
+        with suppress(ValueError, OverflowError):
             return list(array.to_pylist())
-        except (ValueError, OverflowError):
-            pass
     return [_to_json_value(value, dtype) for value in to_values(array)]
 
 
@@ -113,7 +112,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class JsonNumber:
-    """JSON text of a number beyond the range of Python's numeric types."""
+    """The JSON text of a number beyond the range of Python's numeric types."""
 
     text: str
 
@@ -130,11 +129,9 @@ def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
 
 
 def _format_json(value: Any) -> str:
-    """Return JSON with all digits of every number, since json.dumps cannot write a Decimal as a number."""
-    try:
+    """Return JSON with all digits of every number. json.dumps cannot write a Decimal as a number."""
+    with suppress(TypeError):
         return json.dumps(value, ensure_ascii=False)
-    except TypeError:
-        pass
     if isinstance(value, dict):
         members = (f"{json.dumps(key, ensure_ascii=False)}: {_format_json(item)}" for key, item in value.items())
         return f"{{{', '.join(members)}}}"
@@ -145,7 +142,7 @@ def _format_json(value: Any) -> str:
 
 
 def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
-    """Convert a value to text if JSON has no type for it."""
+    """Convert a plain value, and those inside it, to text if JSON has no type for them."""
     if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
     if value is None or dtype is None:
@@ -163,15 +160,12 @@ def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
     return _to_json_value(value)
 
 
-_EXTENSIONS: dict[str, Convert] = {
-    "arrow.bool8": bool,
-    "arrow.uuid": lambda value: str(uuid.UUID(bytes=value)),
-}
+_EXTENSIONS: dict[str, Convert] = {"arrow.bool8": bool, "arrow.uuid": lambda value: str(uuid.UUID(bytes=value))}
 """Converters for extension types whose values differ from their storage values."""
 
 
 def _format_temporal(value: int, dtype: pa.DataType) -> str:
-    """Convert the integer of a date, time or duration to text, and a timestamp with a time zone to UTC."""
+    """Format the integer of a date, time or duration as text, and a timestamp with a time zone in UTC."""
     if types.is_duration(dtype):
         return f"{value} {dtype.unit}"
     has_zone = types.is_timestamp(dtype) and dtype.tz is not None
@@ -186,8 +180,8 @@ def _format_temporal(value: int, dtype: pa.DataType) -> str:
 def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] | None = None) -> pa.DataType:
     """Return a type that represents every value of all these result types, text if no other type does.
 
-    Whether 64-bit integers and floats share a type depends on their values in `arrays`, which are only read if needed.
-    Without `arrays`, they become text.
+    Whether 64-bit integers and floats share a type depends on their values in `arrays`, which are only read if
+    necessary. Without `arrays`, they become text.
     """
     distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
@@ -220,7 +214,7 @@ def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
 
 
 def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
-    """Return a function from plain values of one type to those of a common type, None if they are the same."""
+    """Return a function from plain values of one type to those of a common type, or None if they are the same."""
     if types.is_string(target):
         return partial(to_text, dtype=None if types.is_string(source) else source)
     if types.is_float64(target):  # a JSON column of floats may contain integers
@@ -264,7 +258,7 @@ def convert_items(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataTy
 
 
 def _convert_leaves(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """Convert each type without items within a type."""
+    """Return a type in which each innermost type is converted. Extension types become their storage type."""
     if isinstance(dtype, pa.BaseExtensionType):
         return _convert_leaves(dtype.storage_type, convert)
     if types.is_dictionary(dtype) or types.is_run_end_encoded(dtype):

@@ -21,9 +21,9 @@ FORMAT_BY_SUFFIX: dict[str, ImageFormat] = {suffix: image_format for image_forma
 PNG_LEVEL = 4
 QUALITY = {"jpeg": 95, "webp": 90}
 MAX_TEXT_LENGTH = 50_000
-"""Maximum number of characters in a text, up to 200 kB. Pillow rejects PNG files with a text over 1 MiB."""
+"""Maximum number of characters in a PNG text, at most 200 kB. Pillow rejects PNG files with a text over 1 MiB."""
 MAX_EXIF_LENGTH = 15_000
-"""Maximum number of characters in Exif, up to 60 kB as UTF-16. A JPEG can contain 64 KiB of Exif."""
+"""Maximum number of characters in Exif, at most 60 kB as UTF-16. A JPEG can contain 64 KiB of Exif."""
 MAX_LAST_LINE_LENGTH = 1_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -36,14 +36,14 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
 </rdf:RDF></x:xmpmeta>
 <?xpacket end="r"?>"""
-"""Marks an image as generated: IPTC Photo Metadata Standard, Digital Source Type `trainedAlgorithmicMedia`."""
+"""Marks an image as generated, with the Digital Source Type of the IPTC Photo Metadata Standard."""
 
 
 def format_parameters(request: PromptRequest, scheduler: str, model_hash: str) -> str:
     """Format a row's parameters like AUTOMATIC1111's web UI, so that other programs can read them.
 
-    The text contains the model's fingerprint, but neither the name of its folder nor the version of this package, so
-    that image bytes do not depend on them.
+    The text contains the model's fingerprint, but not the name of its folder or the version of this package, so that
+    image bytes do not depend on these.
     """
     params = request.params
     lines = [request.prompt]
@@ -89,7 +89,7 @@ def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> by
 def decode(content: bytes) -> np.ndarray:
     """Decode an image file to pixels (H, W, 3) uint8. Raises RowError if it cannot be opened.
 
-    Text in a PNG is skipped, because Pillow rejects files with more than 64 MiB of it.
+    Text in a PNG is skipped, because Pillow rejects files with more than 64 MiB of text.
     """
     try:
         with Image.open(io.BytesIO(_without_text(content))) as image:
@@ -99,7 +99,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def _without_text(content: bytes) -> bytes:
-    """Remove the text chunks of a PNG. Other content is returned unchanged."""
+    """Return a PNG without its text chunks, and other content unchanged."""
     if not content.startswith(_PNG_SIGNATURE):
         return content
     chunks, offset = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
@@ -124,7 +124,7 @@ def hash_pixels(pixels: np.ndarray) -> str:
 
 
 def _shorten(text: str, length: int) -> str:
-    """Shorten a text to `length` characters: replace its end with `…`, but keep a short last line with the fields."""
+    """Shorten a text to `length` characters: replace its end with `…`, but keep a short last line."""
     if len(text) <= length:
         return text
     start, _, last = text.rpartition("\n")
@@ -135,7 +135,7 @@ def _shorten(text: str, length: int) -> str:
 def apply_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
     """Return the pixels to store for a flagged image, or None to store no image.
 
-    `blank` is black, as in diffusers. `blur` makes shapes unrecognisable with a radius of 1/16 of the longer side.
+    `blank` is a black image, as in diffusers. `blur` has a radius of 1/16 of the longer side, which hides all shapes.
     """
     match on_flagged:
         case "blank":

@@ -1,4 +1,4 @@
-"""End a spawned process whose main script has no main guard: importing the script would call batch-infer again."""
+"""End a spawned process whose main script has no main guard, since importing the script calls batch-infer again."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from multiprocessing import current_process
 
 EXIT_CODE = 64
-"""Exit code by which the parent process recognises this case (sysexits.h: the command was used incorrectly)."""
+"""Exit code that tells the parent why the process has ended (EX_USAGE in sysexits.h)."""
 ADVICE = (
-    "the script that calls batch-infer is imported by each of its processes, and calls it again there: put the call "
-    'under `if __name__ == "__main__":`'
+    "the script that calls batch-infer has no main guard, so every process that it starts would call batch-infer "
+    'again: put the call under `if __name__ == "__main__":`'
 )
 
 

@@ -14,7 +14,7 @@ PEAK_TFLOPS = (
     ("A100", 312.0),
     ("A10", 125.0),
 )
-"""Words in device names, with the peak float16 and bfloat16 tensor-core TFLOP/s without sparsity.
+"""Words in device names, and peak TFLOP/s of float16 and bfloat16 tensor cores without sparsity.
 
 The first match counts. H100, H200 and B200 without a suffix are SXM modules.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
@@ -14,7 +15,7 @@ from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, Res
 WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
-"""Maximum bytes of texts and carried cells in a window. A window ends early if it reaches this size."""
+"""Maximum bytes of texts and carried cells in a window, which ends early if it reaches this size."""
 MAX_BALANCED_ROWS = 2048
 """Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end cost little."""
 
@@ -25,7 +26,7 @@ Row = TypeVar("Row", PromptRequest, ResultRow, Item)
 
 
 class ManifestEntry(Protocol):
-    """What planning needs to know about an image in the manifest."""
+    """The fields of an image's manifest entry that planning reads."""
 
     @property
     def status(self) -> str: ...
@@ -49,9 +50,7 @@ SkipRule: TypeAlias = "Callable[[Item, ManifestEntry | None], bool]"
 
 def get_source(item: Item) -> tuple[str, int]:
     """Return an item's file name and row number."""
-    if isinstance(item, PromptRequest):
-        return item.source.file, item.source.row
-    return item.source_file, item.source_row
+    return item.source.file, item.source.row
 
 
 def is_finished(item: Item, entry: ManifestEntry | None) -> bool:
@@ -86,9 +85,8 @@ def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | 
     """Yield requests in rendering order, window by window.
 
     Rows of one size are adjacent, since all slots must empty before the size changes. Rows with many steps come first,
-    so that slots idle only briefly at the end. `get_slots` returns the slots of all devices for a size. If it is not
-    None, up to MAX_BALANCED_ROWS rows of one size are also balanced, so that all slots become idle at about the same
-    time.
+    so that slots are idle only briefly at the end. `get_slots` returns the slots of all devices for a size. With it, up
+    to MAX_BALANCED_ROWS rows of one size are also balanced, so that all slots become idle at about the same time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
         for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
@@ -125,9 +123,9 @@ def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
-    """Order rows by start time in a schedule in which all lanes end at about the same time.
+    """Order rows by their start in a schedule in which all lanes end at about the same time.
 
-    `rows` must be sorted longest first. A lane is two slots, for one row with guidance or two rows without. The
+    `rows` must be sorted, longest first. A lane is two slots, for one row with guidance or two rows without. The
     schedule has the shortest length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
     SIAM J. Comput. 7, 1978).
     """
@@ -137,10 +135,8 @@ def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     pieces.sort(key=_get_steps, reverse=True)
     total, longest = sum(map(_get_steps, pieces)), _get_steps(pieces[0])
     low, high = max(-(-total // lane_count), longest), 2 * total // lane_count + longest
-    while low < high:
-        length = (low + high) // 2
-        low, high = (low, length) if _schedule(pieces, lane_count, length) else (length + 1, high)
-    starts = _schedule(pieces, lane_count, high) or [0] * len(pieces)
+    shortest = low + bisect_left(range(low, high), True, key=lambda end: bool(_schedule(pieces, lane_count, end)))
+    starts = _schedule(pieces, lane_count, shortest) or [0] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda index: (starts[index], index))
     return [row for index in order for row in pieces[index]]
 
@@ -150,7 +146,7 @@ def _get_steps(piece: list[PromptRequest]) -> int:
 
 
 def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -> list[int] | None:
-    """Assign each piece to the first lane with room. Return the start of each piece, or None if no lane has room."""
+    """Assign each piece to the first lane with room. Return the starts of the pieces, or None if one does not fit."""
     lane_ends, starts = [0] * lane_count, []
     for piece in pieces:
         steps = _get_steps(piece)
@@ -166,8 +162,8 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
 class SizeCost:
     """Cost of all rows of one image size.
 
-    `row_forwards` counts UNet evaluations: batch elements of UNet calls, two per step for a row with guidance. `ticks`
-    counts UNet calls over all slots.
+    `row_forwards` counts batch elements of UNet calls, two per step for a row with guidance. `ticks` counts UNet calls
+    over all slots.
     """
 
     slots: int
@@ -180,7 +176,7 @@ class StepBatchingEstimator:
     """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
     Rows start in the order in which they are added, as soon as enough slots are free, and all slots empty before the
-    size changes. The packer does the same, except that a row without guidance may overtake one that needs a second
+    size changes. The packer does the same, except that a row without guidance may overtake one that waits for a second
     slot.
     """
 
@@ -219,7 +215,7 @@ class StepBatchingEstimator:
 class PipelineBatchingEstimator:
     """Simulates pipeline-call batching: one call renders rows with equal settings. Same API as StepBatchingEstimator.
 
-    Slots are UNet evaluations in one UNet call here too, so a call renders half as many rows with guidance.
+    Slots are batch elements of a UNet call here too, so a call renders half as many rows with guidance.
     """
 
     def __init__(self, get_slots: SlotsForSize) -> None:
@@ -231,9 +227,7 @@ class PipelineBatchingEstimator:
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
         size, needed = _get_size(request), request.params.slots
-        if size not in self.costs:
-            self.costs[size] = SizeCost(self._get_slots(size))
-        cost = self.costs[size]
+        cost = self.costs.setdefault(size, SizeCost(self._get_slots(size)))
         if self._batch_key != request.batch_key or not self._room:
             self._batch_key, self._room = request.batch_key, cost.slots // needed
             cost.ticks += evaluations

@@ -51,9 +51,7 @@ class SamplingParams:
 
 
 class SizeRules(
-    msgspec.Struct,
-    frozen=True,
-    rename={"side_multiple": "factor", "min_side": "smallest", "model_max_side": "most"},
+    msgspec.Struct, frozen=True, rename={"side_multiple": "factor", "min_side": "smallest", "model_max_side": "most"}
 ):
     """Image sizes that a model accepts, in pixels. `model_max_side` is the model's own limit.
 

@@ -27,8 +27,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTex
 from batch_infer.models import DEMO_MODEL
 from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 
-VIEW = 32
-"""Side of the tiny checker's input."""
+CHECKER_SIDE = 32
+"""Side of the tiny checker's input, in pixels."""
 NOISE_SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -46,7 +46,7 @@ def save_sd1(folder: Path) -> Path:
         unet = make_unet(attention_head_dim=4, use_linear_projection=False, cross_attention_dim=32)
         text_encoder = make_text_encoder(hidden_size=32, num_hidden_layers=2, hidden_act="quick_gelu")
         vae, checker = make_vae(), _checker()
-    # from_config: the class has no clip_sample, but the file of the real checkpoint has it.
+    # With from_config, because the constructor does not accept clip_sample, which released checkpoints contain.
     scheduler = PNDMScheduler.from_config({**NOISE_SCHEDULE, "skip_prk_steps": True, "clip_sample": False})
     parts = (vae, text_encoder, make_tokenizer(), unet, scheduler)
     bare = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
@@ -105,7 +105,7 @@ DECIDIFFUSION: dict[str, Any] = {
 }
 """`configurations` of the published flexible_unet/config.json."""
 OUTER = {"_class_name": "FlexibleUNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280]}
-"""Outer keys; the second is one of those of a stock UNet, which do not apply to this one."""
+"""Keys outside `configurations`. `block_out_channels` describes a stock UNet and must be ignored."""
 TINY_DECIDIFFUSION = DECIDIFFUSION | {
     "sample_size": 8,
     "temb_dim": 48,
@@ -120,8 +120,8 @@ TINY_DECIDIFFUSION = DECIDIFFUSION | {
 def save_decidiffusion(folder: Path) -> Path:
     """Save DeciDiffusion 1.0: its UNet in half precision, v-prediction from pure noise, and a checker.
 
-    The folder also has what the published repository contains and must not be used: `unet/`, here without a valid
-    network, and a `pipeline.py` that ends the process.
+    Like the published repository, the folder also contains files that must not be used: `unet/`, here without a valid
+    network, and `pipeline.py`, which here ends the process.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -152,11 +152,11 @@ def save_decidiffusion(folder: Path) -> Path:
     return folder
 
 
-def probe_images(count: int, height: int = VIEW, width: int = VIEW) -> list[np.ndarray]:
-    """Return different images (H, W, 3) uint8 of soft coloured blots."""
+def probe_images(count: int, height: int = CHECKER_SIDE, width: int = CHECKER_SIDE) -> list[np.ndarray]:
+    """Return `count` different images (H, W, 3) uint8 of blurred colour patches."""
     random = np.random.default_rng(0)
-    blots = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return [np.asarray(Image.fromarray(blot).resize((width, height), Image.Resampling.BICUBIC)) for blot in blots]
+    grids = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)) for grid in grids]
 
 
 def amend(path: Path, **values: Any) -> None:
@@ -188,7 +188,7 @@ def make_unet(**architecture: Any) -> UNet2DConditionModel:
             if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
                 weight.mul_(4)  # so that the prompt, and with it guidance, changes the image
             if "add_embedding" in name or "cond_proj" in name:
-                weight.mul_(4)  # and so that other embeddings do
+                weight.mul_(4)  # so that these embeddings change it too
     return unet.eval()
 
 
@@ -234,7 +234,9 @@ def make_text_encoder(kind: Any = CLIPTextModel, **architecture: Any) -> Any:
 
 
 def _processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": VIEW}, crop_size={"height": VIEW, "width": VIEW})
+    return CLIPImageProcessor(
+        size={"shortest_edge": CHECKER_SIDE}, crop_size={"height": CHECKER_SIDE, "width": CHECKER_SIDE}
+    )
 
 
 def _renderings(pipe: StableDiffusionPipeline, count: int) -> list[np.ndarray]:
@@ -251,7 +253,7 @@ def _checker() -> StableDiffusionSafetyChecker:
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "image_size": VIEW,
+        "image_size": CHECKER_SIDE,
         "patch_size": 8,
     }
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
@@ -264,7 +266,7 @@ def _checker() -> StableDiffusionSafetyChecker:
 
 @torch.no_grad()
 def _set_thresholds(checker: StableDiffusionSafetyChecker, *kinds: list[np.ndarray]) -> None:
-    """Set thresholds that flag some images of each kind and not others."""
+    """Set thresholds that flag some images of each kind but not all."""
     for name, quantile in (("concept_embeds", 0.95), ("special_care_embeds", 0.9)):
         concepts = normalize(getattr(checker, name)).T
         thresholds = [(_embed(checker, images) @ concepts).quantile(quantile, dim=0) for images in kinds]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the layout of Stable Diffusion XL, for tests that need one."""
+"""Tiny random checkpoints of Stable Diffusion XL for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * SIZE_WIDTH + PROJECTION,
 }
 SCHEDULER = {**NOISE_SCHEDULE, "skip_prk_steps": True, "clip_sample": False}
-"""Config of released checkpoints, of which the classes use only a part."""
+"""Scheduler config of released checkpoints. Each scheduler class uses only some of its keys."""
 
 
 def save_sdxl(folder: Path) -> Path:
@@ -53,7 +53,7 @@ def _save(folder: Path, scheduler: Any, seed: int) -> Path:
             projection_dim=PROJECTION,
         )
         vae = make_vae(scaling_factor=0.13025, force_upcast=True)
-    # The second tokenizer pads with "!", which is a separate word.
+    # As in released checkpoints, the second tokenizer pads with "!", which is also an ordinary token.
     tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
     pipe = StableDiffusionXLPipeline(vae, first, second, *tokenizers, unet, scheduler, add_watermarker=False)
     pipe.save_pretrained(folder)

@@ -1,14 +1,14 @@
-"""What the tests share: a fixed number of threads, and tiny checkpoints made once a session."""
+"""Shared fixtures: one thread, a temporary cache, and tiny checkpoints that are made once per session."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-# Before torch and transformers are imported, and for the processes that tests start: threads that spin slow each other.
+# Set before torch and transformers are imported, and inherited by child processes: spinning threads slow each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Advice for their programmers, which would otherwise stand below pytest's last line.
+# These libraries would print hints for developers below pytest's last line.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -22,24 +22,24 @@ from batch_infer.autotune.probe import Probe
 from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import Stopper
 
-# The examples that hypothesis draws are the same each time, and as slow as the machine makes them.
+# hypothesis draws the same examples each time, and has no deadline, because machines differ in speed.
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.load_profile("same")
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+# A shell that starts pytest in the background makes it ignore SIGINT, which child processes would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    import torch  # not above: the process that hands out the tests loads this file too, and needs none of it
+    import torch  # imported here, because the controller of pytest-xdist also loads this file and needs no torch
 
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_end_of_this_process() -> Iterator[None]:
-    """A command that is interrupted in this process does not end it, however long that takes."""
+def _keep_process_alive() -> Iterator[None]:
+    """Prevent an interrupted command from ending this process, even if the command is slow to stop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stopper, "_limit_shutdown", lambda self: None)
         patch.setattr(Stopper, "_end_process", lambda self: None)
@@ -47,8 +47,8 @@ def _no_end_of_this_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a command remembers about this machine is kept out of the user's own cache, and out of later sessions."""
+def _temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep measurements of this machine out of the user's cache and out of later sessions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -56,7 +56,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture
 def default_hangup() -> Iterator[None]:
-    """Set SIGHUP to its default action, also for processes that the test starts: `nohup` has it ignored."""
+    """Set SIGHUP, which `nohup` ignores, to its default action, also in processes that the test starts."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -64,8 +64,8 @@ def default_hangup() -> Iterator[None]:
 
 @pytest.fixture
 def probe_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer a plan's questions about the model in this process, which has already imported torch."""
-    monkeypatch.setattr(Probe, "_call", lambda _, question, *arguments: question(*arguments))
+    """Run a plan's functions for the model in this process, which has already imported torch."""
+    monkeypatch.setattr(Probe, "_call", lambda _, function, *arguments: function(*arguments))
 
 
 @pytest.fixture(scope="session")
@@ -123,5 +123,5 @@ def sdxl_turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where a run of this test writes: not there yet."""
+    """An output folder that does not exist yet."""
     return tmp_path / "out"

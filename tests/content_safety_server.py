@@ -1,7 +1,7 @@
-"""A local server with the API of Azure AI Content Safety, which is as strict and fails on request.
+"""A local server with the API of Azure AI Content Safety. It is as strict as the service, and fails on request.
 
-It can run as a process: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`. A GET returns what it
-has received: `{"texts": [...], "images": 2, "statuses": [...]}`.
+It can run as a process: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`. A GET request
+returns what the server has received: `{"texts": [...], "images": 2, "statuses": [...]}`.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ Faults = Iterable[Fault | None] | Callable[[ReceivedRequest], Fault | None]
 class Rules:
     """Responses to texts and images, and the requests that fail.
 
-    `words` has the category and severity of words in a text, `classify` returns the severities of an image that are not
-    0, and `blocklists` has the words of each blocklist. `faults` are for the next requests in order (None: no fault),
-    or are chosen by a function. Requests have `key`, or a bearer `token`. The server waits for `together` requests
-    before it responds.
+    `words` maps words in a text to category and severity, `classify` returns the severities of an image that are not 0,
+    and `blocklists` maps the name of each blocklist to its words. `faults` contains the faults of the next requests in
+    order (None: no fault), or is a function that chooses them. Requests need `key` or a bearer `token`. The server
+    waits for `together` requests before it responds.
     """
 
     words: Mapping[str, tuple[str, int]] = field(default_factory=dict)

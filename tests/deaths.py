@@ -1,4 +1,4 @@
-"""Kills of runs at random: of workers, of the parent, or of all processes."""
+"""Kill workers, the parent or all processes of runs at random."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class Killer:
     def kill(self, times: int) -> None:
         """Start runs until `times` kills are done."""
         while len(self.killed) < times:
-            with self._run() as run:
-                while len(self.killed) < times and self._new_part(run):
+            with self._run() as process:
+                while len(self.killed) < times and self._wait_for_part(process):
                     time.sleep(self.draw.uniform(0, 0.5))
-                    if not self._strike(run):
+                    if not self._kill_target(process):
                         break
-                if len(self.killed) < times and run.poll() == 0:
+                if len(self.killed) < times and process.poll() == 0:
                     raise AssertionError(f"the run ended after {self.killed}")
 
-    def _strike(self, run: subprocess.Popen[str]) -> bool:
+    def _kill_target(self, run: subprocess.Popen[str]) -> bool:
         """Kill a worker, the parent or all processes, and return whether the run continues."""
         target = self.draw.choice(["worker", "parent", "all"])
         workers = workers_of(run.pid)
@@ -79,7 +79,7 @@ class Killer:
         self.killed.append(target)
         return target == "worker"
 
-    def _new_part(self, run: subprocess.Popen[str]) -> bool:
+    def _wait_for_part(self, run: subprocess.Popen[str]) -> bool:
         """Wait for the next part. Returns False if the run ends first."""
         before = self._parts()
         return eventually(lambda: self._parts() > before or run.poll() is not None) and run.poll() is None
@@ -107,7 +107,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 300) -> bool:
     return True
 
 
-def table_of(folder: Path, rows: int) -> Path:
+def write_prompts(folder: Path, rows: int) -> Path:
     cells = [["prompt", "id", "num_inference_steps", "guidance_scale"]]
     cells += [
         [f"a {COLOURS[k % 4]} circle", f"r{k}", str(10 + k % 10), "1" if k % 5 == 0 else "5"] for k in range(rows)
@@ -115,7 +115,7 @@ def table_of(folder: Path, rows: int) -> Path:
     return write_csv(folder / "table.csv", cells)
 
 
-def undisturbed(table: Path, out: Path) -> list[dict[str, Any]]:
+def render_undisturbed(table: Path, out: Path) -> list[dict[str, Any]]:
     assert run(table, out, "--slots", "16").code == 0
     return without_bookkeeping(out)
 

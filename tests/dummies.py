@@ -1,6 +1,6 @@
-"""A dummy chain for worker processes: images at no cost, and prompts that kill their process.
+"""A dummy chain for worker processes: it makes images at no cost, and some prompts kill its process.
 
-It takes several rows at once, as a chain does, and all of them are lost if the process dies.
+Like a real chain, it takes several rows at once, which are all lost if the process dies.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from batch_infer.chain import BatchSizes, DeviceChain, RenderedImage, RowOutcome
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.stages import Stages
 
-TOGETHER = 8
-WAITED = 0.1
+BATCH_ROWS = 8
+BATCH_SECONDS = 0.1
 
 
 class DummyChain(DeviceChain):
@@ -32,13 +32,13 @@ class DummyChain(DeviceChain):
     uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * TOGETHER, TOGETHER), None, stop)
+        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
-        batch = requests.take((first.params.height, first.params.width), TOGETHER)
+        batch = requests.take((first.params.height, first.params.width), BATCH_ROWS)
         for request in batch:
-            _obey(request.prompt)
+            _execute(request.prompt)
         yield self._make(batch, stages)
 
     def _make(self, batch: list[PromptRequest], stages: Stages) -> list[RowOutcome]:
@@ -55,8 +55,8 @@ class DummyChain(DeviceChain):
         return outcomes
 
 
-def _obey(prompt: str) -> None:
-    """Do to this process what the prompt says."""
+def _execute(prompt: str) -> None:
+    """Carry out the command in a prompt, such as to kill this process."""
     match prompt.split():
         case ["die", "by", name]:
             os.kill(os.getpid(), getattr(signal, name))
@@ -85,18 +85,18 @@ def meet(folder: Path, count: int) -> None:
 
 
 def load_together(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Return once two workers load, with a chain slow enough that each of them gets some of the rows."""
+    """Wait until two workers are loading, and return a chain that is so slow that each worker gets rows."""
     meet(Path(os.environ["MEET"]), 2)
-    return DummyChain(stop, seconds=WAITED)
+    return DummyChain(stop, seconds=BATCH_SECONDS)
 
 
 def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Return a chain like a GPU: a batch of rows takes time, but none of the CPU's."""
-    return DummyChain(stop, seconds=WAITED)
+    """Return a chain that, like a GPU, needs time for a batch of rows but no CPU time."""
+    return DummyChain(stop, seconds=BATCH_SECONDS)
 
 
 def load_noisy(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Print as libraries do: to stdout, stderr, file descriptor 2, warnings and logging."""
+    """Write to stdout, stderr, file descriptor 2, warnings and logging, as libraries do."""
     print("on stdout")
     print("on stderr", file=sys.stderr)
     os.write(2, b"by C\n")
@@ -110,7 +110,7 @@ def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) 
 
 
 def load_dying_once(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Kill the first process that loads, which creates the file named by DIED."""
+    """Kill the first process that loads, and leave the file named by the environment variable DIED."""
     died = Path(os.environ["DIED"])
     if not died.exists():
         died.touch()

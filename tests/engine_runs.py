@@ -67,7 +67,7 @@ class EngineRun:
         return rows
 
     def assert_accounted(self, *failed: int) -> None:
-        """Assert that every row is committed and reported once, these as failed, and that each image exists."""
+        """Assert that every row is reported once, that only rows `failed` have failed, and that the images exist."""
         rows = self.rows()
         assert Counter(row.id for row in self.committed) == Counter(str(k) for k in range(len(self.prompts)))
         assert {int(name) for name, row in rows.items() if row["status"] == "failed"} == set(failed)

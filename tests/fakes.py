@@ -1,4 +1,4 @@
-"""Stand-ins for models and checkers in plain arithmetic: a prompt is the number of a colour."""
+"""Fake models, pipelines and checkers in plain arithmetic. A prompt is the number of a colour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rendering import CPU, make_request
 
 
 class Painter(LatentDiffusion):
-    """A latent diffusion model in plain arithmetic: the prompt is a colour, `nan` gives an image that is not finite."""
+    """A latent diffusion model in plain arithmetic. The prompt is a colour; `nan` makes an image that is not finite."""
 
     device = CPU
     safety_checker: Any = None
@@ -51,7 +51,7 @@ class Painter(LatentDiffusion):
 
 
 class Small(Painter):
-    """A painter on a device whose memory limits the slots and the images in a decoder call."""
+    """A Painter on a device whose memory limits the slots and the images per decoder call."""
 
     def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Small(Painter):
 
 
 class PaintingPipeline:
-    """A pipeline in plain arithmetic: the prompt is a colour, and some words make the call fail."""
+    """A pipeline in plain arithmetic. The prompt is a colour; some words make the call fail."""
 
     device, dtype, denoiser = CPU, torch.float32, None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class FolderHandler(SimpleHTTPRequestHandler):
-    """Serves the files of a folder without a log. A path that starts with an error status is refused with it."""
+    """Serves the files of a folder without logging. A path that starts with an error status gets that error."""
 
     def do_GET(self) -> None:
         if match := re.match("/([45][0-9][0-9])/", self.path):
@@ -29,7 +29,7 @@ class FolderHandler(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def send_head(self) -> Any:
-        """Serve `/in/t.csv` for `/t.csv?in=in`, as a server that selects files by the query."""
+        """Serve `/in/t.csv` for `/t.csv?in=in`, like a server that selects files by query."""
         if match := re.search(r"[?&]in=(\w+)", self.path):
             self.path = f"/{match[1]}{self.path}"
         return super().send_head()
@@ -75,7 +75,7 @@ def answer_ftp(answers: Mapping[str, str]) -> Iterator[str]:
         try:
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            for each in (listener, *clients):
-                with suppress(OSError):  # one that is closed
-                    each.shutdown(socket.SHUT_RDWR)
+            for connection in (listener, *clients):
+                with suppress(OSError):  # already closed
+                    connection.shutdown(socket.SHUT_RDWR)
             thread.join()

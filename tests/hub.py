@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: the endpoints that are needed to fetch a checkpoint, and a record of requests."""
+"""A local Hugging Face Hub with the endpoints that fetch checkpoints, and a record of its requests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Repositories by id, each a folder at one commit. `fetched` are the files that were sent, as REPO/FILE."""
+    """Repositories by id, each a folder at one commit. `fetched` lists the files that were sent, as REPO/FILE."""
 
     repositories: dict[str, Path]
     address: str = ""
     fetched: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Status and error code of the Hub by repository."""
+    """Status and error code of the response for each refused repository."""
     slow: str | None = None
-    """A file of which only the first byte is sent."""
+    """Name of a file of which only the first byte is sent."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def files(self, repository: str) -> list[str]:

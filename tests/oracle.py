@@ -1,4 +1,4 @@
-"""The oracle: the image that diffusers' own pipeline renders for one row, and the allowed difference."""
+"""Render single rows with diffusers' own pipeline as the reference, and compare images with it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from batch_infer.records import PromptRequest
 from batch_infer.settings import SchedulerSpec
-from tests.rendering import furthest, render
+from tests.rendering import max_difference, render
 
 WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "add_watermarker": False}
-"""Arguments that leave out components, for classes that have these."""
+"""Constructor arguments that omit components. Each class supports some of them."""
 
 
 def load_pipeline(folder: Path, **components: Any) -> Any:
@@ -28,7 +28,7 @@ def load_pipeline(folder: Path, **components: Any) -> Any:
 
 
 def with_scheduler(pipe: Any, text: str) -> Any:
-    """Return the pipeline with another scheduler, made as in diffusers' guide."""
+    """Return a copy of the pipeline with another scheduler, built as in diffusers' documentation."""
     spec = SchedulerSpec.parse(text)
     scheduler = getattr(diffusers, spec.name).from_config(pipe.scheduler.config, **dict(spec.options))
     kind = type(pipe)
@@ -37,7 +37,7 @@ def with_scheduler(pipe: Any, text: str) -> Any:
     return other
 
 
-def ask(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
+def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
     answer = pipe(
@@ -55,21 +55,21 @@ def ask(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | Non
 
 
 def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
-    """Allow at most 1 of 255 anywhere, and rarely: only values next to a half can be rounded differently."""
+    """Allow a difference of 1 of 255 in under 1 % of the values: those close to a half can round differently."""
     assert image.shape == oracle.shape
-    assert furthest(image, oracle) <= 1
+    assert max_difference(image, oracle) <= 1
     assert np.mean(image != oracle) < 0.01
 
 
 def assert_parity(pipe: Any, model: object, requests: tuple[PromptRequest, ...]) -> None:
-    """Compare rows of one batch with diffusers. All rows differ, so that swapped rows would be noticed."""
+    """Compare rows rendered in one batch with diffusers. All rows differ, so the comparison detects swapped rows."""
     rendered = render(model, requests, slots=6, decode=2)
     assert rendered.keys() == {request.id for request in requests}
-    oracles = {request.id: ask(pipe, request)[0] for request in requests}
+    oracles = {request.id: call_diffusers(pipe, request)[0] for request in requests}
     for name, oracle in oracles.items():
         assert_close(rendered[name].pixels, oracle)
         others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+        assert all(max_difference(oracle, other) > 2 for other in others)
 
 
 def _without(kind: Any) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The command at a pace set by environment variables: `python -m tests.paced run TABLE ...`.
+"""Run the command at a pace set by environment variables: `python -m tests.paced run TABLE ...`.
 
 PACE_ROWS: images per manifest part, 1 by default. PACE_SECONDS: pause of a worker after each image. PACE_HOLD: a worker
 renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: a worker
 waits after its first image until this many workers have rendered one, so that each of them gets rows.
 
-Worker processes import the main module, so all of this applies to them too.
+Worker processes import the main module, so the variables apply to them too.
 """
 
 from __future__ import annotations

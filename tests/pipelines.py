@@ -35,9 +35,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from batch_infer.models import DEMO_MODEL
 from batch_infer.records import PromptRequest
-from tests.checkpoints import amend
+from tests.checkpoints import amend, make_tokenizer
 
 WIDTH = 16
 """Width of every text encoder."""
@@ -52,7 +51,7 @@ def save_pixart(folder: Path) -> Path:
             num_attention_heads=2, attention_head_dim=8, num_layers=2, cross_attention_dim=16, caption_channels=WIDTH,
             sample_size=32, norm_num_groups=4, use_additional_conditions=False,
         ).eval()  # fmt: skip
-        parts = byte_tokenizer(300), t5(), vae(), transformer
+        parts = make_byte_tokenizer(300), make_t5(), make_vae(), transformer
     return _save(PixArtSigmaPipeline(*parts, DPMSolverMultistepScheduler(beta_schedule="linear")), folder)
 
 
@@ -65,8 +64,8 @@ def save_flux(folder: Path) -> Path:
             num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
             guidance_embeds=True,
         ).eval()  # fmt: skip
-        words = clip_tokenizer()
-        parts = vae(shift_factor=0.1), clip(words), words, t5(), byte_tokenizer(512), transformer
+        words = make_tokenizer()
+        parts = make_vae(shift_factor=0.1), make_clip(words), words, make_t5(), make_byte_tokenizer(512), transformer
     return _save(FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), *parts), folder)
 
 
@@ -84,12 +83,12 @@ def save_z_image(folder: Path) -> Path:
                 num_key_value_heads=1, head_dim=8,
             )
         ).eval()  # fmt: skip
-        parts = vae(shift_factor=0.1), language, byte_tokenizer(512, CHAT), transformer
+        parts = make_vae(shift_factor=0.1), language, make_byte_tokenizer(512, CHAT), transformer
     return _save(ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), *parts), folder)
 
 
 def save_sd3(folder: Path, *, with_t5: bool = True, **scheduler: Any) -> Path:
-    """Save Stable Diffusion 3: flow matching, two CLIPs and optionally T5."""
+    """Save Stable Diffusion 3: flow matching, two CLIP text encoders and optionally T5."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         transformer = SD3Transformer2DModel(
@@ -97,10 +96,10 @@ def save_sd3(folder: Path, *, with_t5: bool = True, **scheduler: Any) -> Path:
             num_attention_heads=4, joint_attention_dim=2 * WIDTH, caption_projection_dim=32,
             pooled_projection_dim=2 * WIDTH, pos_embed_max_size=12,
         ).eval()  # fmt: skip
-        words = clip_tokenizer()
-        encoders = [CLIPTextModelWithProjection(clip_config(words)).eval() for _ in range(2)]
-        large = (t5(2 * WIDTH), byte_tokenizer(256)) if with_t5 else (None, None)
-        decoder = vae(shift_factor=0.1, scaling_factor=0.6)
+        words = make_tokenizer()
+        encoders = [CLIPTextModelWithProjection(make_clip_config(words)).eval() for _ in range(2)]
+        large = (make_t5(2 * WIDTH), make_byte_tokenizer(256)) if with_t5 else (None, None)
+        decoder = make_vae(shift_factor=0.1, scaling_factor=0.6)
     flow = FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler})
     parts = encoders[0], words, encoders[1], words, *large
     return _save(StableDiffusion3Pipeline(transformer, flow, decoder, *parts), folder)
@@ -113,28 +112,24 @@ def save_perturbed(sd1: Path, folder: Path) -> Path:
     return folder
 
 
-SAVED: dict[str, Callable[[Path], Path]] = {"pixart": save_pixart, "flux": save_flux, "z_image": save_z_image}
+SAVE_FUNCTIONS: dict[str, Callable[[Path], Path]] = {"pixart": save_pixart, "flux": save_flux, "z_image": save_z_image}
 
 
-def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
+def make_vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=[8] * 4, down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4,
         up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=latent_channels, **settings,
     ).eval()  # fmt: skip
 
 
-def t5(width: int = WIDTH) -> T5EncoderModel:
+def make_t5(width: int = WIDTH) -> T5EncoderModel:
     config = T5Config(
         vocab_size=300, d_model=width, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"
     )
     return T5EncoderModel(config).eval()
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer")
-
-
-def clip_config(words: CLIPTokenizer) -> CLIPTextConfig:
+def make_clip_config(words: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=WIDTH,
         vocab_size=len(words), bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
@@ -142,12 +137,12 @@ def clip_config(words: CLIPTokenizer) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def clip(words: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(clip_config(words)).eval()
+def make_clip(words: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(make_clip_config(words)).eval()
 
 
-def byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose words are bytes."""
+def make_byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose tokens are bytes."""
     words = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,7 +158,7 @@ def _save(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def ask(pipe: Any, request: PromptRequest) -> np.ndarray:
+def call_diffusers(pipe: Any, request: PromptRequest) -> np.ndarray:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row."""
     params = request.params
     negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}

@@ -45,8 +45,8 @@ def load_family(folder: Path, scheduler: str | None = None, *, with_checker: boo
     return load_latent_diffusion(card, CPU, torch.float32, with_checker=with_checker)
 
 
-def copied(folder: Path, target: Path) -> Path:
-    """Copy a checkpoint, so that it can be changed."""
+def copy_folder(folder: Path, target: Path) -> Path:
+    """Copy a checkpoint into a folder, so that it can be changed."""
     return Path(shutil.copytree(folder, target / folder.name))
 
 
@@ -66,6 +66,6 @@ def render(
     return rendered
 
 
-def furthest(image: np.ndarray, other: np.ndarray) -> int:
-    """Return the largest difference of two images in any channel of any pixel, in steps of 1/255."""
+def max_difference(image: np.ndarray, other: np.ndarray) -> int:
+    """Return the largest difference between two images in any channel of any pixel, in steps of 1/255."""
     return int(np.abs(image.astype(int) - other.astype(int)).max())

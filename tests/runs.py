@@ -1,4 +1,4 @@
-"""Helpers that run the command and read what it leaves in OUT."""
+"""Run the command and read what it leaves in OUT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Done:
+class CommandResult:
     """Exit code and output of a command."""
 
     code: int
@@ -40,7 +40,7 @@ class Done:
     stderr: str
 
 
-def command(*arguments: str | Path) -> Done:
+def command(*arguments: str | Path) -> CommandResult:
     """Run the command in this process, which has loaded torch."""
     log = logging.getLogger("batch_infer")
     before = log.handlers, log.level, log.propagate
@@ -53,13 +53,13 @@ def command(*arguments: str | Path) -> Done:
         ):
             main()
     except SystemExit as end:
-        return Done(end.code if isinstance(end.code, int) else 0, stdout.getvalue(), stderr.getvalue())
+        return CommandResult(end.code if isinstance(end.code, int) else 0, stdout.getvalue(), stderr.getvalue())
     finally:
         log.handlers, log.level, log.propagate = before
-    raise AssertionError("main ends the process")
+    raise AssertionError("main returned instead of ending the process")
 
 
-def run(table: Path | str, out: Path, *options: str | Path) -> Done:
+def run(table: Path | str, out: Path, *options: str | Path) -> CommandResult:
     """Run `batch-infer run` with few steps; a later option replaces an earlier one."""
     return command("run", table, "--out", out, *QUICK, *options)
 
@@ -72,14 +72,14 @@ def start(
     session: bool = False,
     **environment: str,
 ) -> subprocess.Popen[str]:
-    """Start `run` in its own process, with `session` in its own process group, which can be sent signals."""
+    """Start `run` in a new process. With `session`, the process leads its own group, which tests can signal."""
     line = [sys.executable, *program, "run", str(table), "--out", str(out), *QUICK, *options]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=session, env={**os.environ, **environment})  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 600) -> bool:
-    """Wait until a condition holds; return False if the process ended before."""
+    """Wait until a condition holds. Returns False if the process ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:
@@ -121,13 +121,13 @@ def assert_whole(out: Path) -> None:
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (row["sha256"], row["image_bytes"])
         if row["generated_image"].endswith(".png"):
             with Image.open(io.BytesIO(content)) as image:
-                # None: an image of a version without this column
+                # None for an image from a version without this column
                 assert row["pixels_sha256"] in (None, hash_pixels(np.asarray(image)))
     assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 def settings_of(table: Path, out: Path) -> RunSettings:
-    """Return the settings of the options of `run` above, except the slots."""
+    """Return the settings of `run` above, except the slots."""
     return RunSettings(
         TableSettings((str(table),)),
         out,

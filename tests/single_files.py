@@ -1,4 +1,4 @@
-"""Checkpoints in one file, with the tensor names of the first Stable Diffusion release."""
+"""Save checkpoints as single files with the tensor names of the first Stable Diffusion release."""
 
 from __future__ import annotations
 
@@ -102,5 +102,5 @@ def _vae(name: str) -> str:
 
 
 def zeros(*names: str, shape: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
-    """Return tensors of these names, for files that are recognized by names."""
+    """Return tensors with these names, for files that are recognized by tensor names."""
     return {name: torch.zeros(shape) for name in names}

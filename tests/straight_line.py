@@ -1,7 +1,7 @@
-"""DeciDiffusion line by line from its description: the oracle of its tests, which shares no code with it.
+"""A straight-line implementation of DeciDiffusion, as the reference in its tests. It shares no code with the package.
 
-One row at a time, from a flat table of tensors and torch's plain functions: nothing here knows of blocks as modules, of
-batches of strangers, or of a scheduler's class.
+It renders one row at a time, with torch's functions and a flat table of tensors instead of modules, and without a
+scheduler class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LISTING = {
     "up_blocks.1": "R(1920>640) T R(1280>640) T R(960>640) T",
     "up_blocks.2": "R(960>320) R(640>320) R(640>320)",
 }
-"""The published model's layers: R is a resnet with its channels, T a spatial transformer. Tiny ones keep the order."""
+"""The published layers: R is a resnet with its channels, T a spatial transformer. Tiny models keep this order."""
 DOWN, UP = ("down_blocks.0", "down_blocks.1", "down_blocks.2"), ("up_blocks.0", "up_blocks.1", "up_blocks.2")
 TRAINED_STEPS = 1000
 
@@ -43,7 +43,7 @@ def layers(block: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Network:
-    """The UNet, on its tensors by their names in the file."""
+    """The UNet as a function of the tensors in its file, by name."""
 
     tensors: dict[str, torch.Tensor]
     heads: int
@@ -67,7 +67,7 @@ class Network:
         x = self.resnet("mid_block.modules_list.0", x, time)
         for kind, name in layers("mid_block"):
             x = self.resnet(name, x, time) if kind == "R" else self.transformer(name, x, text)
-        x = self.conv("mid_block.upsamplers.0.conv", doubled(x, sizes.pop()))
+        x = self.conv("mid_block.upsamplers.0.conv", double_sides(x, sizes.pop()))
         for block in UP:
             for kind, name in layers(block):
                 if kind == "R":
@@ -75,7 +75,7 @@ class Network:
                 else:
                     x = self.transformer(name, x, text)
             if block != UP[-1]:
-                x = self.conv(f"{block}.upsamplers.0.conv", doubled(x, sizes.pop()))
+                x = self.conv(f"{block}.upsamplers.0.conv", double_sides(x, sizes.pop()))
         assert not skips and not sizes
         return self.conv("conv_out", silu(self.group_norm("conv_norm_out", x, 1e-5)))
 
@@ -127,13 +127,13 @@ class Network:
         return layer_norm(x, x.shape[-1:], self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
 
-def doubled(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Repeat every pixel four times, and crop to the size before halving, which rounds odd sides up."""
+def double_sides(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Double both sides by repeating pixels, and crop to the size before halving, which rounds odd sides up."""
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, : size[0], : size[1]]
 
 
 def alphas_bar() -> np.ndarray:
-    """Return the share of the image at each trained step, which is zero at the last.
+    """Return the cumulative product of alphas at each training step. The last is zero.
 
     Nichol & Dhariwal, arXiv 2102.09672, eq. 17 (cosine); Lin et al., arXiv 2305.08891, algorithm 1 (zero terminal SNR).
     """
@@ -143,10 +143,12 @@ def alphas_bar() -> np.ndarray:
     return np.asarray(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2)
 
 
-def guided(text: torch.Tensor, nothing: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
-    """Apply guidance, and its rescale by the standard deviation (Lin et al., arXiv 2305.08891, section 3.4)."""
-    combined = nothing + scale * (text - nothing)
-    rescaled = combined * (text.std() / combined.std())
+def apply_guidance(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, rescale: float
+) -> torch.Tensor:
+    """Apply guidance, and rescale it by the standard deviation (Lin et al., arXiv 2305.08891, section 3.4)."""
+    combined = unconditional + scale * (conditional - unconditional)
+    rescaled = combined * (conditional.std() / combined.std())
     return rescale * rescaled + (1 - rescale) * combined
 
 
@@ -180,21 +182,21 @@ class StraightLine:
 
     def denoise(self, request: PromptRequest) -> torch.Tensor:
         """Run DDIM without noise (arXiv 2010.02502, eq. 12) on v-predictions (arXiv 2202.00512, appendix D)."""
-        params, left = request.params, alphas_bar()
-        noise = torch.Generator("cpu").manual_seed(request.seed)
-        x = torch.randn(1, 4, params.height // 8, params.width // 8, generator=noise)
-        text, nothing = self.encode(request.prompt), self.encode(request.negative_prompt or "")
+        params, alphas = request.params, alphas_bar()
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        x = torch.randn(1, 4, params.height // 8, params.width // 8, generator=generator)
+        text, negative = self.encode(request.prompt), self.encode(request.negative_prompt or "")
         trailing = np.arange(TRAINED_STEPS, 0, -TRAINED_STEPS / params.num_inference_steps).round().astype(int) - 1
         for t in trailing:
             now = torch.tensor([float(t)])
             v = self.network(x, now, text)
             if params.guidance_scale > 1:
-                v = guided(v, self.network(x, now, nothing), params.guidance_scale, params.guidance_rescale)
-            # Step to a timestep a whole number of trained steps lower, and at the end to the cleanest trained one.
+                v = apply_guidance(v, self.network(x, now, negative), params.guidance_scale, params.guidance_rescale)
+            # The next timestep is a whole number of training steps lower, and the last one is 0.
             below = max(t - TRAINED_STEPS // params.num_inference_steps, 0)
-            image = math.sqrt(left[t]) * x - math.sqrt(1 - left[t]) * v
-            drawn = math.sqrt(left[t]) * v + math.sqrt(1 - left[t]) * x
-            x = math.sqrt(left[below]) * image + math.sqrt(1 - left[below]) * drawn
+            image = math.sqrt(alphas[t]) * x - math.sqrt(1 - alphas[t]) * v
+            noise = math.sqrt(alphas[t]) * v + math.sqrt(1 - alphas[t]) * x
+            x = math.sqrt(alphas[below]) * image + math.sqrt(1 - alphas[below]) * noise
         return x
 
     def encode(self, text: str) -> torch.Tensor:

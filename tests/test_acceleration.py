@@ -20,41 +20,41 @@ from batch_infer.errors import CompilationError
 from batch_infer.models import acceleration
 from batch_infer.models.acceleration import Compiled, is_compiled, optimize_networks
 from batch_infer.stages import Stages
-from tests.rendering import CPU, furthest, load_family, make_request, render
+from tests.rendering import CPU, load_family, make_request, max_difference, render
 
 ROWS = [make_request(str(k), f"{k} rings", steps=2 + k, guidance=1 + 3 * k, seed=k) for k in range(3)]
 
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace only the compiler behind torch.compile, which takes minutes: captured graphs run as they are."""
+    """Replace only the compiler behind torch.compile, which takes minutes. Captured graphs run uncompiled."""
     compile_ = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda forward, **how: compile_(forward, **{**how, "options": None, "backend": "eager"})
+        torch, "compile", lambda forward, **kwargs: compile_(forward, **{**kwargs, "options": None, "backend": "eager"})
     )
 
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("traced")
 def test_networks_are_one_graph_and_change_no_image(sd1_folder: Path) -> None:
-    """One graph per shape: a graph break would be an error."""
+    """There is one graph per shape, because a graph break is an error."""
     plain = render(load_family(sd1_folder), ROWS)
     model = load_family(sd1_folder)
     optimize_networks(model.networks, CPU, compiled=True)
     compiled = render(model, ROWS)
     assert is_compiled(model.networks)
-    assert all(furthest(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    assert all(max_difference(compiled[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
-    """It does not run uncompiled: the bytes would differ from those of workers that could compile it."""
+    """There is no fallback to uncompiled code, because its bytes differ and other workers would not fall back."""
 
-    class Chatty(torch.nn.Module):
+    class GraphBreaker(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             torch._dynamo.graph_break()
             return x + 1
 
-    network = Chatty()
+    network = GraphBreaker()
     optimize_networks([network], CPU, compiled=True)
     assert is_compiled([network])
     for _ in range(2):
@@ -64,11 +64,11 @@ def test_a_compilation_error_names_the_option_that_avoids_it() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty folder for the compiler's cache."""
+    """The path of a new folder for the compiler's cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(acceleration, "_cache", made := acceleration.CompilerCache())
+    monkeypatch.setattr(acceleration, "_cache", new_cache := acceleration.CompilerCache())
     yield tmp_path / "cache"
-    made.close()
+    new_cache.close()
 
 
 def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +105,7 @@ def test_a_failed_compilation_is_repeated_with_an_empty_cache(cache: Path, caplo
         (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
     ],
 )
-def test_errors_that_no_file_causes_do_not_replace_the_cache(
+def test_errors_that_damaged_files_do_not_cause_keep_the_cache(
     error: Exception, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -120,24 +120,24 @@ def test_errors_that_no_file_causes_do_not_replace_the_cache(
 
 @pytest.mark.promises
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("ending", ["so", "py"])
-def test_truncated_cache_files_cause_no_error(ending: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process leaves such files."""
+@pytest.mark.parametrize("suffix", ["so", "py"])
+def test_truncated_cache_files_cause_no_error(suffix: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it writes a file leaves it truncated."""
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.SiLU()).eval()
-    found = []
+    outputs = []
     for name in ("whole", "truncated"):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / name))
         torch._dynamo.reset()
         torch._inductor.utils.clear_inductor_caches()
         with torch.inference_mode():
-            found.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
+            outputs.append(Compiled(network.forward)(torch.ones(1, 4, 8, 8)))
         if name == "whole":
             shutil.copytree(cache / "whole", cache / "truncated")  # loaded files must not change
-            files = list((cache / "truncated").rglob(f"*.{ending}"))
+            files = list((cache / "truncated").rglob(f"*.{suffix}"))
             assert files
             for file in files:
                 os.truncate(file, 100)
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(cache / "truncated")
 
 
@@ -161,7 +161,7 @@ def test_networks_are_unchanged_on_a_cpu(sd1_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd1", "decidiffusion"])
 def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pytest.FixtureRequest) -> None:
-    """Tested on the CPU, which supports both: no image changes by more than 1 of 255."""
+    """No value of an image changes by more than 1 of 255. The test uses the CPU, which supports both."""
     folder = request.getfixturevalue(f"{name}_folder")
     plain = render(load_family(folder), ROWS)
     model: Any = load_family(folder)
@@ -171,61 +171,61 @@ def test_a_gpu_gets_channels_last_and_fused_projections(name: str, request: pyte
     assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     fused = [module.processor for module in unet.modules() if hasattr(module, "to_q")]
     assert {type(processor).__name__ for processor in fused} == {"FusedAttnProcessor2_0"}
-    found = render(model, ROWS)
-    assert all(furthest(found[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
+    outputs = render(model, ROWS)
+    assert all(max_difference(outputs[row.id].pixels, plain[row.id].pixels) <= 1 for row in ROWS)
 
 
 def test_joint_attention_keeps_its_norms_on_a_gpu() -> None:
-    """diffusers' fused attention of such transformers omits the norms of Stable Diffusion 3.5."""
+    """diffusers' fused joint attention omits the norms of Stable Diffusion 3.5."""
     network = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
         pos_embed_max_size=8, qk_norm="rms_norm",
     ).eval()  # fmt: skip
-    asked = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
+    inputs = (torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3.0, 900.0]))
     with torch.inference_mode():
-        plain = network(*asked, return_dict=False)[0]
+        plain = network(*inputs, return_dict=False)[0]
         optimize_networks([network], torch.device("cuda"), compiled=False)
-        assert torch.allclose(network(*asked, return_dict=False)[0], plain, atol=1e-5)
+        assert torch.allclose(network(*inputs, return_dict=False)[0], plain, atol=1e-5)
 
 
 @pytest.mark.promises
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_the_real_compiler_gives_the_same_images_each_time(demo_folder: Path) -> None:
     plain = render(load_family(demo_folder), ROWS)
-    found = []
+    outputs = []
     for _ in range(2):
         torch._dynamo.reset()
         model = load_family(demo_folder)
         optimize_networks(model.networks, CPU, compiled=True)
-        found.append(render(model, ROWS))
+        outputs.append(render(model, ROWS))
         assert is_compiled(model.networks)
     for row in ROWS:
-        assert furthest(found[0][row.id].pixels, plain[row.id].pixels) <= 1
-        assert np.array_equal(found[0][row.id].pixels, found[1][row.id].pixels)
+        assert max_difference(outputs[0][row.id].pixels, plain[row.id].pixels) <= 1
+        assert np.array_equal(outputs[0][row.id].pixels, outputs[1][row.id].pixels)
 
 
-class Clock:
-    """The clock of a GPU: each wait for an event takes one second."""
+class FakeEvent:
+    """A CUDA event or stream. One second passes between any two events."""
 
-    waits: list[Clock] = []
+    waits: list[FakeEvent] = []
 
     def __init__(self, **_: Any) -> None: ...
 
     def record(self) -> None: ...
 
     def synchronize(self) -> None:
-        Clock.waits.append(self)
+        FakeEvent.waits.append(self)
 
-    def elapsed_time(self, end: Clock) -> float:
-        assert end in Clock.waits, "a time that is asked for before it is known makes the host wait"
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end in FakeEvent.waits, "reading the time of an event before it has happened makes the host wait"
         return 1000.0
 
 
 def test_the_host_is_only_a_few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    Clock.waits = []
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(torch.cuda, "current_stream", Clock)
+    FakeEvent.waits = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeEvent)
     stages = Stages()
     pacer = pacing.make_pacer(torch.device("cuda"), stages)
     for tick in range(1, 11):

@@ -1,4 +1,4 @@
-"""Pipelines without a family: compared with diffusers' own call for single rows, and through the command."""
+"""Pipelines without a family: compared with diffusers' calls for single rows, and run by the command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.pipelines import SAVED, ask, save_perturbed
-from tests.rendering import CPU, copied, furthest, make_request
-from tests.runs import Done, assert_whole, command, hashes, results, run, run_json
+from tests.pipelines import SAVE_FUNCTIONS, call_diffusers, save_perturbed
+from tests.rendering import CPU, copy_folder, make_request, max_difference
+from tests.runs import CommandResult, assert_whole, command, hashes, results, run, run_json
 from tests.tables import write_csv
 
 NAMES = ("pixart", "flux", "z_image", "perturbed")
 SIZES = {"pixart": (256, 256)}
-"""Sizes of checkpoints that do not make 64 pixels."""
+"""Image sizes (height, width) of checkpoints, if not 64x64 pixels."""
 GUIDED_BY_INPUT = {"flux"}
 ONE_BY_ONE = {"z_image"}
 
@@ -42,7 +43,7 @@ ONE_BY_ONE = {"z_image"}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("pipelines")
-    saved = {name: save(parent / name) for name, save in SAVED.items()}
+    saved = {name: save(parent / name) for name, save in SAVE_FUNCTIONS.items()}
     return {**saved, "perturbed": save_perturbed(sd1_folder, parent / "perturbed")}
 
 
@@ -53,7 +54,7 @@ def models(folders: dict[str, Path]) -> dict[str, AnyPipeline]:
 
 def card_of(folder: Path, **settings: Any) -> ModelCard:
     card = read_card(ModelSettings(name=str(folder), **settings))
-    # The native size of Flux and Z-Image is 1024 pixels, whatever the config.
+    # The native size of Flux and Z-Image is always 1024 pixels, even for a tiny config.
     size = SIZES.get(folder.name, (64, 64))
     return replace(card, sizes=SizeRules(*size, card.sizes.side_multiple, card.sizes.min_side))
 
@@ -91,17 +92,14 @@ def rows_of(model: str) -> list[PromptRequest]:
 
 
 def render(
-    model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, judge: ImageChecker | None = None
+    model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, checker: ImageChecker | None = None
 ) -> dict[str, RenderedImage]:
     rendered = {}
-    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), judge).render(sorted(requests, key=_key_of_call)):
+    ordered = sorted(requests, key=attrgetter("batch_key"))
+    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), checker).render(ordered):
         assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered
-
-
-def _key_of_call(request: PromptRequest) -> Any:
-    return request.batch_key
 
 
 # Images
@@ -111,18 +109,18 @@ def _key_of_call(request: PromptRequest) -> Any:
 def test_rows_look_as_in_single_calls(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
     rows = rows_of(name)
     rendered, pipe = render(models[name], rows), load_oracle(folders[name])
-    oracles = {request.id: ask(pipe, request) for request in rows}
+    oracles = {request.id: call_diffusers(pipe, request) for request in rows}
     for one, oracle in oracles.items():
         assert rendered[one].pixels.shape == oracle.shape
-        assert furthest(rendered[one].pixels, oracle) <= 1
+        assert max_difference(rendered[one].pixels, oracle) <= 1
         others = [image for other, image in oracles.items() if other != one and image.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+        assert all(max_difference(oracle, other) > 2 for other in others)
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: str) -> None:
-    """Its bytes are the same alone and among other rows, in any order, with texts of other lengths."""
+    """Its bytes are the same alone and among other rows in any order, with texts of other lengths."""
     model, rows = models[name], rows_of(name)
     alone = {request.id: render(model, [request])[request.id].pixels for request in rows}
     crowd = [row(name, f"crowd {k}", "and more " * (k * k), seed=k) for k in range(5)]
@@ -134,7 +132,7 @@ def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
-    """Before rounding: texts that fill the encoder, which need no mask, among shorter ones."""
+    """The values are compared before rounding. Long texts fill the encoder and need no mask, unlike shorter ones."""
     full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
     for first, neighbour in ((full, short), (short, full), (other, full)):
         alone, with_neighbour = models[name].render([first], 2), models[name].render([first, neighbour], 2)
@@ -142,7 +140,7 @@ def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], 
 
 
 def test_text_encoders_use_the_same_kernel_for_every_batch(models: dict[str, AnyPipeline]) -> None:
-    """On a GPU the bytes depend on it; on a CPU all kernels agree at this size."""
+    """The bytes depend on the kernel on a GPU, but not on a CPU at this size."""
     for model in models.values():
         encoders = [part for name, part in model.pipeline.components.items() if name.startswith("text_encoder")]
         assert encoders
@@ -153,7 +151,7 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
     for name, model in models.items():
         texts = [row(name, str(k), text, seed=9) for k, text in enumerate(["a red circle", "two blue squares"])]
         first, second = render(model, texts).values()
-        assert furthest(first.pixels, second.pixels) > 2
+        assert max_difference(first.pixels, second.pixels) > 2
 
 
 def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
@@ -168,19 +166,19 @@ def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, Any
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "pipeline", spied)
             render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)
-        alone, each = name in ONE_BY_ONE, 1 if name in GUIDED_BY_INPUT else 2
-        assert batch_sizes == ([1, 1, 1] if alone else [4] if each == 1 else [2, 2])
+        shared = [4] if name in GUIDED_BY_INPUT else [2, 2]  # of 4 slots, a row with two passes takes two
+        assert batch_sizes == ([1, 1, 1] if name in ONE_BY_ONE else shared)
 
 
-def test_another_scheduler(folders: dict[str, Path]) -> None:
+def test_another_scheduler_looks_as_in_diffusers(folders: dict[str, Path]) -> None:
     text = "EulerDiscreteScheduler:use_karras_sigmas=true"
     request, pipe = row("pixart", "row", steps=4), load_oracle(folders["pixart"])
-    before = ask(pipe, request)
+    before = call_diffusers(pipe, request)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
-    oracle = ask(pipe, request)
+    oracle = call_diffusers(pipe, request)
     pixels = render(load_model(folders["pixart"], text), [request])["row"].pixels
-    assert furthest(pixels, oracle) <= 1
-    assert furthest(before, oracle) > 2
+    assert max_difference(pixels, oracle) <= 1
+    assert max_difference(before, oracle) > 2
 
 
 def test_noise_at_every_step_comes_from_the_rows_generator(folders: dict[str, Path]) -> None:
@@ -196,11 +194,11 @@ def test_noise_that_does_not_depend_on_the_seed_is_refused(folders: dict[str, Pa
         load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
 
 
-def test_the_checkers_verdict_equals_that_of_diffusers(folders: dict[str, Path]) -> None:
+def test_the_checkers_verdicts_equal_those_of_diffusers(folders: dict[str, Path]) -> None:
     model = load_model(folders["perturbed"], with_checker=True)
-    judge = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
+    checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [row("perturbed", str(k), guidance=1.0, seed=k) for k in range(12)]
-    rendered = render(model, rows, judge=judge)
+    rendered = render(model, rows, checker=checker)
     pipe = DiffusionPipeline.from_pretrained(folders["perturbed"])
     pipe.set_progress_bar_config(disable=True)
     flagged = {
@@ -212,27 +210,27 @@ def test_the_checkers_verdict_equals_that_of_diffusers(folders: dict[str, Path])
     }  # fmt: skip
     assert {name: image.verdict.nsfw for name, image in rendered.items()} == flagged
     assert set(flagged.values()) == {True, False}
-    assert all(image.pixels.any() for image in rendered.values()), "none is painted black before the policy is applied"
+    assert all(image.pixels.any() for image in rendered.values()), "no image is black before --on-flagged is applied"
 
 
 # Rows that a pipeline does not support
 
 
 class _Spy:
-    """Records the calls of a pipeline, or makes them fail."""
+    """A pipeline that passes the arguments of each call to a function first, which may raise an error."""
 
-    def __init__(self, pipeline: Any, before: Callable[[dict[str, Any]], object]) -> None:
-        self._pipeline, self._before = pipeline, before
+    def __init__(self, pipeline: Any, inspect: Callable[[dict[str, Any]], object]) -> None:
+        self._pipeline, self._inspect = pipeline, inspect
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
     def __call__(self, **arguments: Any) -> Any:
-        self._before(arguments)
+        self._inspect(arguments)
         return self._pipeline(**arguments)
 
 
-def failing(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_fail(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the pipeline raise an error for calls with this prompt."""
 
     def fail(arguments: dict[str, Any]) -> None:
@@ -255,15 +253,15 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
 ) -> None:
     model = models["flux"]
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
-    wanted = render(model, rows)
-    failing(model, error, "bad", monkeypatch)
+    expected = render(model, rows)
+    make_fail(model, error, "bad", monkeypatch)
     outcomes = {
         outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)
     }
     for name in "ac":
         image = outcomes[name]
         assert isinstance(image, RenderedImage)
-        assert np.array_equal(image.pixels, wanted[name].pixels)
+        assert np.array_equal(image.pixels, expected[name].pixels)
     bad = outcomes["bad"]
     assert isinstance(bad, UnrenderedRow)
     assert (bad.status == "invalid", bad.error) == (invalid, message)
@@ -283,7 +281,7 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
 def test_a_lost_device_fails_no_row(
     models: dict[str, AnyPipeline], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    failing(models["flux"], error, "bad", monkeypatch)
+    make_fail(models["flux"], error, "bad", monkeypatch)
     with pytest.raises(type(error)) as raised:
         models["flux"].render([row("flux", "bad", "bad")], 2)
     assert not isinstance(raised.value, FailedRowError)
@@ -308,7 +306,7 @@ def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipelin
 
 
 def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(folders["flux"], tmp_path)
+    copy = copy_folder(folders["flux"], tmp_path)
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
@@ -322,7 +320,7 @@ def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_p
 # The card
 
 
-def test_the_sampling_rules(folders: dict[str, Path]) -> None:
+def test_sampling_rules_follow_from_class_and_configs(folders: dict[str, Path]) -> None:
     cards = {name: read_card(ModelSettings(name=str(folder))) for name, folder in folders.items()}
     assert {card.family for card in cards.values()} == {"any_pipeline"}
     assert {name: (card.num_inference_steps, card.guidance_scale) for name, card in cards.items()} == {
@@ -341,7 +339,7 @@ def test_the_sampling_rules(folders: dict[str, Path]) -> None:
 
 
 def test_a_distilled_flux_has_no_guidance(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(folders["flux"], tmp_path)
+    copy = copy_folder(folders["flux"], tmp_path)
     amend(copy / "transformer" / "config.json", guidance_embeds=False)
     card = read_card(ModelSettings(name=str(copy)))
     assert ("guidance_scale", 1.0) in card.unsupported_fields
@@ -349,7 +347,7 @@ def test_a_distilled_flux_has_no_guidance(folders: dict[str, Path], tmp_path: Pa
 
 
 def test_the_fingerprint_changes_with_the_class(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(folders["perturbed"], tmp_path)
+    copy = copy_folder(folders["perturbed"], tmp_path)
     before = card_of(copy).fingerprint
     amend(copy / "model_index.json", _diffusers_version="0.1")
     assert card_of(copy).fingerprint == before
@@ -358,7 +356,7 @@ def test_the_fingerprint_changes_with_the_class(folders: dict[str, Path], tmp_pa
 
 
 def test_the_fingerprint_changes_with_the_prompt_template(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(folders["z_image"], tmp_path)
+    copy = copy_folder(folders["z_image"], tmp_path)
     before = card_of(copy).fingerprint
     template = copy / "tokenizer" / "chat_template.jinja"
     template.write_text(template.read_text("utf-8") + "!", "utf-8")
@@ -402,7 +400,7 @@ def test_classes_that_are_not_text_to_image_are_refused(name: str, reason: str) 
 
 def test_a_class_whose_library_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Needy:
-        """As diffusers stands in for a class whose library is missing."""
+        """Like diffusers' placeholder for a class whose library is missing."""
 
         _backends = ("torch", "tachyons")
 
@@ -411,7 +409,7 @@ def test_a_class_whose_library_is_missing_names_it(monkeypatch: pytest.MonkeyPat
         find_class("NeedyPipeline")
 
 
-def bring_code(folder: Path, library: str, file: str) -> None:
+def add_code(folder: Path, library: str, file: str) -> None:
     (folder / "transformer" / file).write_text("raise SystemExit('ran')", "utf-8")
     amend(folder / "model_index.json", transformer=[library, "FluxTransformer2DModel"])
 
@@ -422,38 +420,38 @@ def pickle_weights(folder: Path) -> None:
     file.unlink()
 
 
-SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "code beside its component": (lambda f: bring_code(f, "mine", "mine.py"), "transformer is .*only classes of"),
-    "code in a library's name": (
-        lambda f: bring_code(f, "diffusers", "diffusers.py"), "transformer/diffusers.py is code",
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "code next to its component": (lambda f: add_code(f, "mine", "mine.py"), "transformer is .*only classes of"),
+    "code with the name of a library": (
+        lambda f: add_code(f, "diffusers", "diffusers.py"), "transformer/diffusers.py is code",
     ),
-    "code in a pipeline's name": (lambda f: bring_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
-    "a library out of the folder": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
-    "a class that is nowhere": (
+    "code with the name of a pipeline": (lambda f: add_code(f, "flux", "flux.py"), "transformer/flux.py is code"),
+    "a relative library": (lambda f: amend(f / "model_index.json", vae=["..flux", "X"]), "only classes of"),
+    "an unknown class": (
         lambda f: amend(f / "model_index.json", vae=["diffusers", "Nothing"]), "vae is a Nothing, which this version",
     ),
-    "a pipeline that is nowhere": (
+    "an unknown pipeline": (
         lambda f: amend(f / "model_index.json", _class_name="NothingPipeline"), "has no pipeline NothingPipeline",
     ),
-    "a component less": (lambda f: amend(f / "model_index.json", vae=None), "could not be loaded: .*expected"),
+    "a missing component": (lambda f: amend(f / "model_index.json", vae=None), "could not be loaded: .*expected"),
     "pickles": (pickle_weights, "text_encoder_2/pytorch_model.bin is pickled"),
-    "no words": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ has none of tokenizer"),
+    "no vocabulary": (lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(), "tokenizer_2/ has none of tokenizer"),
     "no folder": (lambda f: shutil.rmtree(f / "vae"), "names vae/, which is missing"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_folders_are_refused(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
-    copy = copied(folders["flux"], tmp_path)
-    spoil, reason = SPOILED[case]
-    spoil(copy)
+@pytest.mark.parametrize("case", FAULTS)
+def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
+    copy = copy_folder(folders["flux"], tmp_path)
+    damage, reason = FAULTS[case]
+    damage(copy)
     with pytest.raises(ModelError, match=reason) as refusal:
         card_of(copy)
     assert "\n" not in str(refusal.value)
 
 
 def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(folders["z_image"], tmp_path)
+    copy = copy_folder(folders["z_image"], tmp_path)
     file = copy / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     weights.pop("layers.0.mlp.up_proj.weight")
@@ -473,7 +471,7 @@ def test_layers_that_overflow_in_float16_stay_in_float32(folders: dict[str, Path
 # The commands
 
 
-def flux_run(table: Path, out: Path, folders: dict[str, Path], *options: str | Path) -> Done:
+def flux_run(table: Path, out: Path, folders: dict[str, Path], *options: str | Path) -> CommandResult:
     return run(table, out, "--model", folders["flux"], "--height", "64", "--width", "64", *options)
 
 
@@ -561,10 +559,12 @@ def test_steps_that_the_pipeline_refuses_are_invalid(tmp_path: Path, folders: di
     assert rows[0]["error"].startswith("StableDiffusionPAGPipeline does not support this row: ")
 
 
-@pytest.mark.parametrize(("safety", "judged"), [("auto", True), ("none", False)])
-def test_the_checkpoints_checker_is_used(tmp_path: Path, folders: dict[str, Path], safety: str, judged: bool) -> None:
+@pytest.mark.parametrize(("safety", "is_checked"), [("auto", True), ("none", False)])
+def test_the_checkpoints_checker_is_used(
+    tmp_path: Path, folders: dict[str, Path], safety: str, is_checked: bool
+) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["a red circle", k] for k in range(6))])
     assert run(table, tmp_path / "out", "--model", folders["perturbed"], "--safety", safety).code == 0
     rows = results(tmp_path / "out")
-    assert all((item["nsfw_content_detected"] is not None) == judged for item in rows)
-    assert {item["safety_checker"] for item in rows} == ({"stable_diffusion"} if judged else {None})
+    assert all((item["nsfw_content_detected"] is not None) == is_checked for item in rows)
+    assert {item["safety_checker"] for item in rows} == ({"stable_diffusion"} if is_checked else {None})

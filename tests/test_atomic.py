@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Test atomic writes, names that are unique to a process, and pinned folders."""
 
 from __future__ import annotations
 
@@ -108,25 +108,25 @@ def test_without_parents_no_folder_is_created(tmp_path: Path) -> None:
 
 
 def test_a_pinned_folder_is_recognised_until_another_replaces_it(tmp_path: Path) -> None:
-    """Also in another process that receives it."""
+    """Another process that receives the pinned folder recognises it too."""
     folder = tmp_path / "out"
     assert_gone(PinnedFolder.pin(folder))
     folder.mkdir()
-    known = pickle.loads(pickle.dumps(PinnedFolder.pin(folder)))
-    known.check()
+    pinned = pickle.loads(pickle.dumps(PinnedFolder.pin(folder)))
+    pinned.check()
     folder.rename(tmp_path / "renamed")
-    assert_gone(known)
+    assert_gone(pinned)
     folder.mkdir()
-    assert_gone(known)
+    assert_gone(pinned)
     folder.rmdir()
     (tmp_path / "renamed").rename(folder)
-    known.check()
-    assert PinnedFolder.pin(known) is known
+    pinned.check()
+    assert PinnedFolder.pin(pinned) is pinned
 
 
-def assert_gone(known: PinnedFolder, name: str = "out") -> None:
+def assert_gone(pinned: PinnedFolder, name: str = "out") -> None:
     with pytest.raises(StorageError, match=f"{name} has disappeared since the run began: .* put it back and run again"):
-        known.check()
+        pinned.check()
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
 
 
 def test_no_two_processes_share_a_temporary_name() -> None:
-    """Neither by chance nor after a fork; one process always uses the same name."""
+    """Not even after a fork. One process always uses the same name."""
     script = """
 import os, pathlib
 from batch_infer.store.files import temporary_path
@@ -168,35 +168,37 @@ print(os.read(reading, 100).decode(), temporary_path(pathlib.Path("file")))
 def test_a_folder_whose_inode_changes_is_recognised_by_its_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on FUSE mounts. The marker is read only then."""
-    known = PinnedFolder.pin(tmp_path)
-    marked = known.with_marker()
+    """FUSE mounts change inode numbers. Only then is the marker read."""
+    pinned = PinnedFolder.pin(tmp_path)
+    marked = pinned.with_marker()
     assert PinnedFolder.pin(tmp_path) == marked
     assert pickle.loads(pickle.dumps(marked)) == marked
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.store.folder._identity", lambda _: (1, 2))
         marked.check()
-        assert_gone(known, tmp_path.name)
+        assert_gone(pinned, tmp_path.name)
         marked.remove_markers(())
         assert_gone(marked, tmp_path.name)
     marked.check()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = PinnedFolder.pin(tmp_path)
+def test_a_folder_that_cannot_be_read_does_not_count_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = PinnedFolder.pin(tmp_path)
 
     def stat(path: Path, **_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "stat", stat)
     monkeypatch.setattr(Path, "lstat", stat)
-    for look in (known.check, lambda: path_exists(tmp_path / "x")):
+    for check in (pinned.check, lambda: path_exists(tmp_path / "x")):
         with pytest.raises(StorageError, match=f"cannot read {tmp_path}.*: Input/output error"):
-            look()
+            check()
 
 
-def test_host_ids_of_containers_with_one_name_differ_by_boot_id(
+def test_host_ids_of_containers_with_equal_names_differ_by_boot_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = set()
@@ -212,7 +214,7 @@ def test_only_our_own_names_are_temporary() -> None:
     assert not any(map(is_temporary, (".tmp-x", ".tmp-0a1b2c3d-x", "x", ".tmp-0a1b2c3d-1-0123456789ab-")))
 
 
-def test_case_sensitivity_is_probed_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_sensitivity_is_probed_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "A").touch()
     assert is_case_sensitive(tmp_path) == (not (tmp_path / "a").exists())
     assert [path.name for path in tmp_path.iterdir()] == ["A"]

@@ -39,8 +39,8 @@ from batch_infer.records import PromptRequest, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
 from tests.pipelines import save_sd3
-from tests.rendering import furthest, load_family, make_request, render
-from tests.runs import Done, command
+from tests.rendering import load_family, make_request, max_difference, render
+from tests.runs import CommandResult, command
 
 ROWS = ("--rows", "9", "--steps", "1-3", "--slots", "4", "--threads", "1", "--device", "cpu")
 SAMPLED = 4
@@ -269,7 +269,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
-def run_refused(*options: str) -> Done:
+def run_refused(*options: str) -> CommandResult:
     """Run the command, and check that it refuses its options."""
     done = command("bench", *ROWS, *options)
     assert (done.code, done.stdout) == (2, "")
@@ -402,7 +402,7 @@ def test_baselines_of_every_family_make_the_same_images(folder: str, request: py
     images = {row.id: pixels for row, pixels in baseline.render(rows)}
     assert images.keys() == ours.keys()
     for name, pixels in images.items():
-        assert furthest(pixels, ours[name].pixels) <= 1
+        assert max_difference(pixels, ours[name].pixels) <= 1
 
 
 def test_baselines_call_uncompiled_networks(demo: Any) -> None:
@@ -455,7 +455,7 @@ def test_baselines_decode_singly_on_out_of_memory(demo: Any, monkeypatch: pytest
     sliced = [pixels for _, pixels in baseline.render(rows)]
     assert baseline.details() == {"vae_slicing": True}
     assert not vae.use_slicing  # the setting is restored
-    assert all(furthest(one, other) <= 1 for one, other in zip(batched, sliced, strict=True))
+    assert all(max_difference(one, other) <= 1 for one, other in zip(batched, sliced, strict=True))
 
 
 def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

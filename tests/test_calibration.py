@@ -1,4 +1,4 @@
-"""Test that calibrations are kept between commands, and not used if they are damaged or for other conditions."""
+"""The calibration cache: values are loaded only under their own conditions, and damaged files are ignored."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def state(out: Path) -> dict[str, bytes]:
-    """The content of every file in OUT, except the logs."""
+    """Return the content of every file in OUT except the logs."""
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*")
             if path.is_file() and "logs" not in path.parts and path.name != ".lock"}  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_an_interrupted_scan_keeps_the_earlier_options(table: Path, out: Path, m
 def test_retry_renders_the_chosen_rows_despite_changed_options(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Like after a stopped run with --rerender-changed."""
+    """The last run, with --rerender-changed, was stopped before it rendered anything."""
     assert run(table, out).code == 0
     before = hashes(out)
 

@@ -1,4 +1,4 @@
-"""Malformed checkpoints: each is refused at load in one sentence or renders; none hangs or fails a row."""
+"""Malformed checkpoints either render or are refused on loading in one sentence. None hangs or fails a row."""
 
 from __future__ import annotations
 
@@ -16,28 +16,22 @@ import pytest
 import torch
 
 from batch_infer.errors import ModelError
-from batch_infer.models import (
-    DEMO_MODEL,
-    AnyPipeline,
-    load_checker,
-    load_solver,
-    load_token_counter,
-    read_card,
-)
+from batch_infer.models import DEMO_MODEL, AnyPipeline, load_checker, load_solver, load_token_counter, read_card
 from batch_infer.models.schedulers import refuse_unknown_scheduler
-from batch_infer.models.untrusted import MAX_DEPTH, LoadingErrors, parse_json
+from batch_infer.models.untrusted import MAX_DEPTH, loading_errors, parse_json
 from batch_infer.records import SizeRules
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import SHORT_NAMES, ModelSettings, SchedulerSpec
 from tests import pipelines
 from tests.checkpoints import amend
-from tests.rendering import CPU, copied, load_family, make_request, render
+from tests.rendering import CPU, copy_folder, load_family, make_request, render
 from tests.runs import results, run
 
 DEEP = "[" * 5000 + "]" * 5000
 NO_KEY = object()
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
-SCHEDULER, WORDS = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+VOCABULARY = "tokenizer/vocab.json"
 CHECKER, PROCESSOR = "safety_checker/config.json", "feature_extractor/preprocessor_config.json"
 
 REFUSED: list[tuple[str, str, Any]] = [
@@ -65,11 +59,11 @@ REFUSED: list[tuple[str, str, Any]] = [
     *((TEXT, "attn_implementation", value) for value in ("kernels-community/flash-attn", {"": "flash_attention_2"})),
     *((TEXT, f"_{key}_implementation_internal", "someone/kernel") for key in ("attn", "experts")),
     (TEXT, "_attn_implementation", "kernels-community/flash-attn"),
-    *((WORDS, "model_max_length", value) for value in (0, 1, 2, -5, "x", 77.5, True, [77], float("inf"))),
-    (WORDS, "pad_token", "<a token without an embedding>"),
-    (WORDS, "pad_token", 5),
-    (WORDS, "added_tokens_decoder", {"x": {"content": "a"}}),
-    (WORDS, "auto_map", {"AutoTokenizer": "mine.Tokenizer"}),
+    *((TOKENIZER, "model_max_length", value) for value in (0, 1, 2, -5, "x", 77.5, True, [77], float("inf"))),
+    (TOKENIZER, "pad_token", "<a token without an embedding>"),
+    (TOKENIZER, "pad_token", 5),
+    (TOKENIZER, "added_tokens_decoder", {"x": {"content": "a"}}),
+    (TOKENIZER, "auto_map", {"AutoTokenizer": "mine.Tokenizer"}),
     *((SCHEDULER, "prediction_type", value) for value in ("nonsense", 5)),
     *((SCHEDULER, "num_train_timesteps", value) for value in (0, -1, 10**9, "x", 1.5)),
     *((SCHEDULER, "beta_start", value) for value in ("x", float("nan"))),
@@ -79,9 +73,9 @@ REFUSED: list[tuple[str, str, Any]] = [
     *((PROCESSOR, "image_mean", value) for value in ("x", [0.5], None)),
     *((CHECKER, key, 10**7) for key in ("projection_dim",)),
 ]
-"""File, key and value, of a Stable Diffusion 1.x checkpoint."""
+"""File, key and value in a Stable Diffusion 1.x checkpoint."""
 ACCEPTED: list[tuple[str, str, Any]] = [
-    *((WORDS, "model_max_length", value) for value in (1e30, 10**9, NO_KEY, 77.0)),
+    *((TOKENIZER, "model_max_length", value) for value in (1e30, 10**9, NO_KEY, 77.0)),
     (UNET, "sample_size", None),
     (UNET, "sample_size", NO_KEY),
     (UNET, "sample_size", [8, 8]),
@@ -98,7 +92,7 @@ def put(path: Path, key: str, value: Any) -> None:
 
 
 def load_all(folder: Path) -> Any:
-    """Load what plan and a worker load before the first row."""
+    """Load everything that a plan and a worker load before the first row."""
     card = read_card(ModelSettings(name=str(folder)))
     load_token_counter(card)
     load_solver(card)
@@ -107,7 +101,7 @@ def load_all(folder: Path) -> Any:
 
 @pytest.fixture
 def copy(sd1_folder: Path, tmp_path: Path) -> Path:
-    return copied(sd1_folder, tmp_path)
+    return copy_folder(sd1_folder, tmp_path)
 
 
 def refuse(copy: Path, file: str, key: str, value: Any) -> None:
@@ -141,10 +135,12 @@ def test_harmless_values_render_the_same_image(copy: Path, sd1_folder: Path, fil
     assert np.array_equal(image, expected)
 
 
-def test_a_unet_without_a_size_has_that_of_its_family(copy: Path, sdxl_folder: Path, tmp_path: Path) -> None:
+def test_a_unet_without_a_size_has_the_default_size_of_its_family(
+    copy: Path, sdxl_folder: Path, tmp_path: Path
+) -> None:
     put(copy / UNET, "sample_size", None)
     assert read_card(ModelSettings(name=str(copy))).sizes == SizeRules(512, 512, 8, 16)
-    large = copied(sdxl_folder, tmp_path)
+    large = copy_folder(sdxl_folder, tmp_path)
     put(large / UNET, "sample_size", None)
     assert read_card(ModelSettings(name=str(large))).sizes.native_width == 1024
 
@@ -173,19 +169,18 @@ def test_a_malformed_header_is_refused(copy: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["model_index.json", UNET, SCHEDULER, WORDS, PROCESSOR, "tokenizer/vocab.json", "unet/x.safetensors.index.json"],
+    "file", ["model_index.json", UNET, SCHEDULER, TOKENIZER, VOCABULARY, PROCESSOR, "unet/x.safetensors.index.json"]
 )
 @pytest.mark.parametrize("content", [DEEP, '{"a": ' * 200 + "1" + "}" * 200, "\ufeff{}", "{", "[1]"])
 def test_a_file_without_a_json_object_is_refused(copy: Path, file: str, content: str) -> None:
-    if (file, content) == ("tokenizer/vocab.json", "[1]"):
-        pytest.skip("tokenizer.json is read in its place")
+    if (file, content) == (VOCABULARY, "[1]"):
+        pytest.skip("tokenizer.json is read instead")
     (copy / file).write_text(content, "utf-8")
     with pytest.raises(ModelError):
         load_all(copy)
 
 
-def test_json_has_bounded_depth() -> None:
+def test_the_depth_of_json_is_limited() -> None:
     assert parse_json(b'{"a": [1, {"b": null}]}', "x") == {"a": [1, {"b": None}]}
     parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH, "x")
     for depth in (MAX_DEPTH + 1, 10**6):
@@ -199,26 +194,26 @@ def test_json_has_bounded_depth() -> None:
      OverflowError("a"), NotImplementedError("a"), AssertionError("a"), Exception("as tokenizers raises")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_errors_of_libraries_name_the_place(error: Exception) -> None:
-    with pytest.raises(ModelError, match="unet could not be loaded: "), LoadingErrors("unet"):
+def test_library_errors_name_the_component(error: Exception) -> None:
+    with pytest.raises(ModelError, match="unet could not be loaded: "), loading_errors("unet"):
         raise error
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: unknown"), StopIteration()])
-def test_device_errors_and_own_errors_are_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, LoadingErrors("unet"):
+def test_device_errors_and_other_errors_are_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, loading_errors("unet"):
         raise error
     assert raised.value is error
 
 
-def hide(path: Path, text: str) -> None:
-    """Write JSON with an escape in the first key of `text`."""
+def add_escaped_key(path: Path, key: str) -> None:
+    """Add a key to a JSON file, with its first character escaped."""
     content = path.read_text("utf-8").strip()
-    path.write_text(f'{{"\\u{ord(text[0]):04x}{text[1:]}": {{"AutoModel": "m.M"}}, {content[1:]}', "utf-8")
+    path.write_text(f'{{"\\u{ord(key[0]):04x}{key[1:]}": {{"AutoModel": "m.M"}}, {content[1:]}', "utf-8")
 
 
-def test_a_key_with_escapes_is_refused(copy: Path) -> None:
-    hide(copy / TEXT, "auto_map")
+def test_an_escaped_key_is_refused(copy: Path) -> None:
+    add_escaped_key(copy / TEXT, "auto_map")
     assert "auto_map" not in (copy / TEXT).read_text("utf-8")
     with pytest.raises(
         ModelError,
@@ -227,22 +222,18 @@ def test_a_key_with_escapes_is_refused(copy: Path) -> None:
         read_card(ModelSettings(name=str(copy)))
 
 
-def test_a_word_of_a_vocabulary_is_allowed(copy: Path) -> None:
+def test_a_vocabulary_may_contain_refused_keys(copy: Path) -> None:
     (copy / "tokenizer" / "vocab.json").write_text('{"auto_map": 7, "quantization_config": 8}', "utf-8")
     read_card(ModelSettings(name=str(copy)))
 
 
-FOREIGN: list[tuple[str, dict[str, Any], str]] = [
-    (
-        TEXT,
-        {"_attn_implementation_internal": "someone/kernel"},
-        "_attn_implementation_internal='someone/kernel'",
-    ),
+CODE_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
+    (TEXT, {"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal='someone/kernel'"),
     (TEXT, {"attribute_map": {"a": "_attn_implementation"}, "a": "someone/kernel"}, "renames settings"),
     (TEXT, {"use_kernels": True}, "would fetch and run kernels .use_kernels."),
     (TEXT, {"kernel_config": {"kernel_mapping": {"GeLU": "someone/kernel:GeLU"}}}, "would fetch and run kernels"),
     (TEXT, {"transformers_weights": "adapter_model.bin"}, "would load unchecked weights .transformers_weights."),
-    (WORDS, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "would load an unchecked tokenizer"),
+    (TOKENIZER, {"gguf_file": "words.gguf", "name_or_path": "someone/words"}, "would load an unchecked tokenizer"),
     (PROCESSOR, {"audio_tokenizer": {"audio_tokenizer_name_or_path": "someone/model"}}, "would load another model"),
     *(
         (file, {"quantization_config": {"quant_method": method}}, f"has quant_method '{method}', which may")
@@ -253,7 +244,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-@pytest.mark.parametrize(("file", "keys", "reason"), FOREIGN)
+@pytest.mark.parametrize(("file", "keys", "reason"), CODE_SETTINGS)
 def test_a_setting_that_loads_code_is_refused_at_any_depth(
     copy: Path, file: str, keys: dict[str, Any], reason: str, depth: int
 ) -> None:
@@ -275,7 +266,7 @@ def test_quantized_weights_need_the_package_of_their_method(copy: Path, monkeypa
 
 
 @pytest.mark.parametrize("file", ["tokenizer/merges.txt", "tokenizer/notes.txt", "unet/x.json", "unet/x.safetensors"])
-def test_a_folder_instead_of_a_file_is_named(copy: Path, file: str) -> None:
+def test_a_folder_in_the_place_of_a_file_is_named(copy: Path, file: str) -> None:
     (copy / file).unlink(missing_ok=True)
     (copy / file).mkdir()
     with pytest.raises(ModelError, match=f"{re.escape(file)} .*: .*Is a directory"):
@@ -321,18 +312,18 @@ def damage_decidiffusion(folder: Path) -> str:
     return "flexible_unet/config.json has mid_num_resnets=100000000, but its weights have only"
 
 
-@pytest.mark.parametrize("spoil", [damage_xl, damage_sd3, damage_positions, damage_t5, damage_decidiffusion])
-def test_faults_of_other_families(
-    spoil: Callable[[Path], str], sdxl_folder: Path, decidiffusion_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("damage", [damage_xl, damage_sd3, damage_positions, damage_t5, damage_decidiffusion])
+def test_faults_of_other_families_are_refused(
+    damage: Callable[[Path], str], sdxl_folder: Path, decidiffusion_folder: Path, tmp_path: Path
 ) -> None:
-    source = {"damage_xl": sdxl_folder, "damage_decidiffusion": decidiffusion_folder}.get(spoil.__name__)
-    copy = copied(source, tmp_path) if source else pipelines.save_sd3(tmp_path / "sd3")
-    reason = spoil(copy)
+    source = {"damage_xl": sdxl_folder, "damage_decidiffusion": decidiffusion_folder}.get(damage.__name__)
+    copy = copy_folder(source, tmp_path) if source else pipelines.save_sd3(tmp_path / "sd3")
+    reason = damage(copy)
     with pytest.raises(ModelError, match=reason):
         read_card(ModelSettings(name=str(copy)))
 
 
-def test_the_tokenizer_of_a_pipeline_has_its_encoders_limit(tmp_path: Path) -> None:
+def test_a_pipelines_tokenizer_has_the_limit_of_its_encoder(tmp_path: Path) -> None:
     copy = pipelines.save_sd3(tmp_path / "sd3", with_t5=False)
     for name in ("tokenizer", "tokenizer_2"):
         put(copy / name / "tokenizer_config.json", "model_max_length", NO_KEY)
@@ -340,7 +331,7 @@ def test_the_tokenizer_of_a_pipeline_has_its_encoders_limit(tmp_path: Path) -> N
     assert model.pipeline.tokenizer.model_max_length == model.pipeline.tokenizer_max_length == 77
 
 
-DRIVEN: list[tuple[str, str, Any]] = [
+PIPELINE_FAULTS: list[tuple[str, str, Any]] = [
     ("transformer/config.json", "num_layers", 10**8),
     ("transformer/config.json", "sample_size", 10**9),
     ("transformer/config.json", "sample_size", "x"),
@@ -359,11 +350,11 @@ def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.save_pixart(tmp_path_factory.mktemp("pipelines") / "pixart")
 
 
-@pytest.mark.parametrize(("file", "key", "value"), DRIVEN)
-def test_a_malformed_value_of_a_pipeline_is_refused_at_load(
+@pytest.mark.parametrize(("file", "key", "value"), PIPELINE_FAULTS)
+def test_a_malformed_value_in_a_pipeline_without_a_family_is_refused_at_load(
     pixart: Path, tmp_path: Path, file: str, key: str, value: Any
 ) -> None:
-    copy = copied(pixart, tmp_path)
+    copy = copy_folder(pixart, tmp_path)
     put(copy / file, key, value)
     with pytest.raises(ModelError) as refusal:
         card = read_card(ModelSettings(name=str(copy)))
@@ -372,18 +363,18 @@ def test_a_malformed_value_of_a_pipeline_is_refused_at_load(
 
 
 def test_a_pipeline_whose_components_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
-    copy = copied(pixart, tmp_path)
+    copy = copy_folder(pixart, tmp_path)
     shutil.rmtree(copy / "text_encoder")
-    pipelines.t5(32).save_pretrained(copy / "text_encoder")
+    pipelines.make_t5(32).save_pretrained(copy / "text_encoder")
     card = read_card(ModelSettings(name=str(copy)))
     with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
 
 def test_a_pipeline_whose_decoder_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
-    copy = copied(pixart, tmp_path)
+    copy = copy_folder(pixart, tmp_path)
     shutil.rmtree(copy / "vae")
-    pipelines.vae(latent_channels=3).save_pretrained(copy / "vae")
+    pipelines.make_vae(latent_channels=3).save_pretrained(copy / "vae")
     with pytest.raises(ModelError, match="vae of PixArtSigmaPipeline could not be loaded: "):
         card = read_card(ModelSettings(name=str(copy)))
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
@@ -392,7 +383,7 @@ def test_a_pipeline_whose_decoder_does_not_fit_is_refused_at_load(pixart: Path, 
 def test_a_run_refuses_a_fault_before_any_row_in_one_message(copy: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")
-    put(copy / WORDS, "pad_token", "<new>")
+    put(copy / TOKENIZER, "pad_token", "<new>")
     result = run(table, out, "--model", copy)
     assert result.code == 2
     assert "token '<new>' has id 645, but text_encoder has only 645 embeddings" in result.stderr
@@ -427,7 +418,7 @@ def test_the_recorded_scheduler_is_the_one_that_is_loaded(copy: Path, tmp_path: 
 def test_an_image_does_not_depend_on_the_name_of_the_models_folder(copy: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("prompt\na red circle\n")
-    renamed = copied(copy, tmp_path / "elsewhere").rename(tmp_path / "another name")
+    renamed = copy_folder(copy, tmp_path / "elsewhere").rename(tmp_path / "another name")
     digests = set()
     for folder in (copy, renamed):
         assert run(table, tmp_path / folder.name / "out", "--model", folder, "--overwrite").code == 0

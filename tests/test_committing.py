@@ -61,18 +61,18 @@ def test_batches_are_full_if_rows_come_fast(batches: SimpleQueue[list[int]], mon
     assert [batches.get(timeout=TIMEOUT) for _ in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_an_error_of_committing_is_raised_by_add(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_error_is_raised_by_add(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(committing, "COMMIT_ROWS", 1)
 
     def fail(_: list[int]) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"), Committer(fail) as committer:
-        for k in range(2 * committing.COMMITTING_AHEAD):  # more than there is room for
+        for k in range(2 * committing.COMMITTING_AHEAD):  # more rows than the queue holds
             committer.add(done(k))
 
 
-def test_an_error_of_storing_is_raised_and_earlier_rows_are_committed(
+def test_a_storage_error_is_raised_and_earlier_rows_are_committed(
     batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 0.01)

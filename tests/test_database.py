@@ -1,4 +1,4 @@
-"""The temporary database: errors of the disk name the folder and what to do."""
+"""Test the temporary database: disk errors name the temporary folder and say what to do."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_the_error_names_a_full_temporary_folder(
 
 
 def temporary_databases() -> set[Path]:
-    """Return the nameless files that SQLite has open in this process."""
+    """Return the unnamed files that SQLite has open in this process."""
     return {link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "etilqs" in str(link.readlink())}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the file in /proc")
 @pytest.mark.parametrize("read", ["fetchone", "fetchall", "__next__"])
-def test_a_database_that_is_damaged_while_rows_are_read_is_a_storage_error(read: str) -> None:
+def test_damage_while_rows_are_read_is_a_storage_error(read: str) -> None:
     before = temporary_databases()
     database = temporary_database()
     database.execute("PRAGMA cache_size = 1")
@@ -51,7 +51,7 @@ def test_a_database_that_is_damaged_while_rows_are_read_is_a_storage_error(read:
     database.close()
 
 
-def test_other_errors_of_the_database_are_bugs() -> None:
+def test_other_database_errors_are_raised_unchanged() -> None:
     database = temporary_database()
     assert list(database.execute("SELECT ?", (1,))) == [(1,)]
     with pytest.raises(sqlite3.OperationalError, match="no such table"):

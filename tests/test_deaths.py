@@ -1,4 +1,4 @@
-"""Kills and signals of every kind: the same command then completes, with the images of an undisturbed run."""
+"""Kills and signals: the same command then completes the run, with the images of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,33 @@ from pathlib import Path
 import pytest
 
 from batch_infer.stopping import REPEAT_SECONDS
-from tests.deaths import Killer, eventually, is_alive, table_of, undisturbed, without_bookkeeping, workers_of
+from tests.deaths import (
+    Killer,
+    eventually,
+    is_alive,
+    render_undisturbed,
+    without_bookkeeping,
+    workers_of,
+    write_prompts,
+)
 from tests.paced import MODULE
 from tests.runs import assert_whole, command, hashes, images, results, run, run_json, start, wait_for
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
-"""Seed of all random choices; the environment variable SEED replaces it."""
+"""Seed of all random choices. The environment variable SEED overrides it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def check_random_kills(folder: Path, rows: int, kills: int, seed: int) -> None:
-    table, out = table_of(folder, rows), folder / "out"
+    table, out = write_prompts(folder, rows), folder / "out"
     options = ("--slots", "16", "--num-processes", "2")
     killer = Killer(table, out, options, random.Random(seed))
     killer.kill(kills)
     print(f"seed {seed}: {killer.killed}")
     done = run(table, out, *options)
     assert done.code == 0, done.stderr
-    assert without_bookkeeping(out) == undisturbed(table, folder / "reference")
+    assert without_bookkeeping(out) == render_undisturbed(table, folder / "reference")
     assert hashes(out) == hashes(folder / "reference")
     assert_whole(out)
 
@@ -42,9 +50,9 @@ def test_random_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.promises
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
-    table, out = table_of(tmp_path, 10), tmp_path / "out"
+    table, out = write_prompts(tmp_path, 10), tmp_path / "out"
     options = ("--slots", "16", "--num-processes", "1")
     with start(table, out, *options, program=MODULE, PACE_SECONDS="0.5") as process:
         assert wait_for(process, lambda: any((out / "manifest").glob("part-*.parquet")))
@@ -52,7 +60,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(tmp_path: Path) -> None
         os.kill(worker, signal.SIGKILL)
         assert process.wait() == 0
     assert run_json(out)["summary"]["deaths"] == 1
-    assert without_bookkeeping(out) == undisturbed(table, tmp_path / "reference")
+    assert without_bookkeeping(out) == render_undisturbed(table, tmp_path / "reference")
     assert_whole(out)
 
 
@@ -65,8 +73,8 @@ def test_thirty_random_kills_change_nothing(tmp_path: Path, capfd: pytest.Captur
 
 @pytest.mark.promises
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    table = table_of(tmp_path, 20)
-    expected = undisturbed(table, tmp_path / "0")
+    table = write_prompts(tmp_path, 20)
+    expected = render_undisturbed(table, tmp_path / "0")
     for processes in ("1", "2"):
         done = run(table, tmp_path / processes, "--slots", "16", "--num-processes", processes)
         assert done.code == 0, done.stderr
@@ -82,7 +90,7 @@ from tests import dummies
 jobs.make_engine = lambda *_: LocalEngine("cpu", 2, load=dummies.load_waiting)
 main()
 """
-"""The command with two slow workers, and a model that costs nothing to load."""
+"""Run the command with two slow workers and a model that loads instantly."""
 
 
 @pytest.mark.promises
@@ -103,7 +111,7 @@ def many(folder: Path) -> Path:
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> None:
-    """systemd and a terminal send it to each process of the group. Finished rows are committed."""
+    """systemd and terminals signal each process of the group. Finished rows are committed."""
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
@@ -165,8 +173,8 @@ def test_a_removed_out_ends_the_run_and_is_not_created_again(tmp_path: Path) -> 
 @pytest.mark.promises
 def test_a_run_repairs_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
     """A truncated image, a missing one, a part that is not Parquet, and a temporary file."""
-    table, out = table_of(tmp_path, 24), tmp_path / "out"
-    expected = undisturbed(table, out)
+    table, out = write_prompts(tmp_path, 24), tmp_path / "out"
+    expected = render_undisturbed(table, out)
     shutil.copytree(out, tmp_path / "reference")
     record = (out / "run.json").read_text().replace('"summary": {', '"ended": {')  # as if the run had been killed
     (out / "run.json").write_text(record.rstrip().removesuffix("}") + ', "summary": null}')
@@ -187,8 +195,8 @@ def test_a_run_repairs_parts_and_images_that_a_crash_has_damaged(tmp_path: Path)
 
 @pytest.mark.promises
 def test_rows_of_a_damaged_part_are_rendered_again(tmp_path: Path) -> None:
-    table, out = table_of(tmp_path, 6), tmp_path / "out"
-    expected = undisturbed(table, out)
+    table, out = write_prompts(tmp_path, 6), tmp_path / "out"
+    expected = render_undisturbed(table, out)
     part = min((out / "manifest").glob("part-*"))
     part.write_bytes(part.read_bytes()[:-100])
     refused = command("merge", out)

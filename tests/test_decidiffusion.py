@@ -23,7 +23,7 @@ from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests import straight_line
 from tests.checkpoints import DECIDIFFUSION, OUTER, TINY_DECIDIFFUSION, amend
-from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.rendering import CPU, copy_folder, load_family, make_request, max_difference, render
 from tests.runs import assert_whole, command, hashes, results, run_json
 from tests.straight_line import DOWN, LISTING, UP, Network, StraightLine, alphas_bar, layers
 from tests.tables import write_csv
@@ -70,7 +70,7 @@ def straight(decidiffusion_folder: Path) -> StraightLine:
 @pytest.fixture
 def copy(decidiffusion_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
-    return copied(decidiffusion_folder, tmp_path)
+    return copy_folder(decidiffusion_folder, tmp_path)
 
 
 # The architecture
@@ -122,7 +122,7 @@ def test_the_published_checkpoint_fits(published: FlexibleUNet) -> None:
 
 
 def test_an_evaluation_has_the_published_flops(published: FlexibleUNet) -> None:
-    """0.614 TFLOP; 0.610 if the mid block's first resnet ran once. (On meta a host synchronization would raise.)"""
+    """0.614 TFLOP, or 0.610 if the mid block's first resnet ran once. Host synchronization would raise on meta."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         (output,) = published(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
     assert output.shape == (1, 4, 64, 64)
@@ -145,7 +145,7 @@ def inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (11, 13), (9, 8), (7, 18), (1, 2)], ids=str)
 def test_the_network_equals_the_straight_line(exact: tuple[FlexibleUNet, Network], size: tuple[int, int]) -> None:
-    """For all sides, also odd ones at any level."""
+    """This includes sides that are odd at any level."""
     unet, network = exact
     arguments = inputs(size, torch.float64)
     with torch.inference_mode():
@@ -162,7 +162,7 @@ def test_the_network_equals_the_straight_line_in_single_precision(model: Any, st
 
 
 def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two levels and other counts: the keys decide, not the published model."""
+    """The network has two levels and other counts, which it takes from the keys."""
     keys = TINY_DECIDIFFUSION | {
         "down_blocks_in_channels": [32, 64],
         "down_blocks_out_channels": [64, 96],
@@ -254,7 +254,7 @@ def test_the_card_has_the_models_own_defaults(decidiffusion_folder: Path) -> Non
 
 
 def test_the_sampler_begins_at_pure_noise(decidiffusion_folder: Path) -> None:
-    """The image's share of it is zero, so nothing may be divided by it. No network is loaded."""
+    """The image's share of the first sample is zero, so nothing may be divided by it. No network is loaded."""
     solver = load_solver(read_card(ModelSettings(name=str(decidiffusion_folder))))
     assert (solver.table(30).timesteps[0], solver.table(30).timesteps[-1]) == (999, 32)
     assert torch.isfinite(solver.table(30).coefficients).all()
@@ -270,7 +270,7 @@ def damage(copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(weights, copy / WEIGHTS, metadata={"format": "pt"})
 
 
-SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "missing": (
         lambda w: w.pop("mid_block.modules_list.6.conv1.bias"),
         r"lacks 1 tensor \(mid_block.modules_list.6.conv1.bias\)",
@@ -291,9 +291,9 @@ SPOILED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("case", FAULTS)
 def test_unmatched_tensors_are_named(copy: Path, case: str) -> None:
-    change, reason = SPOILED[case]
+    change, reason = FAULTS[case]
     damage(copy, change)
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(copy)
@@ -320,7 +320,7 @@ def test_another_networks_config_is_refused(copy: Path, values: dict[str, Any], 
 
 
 def test_shards_and_variants_are_loaded(copy: Path, model: Any) -> None:
-    """Two shards with an index, in half precision as a variant, next to plain weights that are not loaded."""
+    """The variant has two shards with an index, next to default weights that are not loaded."""
     weights = load_file(copy / WEIGHTS)
     halves = list(weights)[::2], list(weights)[1::2]
     files = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
@@ -332,8 +332,9 @@ def test_shards_and_variants_are_loaded(copy: Path, model: Any) -> None:
     card = read_card(ModelSettings(name=str(copy), variant="fp16"))
     sharded = load_latent_diffusion(card, CPU, torch.float32, with_checker=False)
     request = make_request(steps=2, rescale=0.7)
-    assert np.array_equal(render(sharded, [request])["row"].pixels, render(model, [request])["row"].pixels)
-    assert furthest(render(load_family(copy), [request])["row"].pixels, render(model, [request])["row"].pixels) > 1
+    expected = render(model, [request])["row"].pixels
+    assert np.array_equal(render(sharded, [request])["row"].pixels, expected)
+    assert max_difference(render(load_family(copy), [request])["row"].pixels, expected) > 1
     (copy / "flexible_unet" / files[1]).unlink()
     with pytest.raises(ModelError, match=f"{files[1]} is missing"):
         read_card(ModelSettings(name=str(copy), variant="fp16"))
@@ -350,7 +351,7 @@ def test_the_stock_unet_is_not_read(copy: Path, decidiffusion_folder: Path, mode
     assert np.array_equal(render(load_family(copy), [request])["row"].pixels, render(model, [request])["row"].pixels)
 
 
-def test_the_fingerprint_changes_with_its_weights(copy: Path, decidiffusion_folder: Path) -> None:
+def test_the_fingerprint_changes_with_the_weights(copy: Path, decidiffusion_folder: Path) -> None:
     damage(copy, lambda w: w["conv_out.bias"].add_(1))
     before, after = (read_card(ModelSettings(name=str(folder))) for folder in (decidiffusion_folder, copy))
     assert before.fingerprint != after.fingerprint
@@ -361,17 +362,17 @@ def test_the_fingerprint_changes_with_its_weights(copy: Path, decidiffusion_fold
 
 @pytest.mark.promises
 def test_batched_rows_look_as_in_the_straight_line(model: Any, straight: StraightLine) -> None:
-    """At most 1 of 255 anywhere, and rarely. All rows differ, so that swapped rows would be noticed."""
+    """A value may rarely differ by 1 of 255. All rows differ, so the comparison detects swapped rows."""
     rendered = render(model, ROWS, slots=6, decode=2)
     oracles = {row.id: straight.render(row) for row in ROWS}
     assert rendered.keys() == oracles.keys()
     for name, oracle in oracles.items():
         image = rendered[name].pixels
         assert image.shape == oracle.shape
-        assert furthest(image, oracle) <= 1
+        assert max_difference(image, oracle) <= 1
         assert np.mean(image != oracle) < 0.01
-        others = [each for other, each in oracles.items() if other != name and each.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+        others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
+        assert all(max_difference(oracle, other) > 2 for other in others)
 
 
 def test_a_row_has_the_same_bytes_alone_and_among_others(model: Any) -> None:
@@ -383,7 +384,7 @@ def test_a_row_has_the_same_bytes_alone_and_among_others(model: Any) -> None:
 
 @pytest.mark.promises
 def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: StraightLine, tmp_path: Path) -> None:
-    """With the model's defaults for the first row; a second run has nothing to do."""
+    """The first row has the model's defaults. A second run renders nothing."""
     table = write_csv(
         tmp_path / "t.csv",
         [
@@ -407,7 +408,7 @@ def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: Strai
     for row in rows:
         steps, guidance, rescale = row["num_inference_steps"], row["guidance_scale"], row["guidance_rescale"]
         request = make_request("", row["prompt"], steps=steps, guidance=guidance, rescale=rescale, seed=row["seed"])
-        assert furthest(np.asarray(Image.open(out / row["generated_image"])), straight.render(request)) <= 1
+        assert max_difference(np.asarray(Image.open(out / row["generated_image"])), straight.render(request)) <= 1
     before = hashes(out)
     again = command("run", table, "--out", out, "--device", "cpu", *options, "--json")
     assert (again.code, json.loads(again.stdout)["rendered"], hashes(out)) == (0, 0, before)

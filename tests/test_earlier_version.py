@@ -1,4 +1,4 @@
-"""An OUT of an earlier version is continued, merged, rescored and retried; nothing is rendered again."""
+"""An OUT of an earlier version can be continued, merged, rescored and retried, and nothing is rendered again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batch_infer.azureml import batch
 from batch_infer.records import BOOKKEEPING, Source, digest
 from batch_infer.table.columns import MAX_CARRIED_BYTES
 from batch_infer.table.rows import RowCells, make_invalid
-from tests.runs import Done, Key, assert_whole, command, images, results, run_json
+from tests.runs import CommandResult, Key, assert_whole, command, images, results, run_json
 from tests.tables import write_csv
 
 DATA = Path(__file__).parent / "data" / "earlier_version"
@@ -34,14 +34,14 @@ OPTIONS = {
 }  # fmt: skip
 """The table and the options of each folder."""
 CODES = {"keep": 3}
-"""One of its rows is invalid."""
+"""Exit codes of runs other than 0: one row of `keep` is invalid."""
 
 every_run = pytest.mark.parametrize("name", OPTIONS)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of everything, as the current folder. Its run.json files name the tables where they are now."""
+    """A copy of all folders as the working folder. Its run.json files contain the new paths of the tables."""
     folder = tmp_path / "earlier"
     shutil.copytree(DATA, folder)
     for path in folder.glob("*/run.json"):
@@ -50,12 +50,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, *options: str) -> Done:
+def run(folder: Path, name: str, *options: str) -> CommandResult:
     table, *own = OPTIONS[name]
     return command("run", table, "-o", folder / name, *COMPUTE, *own, *options)
 
 
-def rendered(done: Done, code: int = 0) -> int:
+def rendered(done: CommandResult, code: int = 0) -> int:
     """Return how many images the command has rendered."""
     assert done.code == code, done.stderr
     return int(json.loads(done.stdout)["rendered"])
@@ -71,7 +71,7 @@ def committed(out: Path) -> dict[Key, dict[str, Any]]:
 
 
 def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
-    """results.parquet has all result columns of all rows as the parts had them, and the image files match."""
+    """Check that results.parquet has the result columns of all rows as in the parts, and that the images match."""
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     assert rows.keys() == before.keys()
     for key, row in before.items():
@@ -138,10 +138,10 @@ def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str
 
 @every_run
 def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
-    """By other checkers and by the same: no image is lost, and the run can be continued."""
+    """The checkers may be others or the same. No image is lost, and the run can be continued."""
     out, before = folder / name, committed(folder / name)
     checks = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
-    policy = checks[2:] if name == "carried" else ()  # the others' own is kept
+    policy = checks[2:] if name == "carried" else ()  # the other runs keep their policy
     done = command("rescore", out, *checks[:2], *policy, "--json")
     assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
     assert rendered(run(folder, name, *checks, "--json"), CODES.get(name, 0)) == 0
@@ -164,7 +164,7 @@ def test_retry_renders_only_missing_images(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["keep", "carried"])
 def test_missing_images_are_rendered_identically(folder: Path, name: str) -> None:
-    """Seeds, sizes and settings are those of the earlier version; another machine may differ in the last bit."""
+    """Seeds, sizes and settings are those of the earlier version. Another machine may differ in the last bit."""
     out = folder / name
     before = {path: np.asarray(Image.open(out / path)).astype(int) for path in images(out)}
     for path in before:
@@ -232,7 +232,7 @@ BRIEF = ("--steps", "2", "--on-flagged", "keep")
 
 
 def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
-    """By every command; a new row like it is invalid."""
+    """Every command keeps it, but a new row of this size is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     before = committed(out)
     for line in (
@@ -253,7 +253,7 @@ def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
 
 
 def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Path) -> None:
-    """Options that would replace it are refused; with --rerender-changed the row is invalid."""
+    """Options that would replace it are refused. With --rerender-changed, the row is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
     other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")
     refused = command(*other)
@@ -268,6 +268,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
         ("duplicate id 'a'", "the id 'a' stands twice"),
         ("line 3 is not valid: it is not JSON: Expecting value", "line 3 is not valid: it is no JSON: Expecting value"),
         (
+            "element 1 has 3 cells, but the number of columns is 2",
+            "element 1 has 3 cells where columns names 2",
+        ),
+        (
             "the file breaks off here: '\"' instead of , or ]",
             "the file breaks off here: '\"' stands where , or ] should",
         ),
@@ -279,7 +283,7 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
         ("the prompt is empty", "the prompt is empty"),
     ],
 )
-def test_fingerprints_of_invalid_rows_do_not_change_with_the_words(error: str, earlier: str) -> None:
+def test_fingerprints_of_invalid_rows_do_not_depend_on_the_wording(error: str, earlier: str) -> None:
     row = make_invalid(RowCells("a", Source("t.csv", 0), {"prompt": None}, {}), error)
     assert row.error == error
     assert row.fingerprint == digest(["invalid", earlier, "{'prompt': None}"])

@@ -10,8 +10,8 @@ from batch_infer.diffusion import Context
 from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
 
 TEXT_BYTES = 8
-"""Size of an embedding."""
-KEPT = 16
+"""Size of the encoder's embeddings in bytes."""
+CAPACITY = 16
 
 
 class Encoder:
@@ -43,9 +43,9 @@ def test_cached_texts_are_not_encoded_again() -> None:
 
 
 def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
-    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
+    encode, cache = Encoder(), EmbeddingCache(CAPACITY * TEXT_BYTES)
     cache.get(["common", "rare"], encode)
-    for number in range(KEPT):
+    for number in range(CAPACITY):
         cache.get([f"text {number}", "common"], encode)
     assert sum("common" in batch for batch in encode.batches) == 1
     encode.batches.clear()
@@ -53,9 +53,9 @@ def test_the_most_recently_used_texts_stay_in_the_cache() -> None:
     assert encode.batches
 
 
-def test_more_texts_at_once_than_the_cache_holds() -> None:
-    encode, cache = Encoder(), EmbeddingCache(KEPT * TEXT_BYTES)
-    texts = [f"text {number}" for number in range(KEPT + TEXT_BATCH)]
+def test_one_call_may_have_more_texts_than_the_cache_holds() -> None:
+    encode, cache = Encoder(), EmbeddingCache(CAPACITY * TEXT_BYTES)
+    texts = [f"text {number}" for number in range(CAPACITY + TEXT_BATCH)]
     assert set(cache.get(texts, encode)) == set(texts)
     encode.batches.clear()
     cache.get(texts, encode)

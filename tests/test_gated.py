@@ -1,4 +1,4 @@
-"""The gated chain: what it sends to the service, what it blocks, and what happens when the service fails."""
+"""The gated chain sends prompts and images to a service, blocks rows, and handles failures of the service."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_infer.chain import (
-    GatedChain,
-    NoRequest,
-    RenderedImage,
-    RequestSource,
-    StepLevelChain,
-    UnrenderedRow,
-)
+from batch_infer.chain import GatedChain, NoRequest, RenderedImage, RequestSource, StepLevelChain, UnrenderedRow
 from batch_infer.chain import gated as gated_chain
 from batch_infer.chain.base import IteratorSource
 from batch_infer.chain.gated import BLOCKED_AHEAD, IMAGES_AHEAD, PROMPTS_AHEAD
@@ -132,11 +125,11 @@ def test_a_prompt_is_checked_once_and_each_of_its_images_once() -> None:
     ("word", "error"), [("broken", "this prompt was not checked"), ("good", "this image was not checked")]
 )
 def test_without_an_answer_the_row_fails(word: str, error: str) -> None:
-    rows = [make_request("lost", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
+    rows = [make_request("unchecked", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
     results = by_id(gated(WordGate()).render(rows))
-    lost = results["lost"]
-    assert isinstance(lost, UnrenderedRow)
-    assert (lost.status, lost.error) == ("failed", error)
+    unchecked = results["unchecked"]
+    assert isinstance(unchecked, UnrenderedRow)
+    assert (unchecked.status, unchecked.error) == ("failed", error)
     assert isinstance(results["other"], RenderedImage)
 
 
@@ -183,14 +176,9 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
 
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
-    compute = COMPUTE
+    folder = PinnedFolder.pin(tmp_path)
     settings = WorkerSettings(
-        read_card(ModelSettings()),
-        compute,
-        SafetySettings(),
-        OutputSettings(),
-        PinnedFolder.pin(tmp_path),
-        pa.schema([]),
+        read_card(ModelSettings()), COMPUTE, SafetySettings(), OutputSettings(), folder, pa.schema([])
     )
     worker = Worker(settings, "w", lambda *_: gated(LateError()))
     with pytest.raises(ServiceError, match="the service is down"):
@@ -266,7 +254,7 @@ def test_a_stopped_run_does_not_wait_for_a_service_that_hangs(monkeypatch: pytes
 
 
 def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
-    """A checked image and a blocked prompt, although no other row finishes."""
+    """These are a checked image and a blocked prompt. No other row finishes."""
     ids: list[str] = []
 
     class Slow(DummyChain):
@@ -276,7 +264,7 @@ def test_outcomes_of_the_gate_are_yielded_while_the_device_is_busy() -> None:
             assert isinstance(first, PromptRequest)
             yield self._make([first], Stages())
             deadline = time.monotonic() + 60
-            while len(ids) < 2 and time.monotonic() < deadline:  # as a UNet that renders the other good row
+            while len(ids) < 2 and time.monotonic() < deadline:  # like a UNet that renders the other good row
                 source.poll()
                 yield []
                 time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Manifest parts that name files outside OUT: somebody else may have written them."""
+"""Manifest parts that name files outside OUT, which an attacker may have written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.runs import command, images, results, run
 from tests.tables import write_csv
 
 PROMPT = "a large red cross on a white ground"
-"""What the checker flags, so that a policy would change the image."""
+"""Prompt of images that the checker flags, so that a policy would change them."""
 SHARP = ("--steps", "12", "--guidance-scale", "5", "--safety", "none")
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and its OUT, whose manifest is one part. Copy it."""
+    """A folder with a table and its OUT, whose manifest is one part. Tests must copy it."""
     folder = tmp_path_factory.mktemp("hostile")
     table = write_csv(folder / "t.csv", [["prompt"], *([PROMPT] for _ in range(9))])
     with mock.patch.object(committing, "COMMIT_SECONDS", 3600.0):
@@ -37,7 +37,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(rendered: Path, tmp_path: Path) -> Path:
-    """The same with an image outside OUT, links to it in OUT, and a part that names all of them."""
+    """A copy with an image outside OUT, links to it in OUT, and a part that names all of them."""
     shutil.copytree(rendered, tmp_path / "folder")
     folder = tmp_path / "folder"
     out = folder / "out"
@@ -50,7 +50,7 @@ def folder(rendered: Path, tmp_path: Path) -> Path:
     (out / "images" / "away").symlink_to(folder / "secret")
     (out / "images" / "loop").symlink_to(out / "images" / "loop")
     os.mkfifo(inner / "pipe.png")
-    point(
+    name_files(
         out,
         [
             "/etc/passwd",
@@ -66,7 +66,7 @@ def folder(rendered: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def point(out: Path, paths: list[str]) -> None:
+def name_files(out: Path, paths: list[str]) -> None:
     """Make the first rows name these files, with their checksums."""
     (part,) = (out / "manifest").iterdir()
     rows = pq.read_table(part)
@@ -84,7 +84,7 @@ def point(out: Path, paths: list[str]) -> None:
     pq.write_table(rows, part)
 
 
-def test_merge_embeds_nothing_from_elsewhere(folder: Path) -> None:
+def test_merge_embeds_no_file_from_outside_out(folder: Path) -> None:
     out = folder / "out"
     done = command("merge", out, "--results", "jsonl", "--base64")
     assert done.code == 0, done.stderr
@@ -96,7 +96,7 @@ def test_merge_embeds_nothing_from_elsewhere(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["blank", "quarantine"])
-def test_rescore_reads_and_replaces_nothing_elsewhere(folder: Path, policy: str) -> None:
+def test_rescore_reads_and_replaces_no_file_outside_out(folder: Path, policy: str) -> None:
     out = folder / "out"
     before = {path: path.read_bytes() for path in (folder / "x.png", folder / "secret" / "y.png")}
     own = results(out)[-1]["generated_image"]
@@ -119,8 +119,8 @@ def test_rescore_reads_and_replaces_nothing_elsewhere(folder: Path, policy: str)
     assert images(out) >= {row["generated_image"] for row in results(out)}
 
 
-def test_recovery_of_a_killed_run_reads_nothing_elsewhere(folder: Path) -> None:
-    """Rows whose image is not one of ours are rendered again."""
+def test_recovery_of_a_killed_run_reads_no_file_outside_out(folder: Path) -> None:
+    """Rows whose image is not a file of the run are rendered again."""
     out = folder / "out"
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))

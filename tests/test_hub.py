@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub: which files are requested, with which cache, and messages of failures."""
+"""Checkpoints from the Hub: which files are requested, what the cache saves, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
 from tests.hub import COMMIT, Hub, hub
-from tests.rendering import copied
+from tests.rendering import copy_folder
 
 CARD = """
 import json, sys
 from batch_infer.errors import ModelError
-from batch_infer.errors import ModelError
-from batch_infer.models import hub as hub_files
 from batch_infer.models import read_card
 from batch_infer.settings import ModelSettings
 try:
@@ -39,7 +37,7 @@ except ModelError as error:
     answer = {"error": str(error)}
 print(json.dumps({**answer, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
 """
-"""Runs in another process, because the Hub's library reads its environment at import."""
+"""Runs in another process, because the Hub's library reads environment variables on import."""
 WEIGHTS = "diffusion_pytorch_model"
 
 Read = Callable[..., dict[str, Any]]
@@ -47,8 +45,8 @@ Read = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def repository(sd1_folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint as a repository, with many other files that are not loaded."""
-    folder = copied(sd1_folder, tmp_path)
+    """The checkpoint as a repository with many files that must not be loaded."""
+    folder = copy_folder(sd1_folder, tmp_path)
     for name in ("README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/model.py", "pipeline.py"):
         (folder / name).write_text("not for loading")
     for name in ("text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack", "unet/model.onnx"):
@@ -70,17 +68,17 @@ def served(repository: Path) -> Iterator[Hub]:
 def read(served: Hub, tmp_path: Path) -> Read:
     """Call read_card in a process that uses this Hub."""
 
-    def ask(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
-        hidden = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
+    def read_in_process(name: str = "owner/tiny", *, offline: bool = False, **settings: Any) -> dict[str, Any]:
+        env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
-        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden}, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=True)
         answer = json.loads(process.stdout)
         assert answer.pop("slow") == []
         assert process.stderr == ""
         assert "\n" not in answer.get("error", "")
         return dict(answer)
 
-    return ask
+    return read_in_process
 
 
 def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_folder: Path) -> None:
@@ -153,15 +151,15 @@ def test_an_incomplete_cache_is_named_offline_and_completed_online(
 ) -> None:
     first = read()
     folder = Path(first["path"])
-    if not listed:  # as in earlier versions of the Hub's library
+    if not listed:  # earlier versions of the Hub's library cache no list
         shutil.rmtree(folder.parent.parent / "trees")
-    gone = folder / deleted
-    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    sentence = read(offline=True)["error"]
-    assert sentence.startswith("owner/tiny")
-    assert deleted.partition("/")[0] in sentence
-    assert "local cache" in sentence
-    assert "offline" in sentence
+    path = folder / deleted
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    message = read(offline=True)["error"]
+    assert message.startswith("owner/tiny")
+    assert deleted.partition("/")[0] in message
+    assert "local cache" in message
+    assert "offline" in message
     assert read() == first
 
 
@@ -181,56 +179,55 @@ def remove_all_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "settings", "sentence"),
+    ("damage", "settings", "message"),
     [
         (remove_the_safetensors, {}, "owner/tiny: text_encoder/pytorch_model.bin is pickled"),
         (remove_all_weights, {}, "owner/tiny: text_encoder/ has no safetensors"),
         (lambda folder: shutil.rmtree(folder / "vae"), {}, "owner/tiny: vae/ has no files"),
         (lambda folder: None, {"variant": "bf16"}, "owner/tiny has no weights of variant bf16"),
     ],
-    ids=["pickles alone", "no weights", "no folder", "no variant"],
+    ids=["only pickles", "no weights", "no folder", "no variant"],
 )
 def test_unloadable_repositories_are_refused_before_fetching(
-    read: Read, served: Hub, repository: Path, spoil: Callable[[Path], object], settings: Any, sentence: str
+    read: Read, served: Hub, repository: Path, damage: Callable[[Path], object], settings: Any, message: str
 ) -> None:
-    spoil(repository)
-    assert read(**settings)["error"].startswith(sentence)
+    damage(repository)
+    assert read(**settings)["error"].startswith(message)
     assert served.fetched == ["owner/tiny/model_index.json"]
 
 
 @pytest.mark.parametrize(
-    ("refusal", "sentence"),
+    ("refusal", "message"),
     [
-        (
-            (403, "GatedRepo"),
-            "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN",
-        ),
+        ((403, "GatedRepo"), "owner/tiny is gated: accept its terms at https://\\S+/owner/tiny and set HF_TOKEN"),
         ((404, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
         ((401, "RepoNotFound"), "owner/tiny is not on the Hugging Face Hub, or is private .*HF_TOKEN"),
         ((401, ""), "owner/tiny could not be fetched .*HF_TOKEN.*401"),
         ((404, "EntryNotFound"), "owner/tiny is not a diffusers repository: it has no model_index.json"),
     ],
 )
-def test_refusals_of_the_hub_are_one_sentence(read: Read, served: Hub, refusal: tuple[int, str], sentence: str) -> None:
+def test_a_refusal_by_the_hub_is_reported_in_one_sentence(
+    read: Read, served: Hub, refusal: tuple[int, str], message: str
+) -> None:
     served.refusals["owner/tiny"] = refusal
-    assert re.match(sentence, read()["error"])
+    assert re.match(message, read()["error"])
 
 
-def test_a_missing_revision(read: Read) -> None:
+def test_a_missing_revision_is_named(read: Read) -> None:
     assert read(revision="v2")["error"] == "owner/tiny has no revision v2"
 
 
-def test_nothing_cached_and_no_network(read: Read, served: Hub) -> None:
-    sentence = read(offline=True)["error"]
-    assert sentence.startswith("owner/tiny is not in the local cache, and the Hub does not respond: ")
+def test_an_empty_cache_without_network_is_reported(read: Read, served: Hub) -> None:
+    message = read(offline=True)["error"]
+    assert message.startswith("owner/tiny is not in the local cache, and the Hub does not respond: ")
     assert not served.requests
 
 
-def test_an_invalid_repository_name(read: Read) -> None:
+def test_an_invalid_repository_name_is_reported(read: Read) -> None:
     assert "owner/.. could not be fetched" in read("owner/..")["error"]
 
 
-def test_retries_of_the_hub_are_one_line(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_retries_are_logged_in_one_line(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     from huggingface_hub.utils import _http
 
     with socket.socket() as free:
@@ -240,5 +237,5 @@ def test_retries_of_the_hub_are_one_line(caplog: pytest.LogCaptureFixture, capfd
         _http.http_backoff("GET", address, max_retries=3, base_wait_time=0, retry_on_exceptions=(Exception,))
     assert [record.name for record in caplog.records] == ["batch_infer"]
     assert re.match(r"the Hugging Face Hub does not respond \(.+\); retrying$", caplog.messages[0])
-    # The warning is also there if an earlier command has set up logging.
+    # If an earlier command has set up logging, the warning is also on stderr.
     assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("batch-infer: ")] == []

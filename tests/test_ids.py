@@ -27,24 +27,24 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def known(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
-    """Return what must not depend on where a row is, sorted."""
+def read_values(*tables: Path | str, **options: Any) -> list[tuple[Any, ...]]:
+    """Return the values that must not depend on the position of a row, sorted."""
     rows = read_requests(*tables, id_from="content", **options)
     return sorted((row.id, row.seed, row.prompt, row.params, str(row.carried["tag"])) for row in rows)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet", "csv.gz"])
-def test_content_ids_do_not_depend_on_where_a_row_is(suffix: str) -> None:
-    """They do not depend on how the table is split and sorted, or on its format."""
-    expected = known(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
+def test_content_ids_do_not_depend_on_the_position_of_a_row(suffix: str) -> None:
+    """They do not depend on the order of rows, the number of tables, or their format."""
+    expected = read_values(write_bytes(Path("t.jsonl"), in_format("jsonl", ROWS)))
     assert len({row[0] for row in expected}) == len(ROWS)
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     parts = [write_bytes(Path(f"s/{n}.{suffix}"), in_format(suffix, shuffled[n::2])) for n in (0, 1)]
-    rows = known("s")
+    rows = read_values("s")
     assert [(*row[:4], row[4].replace("None", "")) for row in rows] == [
         (*row[:4], row[4].replace("None", "")) for row in expected
     ]
-    assert known(*reversed(parts)) == rows
+    assert read_values(*reversed(parts)) == rows
 
 
 def test_equal_rows_are_numbered_and_id_cells_are_kept() -> None:

@@ -16,13 +16,13 @@ from batch_infer.models import load_solver, read_card
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline
-from tests.rendering import copied, load_family, make_request, render
+from tests.oracle import assert_close, assert_parity, call_diffusers, load_pipeline
+from tests.rendering import copy_folder, load_family, make_request, render
 from tests.runs import results, run
 
 
 def embedded(name: str, **request_options: Any) -> PromptRequest:
-    """Make a row as the table does for such a model."""
+    """Make a row as a table does for a model with embedded guidance."""
     request = make_request(name, **request_options)
     return replace(request, params=replace(request.params, embedded_guidance=True))
 
@@ -69,26 +69,26 @@ def test_rows_take_one_slot_and_encode_no_negative_prompt(model: Any) -> None:
 
 
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(model: Any) -> None:
-    wanted = render(model, ROWS[1:2])["four"].pixels
-    assert np.array_equal(render(model, ROWS)["four"].pixels, wanted)
+    expected = render(model, ROWS[1:2])["four"].pixels
+    assert np.array_equal(render(model, ROWS)["four"].pixels, expected)
 
 
 def test_the_scheduler_config_is_not_corrected(lcm_folder: Path, tmp_path: Path) -> None:
-    """StableDiffusionPipeline corrects old settings, and this one does not: its scheduler would clip."""
-    folder = copied(lcm_folder, tmp_path)
+    """StableDiffusionPipeline corrects old settings. This pipeline does not, so its scheduler would clip."""
+    folder = copy_folder(lcm_folder, tmp_path)
     amend(folder / "scheduler" / "scheduler_config.json", clip_sample=True)
-    for look in (load_family, lambda path: load_solver(read_card(ModelSettings(name=str(path))))):
+    for load in (load_family, lambda path: load_solver(read_card(ModelSettings(name=str(path))))):
         with pytest.raises(ModelError, match="LCMScheduler with clip_sample=true is not supported"):
-            look(folder)
+            load(folder)
 
 
-def test_more_steps_than_it_was_distilled_from(model: Any) -> None:
+def test_more_steps_than_in_the_distillation_are_refused(model: Any) -> None:
     assert model.solver.table(50).evaluations == 50
     with pytest.raises(RowError, match="LCMScheduler does not take num_inference_steps=51"):
         model.solver.table(51)
 
 
-def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -> None:
+def test_the_command_renders_a_table(lcm_folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("id,prompt,seed,guidance_scale\na,a red circle,1,\nb,a red circle,1,2\n", "utf-8")
     result = run(table, out, "--model", lcm_folder, "--steps", "4")
@@ -97,8 +97,8 @@ def test_a_table_is_rendered_from_end_to_end(lcm_folder: Path, tmp_path: Path) -
     assert [rows[name]["guidance_scale"] for name in "ab"] == [8.5, 2.0]
     pipe = load_pipeline(lcm_folder)
     for name in "ab":
-        request_options = make_request(seed=1, steps=4, guidance=rows[name]["guidance_scale"])
-        assert_close(np.asarray(Image.open(out / rows[name]["generated_image"])), ask(pipe, request_options)[0])
+        request = make_request(seed=1, steps=4, guidance=rows[name]["guidance_scale"])
+        assert_close(np.asarray(Image.open(out / rows[name]["generated_image"])), call_diffusers(pipe, request)[0])
 
 
 def test_an_unsupported_negative_prompt_is_reported(lcm_folder: Path, tmp_path: Path) -> None:

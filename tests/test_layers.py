@@ -1,4 +1,4 @@
-"""Layers: which package may import which, and what commands that render nothing must not load."""
+"""Test which packages a package imports, and which libraries a command that renders nothing does not load."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ LAYERS = (
     {"cli"},
     {"__main__", "azureml"},
 )
-"""Packages and modules from the lowest layer up. Imports point down, so two of one layer do not import each other."""
+"""Packages and modules from the lowest layer up. Imports point down, never to the same layer."""
 
 LOADS_TORCH = {"accelerator", "diffusion", "serving", "azureml"}
-"""Packages that load torch, or may, when they are imported. All others do it when a name that needs it is used."""
+"""Packages that may load torch on import. The others load it when a name that needs it is first used."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "store", "lazy"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
 SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
@@ -260,7 +260,7 @@ def test_test_modules_do_not_import_each_other() -> None:
         for path in (ROOT / "tests").glob("*.py")
     }
     assert "test_layers.py" in imports
-    assert not {name: bad for name, found in imports.items() if (bad := [n for n in found if "tests.test_" in n])}
+    assert not {name: bad for name, names in imports.items() if (bad := [n for n in names if "tests.test_" in n])}
 
 
 def test_every_file_has_a_docstring() -> None:

@@ -1,4 +1,4 @@
-"""The ledger: every row is unassigned, held by one worker, retried or committed, whichever worker dies."""
+"""Test the ledger: every row is unassigned, assigned to one worker, retried or committed, even if workers die."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def test_few_rows_are_shared_by_all_workers() -> None:
     assert [len(keys(ledger.next_chunk(worker))) for worker in range(4)] == [2] * 4
 
 
-def test_more_rows_than_were_expected_are_handed_out_too() -> None:
+def test_rows_beyond_the_expected_number_are_assigned_too() -> None:
     ledger = Ledger(rows(10), 3, 2)
-    handed = 0
+    row_count = 0
     while (chunk := ledger.next_chunk(0)) is not None:
-        handed += len(chunk.requests)
-    assert handed == 10
+        row_count += len(chunk.requests)
+    assert row_count == 10
 
 
-def test_it_is_done_when_every_row_is_committed() -> None:
+def test_the_ledger_is_done_when_every_row_is_committed() -> None:
     ledger = Ledger(rows(2), 2, 1)
     first, second = keys(ledger.next_chunk(0)), keys(ledger.next_chunk(0))
     assert ledger.next_chunk(0) is None
@@ -57,17 +57,17 @@ def test_it_is_done_when_every_row_is_committed() -> None:
 
 def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     ledger = Ledger(rows(40), 80, 1)
-    (killer, *others) = keys(ledger.next_chunk(0))
+    killer, *others = keys(ledger.next_chunk(0))
     assert len(others) == CHUNK_ROWS - 1
     assert ledger.record_death(0) == []
-    together = ledger.next_retry(1)
-    assert together is not None
-    assert together.is_isolated
-    assert killer in keys(together)
-    assert len(together.requests) == RETRY_ROWS
+    first_retry = ledger.next_retry(1)
+    assert first_retry is not None
+    assert first_retry.is_isolated
+    assert killer in keys(first_retry)
+    assert len(first_retry.requests) == RETRY_ROWS
     assert ledger.record_death(1) == []
-    alone = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the rows that were not in that chunk come first
-    assert keys(alone[1]) == [killer]
+    chunks = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the first has the rows that were not in that chunk
+    assert keys(chunks[1]) == [killer]
     (failed,) = (request for request in ledger.record_death(2) if request.key == killer)
     assert failed.key == killer
 
@@ -87,7 +87,7 @@ def test_rows_of_a_worker_that_ended_normally_do_not_fail() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 90), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_no_row_is_lost_or_committed_twice(count: int, workers: int, draw: st.randoms) -> None:  # type: ignore[valid-type]
-    """Workers take any rows there are, and sometimes die with them."""
+    """Workers take rows at random, and sometimes die before they commit them."""
     ledger = Ledger(rows(count), count, workers)
     held: dict[int, list[tuple[str, int]]] = {worker: [] for worker in range(workers)}
     ends: Counter[tuple[str, int]] = Counter()

@@ -1,4 +1,4 @@
-"""The lock files and the ranges of pyproject.toml: one set of dependencies, said twice."""
+"""Test that requirements.lock agrees with the version ranges in pyproject.toml."""
 
 from __future__ import annotations
 

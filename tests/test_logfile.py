@@ -1,4 +1,4 @@
-"""Test log files in OUT: a full disk loses lines, but masks no error."""
+"""Test log files in OUT: a full disk loses lines, but never masks an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def record(message: str) -> logging.LogRecord:
     return logging.LogRecord("batch_infer", logging.INFO, "", 0, message, None, None)
 
 
-def test_a_log_has_its_lines_and_the_final_error(tmp_path: Path) -> None:
+def test_a_log_contains_its_messages_and_the_final_error(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "run.log"
     with pytest.raises(ValueError, match="odd"), open_log(path) as file:
         log_handler(file).handle(record("began"))
@@ -37,13 +37,13 @@ def test_a_log_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
         raise AssertionError("it was opened")
 
 
-@pytest.mark.parametrize("planted", ["logs", "logs/run.log"])
-def test_no_planted_link_is_followed(tmp_path: Path, planted: str) -> None:
+@pytest.mark.parametrize("linked", ["logs", "logs/run.log"])
+def test_links_are_not_followed(tmp_path: Path, linked: str) -> None:
     target = tmp_path / "elsewhere"
-    target.mkdir() if planted == "logs" else target.touch()
-    link = tmp_path / planted
+    target.mkdir() if linked == "logs" else target.touch()
+    link = tmp_path / linked
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(target)
     with pytest.raises(StorageError, match=r"cannot write .*run\.log: "), open_log(tmp_path / "logs" / "run.log"):
         raise AssertionError("it was opened")
-    assert not list(target.iterdir()) if planted == "logs" else not target.read_bytes()
+    assert not list(target.iterdir()) if linked == "logs" else not target.read_bytes()

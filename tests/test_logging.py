@@ -1,4 +1,4 @@
-"""Test the log on stderr: only JSON lines with --log-format json, and nothing on success with -q."""
+"""Test the log on stderr: JSON lines alone with --log-format json, and nothing on success with -q."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.tables import write_csv
 
 @pytest.fixture(autouse=True)
 def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging and hooks. A command leaves them changed, because its process ends."""
+    """Restore logging and hooks, which a command leaves changed because its process ends."""
     for name in ("", "py.warnings", "stderr", "batch_infer"):
-        for attribute in ("handlers", "level", "propagate"):
-            monkeypatch.setattr(logging.getLogger(name), attribute, getattr(logging.getLogger(name), attribute))
+        for what in ("handlers", "level", "propagate"):
+            monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
     for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
     before = warnings.showwarning
-    logging.captureWarnings(False)  # another test may have captured them, and pytest restored showwarning
+    logging.captureWarnings(False)  # another test may have enabled it
     warnings.showwarning = before
     yield
     logging.captureWarnings(False)
@@ -71,13 +71,11 @@ def messages(text: str) -> list[str]:
 # JSON lines
 
 
-def test_run_with_json_log(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_json_lines(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     done = run(table, tmp_path / "out", "--log-format", "json", "--json")
     assert done.code == 3
-    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, (
-        "the result is on stdout, as with text"
-    )
+    assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is on stdout, as always"
     lines = objects(done.stderr)
     assert {line["logger"] for line in lines} == {"batch_infer"}
     start = next(line for line in lines if "pending" in line)
@@ -104,7 +102,7 @@ def test_run_with_json_log(table: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 @pytest.mark.parametrize("way", ["flag", "joined", "variable"])
-def test_error_is_one_object(
+def test_an_error_is_one_json_object(
     arguments: tuple[str, ...], code: int, sentence: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "variable":
@@ -119,25 +117,27 @@ def test_error_is_one_object(
 
 @pytest.mark.parametrize("more", ["steps = 'ten'", "stepps = 3", "limit = 1"])
 @pytest.mark.parametrize("way", ["flag", "variable"])
-def test_config_file_sets_the_format(tmp_path: Path, more: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_file_sets_the_log_format(
+    tmp_path: Path, more: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tmp_path / "job.toml"
     config.write_text(f"log-format = 'json'\n{more}\n")
     if way == "variable":
         monkeypatch.setenv("BATCH_INFER_CONFIG", str(config))
     flag = ("--config", config) if way == "flag" else ()
     for arguments in (("missing.csv",), (), ("missing.csv", "--bogus")):
-        assert objects(command("run", *arguments, *flag).stderr), "usage errors too"
+        assert objects(command("run", *arguments, *flag).stderr), "errors of the parser too"
     for flags in (("--log-format", "text", "--config", config), ("--config", config, "--log-format", "text")):
         stderr = command("run", "missing.csv", *flags).stderr
         assert stderr.startswith(("batch-infer: ", "Usage: "))
 
 
 @pytest.mark.parametrize("option", ["log_format", "quiet", "verbose"])
-def test_every_command_has_the_option(option: str) -> None:
+def test_every_command_has_the_logging_options(option: str) -> None:
     assert [name for name, each in commands.commands.items() if option not in {p.name for p in each.params}] == []
 
 
-def test_unknown_log_format(tmp_path: Path) -> None:
+def test_an_unknown_log_format_is_refused(tmp_path: Path) -> None:
     done = command("run", "t.csv", "-o", tmp_path / "out", "--log-format", "xml")
     assert (done.code, "'xml' is not one of 'text', 'json'" in done.stderr) == (2, True)
 
@@ -156,7 +156,7 @@ def test_extra_fields_and_exceptions_are_logged(capsys: pytest.CaptureFixture[st
     assert line["exception"].endswith("ValueError: of\ntwo lines")
 
 
-def test_signal_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     set_log_format("json")
     set_up_logging(quiet=True)
     with stoppable() as stop, deferred():
@@ -166,7 +166,9 @@ def test_signal_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     assert (line["level"], line["message"].split(";")[0]) == ("WARNING", "stopping")
 
 
-def test_no_bar_with_json_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_replace_the_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert isinstance(make_progress(shown=True), ProgressBar)
     set_log_format("json")
@@ -182,7 +184,7 @@ import gc, logging, sys, threading, types, warnings
 from batch_infer.__main__ import main
 
 def score(*_):
-    handler = logging.StreamHandler()  # like the handlers of libraries
+    handler = logging.StreamHandler()  # libraries create their own handlers
     logging.getLogger("library").addHandler(handler)
     logging.getLogger("library").warning("from a library\\nin two lines")
     warnings.warn("old\\n  and tired", FutureWarning)
@@ -192,10 +194,10 @@ def score(*_):
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
     thread.join()
-    class Unraisable:
+    class Grave:
         def __del__(self):
             raise LookupError("too late")
-    Unraisable()
+    Grave()
     gc.collect()
     print("not ended", end="", file=sys.stderr)
     raise ArithmeticError("a bug")
@@ -206,7 +208,7 @@ main()
 
 
 def test_stderr_of_libraries_and_tracebacks_are_objects() -> None:
-    """Run in a separate process, because the hooks are global."""
+    """In its own process, because the hooks are global."""
     line = [sys.executable, "-c", FAULTY_SCRIPT, "run", "t.csv", "--log-format", "json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
     assert (done.returncode, done.stdout) == (1, "")
@@ -230,8 +232,7 @@ STUB = """
 import sys, types
 from batch_infer.__main__ import main
 from batch_infer.cli.logs import log
-from batch_infer.jobs.summary import Counts
-from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.summary import Counts, Summary
 
 def score(*_):
     log.info("rendering")
@@ -243,7 +244,7 @@ main()
 
 
 def run_in_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the command without rendering, with the streams redirected by a shell. Returns its own code in a pipe too."""
+    """Run the command without rendering, with streams redirected by a shell. The code is its own, even in a pipe."""
     script = f'"$@" {streams}'
     line = ["bash", "-o", "pipefail", "-c", script, "-", sys.executable, "-c", STUB, "run", "t.csv", *options]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
@@ -254,7 +255,7 @@ def run_in_shell(streams: str, *options: str) -> subprocess.CompletedProcess[str
     ("streams", "reason"),
     [("| sleep 0 <&-", "stdout is closed"), (">/dev/full", "No space left on device"), (">&-", None)],
 )
-def test_closed_stdout_does_not_fail_a_run(
+def test_a_closed_stdout_does_not_fail_a_run(
     streams: str, reason: str | None, options: tuple[str, ...], code: int
 ) -> None:
     done = run_in_shell(streams, *options)
@@ -265,7 +266,7 @@ def test_closed_stdout_does_not_fail_a_run(
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", "2> >(sleep 0 <&-)", "<&- 2>&-"])
-def test_closed_stderr_drops_the_log(streams: str, log_format: str) -> None:
+def test_a_closed_stderr_drops_the_log(streams: str, log_format: str) -> None:
     done = run_in_shell(streams, "--log-format", log_format)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("2 rows · 2 ok · ")
@@ -276,7 +277,7 @@ def test_closed_stderr_drops_the_log(streams: str, log_format: str) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_python_warning_is_one_line_and_none_when_quiet(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
+def test_a_python_warning_is_one_line_and_hidden_by_quiet(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
     set_log_format(log_format)
     warning = 'a "b".py:3: FutureWarning: in two lines with a %'
     with warnings.catch_warnings():
@@ -292,7 +293,7 @@ def test_python_warning_is_one_line_and_none_when_quiet(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
-def test_warning_of_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_of_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
     text = warnings.formatwarning("old\nand tired", FutureWarning, "/a.py", 7, "code(here)")
     logging.getLogger("py.warnings").handle(logging.LogRecord("py.warnings", 30, "", 0, text, (), None))
@@ -301,12 +302,14 @@ def test_warning_of_a_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_quiet_hides_warnings_of_diffusers(tmp_path: Path, log_format: str) -> None:
-    """Use the outdated scheduler config of the first Stable Diffusion, which causes a warning."""
+    """The model has the outdated scheduler config of the first Stable Diffusion."""
     model = tmp_path / "old"
     shutil.copytree(DEMO_MODEL, model)
     config = model / "scheduler" / "scheduler_config.json"
-    outdated = {"steps_offset": 0, "predict_epsilon": True, "variance_type": "fixed_small"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | outdated))
+    current = json.loads(config.read_text())
+    config.write_text(
+        json.dumps({**current, "steps_offset": 0, "predict_epsilon": True, "variance_type": "fixed_small"})
+    )
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     options = ("--model", str(model), "--log-format", log_format)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""`--long-prompts`: embeddings and images equal compel's, all rows have one shape, and no text stops a run."""
+"""`--long-prompts`: embeddings and images equal those of compel, shapes are fixed, and no text stops a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batch_infer.models.tokens import WINDOWS
 from batch_infer.records import PromptRequest
 from batch_infer.settings import ModelSettings
 from tests.oracle import assert_close, load_pipeline
-from tests.rendering import CPU, furthest, make_request, render
+from tests.rendering import CPU, make_request, max_difference, render
 from tests.runs import results, run
 
 LONG = "a small red star on a blue ground and " * 12
@@ -47,22 +47,22 @@ def card_of(folder: Path, *, long_prompts: bool = True) -> ModelCard:
     return read_card(ModelSettings(name=str(folder), long_prompts=long_prompts))
 
 
-def family(folder: Path) -> Any:
+def load_model(folder: Path) -> Any:
     return load_latent_diffusion(card_of(folder), CPU, torch.float32, with_checker=False)
 
 
 @pytest.fixture(scope="module")
 def sd1(sd1_folder: Path) -> Any:
-    return family(sd1_folder)
+    return load_model(sd1_folder)
 
 
 @pytest.fixture(scope="module")
 def sdxl(sdxl_folder: Path) -> Any:
-    return family(sdxl_folder)
+    return load_model(sdxl_folder)
 
 
 class Oracle:
-    """compel around diffusers' pipeline, with all texts at the length of three windows."""
+    """diffusers' pipeline with embeddings from compel. All texts have the length of three windows."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -80,7 +80,7 @@ class Oracle:
         self._compels = [Compel(*pair, **options) for pair in pairs]
 
     def embed(self, text: str) -> torch.Tensor:
-        """(1, 3 * 77, width), cut off or filled up with the empty prompt."""
+        """Return an embedding (1, 3 * 77, width), cut off or padded with the empty prompt."""
         embeddings = []
         for oracle_encoder in self._compels:
             embedding = oracle_encoder(text)
@@ -90,17 +90,17 @@ class Oracle:
             )
         return torch.cat(embeddings, dim=-1)
 
-    def pooled(self, text: str) -> torch.Tensor:
+    def pool(self, text: str) -> torch.Tensor:
         pooled: torch.Tensor = self._compels[1].conditioning_provider.get_pooled_embeddings([text])
         return pooled
 
-    def draw(self, request: PromptRequest) -> np.ndarray:
+    def render(self, request: PromptRequest) -> np.ndarray:
         arguments = {"prompt_embeds": self.embed(request.prompt)}
         negative = request.negative_prompt or ""
         arguments["negative_prompt_embeds"] = self.embed(negative)
         if len(self._compels) > 1:
-            arguments["pooled_prompt_embeds"] = self.pooled(request.prompt)
-            arguments["negative_pooled_prompt_embeds"] = self.pooled(negative)
+            arguments["pooled_prompt_embeds"] = self.pool(request.prompt)
+            arguments["negative_pooled_prompt_embeds"] = self.pool(negative)
             if request.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt:
                 arguments |= {
                     name: torch.zeros_like(arguments[name]) for name in arguments if name.startswith("negative")
@@ -127,7 +127,7 @@ def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
 def test_embeddings_equal_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
     oracle = Oracle(load_pipeline(folder))
-    for (name, text), actual in zip(TEXTS.items(), contexts(family(folder), list(TEXTS.values())), strict=True):
+    for (name, text), actual in zip(TEXTS.items(), contexts(load_model(folder), list(TEXTS.values())), strict=True):
         expected = oracle.embed(text)[0]
         assert actual.shape == expected.shape == (WINDOWS * 77, expected.shape[1]), name
         assert torch.allclose(actual, expected, atol=1e-6), name
@@ -143,21 +143,21 @@ def test_images_equal_those_of_diffusers_with_compel(checkpoint: str, request: p
         make_request("unguided", LONG + "purple", steps=6, guidance=1.0, seed=3),
         make_request("weighted", "a (red)1.4 circle", steps=4, negative="a (green)0.5 ring", seed=4),
     ]
-    rendered = render(family(folder), rows)
+    rendered = render(load_model(folder), rows)
     for row in rows:
-        assert_close(rendered[row.id].pixels, oracle.draw(row))
+        assert_close(rendered[row.id].pixels, oracle.render(row))
 
 
 def test_a_row_does_not_depend_on_the_length_of_others(sd1_folder: Path) -> None:
     short = make_request("short", "a red circle", seed=5)
     others = [make_request(str(k), text, steps=3 + k, seed=k) for k, text in enumerate(TEXTS.values())]
-    alone = render(family(sd1_folder), [short])["short"].pixels
-    crowded = render(family(sd1_folder), [*others[:4], short, *others[4:]])["short"].pixels
+    alone = render(load_model(sd1_folder), [short])["short"].pixels
+    crowded = render(load_model(sd1_folder), [*others[:4], short, *others[4:]])["short"].pixels
     assert np.array_equal(alone, crowded)
 
 
 def test_texts_are_encoded_in_one_shape(sd1_folder: Path) -> None:
-    model = family(sd1_folder)
+    model = load_model(sd1_folder)
     shapes = set()
     model.pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
     contexts(model, list(TEXTS.values()))
@@ -198,7 +198,7 @@ def test_tokens_are_counted_without_syntax(sd1: Any, sdxl: Any, sd1_folder: Path
             (most * token_count, False),
             ((most + 1) * token_count, True),
         ]
-    assert counter.max_tokens == WINDOWS * 75, "as plan tells it"
+    assert counter.max_tokens == WINDOWS * 75, "the limit that `plan` uses"
 
 
 # Texts in other syntax
@@ -222,13 +222,13 @@ def test_tokens_are_counted_without_syntax(sd1: Any, sdxl: Any, sd1_folder: Path
         ("(" * 17 + "red" + ")" * 17, (("(" * 17 + "red" + ")" * 17, 1.0),)),
     ],
 )
-def test_weights_of_a_text(text: str, pieces: tuple[tuple[str, float], ...]) -> None:
+def test_weights_are_read_from_a_text(text: str, pieces: tuple[tuple[str, float], ...]) -> None:
     actual = read_weights(text)
     assert [piece for piece, _ in actual] == [piece for piece, _ in pieces]
     assert [weight for _, weight in actual] == pytest.approx([weight for _, weight in pieces])
 
 
-def test_no_text_takes_long_or_breaks(sd1: Any) -> None:
+def test_no_text_takes_long_or_raises_an_error(sd1: Any) -> None:
     """compel's parser alone takes minutes for ten parentheses, and fails for an empty pair."""
     random_ = random.Random(0)
     parts = ["a", " b ", "(", ")", "1.2", "+", "-", '"', ", ", ". ", ".and()", ".swap(", " cat", "\\(", "0", "🙂", "!"]
@@ -265,8 +265,8 @@ def test_the_first_window_of_a_short_prompt_is_unchanged(sd1: Any, sd1_folder: P
 
 def test_decidiffusion_supports_long_prompts(decidiffusion_folder: Path) -> None:
     rows = [make_request("one", LONG), make_request("other", f"{LONG} purple heart")]
-    one, other = (image.pixels for image in render(family(decidiffusion_folder), rows).values())
-    assert furthest(one, other) > 0
+    one, other = (image.pixels for image in render(load_model(decidiffusion_folder), rows).values())
+    assert max_difference(one, other) > 0
 
 
 def test_a_missing_compel_is_named(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

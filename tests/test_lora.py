@@ -1,4 +1,4 @@
-"""LoRAs: fused as diffusers does, part of the fingerprint, and refused if they do not fit."""
+"""LoRAs are fused as in diffusers, change the fingerprint, and are refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from batch_infer.errors import ModelError
 from batch_infer.models import ModelCard, checkpoint, load_latent_diffusion, read_card
 from batch_infer.settings import LoraSpec, ModelSettings
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, load_pipeline
-from tests.rendering import CPU, copied, furthest, make_request, render
-from tests.runs import Done, command, results, run, run_json
+from tests.oracle import assert_close, call_diffusers, load_pipeline
+from tests.rendering import CPU, copy_folder, make_request, max_difference, render
+from tests.runs import CommandResult, command, results, run, run_json
 
 ROWS = (
     make_request("guided", "a red circle", steps=6, seed=1),
@@ -85,7 +85,7 @@ def card_of(folder: Path, *specs: LoraSpec) -> ModelCard:
     return read_card(ModelSettings(name=str(folder), loras=specs))
 
 
-def family(folder: Path, *specs: LoraSpec) -> Any:
+def load_model(folder: Path, *specs: LoraSpec) -> Any:
     return load_latent_diffusion(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
 
 
@@ -117,10 +117,10 @@ def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
 def test_images_equal_those_of_diffusers(sd1_folder: Path, files: dict[str, Path], weights: dict[str, float]) -> None:
     specs = [LoraSpec(str(files[name]), weight) for name, weight in weights.items()]
     theirs, plain = oracle(sd1_folder, *specs), load_pipeline(sd1_folder)
-    rendered = render(family(sd1_folder, *specs), ROWS)
+    rendered = render(load_model(sd1_folder, *specs), ROWS)
     for row in ROWS:
-        assert_close(rendered[row.id].pixels, ask(theirs, row)[0])
-        assert furthest(rendered[row.id].pixels, ask(plain, row)[0]) > 2
+        assert_close(rendered[row.id].pixels, call_diffusers(theirs, row)[0])
+        assert max_difference(rendered[row.id].pixels, call_diffusers(plain, row)[0]) > 2
 
 
 @pytest.mark.promises
@@ -131,38 +131,40 @@ def test_xl_fuses_both_text_encoders(sdxl_folder: Path, tmp_path: Path) -> None:
         part = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{network}.")}
         save_file(part, tmp_path / f"{network}.safetensors")
     spec = LoraSpec(str(tmp_path / "xl.safetensors"), 0.7)
-    theirs, rendered = oracle(sdxl_folder, spec), render(family(sdxl_folder, spec), ROWS)
+    theirs, rendered = oracle(sdxl_folder, spec), render(load_model(sdxl_folder, spec), ROWS)
     for row in ROWS:
-        assert_close(rendered[row.id].pixels, ask(theirs, row)[0])
+        assert_close(rendered[row.id].pixels, call_diffusers(theirs, row)[0])
     parts = [LoraSpec(str(tmp_path / f"{network}.safetensors"), 0.7) for network in LAYERS]
-    apart = render(family(sdxl_folder, *parts), ROWS)
+    apart = render(load_model(sdxl_folder, *parts), ROWS)
     for row in ROWS:
         assert_close(apart[row.id].pixels, rendered[row.id].pixels)
-    fewer = render(family(sdxl_folder, *parts[:2]), ROWS)
-    assert all(furthest(fewer[row.id].pixels, rendered[row.id].pixels) > 2 for row in ROWS)
+    fewer = render(load_model(sdxl_folder, *parts[:2]), ROWS)
+    assert all(max_difference(fewer[row.id].pixels, rendered[row.id].pixels) > 2 for row in ROWS)
 
 
 def test_fused_networks_have_their_original_layers(sd1_folder: Path, files: dict[str, Path]) -> None:
-    """No layer of peft remains, so that denoising and compilation see the same layers."""
-    model = family(sd1_folder, LoraSpec(str(files["both"])))
+    """No layer of peft remains, so denoising and compilation see the original layers."""
+    model = load_model(sd1_folder, LoraSpec(str(files["both"])))
     for network in (model.pipeline.unet, model.pipeline.text_encoder):
         assert not [name for name, _ in network.named_parameters() if "lora" in name]
         assert {type(module).__module__.partition(".")[0] for module in network.modules()} <= {
-            *("torch", "diffusers", "transformers"),
+            *("torch", "diffusers", "transformers")
         }
 
 
 def test_weight_zero_changes_nothing(sd1_folder: Path, files: dict[str, Path], pipe: StableDiffusionPipeline) -> None:
-    weights = family(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
+    weights = load_model(sd1_folder, LoraSpec(str(files["both"]), 0.0)).pipeline.unet.state_dict()
     for name, weight in pipe.unet.state_dict().items():
         assert torch.equal(weights[name], weight)
 
 
-def test_the_fingerprint_has_file_weight_and_order(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_file_weight_and_order(
+    sd1_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
     one, other = str(files["both"]), str(files["unet"])
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(files["both"].read_bytes())
-    prints = [
+    fingerprints = [
         card_of(sd1_folder, *specs).fingerprint
         for specs in (
             (),
@@ -173,8 +175,8 @@ def test_the_fingerprint_has_file_weight_and_order(sd1_folder: Path, files: dict
             (LoraSpec(other), LoraSpec(one)),
         )
     ]
-    assert len(set(prints)) == len(prints)
-    assert card_of(sd1_folder, LoraSpec(str(moved))).fingerprint == prints[1]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert card_of(sd1_folder, LoraSpec(str(moved))).fingerprint == fingerprints[1]
     card = card_of(sd1_folder, LoraSpec(one, 0.5))
     assert (card.name, card.title) == ("sd1", "sd1 + both:0.5")
 
@@ -183,16 +185,16 @@ def test_a_run_records_its_loras(sd1_folder: Path, files: dict[str, Path], tmp_p
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("prompt\na red circle\n")
 
-    def go(*options: str | Path) -> Done:
+    def run_with(*options: str | Path) -> CommandResult:
         return run(table, out, "--model", sd1_folder, *options)
 
-    assert go("--lora", f"{files['both']}:0.5").code == 0
+    assert run_with("--lora", f"{files['both']}:0.5").code == 0
     (lora,) = run_json(out)["model"]["loras"]
     assert (lora["path"], lora["weight"]) == (str(files["both"]), 0.5)
     (row,) = results(out)
     with Image.open(out / row["generated_image"]) as image:
         assert f"Model hash: {run_json(out)['model']['fingerprint']}, " in image.info["parameters"]
-    other = go("--lora", f"{files['both']}:0.6")
+    other = run_with("--lora", f"{files['both']}:0.6")
     assert other.code == 2
     assert "was made with model sd1" in other.stderr
 
@@ -222,8 +224,10 @@ def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monke
         card_of(sd1_folder, LoraSpec(str(files["both"])))
 
 
-def test_a_family_without_lora_support(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
-    copy = copied(sd1_folder, tmp_path)
+def test_a_lora_for_a_family_without_support_is_refused(
+    sd1_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = copy_folder(sd1_folder, tmp_path)
     (copy / "unet").rename(copy / "flexible_unet")
     amend(copy / "model_index.json", _class_name="DeciDiffusionPipeline")
     with pytest.raises(
@@ -232,18 +236,18 @@ def test_a_family_without_lora_support(sd1_folder: Path, files: dict[str, Path],
         card_of(copy, LoraSpec(str(files["both"])))
 
 
-def first(tensors: Tensors) -> str:
+def first_name(tensors: Tensors) -> str:
     return next(name for name in tensors if name.startswith("unet.") and "lora_A" in name)
 
 
 def rename_one(tensors: Tensors) -> None:
-    name = first(tensors)
+    name = first_name(tensors)
     for part in ("lora_A", "lora_B"):
         tensors[f"unet.down_blocks.7.attentions.0.to_q.{part}.weight"] = tensors.pop(name.replace("lora_A", part))
 
 
 def widen(tensors: Tensors) -> None:
-    name = first(tensors)
+    name = first_name(tensors)
     tensors[name] = torch.zeros(4, 320)
 
 
@@ -253,11 +257,11 @@ def target_another_part(tensors: Tensors) -> None:
 
 
 def remove_a_half(tensors: Tensors) -> None:
-    tensors.pop(first(tensors).replace("lora_A", "lora_B"))
+    tensors.pop(first_name(tensors).replace("lora_A", "lora_B"))
 
 
-def of_xl(tensors: Tensors) -> None:
-    """Use kohya's names of a LoRA for Stable Diffusion XL."""
+def make_xl(tensors: Tensors) -> None:
+    """Make a LoRA for Stable Diffusion XL with kohya's names."""
     tensors.clear()
     for block, width in ((4, 640), (7, 1280)):
         start = f"lora_unet_input_blocks_{block}_1_transformer_blocks_0_attn1_to_q"
@@ -270,17 +274,17 @@ def of_xl(tensors: Tensors) -> None:
     tensors["lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"] = torch.zeros(768, 4)
 
 
-def not_finite(tensors: Tensors) -> None:
-    tensors[first(tensors)][0, 0] = torch.nan
+def add_nan(tensors: Tensors) -> None:
+    tensors[first_name(tensors)][0, 0] = torch.nan
 
 
 UNFIT: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "a layer that is not there": (rename_one, "does not fit sd1"),
+    "a missing layer": (rename_one, "does not fit sd1"),
     "another width": (widen, "does not fit sd1"),
     "another kind of model": (target_another_part, "does not fit sd1.*family"),
-    "the half of a layer": (remove_a_half, "does not fit sd1"),
-    "one of Stable Diffusion XL": (of_xl, "does not fit sd1.*was it made for another family"),
-    "weights that are no numbers": (not_finite, "cannot be added to sd1: NaN"),
+    "half of a layer": (remove_a_half, "does not fit sd1"),
+    "a LoRA for Stable Diffusion XL": (make_xl, "does not fit sd1.*was it made for another family"),
+    "weights that are not finite": (add_nan, "cannot be added to sd1: NaN"),
 }
 
 
@@ -288,13 +292,13 @@ UNFIT: dict[str, tuple[Callable[[Tensors], object], str]] = {
 def test_a_lora_of_another_model_is_refused(
     sd1_folder: Path, files: dict[str, Path], tmp_path: Path, case: str
 ) -> None:
-    spoil, reason = UNFIT[case]
+    damage, reason = UNFIT[case]
     tensors = load_file(files["both"])
-    spoil(tensors)
+    damage(tensors)
     path = tmp_path / "odd.safetensors"
     save_file(tensors, path)
     with pytest.raises(ModelError, match=reason) as refusal:
-        family(sd1_folder, LoraSpec(str(path)))
+        load_model(sd1_folder, LoraSpec(str(path)))
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -319,7 +323,7 @@ def test_files_other_than_plain_loras_are_refused(sd1_folder: Path, tmp_path: Pa
     assert str(path) in str(refusal.value)
 
 
-def test_half_a_file_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(files["both"].read_bytes()[:5000])
     with pytest.raises(ModelError, match="half.safetensors is damaged or incomplete; download it again"):

@@ -1,4 +1,4 @@
-"""The manifest: parts are complete, and the highest attempt of each image counts."""
+"""Test the manifest: parts are complete, and the highest attempt of each image counts."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ COLUMNS = [
 
 
 def row(name: str = "a", index: int = 0, **values: Any) -> ResultRow:
-    usual = {
+    defaults = {
         **{"prompt": "a red circle", "status": "ok", "generated_image": f"images/{name}-{index}.png"},
         **{"finished_at": utc_now(), "source_file": "t.csv", "source_row": 7, "fingerprint": "f"},
     }
-    return ResultRow(**{"id": name, "image_index": index, **usual, **values})
+    return ResultRow(**{"id": name, "image_index": index, **defaults, **values})
 
 
-def test_columns_and_types() -> None:
+def test_the_schema_has_the_documented_columns_and_types() -> None:
     assert SCHEMA.names == COLUMNS
     assert [field.name for field in fields(ResultRow)] == [*COLUMNS, "carried", "line"]
     assert set(COLUMNS) > BOOKKEEPING == {"slots", "seconds", "attempt", "worker", "finished_at"}
@@ -96,25 +96,25 @@ def test_requests_collide_with_images_whose_paths_differ_by_case_alone(tmp_path:
 
     def collisions(name: str, file: str, path: str | None = None, **flags: Any) -> tuple[bool, bool]:
         new = PromptRequest(name, 0, "x", None, 1, params, Source(file, 0), "f", **flags)
-        apart = Collisions(index).mark(new, path)
-        assert replace(apart, id_collides=new.id_collides, stem_collides=new.stem_collides) == new
-        return apart.id_collides, apart.stem_collides
+        marked = Collisions(index).mark(new, path)
+        assert replace(marked, id_collides=new.id_collides, stem_collides=new.stem_collides) == new
+        return marked.id_collides, marked.stem_collides
 
     with Manifest(tmp_path).index() as index:
         assert collisions("SKU", "v.csv") == (True, False)
         assert collisions("b", "v.csv") == (True, False)
         assert collisions("c-1", "u.csv") == (True, True)
-        assert collisions("D", "V.csv") == (False, False), "no image is named after it"
+        assert collisions("D", "V.csv") == (False, False), "no image has this id in its path"
         assert collisions("sku", "T.csv", paths["sku"]) == (False, True), "the other id has a digest in its path"
         assert collisions("Sku", "t.csv", paths["Sku"]) == (True, False), "its path has a digest too"
         assert collisions("sku", "t.csv", paths["sku"], id_collides=True, stem_collides=True) == (False, False)
-        assert collisions("e", "U.csv", stem_collides=True) == (False, False), "the folder of its file is there"
+        assert collisions("e", "U.csv", stem_collides=True) == (False, False), "the folder of its file exists"
         assert collisions("e", "v.csv", id_collides=True, stem_collides=True) == (True, True)
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)], ids=str)
 def test_the_highest_attempt_counts(tmp_path: Path, order: tuple[int, ...]) -> None:
-    """Whatever the order of the part names."""
+    """The order of the part names does not matter."""
     manifest = Manifest(tmp_path)
     for attempt in order:
         manifest.commit([row("other", seed=attempt), row(attempt=attempt, seed=attempt, status="failed")], NONE)
@@ -125,7 +125,7 @@ def test_the_highest_attempt_counts(tmp_path: Path, order: tuple[int, ...]) -> N
         assert index.read_results([image])["seed"].to_pylist() == [3]
 
 
-def test_of_two_rows_with_one_attempt_the_same_one_always_counts(tmp_path: Path) -> None:
+def test_the_choice_between_rows_with_equal_attempts_is_stable(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     for fingerprint in ("f", "g", "h"):
         manifest.commit([row(fingerprint=fingerprint)], NONE)
@@ -140,9 +140,7 @@ def test_of_two_rows_with_one_attempt_the_same_one_always_counts(tmp_path: Path)
 
 
 @pytest.mark.parametrize("fault", ["error", "gone", "damaged"])
-def test_add_reads_parts_again_that_it_could_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_add_retries_parts_that_it_could_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     manifest = Manifest(tmp_path)
     with manifest.index() as index:
         names = "abc"
@@ -150,32 +148,32 @@ def test_add_reads_parts_again_that_it_could_not_read(
             manifest.commit([row(name)], NONE)
         parts = manifest.parts()
         whole = parts[1].read_bytes()
-        damages: list[DamagedPartError] = []
+        damaged_parts: list[DamagedPartError] = []
         if fault == "error":
-            with monkeypatch.context() as patch, pytest.raises(StorageError, match="away"):
+            with monkeypatch.context() as patch, pytest.raises(StorageError, match="unavailable"):
                 patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1], read_part))
-                index.add(parts, damages.append)
+                index.add(parts, damaged_parts.append)
         else:
             parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
-            index.add(parts, damages.append)
+            index.add(parts, damaged_parts.append)
             parts[1].write_bytes(whole)
-        assert [damage.part for damage in damages] == parts[1:2] * (fault == "damaged")
+        assert [error.part for error in damaged_parts] == parts[1:2] * (fault == "damaged")
         assert sum(index.find((name, 0)) is not None for name in names) < 3
-        index.add(parts, damages.append)
+        index.add(parts, damaged_parts.append)
         assert all(index.find((name, 0)) for name in names)
 
 
 def _raising(bad: Path, read: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
     def read_part(part: Path, *columns: Any) -> pa.Table:
         if part == bad:
-            raise StorageError("the disk is away")
+            raise StorageError("the disk is unavailable")
         return read(part, *columns)
 
     return read_part
 
 
 def test_part_names_are_digests_of_their_rows(tmp_path: Path) -> None:
-    """So two workers that render the same rows leave one part, and no part is replaced by other rows."""
+    """Two workers that render the same rows write the same part, and other rows never replace it."""
     manifest = Manifest(tmp_path)
     rows = [row("a"), row("b")]
     name = manifest.commit(rows, NONE)
@@ -187,7 +185,7 @@ def test_part_names_are_digests_of_their_rows(tmp_path: Path) -> None:
 
 
 def test_a_recreated_manifest_is_read_again(tmp_path: Path) -> None:
-    """`--overwrite` in a process that has read the old parts, which may have had the same names."""
+    """A process with `--overwrite` has read the old parts, which may have had the same names."""
     for status in ("failed", "ok"):
         manifest = Manifest(tmp_path)
         manifest.commit([row(status=status)], NONE)
@@ -219,10 +217,10 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
         manifest.index()
     assert error.value.part == part
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    damages: list[DamagedPartError] = []
-    with manifest.index(on_damage=damages.append) as index:
+    damaged_parts: list[DamagedPartError] = []
+    with manifest.index(on_damage=damaged_parts.append) as index:
         assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
-    assert [damage.part for damage in damages] == [part]
+    assert [error.part for error in damaged_parts] == [part]
     assert part.exists()
     assert whole.exists()
 
@@ -239,8 +237,8 @@ def test_a_part_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
             index.read_results([image])
 
 
-def test_columns_that_are_read_later_are_verified_too(tmp_path: Path) -> None:
-    """Bytes are changed in a page that is not compressed, so that Parquet alone would not notice."""
+def test_columns_outside_the_index_are_verified_when_they_are_read(tmp_path: Path) -> None:
+    """The changed page is not compressed, so only its checksum reveals the damage."""
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row(sha256="0123456789" * 6, prompt=f"{2**70}")], NONE)
     with manifest.index() as index:
@@ -278,14 +276,14 @@ def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
     pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
 
 
-def test_a_part_of_an_earlier_version_has_null_in_newer_columns(tmp_path: Path) -> None:
+def test_newer_columns_of_a_part_from_an_earlier_version_are_null(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     old = manifest.folder / manifest.commit([row("a", sha256="00", pixels_sha256="01")], NONE)
     manifest.commit([row("b", sha256="02", pixels_sha256="03")], NONE)
     as_version_1(old)
     with manifest.index() as index:
-        found = [index.find((name, 0)) for name in "ab"]
-        table = index.read_results([entry for entry in found if entry is not None])
+        images = [image for name in "ab" if (image := index.find((name, 0))) is not None]
+        table = index.read_results(images)
     assert table.schema == SCHEMA
     assert table.select(["id", "sha256", "pixels_sha256"]).to_pylist() == [
         {"id": "a", "sha256": "00", "pixels_sha256": None},
@@ -310,10 +308,10 @@ def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> N
     mark = f"3 {digest([3, *table.column_names])}"
     pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
     before = part.read_bytes()
-    damages: list[DamagedPartError] = []
+    damaged_parts: list[DamagedPartError] = []
     with pytest.raises(NewerPartError, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
-        manifest.index(on_damage=damages.append)
-    assert (damages, part.read_bytes()) == ([], before)
+        manifest.index(on_damage=damaged_parts.append)
+    assert (damaged_parts, part.read_bytes()) == ([], before)
 
 
 def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +320,7 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
     for name in "abc":
         manifest.commit([row(name, carried={"text": "x" * 1000})], carried)
     with manifest.index() as index:
-        found = [entry for name in "abc" if (entry := index.find((name, 0))) is not None]
+        images = [image for name in "abc" if (image := index.find((name, 0))) is not None]
         reads: list[Path] = []
 
         def read(part: Path, columns: Any = None) -> pa.Table:
@@ -334,17 +332,17 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
 
         def take_twice() -> int:
             reads.clear()
-            for entry in (*found, *found):
-                assert index.read_results([entry], schema)["text"].to_pylist() == ["x" * 1000]
+            for image in (*images, *images):
+                assert index.read_results([image], schema)["text"].to_pylist() == ["x" * 1000]
             return len(reads)
 
         assert take_twice() == 3
         monkeypatch.setattr("batch_infer.manifest.manifest.CACHED_BYTES", 2500)
-        index.read_results(found[:1], SCHEMA)  # other columns: what is too much goes
+        index.read_results(images[:1], SCHEMA)  # other columns: tables over the limit are dropped
         assert take_twice() == 6
 
 
-def damaged(content: bytes, random_: random.Random) -> bytes:
+def corrupt(content: bytes, random_: random.Random) -> bytes:
     """Return a file as a disk may corrupt it: truncated, with zeroed blocks, changed bits or changed bytes."""
     at = random_.randrange(len(content))
     foot = random_.randrange(len(content) - int.from_bytes(content[-8:-4], "little") - 8, len(content))
@@ -367,31 +365,31 @@ def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     content, table = part.read_bytes(), pq.read_table(part).replace_schema_metadata(None)
     detected = 0
     for _ in range(800):
-        part.write_bytes(damaged(content, random_))
+        part.write_bytes(corrupt(content, random_))
         try:
             list(manifest.schemas())
             with manifest.index() as index:
-                found = [index.find(r.key) for r in rows]
-                assert index.read_results([f for f in found if f is not None]).equals(table)
+                images = [image for r in rows if (image := index.find(r.key)) is not None]
+                assert index.read_results(images).equals(table)
         except DamagedPartError:
             detected += 1
     assert detected > 400
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
-def test_a_removed_out_is_not_created_again(tmp_path: Path, again: bool) -> None:
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["gone", "replaced"])
+def test_a_removed_out_is_not_created_again(tmp_path: Path, is_replaced: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()
     manifest = Manifest(out)
     manifest.commit([row()], NONE)
     out.rename(tmp_path / "elsewhere")
-    if again:
+    if is_replaced:
         out.mkdir()
     for name in ("a", "b"):
         with pytest.raises(StorageError, match="has disappeared since the run began"):
             manifest.commit([row(name)], NONE)
-    assert out.exists() == again
-    assert not again or not list(out.iterdir())
+    assert out.exists() == is_replaced
+    assert not is_replaced or not list(out.iterdir())
     with pytest.raises(StorageError, match="has disappeared since the run began"):
         Manifest(tmp_path / "missing").commit([row()], NONE)
 
@@ -428,13 +426,13 @@ keys = st.tuples(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, m
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(keys, min_size=1, max_size=12, unique=True), st.integers(1, 5), st.data())
-def test_take_returns_rows_in_the_given_order(
+def test_read_results_returns_rows_in_the_requested_order(
     tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, int]], size: int, data: st.DataObject
 ) -> None:
     manifest = Manifest(tmp_path_factory.mktemp("out"))
     for start in range(0, len(names), size):
         manifest.commit([row(*key) for key in names[start : start + size]], NONE)
-    wanted = data.draw(st.lists(st.sampled_from(names), max_size=20))
+    requested = data.draw(st.lists(st.sampled_from(names), max_size=20))
     with manifest.index() as index:
-        table = index.read_results([found for key in wanted if (found := index.find(key)) is not None])
-    assert list(zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True)) == wanted
+        table = index.read_results([image for key in requested if (image := index.find(key)) is not None])
+    assert list(zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True)) == requested

@@ -13,12 +13,12 @@ from batch_infer.worker import worker as worker_module
 from tests.runs import assert_whole, hashes, results, run, run_json
 from tests.tables import write_csv
 
-HALVED = "out of memory at 64x64 pixels: going on with 4 slots, not 8"
+HALVED = "out of memory at 64x64 pixels: continuing with 4 slots, not 8"
 
 
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run out of memory in a UNet call over more than 4 rows."""
+    """Make UNet calls with more than 4 rows run out of memory."""
     denoise = StableDiffusion.denoise
 
     def refuse(self: Any, sample: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Merging: results.* hold the committed results of current rows in the order of the tables."""
+"""Merging: results.* contain the committed results of current rows in the order of the tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, utc_now
 from batch_infer.settings import OutputSettings
-from tests.runs import Done, command, results, run
+from tests.runs import CommandResult, command, results, run
 from tests.tables import write_csv
 
 NONE = pa.schema([])
@@ -65,7 +65,7 @@ def json_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_results_have_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the order of commits, and across merge batches."""
+    """The order of commits and the size of merge batches do not matter."""
     monkeypatch.setattr(merging, "BATCH", 4)
     names = [f"{i}" for i in range(23)]
     for part in (names[::3], names[1::3], names[2::3][::-1]):
@@ -163,7 +163,7 @@ def test_carried_values_of_any_type(tmp_path: Path, kind: pa.DataType, value: An
     assert json_rows(tmp_path)[0]["mine"] == in_json
 
 
-def test_base64_holds_the_file(tmp_path: Path) -> None:
+def test_base64_contains_the_image_file(tmp_path: Path) -> None:
     """A missing or deleted image is null and does not affect other rows."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a-0.png").write_bytes(b"\x89PNG")
@@ -178,7 +178,7 @@ def test_base64_holds_the_file(tmp_path: Path) -> None:
 
 
 def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
-    """They would be stale."""
+    """They would become stale."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
     remove_other_results(tmp_path, OutputSettings(results=("jsonl",)))
@@ -239,7 +239,7 @@ def test_merging_parts_alone_takes_the_highest_attempt(tmp_path: Path) -> None:
 
 
 def test_carried_columns_of_parts_are_combined(tmp_path: Path) -> None:
-    """Parts of one OUT may have different carried columns, or the same with another type."""
+    """Parts of one OUT may have different carried columns, and the types of a column may differ."""
     commit(tmp_path, "a", "a.csv", 0, carried={"n": 7})
     text = pa.schema([("n", pa.string()), ("tags", pa.list_(pa.string()))])
     Manifest(tmp_path).commit([result("b", source_file="b.csv", source_row=0, carried={"n": "x", "tags": ["u"]})], text)
@@ -258,7 +258,7 @@ def test_merge_works_without_run_json(tmp_path: Path) -> None:
     done = command("merge", tmp_path, "--results", "jsonl", "--json")
     assert (done.code, json.loads(done.stdout)["ok"]) == (0, 1)
     assert [row["id"] for row in json_rows(tmp_path)] == ["a"]
-    assert command("merge", tmp_path, "-q") == Done(0, "", "")
+    assert command("merge", tmp_path, "-q") == CommandResult(0, "", "")
     refused = command("merge", tmp_path, "--base64")
     assert refused.code == 2
     assert "add --results csv or --results jsonl" in refused.stderr
@@ -280,7 +280,7 @@ def test_nothing_to_merge_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
-    """As in `run`; without the tables the manifest decides."""
+    """`merge` writes the same results as `run`, or all results in the manifest if the tables are missing."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"]])
     assert run(table, out, "--results", "csv").code == 0
@@ -289,10 +289,10 @@ def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
         (out / name).unlink()
     assert command("merge", out).code == 0
     assert results(out) == before
-    assert len(csv_rows(out)) == 2, "in the formats of the run"
+    assert len(csv_rows(out)) == 2, "merge writes the formats of the run"
     assert command("merge", out, "--results", "jsonl").code == 0
-    assert len(csv_rows(out)) == len(json_rows(out)) == 2, "and in those requested"
-    assert command("merge", out, "--base64").code == 0, "which the run's own can hold"
+    assert len(csv_rows(out)) == len(json_rows(out)) == 2, "merge also writes the requested formats"
+    assert command("merge", out, "--base64").code == 0, "a format of the run supports base64"
     write_csv(table, [["id", "prompt", "n"], ["b", "a blue square", 5], ["c", "a star", 6]])
     done = command("merge", out)
     assert "1 left: run again to continue" in done.stdout
@@ -306,7 +306,7 @@ def test_merge_follows_the_tables_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
-    """After a merge with changed or missing tables, and after a finished or killed run."""
+    """The tables may have changed or be missing, and the run may have finished or been killed."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     write_csv(table, [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", ""]])
     assert run(table, out).code == 3
@@ -331,7 +331,7 @@ def test_status_agrees_with_results(tmp_path: Path, ended: bool) -> None:
     assert merged() == report()
     assert report()[1:] == (0, "finished")
     (record_after,) = [json.loads((out / "run.json").read_text())]
-    assert (record_after["summary"] is not None) == ended, "the next run looks after one that was killed"
+    assert (record_after["summary"] is not None) == ended, "the next run must still recover a killed run"
 
 
 def test_a_damaged_part_of_an_endpoint_is_named_with_a_remedy(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def test_metrics_during_a_run(file: Path, clock: SimpleNamespace) -> None:
+def test_metrics_follow_a_run(file: Path, clock: SimpleNamespace) -> None:
     with Metrics(file, "/out", "sd") as metrics:
         assert not file.exists(), "OUT may belong to another run"
         clock.now = 108
@@ -248,7 +248,7 @@ def test_file_that_cannot_be_written_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_exit_code_of_real_runs(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_exit_code_of_a_run_is_written(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"], [""]]), tmp_path / "out"
     options = ("--metrics-file", file, "-q")
 

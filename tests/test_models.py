@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints: their cards, faults that are refused, and the results of their components."""
+"""Stable Diffusion checkpoints: cards, refused faults, and the outputs of components."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batch_infer.models.latent_diffusion import TEXT_BATCH, EmbeddingCache
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.rendering import copied, load_family, make_request
+from tests.rendering import copy_folder, load_family, make_request
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -31,7 +31,7 @@ def card_of(folder: Path, **settings: Any) -> ModelCard:
 @pytest.fixture
 def copy(sd1_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
-    return copied(sd1_folder, tmp_path)
+    return copy_folder(sd1_folder, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_built_in_model_needs_no_name() -> None:
     assert card.sizes == SizeRules(64, 64, 8, 16)
 
 
-def test_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
+def test_the_cards_of_both_versions(sd1_folder: Path, sd2_folder: Path) -> None:
     first, second = card_of(sd1_folder), card_of(sd2_folder)
     assert (first.scheduler_name, second.scheduler_name) == ("PNDMScheduler", "DDIMScheduler")
     assert (first.has_checker, second.has_checker) == (True, False)
@@ -116,17 +116,17 @@ def pickle_weights(folder: Path) -> None:
     (folder / TEXT).unlink()
 
 
-def bring_code(folder: Path) -> None:
+def add_code(folder: Path) -> None:
     (folder / "unet" / "mine.py").write_text("raise SystemExit('ran')", "utf-8")
     amend(folder / "model_index.json", unet=["mine", "UNet"])
 
 
-def bring_pipeline(folder: Path) -> None:
+def add_pipeline_code(folder: Path) -> None:
     (folder / "pipeline.py").write_text("raise SystemExit('ran')", "utf-8")
     amend(folder / "model_index.json", _class_name=["pipeline", "StableDiffusionPipeline"])
 
 
-def cut(folder: Path, file: str) -> None:
+def truncate(folder: Path, file: str) -> None:
     (folder / file).write_bytes((folder / file).read_bytes()[:2000])
 
 
@@ -163,8 +163,8 @@ def empty(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickle_weights, "text_encoder/pytorch_model.bin is pickled.*convert the checkpoint"),
-    "code in the folder": (bring_code, "unet is .*only classes of diffusers and transformers"),
-    "a custom pipeline": (bring_pipeline, "only pipeline classes of diffusers are supported"),
+    "code in the folder": (add_code, "unet is .*only classes of diffusers and transformers"),
+    "a custom pipeline": (add_pipeline_code, "only pipeline classes of diffusers are supported"),
     "another pipeline": (
         lambda f: amend(f / "model_index.json", _class_name="FluxPipeline"),
         "could not be loaded: .*FluxPipeline.* expected",
@@ -183,25 +183,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "unet/config.json has sample_size='8', but",
     ),
     "no scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json is miss"),
-    "no vocabulary": (
-        lambda f: empty(f / "tokenizer"),
-        "tokenizer/ has none of tokenizer.json",
-    ),
-    "an index that is no JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
+    "no vocabulary": (lambda f: empty(f / "tokenizer"), "tokenizer/ has none of tokenizer.json"),
+    "an index that is not JSON": (lambda f: (f / "model_index.json").write_text("{", "utf-8"), "is not JSON"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[]", "utf-8"), "is not a JSON object"),
     "half a UNet": (
-        lambda f: cut(f, UNET),
+        lambda f: truncate(f, UNET),
         "unet/diffusion_pytorch_model.* is damaged or incomplete; download it again",
     ),
-    "half a text encoder": (lambda f: cut(f, TEXT), "text_encoder/model.safetensors is damaged or incomplete"),
+    "half a text encoder": (lambda f: truncate(f, TEXT), "text_encoder/model.safetensors is damaged or incomplete"),
     "a missing last byte": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-1]),
         "unet/diffusion_pytorch_model.safetensors is damaged or incomplete",
     ),
-    "a pointer": (
-        lambda f: write_lfs_pointer(f, UNET),
-        "a Git LFS pointer: download the weights with `git lfs pull`",
-    ),
+    "a pointer": (lambda f: write_lfs_pointer(f, UNET), "a Git LFS pointer: download the weights with `git lfs pull`"),
     "a page of text": (lambda f: (f / UNET).write_text("not found"), "is damaged or incomplete"),
     "a missing shard": (name_a_missing_shard, "00002-of-00002.safetensors is missing"),
     "code named by a config": (
@@ -245,7 +239,10 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an unknown class": (lambda f: amend(f / "model_index.json", unet=["diffusers", "Nothing"]), "Nothing"),
     "a distilled UNet": (lambda f: amend(f / "unet" / "config.json", time_cond_proj_dim=8), "cond_proj.weight"),
-    "a UNet of classes": (lambda f: amend(f / "unet" / "config.json", class_embed_type="timestep"), "class_embed_type"),
+    "a class-conditional UNet": (
+        lambda f: amend(f / "unet" / "config.json", class_embed_type="timestep"),
+        "class_embed_type",
+    ),
 }
 
 
@@ -288,7 +285,7 @@ def test_a_name_without_a_model_is_refused(name: str, reason: str) -> None:
 
 
 def test_a_component_file_is_not_a_checkpoint(sd1_folder: Path) -> None:
-    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or the folder"):
+    with pytest.raises(ModelError, match="use a complete checkpoint of Stable Diffusion, or a folder"):
         card_of(sd1_folder / UNET)
 
 
@@ -318,7 +315,7 @@ def test_a_revision_needs_a_hub_id(copy: Path) -> None:
         ("EulerDiscreteScheduler:beta_schedule=none", "cannot be built from this model's scheduler settings"),
     ],
 )
-def test_schedulers_that_are_unknown_or_do_not_fit(sd1_folder: Path, scheduler: str, reason: str) -> None:
+def test_unknown_and_unsuitable_schedulers_are_refused(sd1_folder: Path, scheduler: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as refusal:
         load_family(sd1_folder, scheduler)
     assert "\n" not in str(refusal.value)
@@ -368,7 +365,7 @@ def test_texts_are_encoded_in_one_shape(sd1_folder: Path) -> None:
     assert shapes == {(TEXT_BATCH, 77)}
 
 
-def test_rows_with_more_texts_than_the_cache_holds(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_may_have_more_texts_than_the_cache_holds(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd1, "_embeddings", EmbeddingCache(0))
     rows = [make_request(prompt=f"{k} circles", negative=f"{k} squares") for k in range(2 * TEXT_BATCH)]
     assert len(sd1.condition(rows)) == len(rows)
@@ -384,14 +381,15 @@ def test_rows_without_guidance_have_no_unconditional_part(sd1: Any) -> None:
 
 def test_tokens_are_counted_without_start_and_end(sd1: Any) -> None:
     texts = ["", "circle", "circle " * 75, "circle " * 76]
-    counts = [(c.prompt_tokens, c.prompt_truncated) for c in sd1.condition([make_request(prompt=t) for t in texts])]
-    each = counts[1][0]
+    conditionings = sd1.condition([make_request(prompt=text) for text in texts])
+    counts = [(row.prompt_tokens, row.prompt_truncated) for row in conditionings]
+    word_tokens = counts[1][0]
     assert counts[0] == (0, False)
-    assert counts[2] == (75 * each, 75 * each > 75)
-    assert counts[3] == (76 * each, True)
+    assert counts[2] == (75 * word_tokens, 75 * word_tokens > 75)
+    assert counts[3] == (76 * word_tokens, True)
 
 
-def test_latents_and_images_have_their_sizes(sd1: Any) -> None:
+def test_latents_and_images_have_the_requested_size(sd1: Any) -> None:
     assert sd1.latent_shape(48, 80) == (4, 6, 10)
     assert sd1.decode(torch.zeros(2, 4, 6, 10)).shape == (2, 3, 48, 80)
 

@@ -1,4 +1,4 @@
-"""OUT: one run at a time holds its lock, and only files of runs are removed."""
+"""OUT: one run at a time holds its lock, and only files that runs wrote are removed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds OUT."""
+    """Another process that holds the lock of OUT."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
@@ -101,8 +101,8 @@ def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: byte
         outdir.read_run(tmp_path)
 
 
-def full(out: Path) -> list[Path]:
-    """An OUT with every kind of file that runs make, and files of other programs."""
+def fill(out: Path) -> list[Path]:
+    """Create every kind of file that runs write to OUT, and files of other programs."""
     for name in ("images/t-00000/a-0.png", "quarantine/t/b-0.png", "manifest/part-1.parquet", "logs/worker-0.log"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
@@ -117,12 +117,12 @@ def full(out: Path) -> list[Path]:
 
 
 def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: Path) -> None:
-    others = full(out)
+    others = fill(out)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
     run_folder.clear(out)
-    remaining = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # this run's own log is open already
+    remaining = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # the log of this run is already open
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(remaining)
     assert (tmp_path / "elsewhere" / "precious").exists()
 
@@ -144,7 +144,7 @@ def commit_image(out: Path, name: str) -> Path:
 
 
 def test_clearing_keeps_links_and_removes_only_named_images_from_their_targets(out: Path, tmp_path: Path) -> None:
-    full(out)
+    fill(out)
     link_images(out, tmp_path / "big disk")
     image = commit_image(out, "b")
     (tmp_path / "big disk" / "t-00001").mkdir()
@@ -153,9 +153,9 @@ def test_clearing_keeps_links_and_removes_only_named_images_from_their_targets(o
     assert (out / "images").is_symlink()
     assert not image.exists()
     assert not empty.exists()
-    assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "which no part names"
+    assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "no part names it"
     assert (tmp_path / "big disk" / "t-00001").exists()
-    assert outdir.is_clearing(out)
+    assert outdir.CLEARING in (outdir.read_run(out) or {})
     assert not (out / "manifest").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
     for step in range(1, 20):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(tmp_path / "big disk", ignore_errors=True)
-        full(out)
+        fill(out)
         commit_image(out, "b")
         if linked:
             link_images(out, tmp_path / "big disk")
@@ -180,7 +180,7 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
                 break
             except KeyboardInterrupt:
                 pass
-        assert outdir.is_clearing(out)
+        assert outdir.CLEARING in (outdir.read_run(out) or {})
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
             outdir.read_existing_run(out)
         run_folder.clear(out)
@@ -189,10 +189,10 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
 
 
 def test_clearing_stops_on_request(out: Path) -> None:
-    full(out)
+    fill(out)
     with pytest.raises(StoppedError, match="run again"):
         run_folder.clear(out, lambda: not (out / "manifest").exists())
-    assert outdir.is_clearing(out)
+    assert outdir.CLEARING in (outdir.read_run(out) or {})
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
 
@@ -207,7 +207,7 @@ def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
 
 
 def test_a_folder_of_another_program_is_not_cleared(out: Path) -> None:
-    full(out)
+    fill(out)
     (out / "run.json").unlink()
     with pytest.raises(SettingsError, match="has no run.json written by batch-infer, so its files may"):
         run_folder.clear(out)
@@ -220,7 +220,7 @@ def test_clearing_an_empty_folder_does_nothing(tmp_path: Path) -> None:
 
 
 def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) -> None:
-    full(out)
+    fill(out)
     ours = [
         *(
             out / ".tmp-0a1b2c3d-1-0123456789ab-run.json",
@@ -247,7 +247,7 @@ def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) ->
 
 
 def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -> None:
-    full(out)
+    fill(out)
     (out / "images").rename(tmp_path / "big disk")
     (out / "images").symlink_to(tmp_path / "big disk")
     leftover = tmp_path / "big disk" / "t-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png"
@@ -268,7 +268,7 @@ def test_the_name_of_the_current_holder_is_kept(out: Path, holder: subprocess.Po
         assert (out / ".holder").exists()
 
 
-def test_sweeping_stats_no_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeping_does_not_stat_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be a million files on a network disk."""
     for name in ("a", "b", "c"):
         folder = tmp_path / "images" / name
@@ -292,13 +292,13 @@ def replaced(out: Path) -> None:
     out.mkdir()
 
 
-def removed_and_made_again(out: Path) -> None:
-    """At once: file systems soon give the inode of the old folder to the new one."""
+def removed_and_recreated(out: Path) -> None:
+    """Recreate it at once, since file systems may then give the old inode to the new folder."""
     shutil.rmtree(out)
     out.mkdir()
 
 
-@pytest.mark.parametrize("vanish", [replaced, shutil.rmtree, removed_and_made_again])
+@pytest.mark.parametrize("vanish", [replaced, shutil.rmtree, removed_and_recreated])
 def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], None]) -> None:
     with outdir.locked(out) as folder:
         folder.check()
@@ -341,11 +341,11 @@ def test_a_file_system_without_locks_is_named_with_a_remedy(
 
 
 def as_another_user(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code under another user id; only root can do that."""
+    """Run Python code under another user id, which only root can do."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     script = f"import os, sys, pathlib\nos.setgroups([]); os.setgid(65534); os.setuid(65534)\n{script}"
-    # Libraries first: the other user may not be allowed to read them.
+    # Import libraries first: the other user may not be allowed to read them.
     loaded = "import batch_infer.jobs, zoneinfo\n"
     return subprocess.run([sys.executable, "-c", loaded + script, *map(str, arguments)], capture_output=True, text=True)
 
@@ -358,7 +358,7 @@ print(find_holder(pathlib.Path(sys.argv[1])))
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """An OUT that other users can read. Not below pytest's folder, which they cannot enter."""
+    """An OUT that other users can read. It is not in pytest's folder, which they cannot enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         out = Path(folder) / "out"
@@ -445,7 +445,7 @@ def refuse_to_unlink(path: Path, *_: object, **__: object) -> None:
 
 
 def test_losing_write_access_is_a_storage_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also during cleanup, which must not hide the error that ends the run."""
+    """This includes errors of the cleanup, which must not hide the error that ends the run."""
     with (
         monkeypatch.context() as patch,
         pytest.raises(StorageError, match=r"cannot write .*out/x: Permission denied"),
@@ -460,11 +460,7 @@ def test_losing_write_access_is_a_storage_error(out: Path, monkeypatch: pytest.M
 def test_a_failed_cleanup_releases_the_lock_and_is_left_to_the_next_holder(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UsageError, match="what ended the run"),
-        outdir.locked(out),
-    ):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="what ended the run"), outdir.locked(out):
         left = {path.name for path in out.iterdir()}
         patch.setattr(Path, "unlink", refuse_to_unlink)
         raise UsageError("what ended the run")

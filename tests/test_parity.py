@@ -1,4 +1,4 @@
-"""Images compared with the oracle: the pipeline of diffusers, called for a single row."""
+"""Images from batches compared with the reference: diffusers' pipeline, called for a single row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from batch_infer.models import load_solver, read_card
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
-from tests.rendering import copied, load_family, make_request, render
+from tests.oracle import assert_close, assert_parity, call_diffusers, load_pipeline, with_scheduler
+from tests.rendering import copy_folder, load_family, make_request, render
 
 CHECKPOINTS = ("demo", "sd1", "sd2", "sdxl", "sdxl_turbo")
-UNLIKE = ("sd1", "sd2", "sdxl")
-"""Checkpoints that differ in more than their scheduler and their weights."""
+DISTINCT = ("sd1", "sd2", "sdxl")
+"""Checkpoints whose networks have different architectures."""
 SCHEDULERS = (
     "DDIMScheduler",
     "PNDMScheduler",
@@ -45,7 +45,7 @@ GRID = [
     *(("sd2", scheduler) for scheduler in SCHEDULERS[::2]),
     *(("sdxl", scheduler) for scheduler in SCHEDULERS[1::5]),
 ]
-"""Every scheduler, some of them also with a UNet that predicts velocity and with SDXL's second text encoder."""
+"""Every scheduler, and some also with a UNet that predicts velocity or with SDXL's second text encoder."""
 REFUSED = {
     "DDIMScheduler:clip_sample=true": "clip_sample=true is not supported",
     "DDIMScheduler:thresholding=true": "thresholding=true is not supported",
@@ -76,13 +76,13 @@ def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> Pipelines:
-    """The oracle of each checkpoint, without safety checker."""
+    """The reference pipeline of each checkpoint, without safety checker."""
     return {name: load_pipeline(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def families(folders: dict[str, Path]) -> Families:
-    return {name: load_family(folders[name]) for name in UNLIKE}
+    return {name: load_family(folders[name]) for name in DISTINCT}
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -110,7 +110,7 @@ def test_long_rows_look_like_single_ones(pipelines: Pipelines, checkpoint: str, 
     assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), LONG)
 
 
-def test_sizes_and_texts_under_the_checkpoints_own_scheduler(
+def test_sizes_and_texts_with_the_checkpoints_own_scheduler(
     pipelines: Pipelines, checkpoint: str, folder: Path
 ) -> None:
     rows = (
@@ -127,14 +127,14 @@ def test_sizes_and_texts_under_the_checkpoints_own_scheduler(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_fewest_steps(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
+def test_few_steps_look_as_in_diffusers(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
     """PNDM's first steps are special, and its list of timesteps is longer than the count."""
     assert_parity(pipelines["sd1"], load_family(sd1_folder), (make_request("few", steps=steps, seed=steps),))
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_outdated_scheduler_settings_are_corrected_as_in_diffusers(sd1_folder: Path, tmp_path: Path) -> None:
-    folder = copied(sd1_folder, tmp_path)
+    folder = copy_folder(sd1_folder, tmp_path)
     amend(folder / "scheduler" / "scheduler_config.json", steps_offset=0, clip_sample=True)
     rows = (make_request("first", steps=5), make_request("second", steps=8, guidance=1.0, seed=9))
     assert_parity(load_pipeline(folder), load_family(folder), rows)
@@ -143,27 +143,29 @@ def test_outdated_scheduler_settings_are_corrected_as_in_diffusers(sd1_folder: P
 
 
 def test_the_comparison_detects_another_sampler(pipelines: Pipelines, sd1_folder: Path) -> None:
-    """Even one of the same order."""
+    """This includes a sampler of the same order."""
     request = make_request(steps=25, seed=14)
     image = render(load_family(sd1_folder, "DPMSolverMultistepScheduler"), [request])["row"].pixels
-    oracle, _ = ask(with_scheduler(pipelines["sd1"], "DEISMultistepScheduler"), request)
+    oracle, _ = call_diffusers(with_scheduler(pipelines["sd1"], "DEISMultistepScheduler"), request)
     with pytest.raises(AssertionError):
         assert_close(image, oracle)
 
 
-def test_the_verdict_of_the_checker_is_that_of_diffusers(sd1_folder: Path) -> None:
+def test_the_checkers_verdicts_equal_those_of_diffusers(sd1_folder: Path) -> None:
     model = load_family(sd1_folder, with_checker=True)
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=3)
     pipe = load_pipeline(sd1_folder, requires_safety_checker=True)
     rows = [make_request(str(k), "a red circle", steps=4, guidance=1.0, seed=k) for k in range(12)]
     rendered = render(model, rows, decode=3, checker=checker)
-    oracle = {row.id: ask(pipe, row)[1] for row in rows}
+    oracle = {row.id: call_diffusers(pipe, row)[1] for row in rows}
     assert {name: [image.verdict.nsfw] for name, image in rendered.items()} == oracle
     assert {True, False} == {image.verdict.nsfw for image in rendered.values()}
 
 
 @pytest.mark.parametrize(("scheduler", "reason"), REFUSED.items())
-def test_schedulers_that_cannot_be_packed_are_refused(sd1_folder: Path, scheduler: str, reason: str) -> None:
+def test_schedulers_that_do_not_support_step_level_batching_are_refused(
+    sd1_folder: Path, scheduler: str, reason: str
+) -> None:
     with pytest.raises(ModelError) as refusal:
         load_family(sd1_folder, scheduler)
     message = str(refusal.value)

@@ -158,7 +158,7 @@ def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> Non
     assert len(results) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
     assert chain.batch_sizes.for_size((16, 16))[0] == 4
-    assert "out of memory at 16x16 pixels: going on with 8 slots, not 16" in caplog.text
+    assert "out of memory at 16x16 pixels: continuing with 8 slots, not 16" in caplog.text
 
 
 def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCaptureFixture) -> None:
@@ -167,7 +167,7 @@ def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCapture
     assert sorted(results) == [str(k) for k in range(5)]
     assert all(isinstance(outcome, RenderedImage) for outcome in results.values())
     assert calls_of(chain)[-5:] == [(1, 1)] * 5
-    assert "out of memory at 16x16 pixels: going on with one row per call" in caplog.text
+    assert "out of memory at 16x16 pixels: continuing with one row per call" in caplog.text
 
 
 @pytest.mark.parametrize("needs_separate_calls", [False, True])
@@ -176,7 +176,7 @@ def test_an_image_that_does_not_fit_into_memory_fails(needs_separate_calls: bool
     for outcome in results.values():
         assert isinstance(outcome, UnrenderedRow)
         assert outcome.status == "failed"
-        assert "memory does not hold one image of" in outcome.error
+        assert "pixels does not fit into the device's memory" in outcome.error
         assert "\n" not in outcome.error
     assert len(results) == 2
 

@@ -67,7 +67,7 @@ def test_a_plan_agrees_with_the_run(table: Path, out: Path) -> None:
 
 
 def test_steps_that_the_scheduler_refuses_are_invalid_beforehand(tmp_path: Path, out: Path) -> None:
-    """Only the scheduler knows which steps."""
+    """Only the scheduler knows which step counts it accepts."""
     rows: list[list[Any]] = [
         ["prompt", "num_inference_steps", "num_images_per_prompt"],
         ["x", 4, 1],
@@ -135,12 +135,12 @@ def test_read_and_ignored_files_are_listed(tmp_path: Path, out: Path) -> None:
     assert sentence in run(folder, out).stderr
 
 
-def test_a_plan_that_is_within_the_budget_is_a_success(table: Path, out: Path) -> None:
+def test_a_plan_within_the_failure_budget_succeeds(table: Path, out: Path) -> None:
     done = command("plan", table, "--out", out, *QUICK, "--max-failed", "3", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_table_without_a_valid_row(tmp_path: Path, out: Path) -> None:
+def test_a_table_without_a_valid_row_has_no_cost(tmp_path: Path, out: Path) -> None:
     planned = plan(write_csv(tmp_path / "t.csv", [["prompt"], [""]]), out)
     assert (planned["rows"], planned["invalid"], planned["row_forwards"], planned["sizes"]) == (1, 1, 0, [])
     assert plan(write_csv(tmp_path / "u.csv", [["prompt"]]), out)["rows"] == 0
@@ -187,15 +187,15 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         loaded = sorted({"torch", "diffusers", "accelerate", "pandas"} & sys.modules.keys())
-        # Not getrusage's maximum: that begins with what the process had which started this one.
+        # Not the maximum of getrusage, which includes the memory of the parent process.
         peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         print(end.code, loaded, peak, file=sys.stderr)
 """
-"""The command as a script, since it starts a process; it prints the libraries that it loaded and its peak memory."""
+"""Run the command as a script, since it starts a process. Print the libraries that it loads and its peak memory."""
 
 
-def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
-    """Run a plan in its own process; return its output, the rendering libraries that it loaded, and its peak in KiB."""
+def plan_in_process(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
+    """Run a plan in a separate process. Return its output, the rendering libraries it loads, and its peak in KiB."""
     script = folder / "planning.py"
     script.write_text(PLANNING)
     line: list[str | Path] = [
@@ -215,14 +215,14 @@ def plan_apart(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
 
 
 @pytest.mark.promises
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
-    """A separate process answers what only torch knows."""
-    planned, loaded, _ = plan_apart(table, tmp_path)
+    """A separate process provides the facts that only torch knows."""
+    planned, loaded, _ = plan_in_process(table, tmp_path)
     assert (planned["pending"], loaded) == (8, "[]")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("few", "many", "mib"),
     [
@@ -235,14 +235,14 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
     for count in (few, many):
         rows = ([f"a red circle number {i}, " + "and more " * (i % 20), i % 7 + 1, "x"] for i in range(count))
         table = write_csv(tmp_path / f"{count}.csv", [["prompt", "num_inference_steps", "tag"], *rows])
-        planned, _, peak = plan_apart(table, tmp_path)
+        planned, _, peak = plan_in_process(table, tmp_path)
         assert (planned["rows"], planned["invalid"]) == (count, 0)
         peaks.append(peak)
     assert peaks[1] - peaks[0] < mib * 1024
 
 
 def test_a_device_with_too_little_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run does; torch's own error would need torch to be imported in the parent process."""
+    """The error is not torch's own, which the parent process could not receive without importing torch."""
 
     def too_small(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
@@ -269,7 +269,7 @@ def has_loaded_torch(process: int) -> bool:
     return "libtorch" in Path(f"/proc/{process}/maps").read_text()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.promises
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_killed_plan_leaves_no_process(table: Path, out: Path, number: signal.Signals) -> None:
@@ -288,7 +288,7 @@ def test_a_killed_plan_leaves_no_process(table: Path, out: Path, number: signal.
     ]
     pipe = subprocess.PIPE
     with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as plan:
-        assert wait_for(plan, lambda: len(children(plan)) > 1)  # multiprocessing's own, and the one that knows torch
+        assert wait_for(plan, lambda: len(children(plan)) > 1)  # that of multiprocessing, and the probe
         started = children(plan)
         assert wait_for(plan, lambda: any(has_loaded_torch(pid) for pid in started))
         os.killpg(plan.pid, number) if number == signal.SIGINT else plan.send_signal(number)

@@ -23,17 +23,17 @@ ROWS: list[list[Any]] = [["prompt", "num_inference_steps"], ["a red circle", 2],
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A cache that a first plan of ROWS has filled, and what that plan printed."""
+    """A cache that a first plan of ROWS has filled, and the output of that plan."""
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(Probe, "_call", lambda _, question, *arguments: question(*arguments))
+        patch.setattr(Probe, "_call", lambda _, function, *arguments: function(*arguments))
         return folder / "cache", plan(write_csv(folder / "t.csv", ROWS))
 
 
 @pytest.fixture
 def cache(tmp_path: Path, calibrated: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that cache, in use."""
+    """Use a copy of that cache."""
     shutil.copytree(calibrated[0], tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -45,15 +45,15 @@ def table(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The questions that reach the probe, answered in this process."""
+def probe_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the functions that the probe is to call. This process calls them instead."""
     names: list[str] = []
 
-    def ask(_: Probe, question: Callable[..., Any], *arguments: Any) -> Any:
-        names.append(question.__name__)
-        return question(*arguments)
+    def call(_: Probe, function: Callable[..., Any], *arguments: Any) -> Any:
+        names.append(function.__name__)
+        return function(*arguments)
 
-    monkeypatch.setattr(Probe, "_call", ask)
+    monkeypatch.setattr(Probe, "_call", call)
     return names
 
 
@@ -90,12 +90,12 @@ def test_a_calibrated_plan_starts_no_process_and_prints_the_same(
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_the_first_plan_probes_each_fact_once(
-    table: Path, tmp_path: Path, device: str, questions: list[str], monkeypatch: pytest.MonkeyPatch
+    table: Path, tmp_path: Path, device: str, probe_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     plan(table, "--device", device)
     detected = ["detect_device"] if device == "auto" else []
-    assert questions == [*detected, "count_evaluations", "count_evaluations", "import_renderer", "measure_rates"]
+    assert probe_calls == [*detected, "count_evaluations", "count_evaluations", "import_renderer", "measure_rates"]
 
 
 @pytest.mark.parametrize(
@@ -106,61 +106,61 @@ def test_the_first_plan_probes_each_fact_once(
     ],
 )
 def test_a_changed_scheduler_is_probed_again(
-    table: Path, cache: Path, questions: list[str], options: tuple[str, ...], expected: list[str]
+    table: Path, cache: Path, probe_calls: list[str], options: tuple[str, ...], expected: list[str]
 ) -> None:
     plan(table, *options)
-    assert questions == expected
-    questions.clear()
+    assert probe_calls == expected
+    probe_calls.clear()
     plan(table, *options)
-    assert questions == []
+    assert probe_calls == []
 
 
-def test_only_new_step_counts_are_probed(table: Path, cache: Path, questions: list[str]) -> None:
+def test_only_new_step_counts_are_probed(table: Path, cache: Path, probe_calls: list[str]) -> None:
     write_csv(table, [*ROWS, ["a blue square", 7], ["a blue square", 7]])
     plan(table)
-    assert questions == ["count_evaluations"]
-    questions.clear()
+    assert probe_calls == ["count_evaluations"]
+    probe_calls.clear()
     plan(write_csv(table, ROWS))
     plan(write_csv(table, [*ROWS, ["a blue square", 7]]))
-    assert questions == []
+    assert probe_calls == []
 
 
-def test_another_choice_of_gpus_is_probed_again(
-    table: Path, cache: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
+def test_other_visible_gpus_are_probed_again(
+    table: Path, cache: Path, probe_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     plan(table)
-    assert questions == ["detect_device"]
-    questions.clear()
+    assert probe_calls == ["detect_device"]
+    probe_calls.clear()
     plan(table)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     plan(table)
-    assert questions == []
+    assert probe_calls == []
 
 
-def test_a_refused_step_count_is_cached_with_its_reason(table: Path, cache: Path, questions: list[str]) -> None:
+def test_a_refused_step_count_is_cached_with_its_reason(table: Path, cache: Path, probe_calls: list[str]) -> None:
     options = ("--scheduler", "PNDMScheduler:skip_prk_steps=false")
     write_csv(table, [ROWS[0], ["x", 4], ["x", 3]])
     first = plan(table, *options)
-    assert questions == ["count_evaluations", "count_evaluations"]
-    questions.clear()
+    assert probe_calls == ["count_evaluations", "count_evaluations"]
+    probe_calls.clear()
     second = plan(table, *options)
-    assert questions == []
+    assert probe_calls == []
     assert [fault["error"] for fault in first["invalid_results"]]
     assert second["invalid_results"] == first["invalid_results"]
 
 
-def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, questions: list[str]) -> None:
+def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, probe_calls: list[str]) -> None:
     for file in cache.rglob("*.json"):
         if not file.name.startswith("rates"):
             file.write_text('{"measured": {"x": []}}')
     plan(table)
-    assert questions == ["detect_device", "count_evaluations", "count_evaluations"]
+    assert probe_calls == ["detect_device", "count_evaluations", "count_evaluations"]
 
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the files of the NVIDIA driver, with two GPUs."""
+    """Fake files of the NVIDIA driver with two GPUs."""
     folder = tmp_path / "nvidia"
     for number in (1, 2):
         (folder / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)

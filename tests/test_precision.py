@@ -1,4 +1,4 @@
-"""Half precision compared with single precision, on the trained model."""
+"""Half precision compared with single precision on the trained model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.rendering import CPU, make_request, render
 
 PROMPTS = ("a large red circle on a white ground", "a small blue star at the left", "a green square", "a purple heart")
 ROWS = [make_request(text, text, steps=8 + 4 * k, guidance=1 + 2 * k, seed=k) for k, text in enumerate(PROMPTS)]
-LEAST_DB = 40.0
+MIN_PSNR = 40.0
 
 
-def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
+def render_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
     model = load_latent_diffusion(read_card(ModelSettings(name=str(folder))), CPU, dtype, with_checker=False)
     return {name: rendered.pixels for name, rendered in render(model, ROWS).items()}
 
@@ -25,8 +25,8 @@ def images_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.promises
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_near_single(dtype: torch.dtype, demo_folder: Path) -> None:
-    """Measured as peak signal-to-noise ratio: 10 log10(255^2 / mean squared error)."""
-    single, half = images_in(torch.float32, demo_folder), images_in(dtype, demo_folder)
+    """The peak signal-to-noise ratio in dB is 10 log10(255^2 / mean squared error)."""
+    single, half = render_in(torch.float32, demo_folder), render_in(dtype, demo_folder)
     for name, image in single.items():
         error = np.mean(np.square(image.astype(float) - half[name].astype(float)))
-        assert 10 * np.log10(255**2 / max(error, 1e-9)) >= LEAST_DB
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) >= MIN_PSNR

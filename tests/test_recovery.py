@@ -1,4 +1,4 @@
-"""Recovery: after any death of a run, the next one leaves OUT as an undisturbed run would."""
+"""Recovery: however a run dies, the next one leaves OUT as an undisturbed run would."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from batch_infer.sinks.folder import FolderSink
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 NOW = 50_000.0
-"""The time on the clock of a machine."""
+"""Time of a machine's clock, in seconds."""
 ROOT = Path(__file__).parent.parent
 LONG = "0123456789" * 6
 """A value that is stored uncompressed in a part."""
 
 
 def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **more: Any) -> ResultRow:
-    """A row whose image is written but not published."""
+    """Write an image without publishing it, and return its row."""
     usual = {"id": name, "image_index": 0, "prompt": "x", "status": "ok", "source_file": "t.csv", "source_row": 0}
     if content is not None:
         stored = sink.write(f"images/t-0000{name > 'b':d}/{name}-0.png", content)
@@ -45,7 +45,7 @@ def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **mor
 
 
 def commit(out: Path, *rows: ResultRow, at: float = NOW, run: int = 0) -> Path:
-    """Commit rows when the machine's clock says `at`."""
+    """Commit rows at the time `at` of the machine's clock, and return the part."""
     FolderSink(out).publish([row.generated_image for row in rows if row.generated_image])
     manifest = Manifest(out, run)
     with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: at):
@@ -57,7 +57,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def commit_twice(out: Path) -> None:
-    """Commit two batches of rows like a worker; the second holds later attempts at the first."""
+    """Commit two batches of rows like a worker. The second contains second attempts of the same rows."""
     sink, manifest = FolderSink(out), Manifest(out)
     for attempt in (1, 2):
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
@@ -69,7 +69,7 @@ def commit_twice(out: Path) -> None:
 
 
 def new_out(out: Path) -> Path:
-    """An OUT with two images to replace."""
+    """Create an OUT with two images to replace."""
     (out / "images" / "t-00000").mkdir(parents=True)
     for attempt in (1, 2):
         (out / "images" / "t-00000" / f"old-{attempt}.png").touch()
@@ -94,7 +94,7 @@ def die_at(step: int) -> None:
 
 
 def die_everywhere(root: Path) -> None:
-    """Commit in one process for each step at which it can be killed, until one finishes; yield how each ended."""
+    """Commit in a new process for each step at which it can be killed, until one finishes. Print their exit codes."""
     for step in itertools.count(1):
         out = new_out(root / str(step))
         child = os.fork()
@@ -108,8 +108,8 @@ def die_everywhere(root: Path) -> None:
             break
 
 
-def mixed_up(out: Path) -> set[tuple[str, int]]:
-    """Keys of images that are not those of the committed attempt."""
+def find_wrong_images(out: Path) -> set[tuple[str, int]]:
+    """Return the keys of images that do not come from the committed attempt."""
     with Manifest(out).index() as index:
         matches = {name: index.find((name, 0)) for name in "abc"}
         return {
@@ -121,7 +121,7 @@ def mixed_up(out: Path) -> set[tuple[str, int]]:
 
 @pytest.mark.promises
 def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: Path) -> None:
-    """Real processes are killed: no `finally` cleans up."""
+    """The test kills real processes, so that no `finally` cleans up."""
     command = [sys.executable, "-m", "tests.test_recovery", str(tmp_path)]
     message = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     ends = dict(line.split() for line in message.stdout.splitlines())
@@ -133,8 +133,8 @@ def test_a_kill_at_any_step_of_a_commit_is_recovered_by_the_next_run(tmp_path: P
     with_leftovers = 0
     for out in (tmp_path / name for name in ends):
         with_leftovers += any(".tmp-" in path for path in files(out))
-        wrong = mixed_up(out)
-        assert recover(out) == wrong, "what is settled and not committed has replaced them"
+        wrong = find_wrong_images(out)
+        assert recover(out) == wrong, "images that were published but not committed have replaced them"
         assert not [path for path in files(out) if ".tmp-" in path or ".damaged" in path]
         commit_twice(out)
         assert files(out) == want, out.name
@@ -192,7 +192,9 @@ def test_an_unreadable_image_is_an_error(tmp_path: Path, number: int) -> None:
     with mock.patch.object(os, "open", side_effect=fault), pytest.raises(StorageError, match="cannot read .*a"):
         recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1)
     with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
-        assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), "the disk has lost it"
+        assert not recovery.is_intact(FolderSink(tmp_path), "images/a.png", "sum", 1), (
+            "EIO means that the image is damaged on disk"
+        )
 
 
 def test_the_image_of_the_last_attempt_is_checked(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
     part = commit(tmp_path, result(sink, "a", scheduler=LONG))
     content = part.read_bytes()
     bad = {"empty": b"", "cut": content[:-7], "late column": garbled(content)}[damage]
-    for name in (f"{part.name}.damaged", f"{part.name}.damaged-2"):  # it happens twice
+    for name in (f"{part.name}.damaged", f"{part.name}.damaged-2"):  # the part is damaged twice
         part.write_bytes(bad)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -231,13 +233,13 @@ def test_damaged_parts_are_set_aside_with_a_warning(
 
 
 def garbled(content: bytes) -> bytes:
-    """Another value of the same length, which Parquet does not notice."""
+    """Replace a value by another one of the same length, which Parquet does not detect."""
     at = content.index(LONG[:10].encode())
     return content[:at] + b"98765" + content[at + 5 :]
 
 
 def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None:
-    """An old part: when its other columns are read, or by the index."""
+    """Recovery does not read old parts in full. A later read of other columns, or the index, detects the damage."""
     sink = FolderSink(tmp_path)
     part = commit(tmp_path, result(sink, "a", scheduler=LONG), at=NOW - 40_000)
     content = part.read_bytes()

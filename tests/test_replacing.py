@@ -1,4 +1,4 @@
-"""Replaced images: a kill before the new ones are committed loses none of the old."""
+"""Replacing images: a kill before the new images are committed loses none of the old ones."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tests import runs
 from tests.tables import write_csv
 
 OTHER = ("--steps", "3", "--rerender-changed")
-MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
-every_moment = pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+METHODS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
+every_method = pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 
 
 class Killed(BaseException):
-    """Ends a process without any handler."""
+    """Simulates a kill, since no code handles it."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and the OUT of a finished run. Copy it."""
+    """A folder with a table and the OUT of a finished run, which tests must copy."""
     folder = tmp_path_factory.mktemp("finished")
     write_csv(folder / "t.csv", [["id", "prompt"], *([f"row-{k}", f"a large red disc {k}"] for k in range(3))])
     assert runs.run(folder / "t.csv", folder / "out").code == 0
@@ -51,14 +51,14 @@ def files(out: Path) -> dict[str, bytes]:
     return {path: (out / path).read_bytes() for path in runs.images(out)}
 
 
-def rendered(done: runs.Done) -> int:
+def rendered(done: runs.CommandResult) -> int:
     assert done.code == 0, done.stderr
     return int(json.loads(done.stdout)["rendered"])
 
 
-def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
-    """Return the method with an unhandled end before or after it."""
-    real = getattr(room, moment)
+def die(owner: Any, method: str, *, after: bool) -> Callable[..., Any]:
+    """Return a method that raises Killed before or after it calls the real one."""
+    real = getattr(owner, method)
 
     def dying(self: Any, *arguments: Any) -> None:
         if after:
@@ -68,23 +68,23 @@ def die(room: Any, moment: str, *, after: bool) -> Callable[..., Any]:
     return dying
 
 
-def killed_while_replacing(folder: Path, room: Any, moment: str, *, after: bool) -> dict[str, bytes]:
-    """Kill a run with other options at a moment of its only commit; return the images from before."""
+def killed_while_replacing(folder: Path, owner: Any, method: str, *, after: bool) -> dict[str, bytes]:
+    """Kill a run with other options during its only commit. Return the images from before the run."""
     before = files(folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(room, moment, die(room, moment, after=after))
+        patch.setattr(owner, method, die(owner, method, after=after))
         runs.run(folder / "t.csv", folder / "out", *OTHER)
     assert runs.run_json(folder / "out")["summary"] is None
     return before
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@every_moment
-def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str, after: bool) -> None:
-    """The old options render nothing, and every image is the old one unless the new ones were committed."""
+@every_method
+def test_a_run_killed_while_replacing_images_can_be_undone(folder: Path, owner: Any, method: str, after: bool) -> None:
+    """A run with the old options renders nothing, and every image is the old one unless the new ones were committed."""
     out = folder / "out"
-    before = killed_while_replacing(folder, room, moment, after=after)
-    committed = moment == "remove" or (moment == "commit" and after)
+    before = killed_while_replacing(folder, owner, method, after=after)
+    committed = method == "remove" or (method == "commit" and after)
     again = runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))
     assert rendered(again) == 0
     assert (files(out) == before) is not committed
@@ -144,7 +144,7 @@ def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None
 
 
 def test_an_uncommitted_original_is_removed(folder: Path) -> None:
-    """Also of an image that no row names; files of other folders are left alone."""
+    """This includes originals of images that no row names. Files in other folders are kept."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
@@ -168,7 +168,7 @@ def of_another_process(backup: Path) -> Path:
 
 
 def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
-    """Two workers died one after the other while replacing the same image."""
+    """Two workers died one after the other while they replaced the same image."""
     out = folder / "out"
     before = killed_while_replacing(folder, Manifest, "commit", after=False)
     for path in out.rglob(".original-*"):
@@ -183,7 +183,7 @@ def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> Non
 
 
 def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
-    """Workers of an endpoint share OUT, and each removes only files of dead ones."""
+    """Workers of an endpoint share OUT, and each removes only the files of dead workers."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
@@ -205,7 +205,7 @@ def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) 
 
 
 def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path) -> None:
-    """For example if a service refuses the key. run.json is then that of the earlier run, which ended cleanly."""
+    """For example, a service refuses the key. run.json is then that of the earlier run, which ended cleanly."""
     out = folder / "out"
     before = files(out)
 
@@ -221,7 +221,7 @@ def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path
 
 @pytest.mark.parametrize("line", [("run",), ("rescore", "--safety", "checker")])
 def test_images_are_restored_despite_a_damaged_part(folder: Path, line: tuple[str, ...]) -> None:
-    """Also if the damage is in columns that are not read before: its rows are rendered again."""
+    """The damage may be in columns that only this reads. The rows of the part are rendered again."""
     out = folder / "out"
     killed_while_replacing(folder, Manifest, "commit", after=False)
     (part,) = (out / "manifest").glob("part-*.parquet")
@@ -246,19 +246,19 @@ from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
 from batch_infer.sinks.folder import FolderSink
 
-{room}.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+{owner}.{method} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 
 
 @pytest.mark.promises
-@every_moment
-def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, room: Any, moment: str) -> None:
-    out, program = folder / "out", DYING.format(room=room.__name__, moment=moment)
+@every_method
+def test_a_process_killed_while_replacing_images_can_be_undone(folder: Path, owner: Any, method: str) -> None:
+    out, program = folder / "out", DYING.format(owner=owner.__name__, method=method)
     before = files(out)
     line = [sys.executable, "-c", program, "run", str(folder / "t.csv"), "-o", str(out), *runs.QUICK, *OTHER]
     assert subprocess.run(line, capture_output=True).returncode == -signal.SIGKILL
-    committed = moment == "remove"
+    committed = method == "remove"
     assert rendered(runs.run(folder / "t.csv", out, "--json", *(OTHER if committed else ()))) == 0
     assert (files(out) == before) is not committed
     runs.assert_whole(out)

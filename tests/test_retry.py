@@ -1,4 +1,4 @@
-"""`batch-infer retry`: renders only rows with the selected statuses again."""
+"""`batch-infer retry` renders only rows with the selected statuses again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from batch_infer.models.stable_diffusion import StableDiffusion
-from tests.runs import Done, assert_whole, command, hashes, images, results, run, run_json
+from tests.runs import CommandResult, assert_whole, command, hashes, images, results, run, run_json
 from tests.storage import fail_at
 from tests.tables import write_csv
 
@@ -24,7 +24,7 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "t.csv", ROWS)
 
 
-def retry(out: Path, *arguments: str | Path) -> Done:
+def retry(out: Path, *arguments: str | Path) -> CommandResult:
     return command("retry", out, *arguments)
 
 
@@ -33,19 +33,19 @@ def attempts(out: Path) -> dict[str, int]:
 
 
 def failing(prompt: str) -> Any:
-    """Rows with this prompt give NaN."""
+    """Return a patch that makes the images of rows with this prompt NaN."""
     decode, condition = StableDiffusion.decode, StableDiffusion.condition
     seen: list[str] = []
 
-    def note(self: StableDiffusion, requests: Any) -> Any:
+    def record(self: StableDiffusion, requests: Any) -> Any:
         seen.extend(request.prompt for request in requests)
         return condition(self, requests)
 
     def spoil(self: StableDiffusion, latents: torch.Tensor) -> torch.Tensor:
-        made = decode(self, latents)
-        return made * float("nan") if prompt in seen else made
+        images = decode(self, latents)
+        return images * float("nan") if prompt in seen else images
 
-    return mock.patch.multiple(StableDiffusion, condition=note, decode=spoil)
+    return mock.patch.multiple(StableDiffusion, condition=record, decode=spoil)
 
 
 @pytest.mark.promises
@@ -53,7 +53,7 @@ def test_failed_rows_are_retried_after_any_number_of_attempts(table: Path, out: 
     with failing("a red circle"):
         for _ in range(5):
             assert run(table, out, "--limit", "1").code == 3
-    assert attempts(out) == {"a": 3}, "run itself gives up after three times"
+    assert attempts(out) == {"a": 3}, "run gives up after three attempts"
     with failing("a red circle"):
         assert retry(out, "--status", "failed").code == 3
     assert attempts(out) == {"a": 4}
@@ -112,7 +112,7 @@ def test_an_invalid_row_is_rendered_once_its_table_is_corrected(table: Path, out
     write_csv(table, [["id", "prompt", "seed"], ["a", "", 1], ["b", "a blue square", 2]])
     assert run(table, out).code == 3
     assert retry(out, "--status", "invalid").code == 3
-    assert attempts(out) == {"a": 1, "b": 1}, "a row that is still invalid is no work"
+    assert attempts(out) == {"a": 1, "b": 1}, "rows that are still invalid get no attempt"
     write_csv(table, [["id", "prompt", "seed"], ["a", "a red circle", 1], ["b", "a blue square", 3]])
     done = retry(out, "--status", "invalid", "--json")
     report = json.loads(done.stdout)
@@ -163,7 +163,7 @@ def test_the_status_can_come_from_the_environment(table: Path, out: Path, monkey
 def test_retry_has_the_settings_of_the_run(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its settings and tables, from any folder, whatever the environment sets for other runs."""
+    """It uses them in any working folder, and ignores the variables that are meant for other runs."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     options = ("--scheduler", "DPMSolverMultistepScheduler:use_karras_sigmas=true", "--results", "csv", "--seed", "7")

@@ -120,7 +120,7 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
     return image_hashes
 
 
-# What a run leaves
+# Results of a run
 
 
 def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) -> None:
@@ -135,7 +135,7 @@ def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) ->
         tags=[["a"], [], None, ["b", "c"]],
         when=pa.array([1, 2, 3, None], pa.timestamp("ms")),
     )
-    done = run(table, out, "--safety", "none")  # one step: who knows what it looks like
+    done = run(table, out, "--safety", "none")  # an image after one step could be flagged
     assert done.code == 3
     written = pq.read_table(out / "results.parquet")
     assert written.schema.remove_metadata() == pa.schema(
@@ -203,7 +203,7 @@ def test_run_json_has_settings_versions_and_summary(table: Path, out: Path) -> N
 
 
 def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
-    """So any image can be rendered alone."""
+    """Any image can therefore be rendered alone."""
     header = ["id", "prompt", "seed", "num_images_per_prompt"]
     run(write_csv(tmp_path / "t.csv", [header, ["a", "a red circle", 5, 3]]), tmp_path / "three")
     run(write_csv(tmp_path / "t.csv", [header, ["b", "a red circle", 7, 1]]), tmp_path / "one")
@@ -212,7 +212,7 @@ def test_image_k_is_the_image_of_seed_plus_k(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("jpeg", ".jpg"), ("webp", ".webp")])
-def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: str) -> None:
+def test_images_can_be_jpeg_or_webp(table: Path, out: Path, image_format: str, suffix: str) -> None:
     assert run(table, out, "--image-format", image_format, "--limit", "1").code == 0
     (row,) = results(out)
     assert row["generated_image"].endswith(suffix)
@@ -224,7 +224,7 @@ def test_other_image_formats(table: Path, out: Path, image_format: str, suffix: 
     assert png["sha256"] != row["sha256"]
 
 
-def test_results_in_csv_and_jsonl_with_images_in_base64(table: Path, out: Path) -> None:
+def test_csv_and_jsonl_can_contain_images_in_base64(table: Path, out: Path) -> None:
     assert run(table, out, "--results", "csv", "--results", "jsonl", "--base64").code == 0
     with (out / "results.csv").open(newline="") as stream:
         from_csv = list(csv.DictReader(stream))
@@ -258,7 +258,7 @@ def test_an_unreadable_file_is_one_invalid_result(tmp_path: Path, table: Path, o
     assert "b.parquet cannot be read" in done.stderr
 
 
-# Exit codes and what is said
+# Exit codes and messages
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_an_unreadable_file_is_one_invalid_result(tmp_path: Path, table: Path, o
 def test_max_failed_decides_the_exit_code(tmp_path: Path, out: Path, budget: str, code: int) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["", "5"], ["a red circle", "x"], ["a", ""], ["b", ""]])
     assert run(table, out, "--max-failed", budget).code == code
-    assert run(table, out, "--max-failed", budget).code == code, "and so it is when there is nothing left to do"
+    assert run(table, out, "--max-failed", budget).code == code, "a run without pending rows has the same exit code"
 
 
 @pytest.mark.parametrize(
@@ -343,12 +343,12 @@ def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     assert "nothing to render" in run(table, out).stdout
 
 
-def test_json_for_scripts(table: Path, out: Path) -> None:
+def test_json_prints_the_summary_of_run_json(table: Path, out: Path) -> None:
     done = run(table, out, "--json")
     assert json.loads(done.stdout) == run_json(out)["summary"]
 
 
-def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
+def test_quiet_prints_nothing_only_on_success(table: Path, out: Path) -> None:
     done = run(table, out, "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     write_csv(table, [["prompt"], [""]])
@@ -358,7 +358,7 @@ def test_quiet_prints_nothing_on_success_only(table: Path, out: Path) -> None:
 
 
 def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: Path) -> None:
-    """Only the first twenty are logged; the results name all."""
+    """Only the first twenty are logged. The results contain all."""
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'ten' is not a whole number") == 20
@@ -391,8 +391,8 @@ def test_plan_and_run_log_remarks_on_the_tables(tmp_path: Path, out: Path) -> No
     assert len(results(out)) == json.loads(planned.stdout)["rows"] == 2
 
 
-def test_options_from_the_environment(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag takes precedence."""
+def test_the_environment_sets_options(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option takes precedence over its variable."""
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
     monkeypatch.setenv("BATCH_INFER_GUIDANCE_SCALE", "4")
     monkeypatch.setenv("BATCH_INFER_RESULTS", "csv jsonl")
@@ -418,7 +418,7 @@ def test_every_option_is_an_environment_variable() -> None:
         assert variables_of_option(option) == [f"BATCH_INFER_{name}" for name in names]
 
 
-def test_columns_from_the_environment_may_hold_blanks(
+def test_columns_from_the_environment_may_contain_spaces(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = write_csv(tmp_path / "t.csv", [["my caption", "n"], ["a red circle", "5"]])
@@ -427,7 +427,7 @@ def test_columns_from_the_environment_may_hold_blanks(
     assert [(row["prompt"], row["seed"]) for row in results(out)] == [("a red circle", 5)]
 
 
-# What is the user's own
+# Files of the user and of other programs
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "--overwrite"])
@@ -445,7 +445,7 @@ def test_results_of_another_program_are_not_overwritten(table: Path, out: Path) 
     assert (out / "results.parquet").read_bytes() == b"mine"
 
 
-def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_contain_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow reads a relative path with a colon as a URI."""
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "t-12:30.parquet", prompt=["a red circle"])
@@ -534,7 +534,7 @@ def test_changed_carried_columns_render_nothing(table: Path, out: Path) -> None:
     assert [row["note"] for row in results(out)] == ["1", "2", "3"]
 
 
-def test_rows_removed_from_the_table_stay_in_the_manifest_only(table: Path, out: Path) -> None:
+def test_rows_removed_from_the_table_stay_only_in_the_manifest(table: Path, out: Path) -> None:
     run(table, out)
     before, rows = hashes(out), table.read_text()
     write_csv(table, [["prompt"], ["a red circle"]])
@@ -542,7 +542,7 @@ def test_rows_removed_from_the_table_stay_in_the_manifest_only(table: Path, out:
     assert list(hashes(out)) == [("prompts-00000000", 0)]
     assert len(images(out)) == 3
     table.write_text(rows)
-    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "they come back for nothing"
+    assert json.loads(run(table, out, "--json").stdout)["rendered"] == 0, "rows that return are not rendered again"
     assert hashes(out) == before
 
 
@@ -588,7 +588,7 @@ def test_a_table_that_changes_during_a_run_loses_no_result(tmp_path: Path, out: 
 
 
 def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
-    """To continue, the tables are named again."""
+    """To continue, the user names the tables again."""
     with serve_folder(write_csv(tmp_path / "served" / "t.csv", [["prompt"], ["a red circle"]]).parent) as address:
         url = f"simplecache::{address.replace('://', '://SECRET@')}/t.csv?signature=SECRET"
         done = run(url, out)
@@ -603,7 +603,7 @@ def test_a_secret_in_a_url_is_not_stored(tmp_path: Path, out: Path) -> None:
 
 
 def test_slots_and_threads_are_kept(table: Path, out: Path) -> None:
-    """Bytes depend on them, so a continued run keeps them."""
+    """Image bytes depend on them, so a continued run keeps them."""
     run(table, out, "--slots", "6", "--limit", "1")
     score(settings_of(table, out), ProgressGroup())
     assert (run_json(out)["compute"]["slots"], run_json(out)["compute"]["threads"]) == (6, 1)
@@ -635,7 +635,7 @@ def test_another_run_on_the_same_out_is_refused(
 
 
 def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of an earlier version, which kept no capitals, keep their names."""
+    """Images of an earlier version, which did not use capitals, keep their names."""
     ids = ["SKU-1", "sku-1", "B", "c"]
     table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     with monkeypatch.context() as patch:
@@ -676,7 +676,7 @@ def test_two_urls_with_one_name_are_two_tables(tmp_path: Path, out: Path) -> Non
     assert_whole(out)
 
 
-def test_image_paths_never_differ_by_case_alone(tmp_path: Path, out: Path) -> None:
+def test_image_paths_never_differ_only_by_case(tmp_path: Path, out: Path) -> None:
     tables = tmp_path / "tables"
     write_csv(tables / "x/a.csv", [["prompt"], ["a red circle"]])
     write_csv(tables / "y/b.csv", [["id", "prompt"], ["sku", "a red circle"]])
@@ -734,7 +734,7 @@ def test_overwrite_of_nothing_is_a_first_run(left: str | None, table: Path, out:
     assert_whole(out)
 
 
-def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
+def test_overwrite_removes_nothing_if_the_model_does_not_load(
     table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(table, out, "--image-format", "jpeg")
@@ -752,7 +752,7 @@ def test_overwrite_removes_nothing_for_a_model_that_does_not_load(
     assert json.loads(run(table, out, "--image-format", "jpeg", "--json").stdout)["rendered"] == 0
 
 
-def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is_loaded(table: Path, out: Path) -> None:
+def test_overwrite_removes_nothing_if_the_run_stops_before_the_model_is_loaded(table: Path, out: Path) -> None:
     run(table, out)
     before = hashes(out)
     with pytest.raises(StoppedError, match="stopped before --overwrite removed old files from"):
@@ -761,10 +761,10 @@ def test_overwrite_removes_nothing_for_a_run_that_is_stopped_before_the_model_is
     assert_whole(out)
 
 
-def test_overwrite_that_is_killed_once_out_is_cleared_is_continued(
+def test_an_overwrite_killed_after_clearing_out_is_continued(
     table: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if images/ is a link to a disk with other files."""
+    """The test includes images/ as a link to a disk with other files."""
     run(table, out)
     (out / "images").rename(tmp_path / "disk")
     (out / "images").symlink_to(tmp_path / "disk")
@@ -800,7 +800,7 @@ def test_out_may_be_inside_the_folder_of_tables(table: Path) -> None:
         assert (done.code, json.loads(done.stdout)["rows"]) == (0, 3)
 
 
-# Law 1: an image depends on its row, the model and the run's settings alone
+# Invariant 1: an image depends only on its row, the model and the settings of the run
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -841,7 +841,7 @@ def test_on_flagged_decides_how_a_flagged_image_is_stored(
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert run(table, plain, "--model", flagging, "--safety", "none").code == 0
     done = run(table, out, "--model", flagging, "--on-flagged", policy)
-    assert done.code == 0, "a flagged row is a row accounted for"
+    assert done.code == 0, "flagged rows do not count as failures"
     assert "3 rows · 0 ok · 3 flagged" in done.stdout
     for row, unjudged in zip(results(out), results(plain), strict=True):
         assert (row["status"], row["nsfw_content_detected"]) == ("flagged", True)
@@ -862,7 +862,7 @@ def test_on_flagged_decides_how_a_flagged_image_is_stored(
     assert json.loads(run(table, out, "--model", flagging, "--on-flagged", policy, "--json").stdout)["rendered"] == 0
 
 
-def test_a_checker_that_flags_nothing(table: Path, out: Path, passing: Path) -> None:
+def test_images_that_the_checker_accepts_are_ok(table: Path, out: Path, passing: Path) -> None:
     assert run(table, out, "--model", passing, "--require-safety", "--safety", "checker").code == 0
     for row in results(out):
         assert (row["status"], row["nsfw_content_detected"], row["error"]) == ("ok", False, None)
@@ -893,7 +893,7 @@ def test_a_model_without_a_checker_can_be_refused(table: Path, out: Path, sd2_fo
     assert "has no safety checker" in done.stderr
 
 
-# Rows and machines that fail
+# Failing rows and full disks
 
 
 def test_a_row_that_fails_is_tried_three_times(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -968,7 +968,7 @@ def test_a_run_stopped_before_rendering_reports_its_scan(tmp_path: Path, out: Pa
     assert [row["status"] for row in results(out)] == ["invalid"]
 
 
-# Signals, in processes of their own
+# Signals to separate processes
 
 
 @pytest.fixture
@@ -993,7 +993,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple
 def test_a_signal_stops_a_run_cleanly(
     long_table: Path, out: Path, undisturbed: dict[tuple[str, int], str | None], number: signal.Signals
 ) -> None:
-    """A second run exits with 75; the first keeps what is finished, reports it, and can be continued."""
+    """A second run exits with 75. The first keeps and reports finished rows, and can be continued."""
     with start(long_table, out, *STEPS, program=MODULE, PACE_HOLD="5") as process:
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
@@ -1026,7 +1026,7 @@ sys.meta_path.insert(0, Early())
 from batch_infer.__main__ import main
 main()
 """
-"""The command, with a signal that arrives while its libraries load."""
+"""Run the command, and send it a signal while its libraries load."""
 
 
 @pytest.mark.promises
@@ -1039,7 +1039,7 @@ def test_a_signal_during_startup_stops_a_run_cleanly(table: Path, out: Path) -> 
 
 
 def kill_and_continue(table: Path, out: Path, random_: random.Random, times: int) -> int:
-    """Kill a run several times after a few images, then let it finish. Return how often it was in progress."""
+    """Kill a run several times after a few images, then let it finish. Return how many kills hit a running process."""
     killed = 0
     for _ in range(times):
         enough = len(images(out)) + random_.randint(0, 6)
@@ -1113,7 +1113,7 @@ def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: i
 
 
 def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out: Path) -> None:
-    """Also with -q, which prints only problems."""
+    """Even -q, which prints only problems, names them."""
     long = "a very long prompt " * 40
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
     first, second = run(table, out), run(table, out, "-q")
@@ -1122,4 +1122,4 @@ def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out:
     assert "1 invalid · 1 prompt truncated" in second.stdout
     assert run_json(out)["summary"]["bad_results"] == [f"{table}, line 3 (t-00000001): the prompt is empty"]
     assert "no --model given" in first.stderr
-    assert "no --model given" not in run(table, out).stderr, "said of a new OUT alone"
+    assert "no --model given" not in run(table, out).stderr, "logged only for a new OUT"

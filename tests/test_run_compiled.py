@@ -36,7 +36,7 @@ class Silent:
 
 
 class Uncompilable(InlineEngine):
-    """The inline engine where torch.compile fails; `before`: rows committed before it does."""
+    """The inline engine, but torch.compile fails after `before` rows are committed."""
 
     def __init__(self, before: int) -> None:
         super().__init__("cpu")
@@ -72,7 +72,7 @@ def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "make_engine", lambda *_: engine)
 
 
-def test_a_failed_compilation_is_switched_off_in_all_workers(
+def test_a_run_continues_without_compilation_in_all_workers(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use(engine := Uncompilable(before=0), monkeypatch)
@@ -159,7 +159,7 @@ def test_the_summary_has_the_model_flops_utilisation(settings: RunSettings, monk
 def test_the_default_dtype_on_a_gpu_depends_on_the_family(
     family: str, earlier_dtype: str | None, dtype: str, tmp_path: Path
 ) -> None:
-    """Diffusion transformers overflow in float16; a run that an earlier version started in it continues in it."""
+    """Diffusion transformers overflow in float16, but a run that an earlier version started in float16 continues so."""
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if earlier_dtype is None else {"compute": {"dtype": earlier_dtype}}
     settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))

@@ -1,4 +1,4 @@
-"""What a run leaves when it ends early."""
+"""Runs that end early, or whose manifest lists too few parts, lose no committed result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""run.json after an edit, damage, or a run of another version."""
+"""Read a run.json that was edited, damaged, or written by another version."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ RECORD: dict[str, Any] = json.loads(
     )
 )
 ANYTHING: set[Keys] = {("settings", "model", "scheduler", "options", 0, 1)}
-"""The value of a scheduler's option."""
+"""Keys whose values may have any type: the value of a scheduler's option."""
 
 
 def keys_of(value: Any, above: Keys = ()) -> Iterator[Keys]:
@@ -104,7 +104,7 @@ def value_at(keys: Keys) -> Any:
 
 
 def test_a_value_of_another_type_is_refused_and_its_key_is_named() -> None:
-    """Each key, down to the last one."""
+    """The test covers every key at every level."""
     for keys in set(keys_of(RECORD)) - ANYTHING:
         wrong: Any = 7.5 if isinstance(value_at(keys), (dict, list)) else {"x": [{}]}
         with pytest.raises(ValueError, match=f"^{keys[0]}[.:[]"):
@@ -182,7 +182,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wrong_records(record: dict[str, Any]) -> Iterator[tuple[Keys, Any, dict[str, Any]]]:
-    """Yield each key of a run.json with each wrong value that its type does not refuse."""
+    """Yield each key of run.json with each value in WRONG that its type accepts, and the edited run.json."""
     for keys in keys_of(record):
         for value in WRONG:
             edited = changed(keys, value, record)
@@ -192,7 +192,7 @@ def wrong_records(record: dict[str, Any]) -> Iterator[tuple[Keys, Any, dict[str,
 
 
 def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (), every: int = 1) -> None:
-    """Run commands on OUT with each of these run.json: `command` raises what would be a traceback."""
+    """Run commands on OUT with each of these run.json files. `command` raises unexpected exceptions."""
     out = folder / "out"
     lines: dict[str, tuple[str | Path, ...]] = {
         "status": ("status", out),
@@ -210,7 +210,7 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
 
 
 def test_a_sample_of_wrong_values_gives_no_traceback(finished: Path, tmp_path: Path) -> None:
-    """One of every 60; the test below checks all."""
+    """Check one of every 60. The test below checks all."""
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
 
@@ -222,7 +222,7 @@ def test_no_wrong_value_gives_a_traceback(finished: Path, tmp_path: Path, name: 
     assert_no_traceback(tmp_path / "copy", name, left_out=READ_BY_PEOPLE)
 
 
-def test_a_limit_beyond_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
+def test_a_limit_may_exceed_the_number_of_rows(finished: Path, tmp_path: Path) -> None:
     done = command("run", finished / "t.csv", "-o", tmp_path / "out", *QUICK, "--steps", "1", "--limit", str(10**30))
     assert done.code == 0, done.stderr
 

@@ -71,7 +71,7 @@ def table(folder: Path, prompts: Sequence[str]) -> Path:
 
 
 def is_red(image: Image.Image) -> dict[str, int]:
-    """Flags an image if a twentieth of it is red."""
+    """Return whether at least a twentieth of an image is red."""
     red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
     return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
 
@@ -125,7 +125,7 @@ def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytes
 
 
 def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by default, once the endpoint is in the environment. The built-in model's checker flags crosses."""
+    """They are also the default if the environment sets the endpoint. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
     with serving(classify=is_red) as service:
         use(monkeypatch, service)
@@ -282,11 +282,11 @@ def test_without_a_key_and_an_identity_nothing_starts(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-# Judging again
+# Rescoring
 
 
 class Killed(BaseException):
-    """Ends a process without any handler."""
+    """Simulates a kill, since no code handles it."""
 
 
 def without_bookkeeping(out: Path) -> list[dict[str, Any]]:
@@ -336,7 +336,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
 def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By rescore, and by the same `run` command after it."""
+    """`rescore` keeps it, and so does the same `run` command afterwards."""
     monkeypatch.delenv("CONTENT_SAFETY_KEY")
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--on-flagged", "keep").code == 0
@@ -380,7 +380,7 @@ def test_a_warning_names_what_will_be_lost_first(
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")
     assert (f"images that are flagged now will be {loss} (--on-flagged {policy})" in done.stderr) == bool(loss)
-    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "nothing is left to judge"
+    assert "original" not in runs.command("rescore", out, "--safety", "checker").stderr, "no image is left to check"
 
 
 def test_a_prompt_refused_by_rescore_flags_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,34 +450,34 @@ def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MOMENTS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
+METHODS = [(FolderSink, "back_up"), (FolderSink, "publish"), (Manifest, "commit"), (FolderSink, "remove")]
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 @pytest.mark.parametrize("policy", ["blank", "blur", "quarantine", "drop", "keep"])
 def test_a_killed_rescore_is_continued(
-    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, room: Any, moment: str, after: bool
+    unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, owner: Any, method: str, after: bool
 ) -> None:
-    """At any moment of its second batch. Until it has finished other commands refuse OUT, and no image is lost."""
+    """Kill it at any moment of its second batch. Until it finishes, other commands refuse OUT, and no image is lost."""
     folder = tmp_path / "folder"
     shutil.copytree(unchecked, folder)
     out, path = folder / "out", folder / "t.csv"
     checks = ("--safety", "checker", "--on-flagged", policy)
     monkeypatch.setattr("batch_infer.jobs.rescore.BATCH", 3)
-    real, calls = getattr(room, moment), Counter[str]()
+    real, calls = getattr(owner, method), Counter[str]()
 
     def dying(self: Any, *arguments: Any) -> Any:
-        calls[moment] += 1
-        if calls[moment] != 2:
+        calls[method] += 1
+        if calls[method] != 2:
             return real(self, *arguments)
         if after:
             real(self, *arguments)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, moment, dying)
+        patch.setattr(owner, method, dying)
         try:
             runs.command("rescore", out, *checks)
         except Killed:
@@ -543,8 +543,8 @@ from batch_infer.__main__ import main
 from batch_infer.manifest import Manifest
 from batch_infer.sinks.folder import FolderSink
 
-rescore.BATCH, room, calls = 3, {room}, []
-real = room.{moment}
+rescore.BATCH, owner, calls = 3, {owner}, []
+real = owner.{method}
 
 def dying(*arguments):
     calls.append(1)
@@ -552,21 +552,21 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
-room.{moment} = dying
+owner.{method} = dying
 main()
 """
 
 
 @pytest.mark.promises
-@pytest.mark.parametrize(("room", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
+@pytest.mark.parametrize(("owner", "method"), METHODS, ids=[method for _, method in METHODS])
 def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
-    unchecked: Path, tmp_path: Path, room: Any, moment: str
+    unchecked: Path, tmp_path: Path, owner: Any, method: str
 ) -> None:
     shutil.copytree(unchecked, tmp_path / "folder")
     shutil.copytree(unchecked, tmp_path / "once")
     out, once = tmp_path / "folder" / "out", tmp_path / "once" / "out"
     checks = ("--safety", "checker", "--on-flagged", "blur")
-    program = DYING.format(room=room.__name__, moment=moment)
+    program = DYING.format(owner=owner.__name__, method=method)
     killed = subprocess.run([sys.executable, "-c", program, "rescore", str(out), *checks], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = runs.command("rescore", out, *checks, "--json")
@@ -582,7 +582,7 @@ def test_a_rescore_whose_process_is_killed_during_a_commit_is_continued(
 def test_a_killed_rescore_can_be_undone(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """New files are published but not committed; then the first checkers are used again."""
+    """New files are published but not committed. Then the first checkers check the images again."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out = tmp_path / "folder" / "out"
     first = ("--safety", "checker", "--on-flagged", "keep")
@@ -604,7 +604,7 @@ def test_a_killed_rescore_can_be_undone(
 def test_a_rescore_after_a_killed_run_is_counted(
     unchecked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second command is killed: `status` says what is left, and the third does not treat new images as damaged."""
+    """The second command is killed. `status` counts remaining results, and the third treats no new image as damaged."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -617,8 +617,8 @@ def test_a_rescore_after_a_killed_run_is_counted(
         total = sum(counts.values()) + status["left"]
         return {"state": status["state"], "left": status["left"], **counts, "total": total}
 
-    def dying(moment: int) -> Callable[..., str]:
-        calls = [moment]
+    def dying(last_call: int) -> Callable[..., str]:
+        calls = [last_call]
 
         def commit(self: Manifest, *arguments: Any) -> str:
             calls[0] -= 1
@@ -653,7 +653,7 @@ def test_a_rescore_after_a_killed_run_is_counted(
 
 @pytest.mark.parametrize("policy", ["blank", "blur"])
 def test_an_image_keeps_its_format_with_its_name(unchecked: Path, tmp_path: Path, policy: str) -> None:
-    """Also if the last run, which rendered one more row, had another --image-format."""
+    """The last run, which rendered one more row, may have had another --image-format."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, path = tmp_path / "folder" / "out", tmp_path / "folder" / "t.csv"
     with path.open("a", newline="") as stream:
@@ -693,7 +693,7 @@ def test_images_with_more_text_than_pillow_allows_are_checked(tmp_path: Path) ->
 
 @pytest.mark.parametrize("column", ["id", "prompt"])
 def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path, column: str) -> None:
-    """In a column that is indexed, or in one read only with the rows: the part is set aside, and `run` renders."""
+    """The damage is in an indexed column or in another one. The part is set aside, and `run` renders its rows."""
     shutil.copytree(unchecked, tmp_path / "folder")
     out, checks = tmp_path / "folder" / "out", ("--safety", "checker", "--on-flagged", "keep")
     parts = sorted((out / "manifest").iterdir())
@@ -713,7 +713,7 @@ def test_a_damaged_part_does_not_block_a_rescore(unchecked: Path, tmp_path: Path
 
 
 def damage(part: Path, column: str) -> None:
-    """Garble a column's pages."""
+    """Overwrite the pages of a column."""
     file = pq.ParquetFile(part)
     chunk = file.metadata.row_group(0).column(file.schema_arrow.get_field_index(column))
     content = bytearray(part.read_bytes())
@@ -738,7 +738,7 @@ def with_files(part: Path, out: Path) -> None:
 
 
 def test_a_second_rescore_sees_the_results_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images that were blanked while this one loaded its checker are not treated as originals."""
+    """Images that the first one blanked while the second loaded its checker are not treated as originals."""
     out, path = tmp_path / "out", table(tmp_path, CROSSES)
     assert runs.run(path, out, *SHARP, "--safety", "checker", "--on-flagged", "keep").code == 0
     real: Callable[[Any], Any] = vars(rescore)["find_model"]

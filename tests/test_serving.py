@@ -33,7 +33,7 @@ from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
 from tests.fakes import PaintingPipeline, paint
-from tests.rendering import furthest, make_request
+from tests.rendering import make_request, max_difference
 
 Render = Callable[[Iterator[PromptRequest]], Iterator[RenderedImage | UnrenderedRow]]
 
@@ -366,7 +366,7 @@ def test_an_image_equals_that_of_a_run(demo_service: Service, tmp_path: Path) ->
     files = [tmp_path / "out" / row["generated_image"] for row in runs.results(tmp_path / "out")]
     for file, result in zip(files, score_rows(rows, demo_service), strict=True):
         with Image.open(file) as image:
-            assert furthest(np.asarray(image), open_image(result)) <= 1
+            assert max_difference(np.asarray(image), open_image(result)) <= 1
 
 
 def test_a_seed_is_derived_from_the_id_or_the_row_number(dummy_service: Service) -> None:

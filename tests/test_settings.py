@@ -1,4 +1,4 @@
-"""Settings: parsed options, and the messages for invalid ones."""
+"""Test how options are parsed into settings, and the messages for invalid options."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from batch_infer.settings import FIELDS, FailureBudget, LoraSpec, RunSettings, S
         ("euler karras:use_karras_sigmas=false", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     ],
 )
-def test_parse_scheduler(text: str, name: str, options: dict[str, Any]) -> None:
+def test_a_scheduler_is_parsed(text: str, name: str, options: dict[str, Any]) -> None:
     spec = SchedulerSpec.parse(text)
     assert (spec.name, dict(spec.options)) == (name, options)
     assert SchedulerSpec.parse(str(spec)) == spec, "its text can be parsed again"
@@ -51,7 +51,7 @@ def test_the_order_of_scheduler_options_does_not_matter() -> None:
     assert SchedulerSpec.parse("A:x=1,y=2") == SchedulerSpec.parse("A:y=2,x=1")
 
 
-def test_a_short_name_with_a_typing_error_has_a_suggestion() -> None:
+def test_a_misspelt_short_name_gets_a_suggestion() -> None:
     with pytest.raises(SettingsError, match="did you mean dpm\\+\\+ 2m karras"):
         SchedulerSpec.parse("dpm++ 2m karas")
 
@@ -71,7 +71,7 @@ def test_an_invalid_scheduler_is_named(text: str) -> None:
         ("a b.safetensors/c.safetensors:0", "a b.safetensors/c.safetensors", 0.0),
     ],
 )
-def test_parse_lora(text: str, file: str, weight: float) -> None:
+def test_a_lora_is_parsed(text: str, file: str, weight: float) -> None:
     assert LoraSpec.parse(text) == LoraSpec(file, weight)
 
 
@@ -94,13 +94,13 @@ def test_an_invalid_lora_is_named(text: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rows", "most"),
+    ("text", "rows", "limit"),
     [("0", 100, 0), ("5", 100, 5), ("1%", 100, 1), ("1%", 99, 0), ("2.5 %", 1000, 25), ("100%", 7, 7), ("0%", 7, 0)],
 )
-def test_how_many_rows_may_fail(text: str, rows: int, most: int) -> None:
+def test_max_failed_limits_the_number_of_failed_rows(text: str, rows: int, limit: int) -> None:
     budget = FailureBudget.parse(text)
-    assert budget.allows(most, rows)
-    assert not budget.allows(most + 1, rows)
+    assert budget.allows(limit, rows)
+    assert not budget.allows(limit + 1, rows)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "2.5", "ten", "%", "101%", "-1%", "nan%", "inf%"])
@@ -116,14 +116,14 @@ def parse(*arguments: str) -> RunSettings:
         return make_run_settings(context.params)
 
 
-def test_defaults() -> None:
+def test_defaults_apply_without_options() -> None:
     assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
     assert parse().output.results == ()
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
 
 def test_every_option_is_a_setting() -> None:
-    found = asdict(
+    settings = asdict(
         parse(
             *("--out", "o", "--column", "prompt=caption", "--column", "height=", "--limit", "3", "--model", "m"),
             *("--id-from", "content"),
@@ -148,7 +148,7 @@ def test_every_option_is_a_setting() -> None:
             *("--price-per-hour", "2.5", "--rerender-changed"),
         )
     )
-    assert found == {
+    assert settings == {
         "table": {
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
             "id_from": "content",
@@ -211,7 +211,7 @@ def test_settings_round_trip_through_json(arguments: tuple[str, ...]) -> None:
         (["--max-failed", "some"], "--max-failed some"),
     ],
 )
-def test_invalid_options(arguments: list[str], sentence: str) -> None:
+def test_an_invalid_option_is_named(arguments: list[str], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         parse(*arguments)
 
@@ -220,6 +220,6 @@ def test_invalid_options(arguments: list[str], sentence: str) -> None:
     "arguments",
     [["--slots", "1"], ["--threads", "0"], ["--limit", "0"], ["--steps", "ten"], ["--results", "xml"], ["--no"]],
 )
-def test_options_that_click_refuses(arguments: list[str]) -> None:
+def test_click_refuses_other_invalid_values(arguments: list[str]) -> None:
     with pytest.raises(click.UsageError):
         parse(*arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints in one file: converted once, with the images of their folder; other files are refused by kind."""
+"""Single-file checkpoints are converted once and render the images of their folder. Other files are refused by kind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def card_of(file: Path) -> Any:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches of Hugging Face and of batch-infer."""
+    """Set up empty caches of Hugging Face and of batch-infer, and return that of Hugging Face."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     return tmp_path / "hf" / "hub"
@@ -66,17 +66,17 @@ def file(sd1_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_the_folder_has_the_original_configs_and_the_files_weights(file: Path, filled: Path) -> None:
-    """The fingerprint must not depend on a library version or a path."""
+    """The fingerprint must not depend on the version of a library or on a path."""
     (filled / "unet" / "mine.py").write_text("raise SystemExit")
     (filled / "unet" / "diffusion_pytorch_model.bin").write_text("pickled")
     amend(filled / "unet" / "config.json", _diffusers_version="0.20.0")
     converted = card_of(file).path
     files = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
-    settings = {path.relative_to(filled).as_posix() for path in filled.rglob("*.json")}
-    left_out = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}
+    configs = {path.relative_to(filled).as_posix() for path in filled.rglob("*.json")}
+    excluded = {"safety_checker/config.json", "feature_extractor/preprocessor_config.json"}
     weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
-    assert files == settings - left_out | weights | {"text_encoder/model.safetensors"}
-    for name in settings - left_out - {"model_index.json"}:
+    assert files == configs - excluded | weights | {"text_encoder/model.safetensors"}
+    for name in configs - excluded - {"model_index.json"}:
         assert (converted / name).read_bytes() == (filled / name).read_bytes()
 
 
@@ -141,7 +141,7 @@ def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeyp
             card_of(file)
     converted = user_cache_path("batch-infer") / "converted-1"
     assert not [path for path in converted.iterdir() if path.is_dir()]
-    half = converted / f".tmp-{card_of(file).path.name}"  # as left by a power cut
+    half = converted / f".tmp-{card_of(file).path.name}"  # a power cut leaves such a folder
     shutil.copytree(card_of(file).path, half)
     shutil.rmtree(card_of(file).path)
     (half / "stray").mkdir()
@@ -149,7 +149,7 @@ def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeyp
     assert not half.exists()
 
 
-def test_missing_configs_are_named(file: Path, cache: Path) -> None:
+def test_missing_configs_are_reported(file: Path, cache: Path) -> None:
     with pytest.raises(
         ModelError, match=f"configs and vocabularies of {BASE}.*folder as --model needs no network"
     ) as refusal:
@@ -202,7 +202,7 @@ def test_a_missing_tensor_is_named(file: Path, filled: Path, name: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
+def test_the_kind_is_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, tensors: Any, kind: str) -> None:
     path = tmp_path / "some.safetensors"
     save_file(tensors, path)
     assert infer_kind(read_shapes(path, str(path))) == kind
@@ -219,12 +219,12 @@ def test_kinds_are_inferred_from_names_and_shapes(tmp_path: Path, cache: Path, t
 
 
 def rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    def act(file: Path) -> None:
+    def rewrite_file(file: Path) -> None:
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
 
-    return act
+    return rewrite_file
 
 
 def keep(start: str) -> Callable[[Path], object]:
@@ -236,10 +236,10 @@ def write(*names: str) -> Callable[[Path], object]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a LoRA of kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: name it in --lora"),
-    "a LoRA of diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: name it in --lora"),
+    "a LoRA from kohya": (write("lora_unet_mid_block_proj_in.lora_down.weight"), "is a LoRA: name it in --lora"),
+    "a LoRA from diffusers": (write("unet.mid_block.proj_in.lora_A.weight"), "is a LoRA: name it in --lora"),
     "a ControlNet": (write("control_model.time_embed.0.weight"), "is a ControlNet"),
-    "a ControlNet of diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
+    "a ControlNet from diffusers": (write("controlnet_cond_embedding.conv_in.weight"), "is a ControlNet"),
     "an embedding": (write("emb_params"), "UNet and VAE and text encoder: use a complete checkpoint"),
     "a UNet": (keep("model.diffusion_model."), "no tensors of a checkpoint's VAE and text encoder"),
     "no text encoder": (rewrite(lambda t: [t.pop(n) for n in list(t) if "cond_" in n]), "checkpoint.s text encoder"),
@@ -251,8 +251,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
-    spoil, reason = REFUSED[case]
-    spoil(file)
+    damage, reason = REFUSED[case]
+    damage(file)
     with pytest.raises(ModelError, match=reason) as refusal:
         card_of(file)
     assert str(file) in str(refusal.value)
@@ -264,7 +264,7 @@ def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
     [
         ("a.ckpt", "is pickled, and reading a pickle can run code"),
         ("a.bin", "is pickled"),
-        ("a.gguf", "is a file; use a .safetensors"),
+        ("a.gguf", "is not a .safetensors file; use one"),
     ],
 )
 def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) -> None:
@@ -273,7 +273,7 @@ def test_other_file_formats_are_refused(tmp_path: Path, name: str, reason: str) 
         card_of(tmp_path / name)
 
 
-def test_a_checkpoint_marked_as_velocity_prediction(file: Path, filled: Path) -> None:
+def test_a_marked_checkpoint_uses_velocity_prediction(file: Path, filled: Path) -> None:
     rewrite(lambda tensors: tensors.update(zeros("v_pred", "ztsnr")))(file)
     scheduler = json.loads((card_of(file).path / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)

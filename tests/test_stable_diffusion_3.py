@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 with step-level batching, compared with diffusers' own call, and its checkpoints."""
+"""Stable Diffusion 3 with step-level batching: images compared with diffusers' calls, and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from batch_infer.models import AnyPipeline, load_latent_diffusion, load_solver, 
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend
-from tests.pipelines import ask, save_sd3
-from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.pipelines import call_diffusers, save_sd3
+from tests.rendering import CPU, copy_folder, load_family, make_request, max_difference, render
 from tests.runs import assert_whole, results, run, run_json
 from tests.tables import write_csv
 
@@ -47,7 +47,7 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(sd3_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
-    return copied(sd3_folder, tmp_path)
+    return copy_folder(sd3_folder, tmp_path)
 
 
 def load_oracle(folder: Path) -> Any:
@@ -59,26 +59,26 @@ def load_oracle(folder: Path) -> Any:
 
 def test_batched_rows_look_as_in_diffusers(folder: Path) -> None:
     pipe, rendered = load_oracle(folder), render(load_family(folder), ROWS)
-    oracles = {request.id: ask(pipe, request) for request in ROWS}
+    oracles = {request.id: call_diffusers(pipe, request) for request in ROWS}
     for name, oracle in oracles.items():
         assert rendered[name].pixels.shape == oracle.shape
-        assert furthest(rendered[name].pixels, oracle) <= 1
+        assert max_difference(rendered[name].pixels, oracle) <= 1
         others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
-        assert all(furthest(oracle, other) > 2 for other in others)
+        assert all(max_difference(oracle, other) > 2 for other in others)
 
 
-def test_another_flow_matching_scheduler(sd3_folder: Path) -> None:
+def test_another_flow_matching_scheduler_looks_as_in_diffusers(sd3_folder: Path) -> None:
     request, pipe = make_request(steps=5), load_oracle(sd3_folder)
-    before = ask(pipe, request)
+    before = call_diffusers(pipe, request)
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    oracle = ask(pipe, request)
-    assert furthest(before, oracle) > 2
+    oracle = call_diffusers(pipe, request)
+    assert max_difference(before, oracle) > 2
     model = load_family(sd3_folder, "FlowMatchHeunDiscreteScheduler")
-    assert furthest(render(model, [request])["row"].pixels, oracle) <= 1
+    assert max_difference(render(model, [request])["row"].pixels, oracle) <= 1
 
 
 def test_an_image_depends_only_on_its_row(sd3_folder: Path) -> None:
-    """Its bytes are the same alone and among others with any order, texts, steps and guidance."""
+    """Its bytes are the same alone and among other rows in any order, with any texts, steps and guidance."""
     model = load_family(sd3_folder)
     crowd = [
         make_request(f"crowd {k}", f"{k} rings " * (k * k), steps=3 + k % 3, guidance=1 + k % 3, seed=k)
@@ -99,14 +99,14 @@ def test_every_text_encoder_changes_the_image(sd3_folder: Path, copy: Path) -> N
         originals = {name: weight.clone() for name, weight in weights.items()}
         weights[next(name for name in weights if "embed" in name or "shared" in name)].mul_(-1)
         save_file(weights, file, metadata={"format": "pt"})
-        assert furthest(render(load_family(copy), [make_request()])["row"].pixels, before) > 0, component
+        assert max_difference(render(load_family(copy), [make_request()])["row"].pixels, before) > 0, component
         save_file(originals, file, metadata={"format": "pt"})
 
 
 def test_guidance_rescale_is_supported(sd3_folder: Path) -> None:
     model = load_family(sd3_folder)
     plain, rescaled = (render(model, [make_request(rescale=rescale)])["row"].pixels for rescale in (0.0, 0.7))
-    assert furthest(plain, rescaled) > 2
+    assert max_difference(plain, rescaled) > 2
 
 
 def test_the_card(folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_card(folder: Path) -> None:
 
 
 def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path, tmp_path: Path) -> None:
-    copy = copied(folder, tmp_path)
+    copy = copy_folder(folder, tmp_path)
     amend(copy / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
     card = read_card(ModelSettings(name=str(copy)))
     assert card.uses_pipeline_call
@@ -131,7 +131,7 @@ def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path
     request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, RenderedImage)
-    assert furthest(outcome.pixels, ask(load_oracle(copy), request)) <= 1
+    assert max_difference(outcome.pixels, call_diffusers(load_oracle(copy), request)) <= 1
 
 
 def test_layers_that_overflow_in_float16_stay_in_float32(sd3_folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_transformer_of_other_channels_is_refused(copy: Path) -> None:
         load_family(copy)
 
 
-def test_a_run_through_the_command(tmp_path: Path, sd3_folder: Path) -> None:
+def test_the_command_renders_a_table(tmp_path: Path, sd3_folder: Path) -> None:
     rows: list[list[Any]] = [["id", "prompt", "num_inference_steps", "guidance_scale", "width"]]
     rows += [["a", "a red circle", 2, 1.0, ""], ["b", "a star", 4, "", ""], ["c", "a ring", "", "", 96]]
     rows += [["d", "a ring", "", "", 208], ["e", "a ring", "", "", 72]]
@@ -166,11 +166,10 @@ def test_a_run_through_the_command(tmp_path: Path, sd3_folder: Path) -> None:
     assert stored[1]["guidance_scale"] == 7.0
     assert run_json(out)["model"]["family"] == "stable_diffusion_3"
     alone = render(load_family(sd3_folder), [request_from(stored[1])], slots=8, decode=4)["b"]
-
     assert np.array_equal(np.asarray(Image.open(out / stored[1]["generated_image"])), alone.pixels)
 
 
 def request_from(row: dict[str, Any]) -> PromptRequest:
-    """Return the request of a result."""
+    """Return the request that leads to a result."""
     params = {"steps": row["num_inference_steps"], "guidance": row["guidance_scale"], "seed": row["seed"]}
     return make_request(row["id"], row["prompt"], size=(row["height"], row["width"]), **params)

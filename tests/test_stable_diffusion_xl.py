@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: inputs per row, and checkpoints."""
+"""Stable Diffusion XL: the inputs of each row, and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
 from tests.checkpoints import amend, make_unet
 from tests.checkpoints_xl import UNET
-from tests.oracle import ask, assert_close, assert_parity, load_pipeline, with_scheduler
-from tests.rendering import CPU, copied, furthest, load_family, make_request, render
+from tests.oracle import assert_close, assert_parity, call_diffusers, load_pipeline, with_scheduler
+from tests.rendering import CPU, copy_folder, load_family, make_request, max_difference, render
 from tests.runs import results, run
 
 FULL_SIZE: dict[str, Any] = {
@@ -47,13 +47,13 @@ NEGATIVES = (
     make_request("text", "a red circle", steps=4, negative="green", seed=1),
     make_request("unguided", "a red circle", steps=4, guidance=1.0, negative="green", seed=1),
 )
-"""Rows that differ in their negative prompts only."""
+"""Rows that differ only in negative prompt and guidance."""
 
 
 @pytest.fixture
 def copy(sdxl_folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to modify."""
-    return copied(sdxl_folder, tmp_path)
+    return copy_folder(sdxl_folder, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_no_negative_prompt_differs_from_an_empty_one(sdxl: Any, sdxl_folder: Pa
     assert unguided.context[1] is None
 
 
-def test_a_missing_negative_prompt_is_empty_if_the_checkpoint_says_so(copy: Path) -> None:
+def test_a_missing_negative_prompt_is_empty_if_the_checkpoint_requires_it(copy: Path) -> None:
     amend(copy / "model_index.json", force_zeros_for_empty_prompt=False)
     rendered, pipe = render(load_family(copy), NEGATIVES), load_pipeline(copy)
     for row in NEGATIVES:
-        assert_close(rendered[row.id].pixels, ask(pipe, row)[0])
+        assert_close(rendered[row.id].pixels, call_diffusers(pipe, row)[0])
     assert np.array_equal(rendered["none"].pixels, rendered["empty"].pixels)
 
 
@@ -98,7 +98,7 @@ def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) ->
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
-    """Also if the sampler draws noise at every step."""
+    """This also holds if the sampler draws noise at every step."""
     model = load_family(request.getfixturevalue(f"{name}_folder"))
     row = make_request("row", "a small star", steps=4, negative="green", seed=3)
     expected = render(model, [row])["row"].pixels
@@ -115,7 +115,7 @@ def test_turbo_takes_few_steps_without_guidance(sdxl_turbo_folder: Path) -> None
 
 
 def test_steps_that_share_a_timestep_are_distinguished(sdxl_folder: Path) -> None:
-    """This pipeline sets the begin index; Stable Diffusion's cannot take as many such steps."""
+    """This pipeline sets the begin index. That of Stable Diffusion does not, and supports fewer such steps."""
     scheduler = "DPMSolverMultistepScheduler:use_beta_sigmas=true"
     rows = (make_request("row", steps=50, seed=1), make_request("other", steps=6))
     assert_parity(with_scheduler(load_pipeline(sdxl_folder), scheduler), load_family(sdxl_folder, scheduler), rows)
@@ -164,7 +164,7 @@ def test_the_fingerprint_depends_on_both_encoders_and_on_the_missing_negative_pr
     before = card_of(copy).fingerprint
     index = copy / "model_index.json"
     amend(index, force_zeros_for_empty_prompt=None)
-    assert card_of(copy).fingerprint == before, "it is so where nobody says"
+    assert card_of(copy).fingerprint == before, "True is the default"
     amend(index, force_zeros_for_empty_prompt=False)
     assert card_of(copy).fingerprint != before
     amend(index, force_zeros_for_empty_prompt=True)
@@ -178,7 +178,7 @@ def test_latents_are_normalized_as_the_vae_config_says(copy: Path) -> None:
     amend(copy / "vae" / "config.json", latents_mean=[-1.6, 1.4, 0.4, -0.1], latents_std=[8.4, 6.0, 3.0, 5.0])
     model = load_family(copy)
     assert_parity(load_pipeline(copy), model, row)
-    assert furthest(render(model, row)["row"].pixels, plain) > 2
+    assert max_difference(render(model, row)["row"].pixels, plain) > 2
 
 
 def test_a_decoder_that_overflows_in_float16_decodes_in_float32(copy: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_decoder_that_overflows_in_float16_decodes_in_float32(copy: Path) -> N
     model: Any = load_latent_diffusion(card_of(copy, variant="fp16"), CPU, torch.float16, with_checker=False)
     assert {weight.dtype for weight in model.networks[0].parameters()} == {torch.float16}
     assert {weight.dtype for weight in model.networks[1].parameters()} == {torch.float32}
-    assert model.pipeline.vae.dtype == torch.float16, "diffusers does so by itself, at every call"
+    assert model.pipeline.vae.dtype == torch.float16, "diffusers' pipeline itself converts it at every call"
     latents = torch.randn(2, 4, 8, 8)
     image = model.decode(latents)
     assert image.dtype == torch.float32
@@ -234,7 +234,7 @@ def test_other_unets_are_refused(copy: Path, unet: dict[str, Any], reason: str) 
 
 
 @pytest.mark.promises
-def test_the_published_unet_is_this_one() -> None:
+def test_the_published_unet_has_these_parameters_and_flops() -> None:
     """The released network has 2567.5M parameters and takes 6.76 TFLOP per row at 1024x1024 pixels."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**FULL_SIZE).eval()
@@ -250,7 +250,7 @@ def test_the_published_unet_is_this_one() -> None:
     assert round(counter.get_total_flops() / 1e12, 2) == 6.76
 
 
-def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) -> None:
+def test_the_command_renders_a_table(sdxl_folder: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"id": "none", "prompt": "a red circle", "negative_prompt": "", "seed": 1, "guidance_scale": 5},
         {"id": "text", "prompt": "a red circle", "negative_prompt": "green", "seed": 1, "guidance_scale": 7.5},
@@ -273,4 +273,4 @@ def test_a_table_is_rendered_from_end_to_end(sdxl_folder: Path, tmp_path: Path) 
             guidance=row["guidance_scale"], size=(64, row.get("width", 64)),
         )  # fmt: skip
         image = np.asarray(Image.open(out / rendered[row["id"]]["generated_image"]))
-        assert_close(image, ask(pipe, request)[0])
+        assert_close(image, call_diffusers(pipe, request)[0])

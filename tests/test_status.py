@@ -35,7 +35,7 @@ def total(report: dict[str, Any]) -> int:
     return int(sum(report["counts"].values()) + report["left"])
 
 
-def test_status_of_a_finished_run(table: Path, out: Path) -> None:
+def test_status_counts_the_results_of_a_finished_run(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "4").code == 3
     report = status(out)
     assert (report["state"], report["holder"], report["left"]) == ("finished", None, 0)
@@ -45,7 +45,7 @@ def test_status_of_a_finished_run(table: Path, out: Path) -> None:
 
 
 @pytest.mark.promises
-def test_status_of_a_running_and_of_a_killed_run(table: Path, out: Path) -> None:
+def test_status_reports_running_and_killed_runs(table: Path, out: Path) -> None:
     """Only committed results count."""
     assert run(table, out, "--limit", "2").code == 3
     before = len(list((out / "manifest").glob("part-*")))
@@ -74,7 +74,7 @@ def test_status_of_a_running_and_of_a_killed_run(table: Path, out: Path) -> None
     assert status(out)["state"] == "finished"
 
 
-def test_status_during_the_scan(table: Path, out: Path) -> None:
+def test_status_has_no_total_during_the_scan(table: Path, out: Path) -> None:
     assert run(table, out, "--limit", "2").code == 3
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "survey": None, "summary": None}))
@@ -84,7 +84,7 @@ def test_status_during_the_scan(table: Path, out: Path) -> None:
         assert "the tables are being scanned" in command("status", out).stdout
 
 
-def test_status_if_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_is_unknown_if_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(table, out, "--limit", "1").code == 0
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))
@@ -100,7 +100,7 @@ def test_status_if_the_lock_is_unreadable(table: Path, out: Path, monkeypatch: p
     assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
 
 
-def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> None:
+def test_status_of_a_stopped_run_counts_remaining_results(table: Path, out: Path) -> None:
     from batch_infer.cli.progress import ProgressGroup
     from batch_infer.jobs.run import render_tables as score
 
@@ -110,7 +110,7 @@ def test_status_of_a_stopped_run_has_what_is_left(table: Path, out: Path) -> Non
 
 
 def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run warns, and `status` reports it until they are merged."""
+    """The run warns about them, and `status` reports them until they are merged."""
     assert run(table, out, "--limit", "2").code == 3
     assert not status(out)["is_stale"]
     before = (out / "results.parquet").read_bytes()

@@ -1,4 +1,4 @@
-"""Stopping: SIGTERM, SIGINT, SIGHUP and --time-limit end every phase of a command within seconds, with exit code 75."""
+"""Test that SIGTERM, SIGINT, SIGHUP and --time-limit end every phase of a command within seconds, with exit code 75."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def started(
     stdin: int = subprocess.DEVNULL,
     **environment: str,
 ) -> Iterator[Command]:
-    """Run the command line in a process of its own."""
+    """Run a command line in its own process."""
     line = [sys.executable, *program, *map(str, arguments)]
     process = subprocess.Popen(line, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, **environment})  # fmt: skip
@@ -48,7 +48,7 @@ def started(
 
 
 class Command:
-    """A running command to stop."""
+    """A command that is running and can be stopped."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -58,9 +58,9 @@ class Command:
         assert self.process.poll() is None, self.process.communicate()
 
     def assert_stops(self, number: signal.Signals = signal.SIGTERM) -> str:
-        """Stop it and return what it has written to stderr."""
+        """Stop the command with a signal, and return its stderr."""
         self.wait_until(lambda: handles(self.process.pid, number))
-        time.sleep(0.5)  # to be well in the phase; whichever it is in, it stops
+        time.sleep(0.5)  # so that the phase is in progress
         workers = workers_of(self.process.pid)
         began = time.monotonic()
         self.process.send_signal(number)
@@ -81,19 +81,19 @@ def handles(process: int, number: signal.Signals) -> bool:
 
 
 @contextmanager
-def mute_server() -> Iterator[tuple[str, threading.Event]]:
-    """An HTTP server that announces a gigabyte and sends one byte per second; the event is set by a request."""
-    asked, over = threading.Event(), threading.Event()
+def slow_server() -> Iterator[tuple[str, threading.Event]]:
+    """Run an HTTP server that announces a gigabyte and sends one byte per second. A request sets the event."""
+    is_requested, is_over = threading.Event(), threading.Event()
 
     def serve(connection: socket.socket) -> None:
         with connection:
             connection.recv(4096)
-            asked.set()
+            is_requested.set()
             commit = "0123456789abcdef0123456789abcdef01234567"
             head = f'HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\nX-Repo-Commit: {commit}\r\nETag: "0"\r\n\r\n'
             try:
                 connection.sendall(head.encode())
-                while not over.wait(1):
+                while not is_over.wait(1):
                     connection.sendall(b"p")
             except OSError:
                 pass
@@ -107,8 +107,8 @@ def mute_server() -> Iterator[tuple[str, threading.Event]]:
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}", asked
-        over.set()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", is_requested
+        is_over.set()
         server.shutdown(socket.SHUT_RDWR)
 
 
@@ -128,11 +128,11 @@ OPTIONS = ("--device", "cpu", "--threads", "1", "--steps", "2", "--slots", "8")
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_the_download_of_a_model(tmp_path: Path, number: signal.Signals) -> None:
-    with mute_server() as (address, asked), started(
+    with slow_server() as (address, is_requested), started(
         "run", table_of(tmp_path), "-o", tmp_path / "out", "--model", "owner/model", *OPTIONS,
         HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hub"),
     ) as command:  # fmt: skip
-        command.wait_until(asked.is_set)
+        command.wait_until(is_requested.is_set)
         command.assert_stops(number)
 
 
@@ -148,10 +148,10 @@ def test_a_signal_stops_the_download_of_a_file(tmp_path: Path, sd1_folder: Path)
 
 
 def test_a_signal_stops_fetching_a_table(tmp_path: Path) -> None:
-    with mute_server() as (address, asked), started(
+    with slow_server() as (address, is_requested), started(
         "run", f"{address}/t.csv", "-o", tmp_path / "out", *OPTIONS
     ) as command:  # fmt: skip
-        command.wait_until(asked.is_set)
+        command.wait_until(is_requested.is_set)
         command.assert_stops()
 
 
@@ -170,9 +170,9 @@ def test_a_signal_stops_a_plan(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OUT whose manifest has 300,000 rows."""
-    out = tmp_path_factory.mktemp("merged") / "out"
+    out = tmp_path_factory.mktemp("large_out") / "out"
     (out / "manifest").mkdir(parents=True)
     row = ResultRow(
         id="", image_index=0, prompt="a red circle", status="ok", finished_at=utc_now(),
@@ -189,17 +189,17 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("results", ["parquet", "jsonl"])
-def test_a_signal_stops_a_merge(merged: Path, results: str) -> None:
-    (merged / "results.parquet").write_text("as it was")
-    with started("merge", merged, "--results", results) as command:
-        command.wait_until(lambda: bool(list(merged.glob(".tmp-*results.*"))))
+def test_a_signal_stops_a_merge(large_out: Path, results: str) -> None:
+    (large_out / "results.parquet").write_text("as it was")
+    with started("merge", large_out, "--results", results) as command:
+        command.wait_until(lambda: bool(list(large_out.glob(".tmp-*results.*"))))
         assert "results.* are as they were" in command.assert_stops()
-    assert (merged / "results.parquet").read_text() == "as it was"
-    assert not list(merged.glob(".tmp-*"))
+    assert (large_out / "results.parquet").read_text() == "as it was"
+    assert not list(large_out.glob(".tmp-*"))
 
 
-def hang(folder: Path) -> str:
-    """A folder for PYTHONPATH whose torch hangs, as a driver does."""
+def make_hanging_torch(folder: Path) -> str:
+    """Return a PYTHONPATH whose torch hangs on import, as a broken driver would make it."""
     (folder / "torch").mkdir(parents=True)
     (folder / "torch" / "__init__.py").write_text("import time\ntime.sleep(3600)\n")
     return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
@@ -207,7 +207,7 @@ def hang(folder: Path) -> str:
 
 def test_a_signal_stops_the_start_of_a_worker(tmp_path: Path) -> None:
     with started(
-        "run", table_of(tmp_path), "-o", tmp_path / "out", *OPTIONS, PYTHONPATH=hang(tmp_path / "hanging")
+        "run", table_of(tmp_path), "-o", tmp_path / "out", *OPTIONS, PYTHONPATH=make_hanging_torch(tmp_path / "hanging")
     ) as command:
         command.wait_until(lambda: bool(workers_of(command.process.pid)))
         command.assert_stops()
@@ -247,7 +247,7 @@ import ctypes
 import batch_infer.jobs.run as jobs
 from batch_infer.__main__ import main
 
-def wait(*_):  # a library that returns to Python no more, whatever the signal
+def wait(*_):  # a library that never returns to Python, whatever the signal
     mutex = ctypes.create_string_buffer(64)
     print("stuck", flush=True)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Test that terminals and text logs get no control characters, and that no encoding fails."""
+"""Test output to terminals and text logs: control characters are escaped, and no encoding fails."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_table_sends_no_control_character_to_a_terminal_or_a_text_log(tmp_path
     assert_clean(
         done.stdout, done.stderr, planned.stdout, planned.stderr, (out / "logs" / "run.log").read_text("utf-8")
     )
-    assert FORGED in [row["id"] for row in results(out)], "results keep the cells of the table"
+    assert FORGED in [row["id"] for row in results(out)], "results keep what the table says"
 
 
 def test_json_escapes_control_characters(tmp_path: Path, out: Path) -> None:
@@ -72,7 +72,7 @@ def test_json_escapes_control_characters(tmp_path: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("run", "--no-such\x1b]0;x\x07"), ("status", "no\x1b[31m")])
-def test_an_error_sends_no_control_character_either(arguments: tuple[str, ...]) -> None:
+def test_an_error_message_sends_no_control_character(arguments: tuple[str, ...]) -> None:
     done = command(*arguments)
     assert done.code == 2
     assert r"\x1b" in done.stderr
@@ -97,7 +97,7 @@ def test_a_traceback_in_a_log_keeps_only_its_own_line_breaks(tmp_path: Path) -> 
 # Encodings and folders
 
 
-def test_a_stream_replaces_characters_that_its_encoding_lacks() -> None:
+def test_a_stream_replaces_what_its_encoding_lacks() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
     never_fail_to_encode(stream)
@@ -119,14 +119,14 @@ MERGE = "import sys; from batch_infer.__main__ import main; sys.argv[1:] = ['mer
 
 @pytest.mark.parametrize(("encoding", "mark"), [("iso8859-5", "-"), ("shift_jis", "-"), ("ascii", "·")])
 def test_reports_can_be_written_in_any_encoding(tmp_path: Path, out: Path, encoding: str, mark: str) -> None:
-    """click assumes that an ASCII encoding is a mistake, and writes UTF-8."""
+    """If the encoding is ASCII, click assumes a mistake and writes UTF-8."""
     run(write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), out)
     done = in_a_process(MERGE.format(out=str(out)), tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"1 row {mark} 1 ok {mark} 0 flagged\n")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove a current folder")
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
 def test_a_removed_current_folder_is_a_clear_error(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
@@ -139,7 +139,7 @@ def test_a_removed_current_folder_is_a_clear_error(tmp_path: Path, out: Path) ->
     )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove a current folder")
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
 def test_a_worker_can_be_started_after_the_current_folder_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,50 +154,48 @@ def test_a_worker_can_be_started_after_the_current_folder_was_removed(
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove a current folder")
-@pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_the_current_folder_is_removed_while_a_run_renders(
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+@pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
+def test_the_current_folder_may_be_removed_during_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """OUT is outside the removed folder, and its path is relative to it."""
-    folder, original_load, original_scan = tmp_path / "gone", loading.load_chain, scan.scan_tables
+    """OUT is in another folder, under a path relative to the removed one."""
+    folder, load, walk = tmp_path / "gone", loading.load_chain, scan.scan_tables
     folder.mkdir()
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     monkeypatch.chdir(folder)
 
     def load_chain(*arguments: Any) -> Any:
-        if moment == "during":
+        if moment == "meanwhile":
             folder.rmdir()
-            os.getcwd()  # as torch does on import  # noqa: PTH109
-        chain = original_load(*arguments)
+            os.getcwd()  # torch calls it on import  # noqa: PTH109
+        chain = load(*arguments)
         if moment == "after":
             folder.rmdir()
         return chain
 
     def scan_tables(*arguments: Any, **more: Any) -> Any:
-        scan_result = original_scan(*arguments, **more)
+        result = walk(*arguments, **more)
         if moment == "before":
             folder.rmdir()
-        return scan_result
+        return result
 
     monkeypatch.setattr(inline, "load_chain", load_chain)
     monkeypatch.setattr(execution, "scan_tables", scan_tables)
     done = run(table, Path("../out"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    if moment == "during":
+    if moment == "meanwhile":
         assert done.code == 75
         assert "the current folder was removed while the model was loaded: change to one that" in done.stderr
         assert run(table, Path("out")).code == 0
-    assert done.code == 0 or moment == "during", done.stderr
+    assert done.code == 0 or moment == "meanwhile", done.stderr
     assert [row["status"] for row in results(tmp_path / "out")] == ["ok"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove a current folder")
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
 @pytest.mark.parametrize("name", ["run", "plan", "status", "merge", "retry", "rescore", "bench"])
-def test_a_command_that_is_started_in_a_removed_folder_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_command_in_a_removed_folder_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""`--time-limit`: a run stops in time, says so, and the next run continues."""
+"""`--time-limit`: a run stops in time and says so, and the next run continues."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("90", 90), ("0.5", 0.5), (" 2h ", 7200),
      ("1.5h", 5400), ("1d2h3m4s", 93784), ("1h 30m", 5400), ("2d12h", 216000), (45, 45)],
 )  # fmt: skip
-def test_durations(text: Any, seconds: float) -> None:
+def test_durations_are_parsed(text: Any, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
@@ -48,7 +48,7 @@ def test_durations(text: Any, seconds: float) -> None:
     "text",
     ["", "0", "0s", "-1", "-5m", "1x", "m", "h1", "30m1h", "1h1h", "1e3", "inf", "nan", "1,5h", "5 minutes", "٣h"],
 )
-def test_invalid_durations(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a duration \\(examples: 90s, 30m, 2h"):
         parse_duration(text)
 
@@ -109,7 +109,7 @@ def test_results_are_merged_when_the_time_limit_is_reached(
 @pytest.mark.promises
 @pytest.mark.usefixtures("_ticking")
 def test_retry_is_stopped_too(table: Path, tmp_path: Path) -> None:
-    """All rows have old results, so images are left only of the retry."""
+    """All rows have old results, so the remaining images are those of the retry."""
     out = tmp_path / "out"
     options = ("--slots", "2", "--num-processes", "0")
     assert run(table, out, *options).code == 0

@@ -1,4 +1,4 @@
-"""Measure a device: its model, the throughput plateau, and the cost of an image.
+"""Detect the device, and measure the throughput plateau and the cost of an image.
 
 Results are cached between commands. The probe measures in a separate process, so that the parent does not load torch.
 """

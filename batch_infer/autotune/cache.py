@@ -22,10 +22,10 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Cost of one image size, in seconds except `image_bytes`.
+    """Costs of one image size, in seconds except `image_bytes`.
 
-    `start`: until the model is loaded. `tick`: one UNet call over all slots. `image`: other device time per image, or
-    CPU time if the CPU is the device.
+    `start` is the time until the model is loaded, `tick` the time of one UNet call over all slots, and `image` the
+    other device time per image. On a CPU, `image` includes the encoding of the image file.
     """
 
     start: float
@@ -37,7 +37,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Batch sizes at the throughput plateau of one image size: batch elements of a UNet call, images of a decode."""
+    """Batch sizes at the throughput plateau of one image size: batch elements per UNet call, and images per decode."""
 
     slots: int
     decode_batch: int
@@ -48,20 +48,20 @@ Value = TypeVar("Value")
 
 
 def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], name: str | None = None) -> Value | None:
-    """Return the value saved under the same conditions and name (by default, that of its type), or None."""
+    """Return the value that was saved under the same conditions and name, by default the name of its type, or None."""
     name = name or value_type.__name__.lower()
     try:
         measured = json.loads(_cache_path(name, conditions).read_text("utf-8"))["measured"]
         return msgspec.convert(measured, value_type, str_keys=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or from another version
-        log.debug("the cached %s cannot be read and is measured again: %s", name, error)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the file is damaged or from another version
+        log.debug("cannot read the cached %s, which is measured again: %s", name, error)
         return None
 
 
 def save_calibration(conditions: Mapping[str, Any], value: object, name: str | None = None) -> None:
-    """Save a value for later commands. Storage errors are ignored."""
+    """Save a value for later commands. Ignores storage errors."""
     content = {"conditions": conditions, "measured": msgspec.to_builtins(value, str_keys=True)}
     try:
         with atomic_write(_cache_path(name or type(value).__name__.lower(), conditions), flush=False) as temporary:

@@ -1,4 +1,4 @@
-"""Load a model, measure its speed and count its evaluations, in the probe's process. Only calls import torch."""
+"""Load a model, measure its speed and count its evaluations. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
-"""Step counts to try for the short rendering of a calibration. The first that the scheduler accepts is used."""
+"""Step counts to try for the short rendering, since a scheduler may refuse some of them."""
 LONG_SECONDS = 1.0
 """Seconds by which the long rendering should exceed the short rendering."""
 MAX_MORE_STEPS = 25
@@ -34,14 +34,14 @@ _load_solver = cache(load_solver)
 
 
 def import_renderer() -> None:
-    """Import the libraries that a run imports too."""
+    """Import the libraries that a run also imports, so that the probe can time the import."""
     from batch_infer.worker import load_model  # noqa: F401
 
 
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
     """Return how often a row of `steps` steps evaluates the model, or why the scheduler refuses that step count.
 
-    The reason is returned, since unpickling the scheduler's error would import torch in the parent process.
+    The reason is returned and not raised, since unpickling a raised error would import torch in the parent process.
     """
     if card.uses_pipeline_call:
         return steps
@@ -59,21 +59,21 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     from batch_infer.models import AnyPipeline
 
     with explain_out_of_memory():
-        # Compilation hardly moves the plateau, and would take a minute for each batch size.
+        # Compilation hardly changes the plateau, and would take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
-    except OutOfMemoryError:  # only at this size, whose rows fail in the run
+    except OutOfMemoryError:  # not even the smallest batch fits, so rows of this size fail in the run
         return Plateau(2, 1, utc_now())
 
 
 def measure_rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
-    """Time full slots of a size (height, width) in pixels, at few and at many steps.
+    """Time the rendering of full slots of a size (height, width) in pixels, with few and with many steps.
 
-    The difference is the cost of the steps. Raises ModelError, SettingsError.
+    The difference is the cost of the additional steps. Raises ModelError, SettingsError.
     """
     from batch_infer.worker import make_chain
 
@@ -92,7 +92,7 @@ def measure_rates(
     encode_seconds, image_bytes = _encode(images, image_format)
     if compute.device == "cpu":  # rendering and encoding share the cores
         image += encode_seconds / compute.threads
-    # If the slots did not fit into memory, a run makes more calls in proportion.
+    # If the slots did not fit into memory, a run makes proportionally more calls.
     tick *= compute.shape_of(*size).slots / chain.batch_sizes.for_size(size)[0]
     return Rates(start, tick, image, image_bytes, utc_now())
 
@@ -100,7 +100,7 @@ def measure_rates(
 def _load_model(
     card: ModelCard, compute: Compute, safety: SafetySettings
 ) -> tuple[LatentDiffusion | AnyPipeline, float]:
-    """Return a model, and the seconds of loading it."""
+    """Return a model, and the seconds that it took to load."""
     with_checker = safety.uses_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
@@ -119,7 +119,7 @@ def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
 
 
 def _choose_few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return a small step count that the model accepts. A pipeline's own call may refuse it, but few do."""
+    """Return a small step count that the scheduler accepts. A pipeline without a family may refuse it, but few do."""
     return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
 
 
@@ -131,7 +131,7 @@ def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> Sampling
 def _render(
     chain: StepLevelChain | PipelineCallChain, card: ModelCard, size: tuple[int, int], steps: int
 ) -> tuple[float, list[np.ndarray]]:
-    """Fill all slots once and render them. Returns the seconds and the images."""
+    """Render as many rows as fill all slots. Returns the seconds and the images."""
     params = _make_params(card, size, steps)
     rows = range(chain.batch_sizes.for_size(size)[0] // params.slots)
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
@@ -141,10 +141,10 @@ def _render(
 
 
 def _encode(images: list[np.ndarray], image_format: ImageFormat) -> tuple[float, float]:
-    """Encode images. Returns the mean seconds per image and the mean size in bytes."""
+    """Encode images as files. Returns the mean seconds per image and the mean size in bytes."""
     from batch_infer.images import encode
 
-    if not images:  # no image was finite, which the run will report row by row
+    if not images:  # no image was finite, which the run reports for each row
         return 0.0, 0.0
     started = time.perf_counter()
     sizes = [len(encode(pixels, image_format, "")) for pixels in images]

@@ -26,13 +26,13 @@ DEVICE_VARIABLES = (
     "ACCELERATE_TORCH_DEVICE",
 )
 DEVICE_NODES = ("nvidia*", "nvidia-caps/*", "nvhost*", "kfd", "dxg", "dri/*")
-"""Files under /dev through which CUDA or ROCm accesses a GPU."""
+"""Files in /dev through which CUDA or ROCm accesses a GPU."""
 GPU_NODES = ("/dev/nvidia", "/dev/nvhost", "/dev/kfd")
-"""Prefixes of device nodes that prove that a GPU is visible."""
+"""Prefixes of the device nodes that exist only if a GPU is visible."""
 
 
 def detect_device(requested: str) -> Device:
-    """Return the device for `--device`: the requested device, or the device that accelerate chooses. Imports torch.
+    """Return the device for `--device`, or the device that accelerate chooses for `auto`. Imports torch.
 
     Raises SettingsError if the requested device is missing.
     """
@@ -52,7 +52,7 @@ def detect_device(requested: str) -> Device:
 def _count_cuda_devices() -> int:
     """Return the number of devices for workers.
 
-    CUDA shows a process only the first MIG slice in CUDA_VISIBLE_DEVICES, but each worker gets a different slice.
+    CUDA shows a process only the first MIG slice in CUDA_VISIBLE_DEVICES, but each worker can use a different slice.
     """
     import torch
 
@@ -62,7 +62,7 @@ def _count_cuda_devices() -> int:
 
 
 def read_processor_name() -> str:
-    """Return the CPU's model name, or what the platform reports if there is no model name."""
+    """Return the model name of the CPU, or the platform's description if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:  # not Linux
@@ -73,7 +73,7 @@ def read_processor_name() -> str:
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Raise SettingsError if a model does not fit on its device.
+    """Raise SettingsError instead of torch's error if a model does not fit on its device.
 
     The parent process could not unpickle torch's error without importing torch.
     """
@@ -97,7 +97,7 @@ def load_device(requested: str) -> Device | None:
 def save_device(requested: str, device: Device) -> None:
     """Save a device for later commands if its conditions can be read without torch.
 
-    A CPU is not saved if a GPU is visible: a driver that fails today may work tomorrow although nothing else changes.
+    A CPU is not saved if a GPU is visible: its driver may fail now, and work later under the same conditions.
     """
     if (conditions := _device_conditions(requested)) is None:
         return
@@ -107,13 +107,13 @@ def save_device(requested: str, device: Device) -> None:
 
 
 def _device_conditions(requested: str) -> dict[str, Any] | None:
-    """Return everything that determines the result of `detect_device`, or None if torch is needed to read it.
+    """Return everything that determines the result of `detect_device`, or None if only torch can read it.
 
     `detect_device` uses CUDA if torch.cuda counts a device, and otherwise the CPU. That count and the name of device 0
-    follow from the machine, from the build of torch (version.py names its CUDA or ROCm), from the driver and its GPUs
-    (the files below change if a GPU is added, exchanged or MIG-partitioned), and from the variables that hide or
-    reorder GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file
-    holds the GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
+    depend on the machine, on the build of torch (version.py names its CUDA or ROCm), on the driver and its GPUs (the
+    files below change if a GPU is added, exchanged or MIG-partitioned), and on the variables that hide or reorder GPUs.
+    A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file contains the
+    GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
     """
     if sys.platform != "linux" or Path("/dev/dxg").exists():
         return None

@@ -1,4 +1,4 @@
-"""Search for the throughput plateau: the batch sizes beyond which a device renders no faster."""
+"""Find the throughput plateau: the batch sizes from which a device renders no faster."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 SUFFICIENT_SHARE = 0.95
-"""Share of the best throughput that a batch size must reach. The smallest is chosen: its last batch is shorter."""
+"""Share of the best throughput that is enough. The smallest batch size that reaches it wastes least at the end."""
 TRIAL_SECONDS = 0.4
-"""Minimum number of seconds to measure a batch size."""
+"""Minimum number of seconds for which to measure a batch size."""
 
 Trial = Callable[[], object]
 
 
 def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
-    """Measure growing batches of rows with `params` until throughput stops rising.
+    """Measure larger and larger batches of rows with `params` until throughput stops rising.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
@@ -39,7 +39,7 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """Measure growing batches of a pipeline that runs its own call and decodes its images one by one.
+    """Measure larger and larger batches of a pipeline that runs its own call. Its decode batch is not measured.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
@@ -54,7 +54,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
 
 
 def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
-    """Return the batch size at the plateau, and the last trial that fitted, which keeps its memory allocated."""
+    """Return the batch size at the plateau, and the last trial that fitted, which occupies memory until deleted."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rates: dict[int, float] = {}

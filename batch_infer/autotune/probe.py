@@ -1,4 +1,4 @@
-"""Call functions that need torch in a separate process, so that a command that renders nothing does not load torch."""
+"""Call functions that need torch in a separate process, so that a command that does not render need not load torch."""
 
 from __future__ import annotations
 
@@ -31,18 +31,13 @@ Result = TypeVar("Result")
 
 
 class Probe:
-    """A process that imports torch. A context manager.
-
-    The process starts when the first result is not in the cache.
-    """
+    """Measures in a process that imports torch and starts once a result is not in the cache. A context manager."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._other_children = set(active_children())
-        self._card: ModelCard | None = None
-        self._evaluations: dict[int, int | str] = {}
+        self._evaluations: dict[int, int | str] | None = None
         """Model evaluations by step count, or why the scheduler refuses that count."""
-        self._has_new_evaluations = False
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
         """Seconds spent waiting for the process."""
@@ -57,22 +52,19 @@ class Probe:
         return device
 
     def inspect_pipeline(self, path: Path) -> SamplingRules:
-        """Return the rules that only diffusers knows for a checkpoint's pipeline. Raises ModelError."""
+        """Return the sampling rules of a checkpoint's pipeline, which only diffusers knows. Raises ModelError."""
         return self._call(_inspect_pipeline, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
-        """Return how often a row of `steps` steps evaluates the model: `steps` times if a pipeline runs its own call.
-
-        Raises RowError if the scheduler refuses the steps.
-        """
+        """Return how often a row evaluates the model. Raises RowError if the scheduler refuses the step count."""
         if card.uses_pipeline_call:
             return steps
-        if self._card is None:
+        if self._evaluations is None:
             cached = load_calibration(dict[int, int | str], _evaluation_conditions(card), "evaluations")
-            self._card, self._evaluations = card, cached or {}
+            self._evaluations = cached or {}
         if steps not in self._evaluations:
             self._evaluations[steps] = self._call(count_evaluations, card, steps)
-            self._has_new_evaluations = True
+            save_calibration(_evaluation_conditions(card), self._evaluations, "evaluations")
         count = self._evaluations[steps]
         if isinstance(count, str):
             raise RowError(count)
@@ -93,7 +85,7 @@ class Probe:
         size: tuple[int, int],
     ) -> Rates:
         """Measure the rates for a size (height, width) by rendering a few images. Raises ModelError, SettingsError."""
-        if self._import_seconds is None:  # a run imports the same libraries
+        if self._import_seconds is None:
             self._call(import_renderer)
             self._import_seconds = self.seconds_waited
         rates = self._call(measure_rates, card, compute, safety, image_format, size)
@@ -103,11 +95,9 @@ class Probe:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is not None:  # its result is no longer needed
+        if exc_type is not None:  # the pending result is no longer needed
             for process in set(active_children()) - self._other_children:
                 process.kill()
-        if self._card is not None and self._has_new_evaluations:
-            save_calibration(_evaluation_conditions(self._card), self._evaluations, "evaluations")
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -116,23 +106,23 @@ class Probe:
         started = time.perf_counter()
         processes: set[BaseProcess] = set()
         try:
-            if self._pool is None:  # creating it also starts a process, the resource tracker
+            if self._pool is None:  # creating a pool takes time, since it starts the resource tracker
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
             future = self._pool.submit(function, *args, **kwargs)
             processes = set(active_children()) - self._other_children
             return future.result()
         except BrokenProcessPool as error:
             if self._pool is not None:
-                self._pool.shutdown()  # its exit code may be unknown until it is joined
+                self._pool.shutdown()  # the exit code of the process may be unknown until it is joined
             if main_guard.EXIT_CODE in [process.exitcode for process in processes]:
                 raise SettingsError(main_guard.ADVICE) from error
-            raise ModelError("the process that tries out the model has died: is there enough memory?") from error
+            raise ModelError("the process that measures the model has died: is there enough memory?") from error
         finally:
             self.seconds_waited += time.perf_counter() - started
 
 
 def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
-    """Return everything that determines how often a row evaluates the model. The weights do not."""
+    """Return everything that determines how often a row evaluates the model."""
     return {
         "scheduler": [card.scheduler_name, card.scheduler_fingerprint],
         "family": card.family,

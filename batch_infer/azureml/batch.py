@@ -35,7 +35,7 @@ _PANDAS_TYPES = {
     pa.int64(): pd.Int64Dtype(),
     pa.float32(): pd.Float32Dtype(),
 }
-"""pandas types with a null. Without them, a missing value would turn a column of integers into floats."""
+"""Nullable pandas types. Without them, a missing value would turn a column of integers into floats."""
 
 _worker: MiniBatchScorer | None = None
 

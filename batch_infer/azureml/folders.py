@@ -8,17 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from batch_infer.errors import StorageError
 from batch_infer.manifest import read_part
 from batch_infer.records import ResultRow, Source, digest, utc_now
-from batch_infer.store import path_exists, temporary_database
+from batch_infer.store import temporary_database, unless_removed
 from batch_infer.table import is_ignored_name, make_default_id
 
 log = logging.getLogger("batch_infer")
 
 
 class FolderFiles(NamedTuple):
-    """The names of a mini-batch's files in one folder, in order, and the `existing` names of all its files.
+    """A folder with files of a mini-batch: their names in order, and the `existing` names of all files in the folder.
 
     A file that was removed no longer owns ids.
     """
@@ -94,7 +93,7 @@ class IdOwnership:
     either commits, and both render the row. Therefore each worker checks again after its commit. Parts are never
     removed, so the worker that commits last sees both rows, and also settles the row of the other file. Both workers
     settle rows in the same way, so settling a row twice does no harm. If a worker dies before its second check, its
-    mini-batch is retried, which begins with a check.
+    mini-batch is retried, and the retry begins with a check.
     """
 
     def __init__(self) -> None:
@@ -109,18 +108,13 @@ class IdOwnership:
     def add(self, parts: Iterable[Path]) -> None:
         """Read the parts that were not read before. Raises DamagedPartError, StorageError."""
         for part in parts:
-            if part.name in self._part_names:
-                continue
-            try:
-                columns = read_part(part, CommittedId._fields).to_pydict()
-            except StorageError:
-                if path_exists(part):
-                    raise
-                continue  # another worker has set it aside
-            rows = map(CommittedId, *(columns[name] for name in CommittedId._fields))
-            values = (row for row in rows if not row.is_default)
-            self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", values)
-            self._part_names.add(part.name)
+            if part.name not in self._part_names:
+                with unless_removed(part):  # another worker may set it aside
+                    columns = read_part(part, CommittedId._fields).to_pydict()
+                    rows = map(CommittedId, *(columns[name] for name in CommittedId._fields))
+                    values = (row for row in rows if not row.is_default)
+                    self._database.executemany("INSERT OR REPLACE INTO ids VALUES (?,?,?,?,?)", values)
+                    self._part_names.add(part.name)
 
     def has_earlier_owner(self, name: str, file: str, folder: FolderFiles) -> bool:
         """Return whether a file of the folder that sorts before `file` has a row under the id `name`."""

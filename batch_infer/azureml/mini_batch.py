@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pyarrow as pa
@@ -23,13 +23,14 @@ from batch_infer.jobs import (
     refuse_foreign_files,
     remove_abandoned,
     restore_images,
+    retry_without_damaged_parts,
     scan_tables,
     set_aside,
 )
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, cast_table, to_table
 from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
 from batch_infer.sinks import make_sink
-from batch_infer.store import PinnedFolder, path_exists
+from batch_infer.store import PinnedFolder, unless_removed
 from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
@@ -57,7 +58,6 @@ class MiniBatchScorer:
         self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
         self._index, self._ids = ManifestIndex(()), IdOwnership()
-        self._part_names: set[str] = set()
         self._read_new_parts()
 
     def score(self, files: Sequence[str]) -> pa.Table:
@@ -107,8 +107,10 @@ class MiniBatchScorer:
         files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
         # Remove temporary files of workers that died with these files, and restore the images that they set aside.
         leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
-        originals = remove_abandoned(self._path, leftover_folders)
-        restore_images(self._path, originals, lambda: nullcontext(self._update_index()), _set_aside)
+        if originals := remove_abandoned(self._path, leftover_folders):
+            retry_without_damaged_parts(
+                lambda: restore_images(self._path, originals, self._update_index()), on_damage=_set_aside
+            )
         with self._open_job(folder, files) as job:
             for _ in range(MAX_PASSES):
                 try:
@@ -125,7 +127,7 @@ class MiniBatchScorer:
         )
 
     def _try_pass(self, job: Job, folder: FolderFiles) -> pa.Table | None:
-        """Return the results of all rows, or None if commits of other workers require another pass."""
+        """Return the results of all rows, or None if commits by other workers require another pass."""
         self._read_new_parts()
         conflicts_before = self._ids.find_conflicts(folder)
         self._commit_pending(job, folder)
@@ -173,11 +175,11 @@ class MiniBatchScorer:
 
     @contextmanager
     def _open_job(self, folder: FolderFiles, names: Sequence[str]) -> Iterator[Job]:
-        it = self._deployment
-        settings = replace(it.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
+        setup = self._deployment
+        settings = replace(setup.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
         others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
         with Tables(settings, SCHEMA.names, others) as tables:
-            yield Job(it.settings, tables, it.card, it.compute, it.record, it.earlier, it.rules)
+            yield Job(setup.settings, tables, setup.card, setup.compute, setup.record, setup.earlier, setup.rules)
 
     def _read_new_parts(self) -> None:
         """Read the results and ids that workers have committed since the last call."""
@@ -186,19 +188,14 @@ class MiniBatchScorer:
 
     def _update_index(self) -> ManifestIndex:
         parts = self._manifest.parts()
-        names = {part.name for part in parts}
-        if not self._part_names <= names:  # a part was set aside: its rows must be rendered again
+        if self._index.parts.keys() - {part.name for part in parts}:  # rows of a part that was set aside are pending
             self._index.close()
             self._index = ManifestIndex(())
         self._index.add(parts, _set_aside)
-        self._part_names = names
         return self._index
 
 
 def _set_aside(damage: DamagedPartError) -> None:
-    """Set a damaged part aside, unless another worker does so at the same time."""
-    try:
+    """Set a damaged part aside, unless another worker does so first."""
+    with unless_removed(damage.part):
         set_aside(damage)
-    except StorageError:
-        if path_exists(damage.part):
-            raise

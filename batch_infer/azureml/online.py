@@ -10,8 +10,8 @@ num_inference_steps, guidance_scale, guidance_rescale, height, width, num_images
 in tables, a missing seed is derived from --seed and the row's id or, without an id, the row's number. Therefore the
 same request returns the same images. Send a `seed` for other images.
 
-The object of an invalid row, such as a prompt of more than 10,000 characters, has the reason in `error`. A malformed
-request, an unknown key or parameter, an invalid parameter, or a row with fewer cells than columns gets status 400.
+The object of an invalid row, such as one with a prompt of more than 10,000 characters, has the reason in `error`. A
+malformed request, an unknown key or parameter, an invalid parameter, or a row with too few cells gets status 400.
 A request for more than 256 images gets status 413. The status is 503 if content safety does not answer, or if the
 images are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of these responses is `{"error": "a
 sentence"}`. The server itself refuses a body that is not UTF-8, with `message`. When a client disconnects, the rest of
@@ -122,9 +122,7 @@ def _is_closed(connection: socket.socket) -> bool:
     """Return whether the client has closed the connection, or only its sending half, which cannot be distinguished."""
     try:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except ValueError:  # a TLS connection does not support flags
+    except (BlockingIOError, ValueError):  # nothing to read, or a TLS connection, which does not support flags
         return False
     except OSError:
         return True

@@ -30,7 +30,10 @@ class PromptsToImages:
 
     def load_context(self, context: Any) -> None:
         """Load the model. Environment variables override variables packed with the model. Raises UsageError."""
-        with _default_variables(_packed_variables(context)):
+        variables: dict[str, str] = context.model_config["variables"]
+        for name, path in context.artifacts.items():  # the values contain the names of packed files
+            variables = {key: value.replace(f"{{{name}}}", str(path)) for key, value in variables.items()}
+        with _default_variables(variables):
             self._service = Service(read_deployment())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
@@ -52,17 +55,9 @@ class PromptsToImages:
         return table
 
 
-def _packed_variables(context: Any) -> dict[str, str]:
-    """Return the variables packed with the model, with the current paths of packed files."""
-    variables: dict[str, str] = context.model_config["variables"]
-    for name, path in context.artifacts.items():
-        variables = {key: value.replace(f"{{{name}}}", str(path)) for key, value in variables.items()}
-    return variables
-
-
 @contextmanager
 def _default_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables that are not set yet, and unset them at the end."""
+    """Set those environment variables that are not set yet, and unset them at the end."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

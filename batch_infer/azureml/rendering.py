@@ -121,8 +121,7 @@ class CrashHistory:
     ) -> tuple[list[PromptRequest], list[Sequence[PromptRequest]]]:
         """Return the rows that have failed, and the groups in which to retry the other rows, least suspect first.
 
-        Each suspect is a row and the number of its earlier `failed` results. If there are any, the row is retried
-        alone.
+        Each suspect is a row and the number of its earlier `failed` results. A row with such results is retried alone.
         """
         failed: list[PromptRequest] = []
         together: list[PromptRequest] = []
@@ -140,7 +139,7 @@ class CrashHistory:
 
 
 class ProgressMarkers:
-    """The in-progress markers in OUT. As a context manager, it removes them at the end, or keeps them after a crash.
+    """The in-progress markers in OUT. The context manager removes them at the end, or keeps them after a crash.
 
     A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
     rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
@@ -182,15 +181,14 @@ class ProgressMarkers:
 
     def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
         """Remove the open markers. If a row may have caused the error, keep them although this process continues."""
-        service_failed = isinstance(error, BatchInferError)  # or a disk
         with self._lock:
             for path in list(self._open):
-                if error is None or service_failed:
+                if error is None or isinstance(error, BatchInferError):  # a service or a disk has failed
                     self._remove(path)
-                    continue
-                del self._open[path]
-                with write_errors(path), suppress(FileNotFoundError):
-                    path.replace(path.with_name(f"{_PREFIX}broken-{token_hex(6)}"))
+                else:
+                    del self._open[path]
+                    with write_errors(path), suppress(FileNotFoundError):
+                        path.replace(path.with_name(f"{_PREFIX}broken-{token_hex(6)}"))
 
     def _remove(self, path: Path) -> None:
         self._open.pop(path, None)
@@ -219,7 +217,7 @@ class ProgressMarkers:
             path = self._out / name
             if not name.startswith(_PREFIX) or (name.startswith(own_prefix) and not is_abandoned(name, _PREFIX)):
                 continue
-            # Another worker may remove a marker meanwhile, and other files may have similar names.
+            # Another worker may remove the marker meanwhile, and other programs' files may have such names.
             with read_errors(path), suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 marker = json.loads(path.read_text("ascii"))
                 yield path, bool(marker["alone"]), [(str(name), int(k)) for name, k in marker["keys"]]

@@ -1,7 +1,7 @@
 """Chains render requests on one device: they check and encode prompts, denoise, decode, and check the images.
 
-StepLevelChain batches single steps of many rows, and PipelineCallChain batches calls of a diffusers pipeline.
-GatedChain has a safety service check the prompts and images of one of them.
+StepLevelChain batches rows for each denoising step, and PipelineCallChain for each call of a diffusers pipeline.
+GatedChain adds the checks of a safety service to one of them.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Request sources, batch sizes, outcomes, and the loop that all chains share."""
+"""Define request sources, batch sizes and outcomes, and the loop that all chains share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class RenderedImage:
 
 @dataclass(frozen=True, slots=True)
 class UnrenderedRow:
-    """A request without an image: `invalid` if the model rejects its values, `blocked` if its prompt is unsafe."""
+    """A request without an image.
+
+    It is `invalid` if the model rejects its values, `blocked` if its prompt is unsafe, and otherwise `failed`.
+    """
 
     request: PromptRequest
     status: Literal["invalid", "failed", "blocked"]
@@ -93,7 +96,7 @@ def size_of(request: PromptRequest) -> Size:
 
 
 class ReadAhead:
-    """Reads requests from a source and holds them until they are rendered."""
+    """Lets a chain look at the next request of a source before taking it, and put requests back."""
 
     def __init__(self, source: RequestSource) -> None:
         self._source = source
@@ -108,28 +111,28 @@ class ReadAhead:
             self._requests.append(request)
         return request
 
-    def has(self, size: Size) -> bool:
-        """Return whether the next request has this image size."""
+    def has(self, key: object, key_of: Callable[[PromptRequest], object] = size_of) -> bool:
+        """Return whether the next request has this key, by default an image size."""
         request = self.peek()
-        return isinstance(request, PromptRequest) and size_of(request) == size
+        return isinstance(request, PromptRequest) and key_of(request) == key
 
-    def take(self, size: Size, limit: int) -> list[PromptRequest]:
-        """Remove and return up to `limit` requests, ending before the first with another image size."""
+    def take(self, key: object, limit: int, key_of: Callable[[PromptRequest], object] = size_of) -> list[PromptRequest]:
+        """Remove and return up to `limit` requests, stopping before the first with another key."""
         requests: list[PromptRequest] = []
-        while len(requests) < limit and self.has(size):
+        while len(requests) < limit and self.has(key, key_of):
             requests.append(self._requests.popleft())
         return requests
 
-    def put_back(self, requests: Iterable[PromptRequest]) -> None:
+    def put_back(self, requests: Sequence[PromptRequest]) -> None:
         """Insert requests at the front, in their order."""
-        self._requests.extendleft(reversed(list(requests)))
+        self._requests.extendleft(reversed(requests))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """Batch elements per UNet call (`slots`) and images per decoder or checker call, with exceptions by image size.
+    """Batch elements per UNet call (`slots`) and images per decoder or checker call (`decode`).
 
-    A row with guidance uses two slots.
+    A row with guidance uses two slots. `by_size` has the values for image sizes that differ from these.
     """
 
     slots: int
@@ -146,9 +149,9 @@ class BatchSizes:
         return self.by_size.get(size, (self.slots, self.decode))
 
     def halve(self, size: Size, stage: Stage) -> BatchSizes | None:
-        """Halve the batch size of a stage for one image size, or of the other stage if this one is at its minimum.
+        """Halve the batch size of a stage for one image size, or that of the other stage if this one is at its minimum.
 
-        Returns None if both are.
+        Returns None if both are at their minimum.
         """
         slots, decode = self.for_size(size)
         if slots < 4 and decode < 2:
@@ -180,9 +183,9 @@ class Chain(ABC):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests and yield outcomes in the order in which they finish.
 
-        Requests with one image size, or for pipeline-call batching with one `batch_key`, should be adjacent: a change
-        empties the slots. If the device runs out of memory, the batch size is halved and the batch's rows are rendered
-        again.
+        Requests with the same image size, or for pipeline-call batching with the same `batch_key`, should be adjacent,
+        because they share batches. If the device runs out of memory, the chain halves the batch size and renders the
+        rows of the batch again.
         """
 
     @abstractmethod
@@ -191,7 +194,7 @@ class Chain(ABC):
 
 
 class DeviceChain(Chain):
-    """A chain that renders, as opposed to one that adds checks to another chain."""
+    """A chain that renders, unlike GatedChain, which adds checks to such a chain."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
@@ -211,7 +214,7 @@ class DeviceChain(Chain):
     def steps(self, source: RequestSource) -> Iterator[Sequence[RowOutcome]]:
         """Render requests and yield new outcomes, possibly none, at least once per UNet or pipeline call.
 
-        Between calls the caller can do other work and poll for events.
+        The caller can do other work between calls.
         """
         requests, started = ReadAhead(source), time.perf_counter()
         while (first := requests.peek(IDLE_SECONDS)) is not NoRequest.END and not self._stop():
@@ -228,13 +231,14 @@ class DeviceChain(Chain):
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the first request and the next ones that can share its batch. See `steps`."""
 
-    def _retry(self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str) -> list[RowOutcome]:
-        """Put back the rows of a batch that ran out of memory, and log the `change` that makes it smaller."""
-        log.warning("out of memory at %dx%d pixels: going on with %s", size[1], size[0], change)
+    def _retry_or_fail(
+        self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str | None, message: str
+    ) -> list[RowOutcome]:
+        """Put back the rows of a batch that ran out of memory, or fail them if no `change` made the batch smaller."""
+        height, width = size
+        if change is None:
+            error = f"one image of {width}x{height} pixels does not fit into the device's memory ({message})"
+            return [UnrenderedRow(row, "failed", error) for row in rows]
+        log.warning("out of memory at %dx%d pixels: continuing with %s", width, height, change)
         requests.put_back(rows)
         return []
-
-    def _fail(self, rows: Sequence[PromptRequest], size: Size, message: str) -> list[RowOutcome]:
-        """Fail rows for which the device runs out of memory even in the smallest batch."""
-        error = f"the device's memory does not hold one image of {size[1]}x{size[0]} pixels ({message})"
-        return [UnrenderedRow(row, "failed", error) for row in rows]

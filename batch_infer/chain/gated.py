@@ -1,4 +1,4 @@
-"""A chain that has a safety service check prompts before rendering and images afterwards."""
+"""Have a safety service check prompts before rendering and images afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from types import NoneType
 
@@ -28,21 +29,21 @@ from batch_infer.safety import Gate
 PROMPTS_AHEAD = 32
 """Maximum number of prompts to check before slots are free for them."""
 IMAGES_AHEAD = 32
-"""Maximum number of images in the service. Beyond it, the device waits."""
+"""Maximum number of images that wait for a verdict. The device waits if there are more."""
 CACHED_PROMPTS = 1024
-"""Number of cached prompt verdicts. All images of a row share one, and so do rows with equal prompts."""
+"""Maximum number of cached verdicts on prompts. Images of the same row share one, as do rows with equal prompts."""
 BLOCKED_AHEAD = 64
 """Maximum number of blocked rows to hold back while the device is busy."""
 BATCHING_SECONDS = 1.0
-"""Maximum number of seconds that a pipeline call waits for a prompt's verdict in order to render a larger batch."""
+"""Maximum number of seconds that a pipeline call waits for a verdict on a prompt, to render a larger batch."""
 POLL_SECONDS = 0.2
 """Seconds between checks whether to stop while waiting for the service."""
 GRACE_SECONDS = 5.0
-"""Seconds that the service has after a stop to check rendered images."""
+"""Maximum number of seconds to wait for verdicts on rendered images after a stop."""
 
 
 class GatedChain(Chain):
-    """Renders with another chain if the service passes the prompt. Without a verdict on both, there is no image."""
+    """Renders with another chain if the prompt passes. An image is yielded only with a verdict on it and its prompt."""
 
     def __init__(
         self,
@@ -67,26 +68,28 @@ class GatedChain(Chain):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests whose prompts pass, and yield outcomes in the order in which they finish.
 
-        A request may overtake others whose prompts take longer to check. After a stop, images that are already
-        rendered are yielded if the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError
-        after yielding everything that was checked before.
+        A request may overtake others whose prompts take longer to check. After a stop, rendered images are yielded if
+        the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError after yielding everything
+        that was checked before.
         """
         with ThreadPoolExecutor(self._gate.concurrency, "gate") as pool:
             images = _ImageGate(self._gate, pool)
             prompts = _PromptGate(as_source(requests), self._gate, pool, images, batching=self.uses_pipeline_call)
             try:
-                for outcomes in self._chain.steps(prompts):
-                    for outcome in outcomes:
-                        yield from images.add(outcome, prompts.pop_verdict(outcome.request))
-                    yield from images.take_checked()
+                with suppress(StoppedError):
+                    for outcomes in self._chain.steps(prompts):
+                        for outcome in outcomes:
+                            yield from images.add(outcome, prompts.pop_verdict(outcome.request))
+                        yield from images.take_checked()
+                        yield from prompts.take_blocked()
                     yield from prompts.take_blocked()
+                    while images.pending and not self._stop():
+                        wait(images.pending, POLL_SECONDS, FIRST_COMPLETED)
+                        yield from images.take_checked()
+                for future in prompts.futures:
+                    future.cancel()
+                yield from images.finish(GRACE_SECONDS)
                 yield from prompts.take_blocked()
-                while images.pending and not self._stop():
-                    wait(images.pending, POLL_SECONDS, FIRST_COMPLETED)
-                    yield from images.take_checked()
-                yield from self._finish(prompts, images)
-            except StoppedError:
-                yield from self._finish(prompts, images)
             except BatchInferError:
                 yield from images.finish()
                 yield from prompts.take_blocked()
@@ -102,16 +105,9 @@ class GatedChain(Chain):
         self._gate_stops_at = min(self._gate_stops_at, time.monotonic() + GRACE_SECONDS)
         return time.monotonic() >= self._gate_stops_at
 
-    def _finish(self, prompts: _PromptGate, images: _ImageGate) -> Iterator[RowOutcome]:
-        """Yield rows that are checked in time, without checking further prompts."""
-        for future in prompts.futures:
-            future.cancel()
-        yield from images.finish(GRACE_SECONDS)
-        yield from prompts.take_blocked()
-
 
 class _PromptGate:
-    """A source of requests whose prompts pass."""
+    """A request source that passes on the requests whose prompts are safe."""
 
     def __init__(
         self, source: RequestSource, gate: Gate, pool: ThreadPoolExecutor, images: _ImageGate, *, batching: bool
@@ -134,8 +130,11 @@ class _PromptGate:
             self._submit_ahead(timeout)
             if self._is_at_end and not self._pending:
                 return NoRequest.END
-            self._wait(timeout)
-            index = _first_done(self.futures)
+            if timeout and not self._blocked:
+                wait([*self.futures, *self._images.pending], timeout, FIRST_COMPLETED)
+            elif not timeout and self._batching:
+                wait(self.futures[:1], BATCHING_SECONDS)
+            index = next((index for index, future in enumerate(self.futures) if future.done()), None)
             if index is None:
                 break
             if (request := self._take(index)) is not None:
@@ -169,14 +168,6 @@ class _PromptGate:
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
             self._pending.append((request, future))
-
-    def _wait(self, timeout: float) -> None:
-        futures = self.futures
-        if timeout:
-            if not self._blocked and _first_done(futures) is None:
-                wait([*futures, *self._images.pending], timeout, FIRST_COMPLETED)
-        elif self._batching and futures:
-            wait(futures[:1], BATCHING_SECONDS)
 
     def _take(self, index: int) -> PromptRequest | None:
         """Remove a request whose check is done. Returns None if its prompt does not pass."""
@@ -239,7 +230,3 @@ class _ImageGate:
         if verdict.nsfw is None:
             return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
         return replace(rendered, verdict=rendered.verdict.merge(prompt_verdict).merge(verdict))
-
-
-def _first_done(futures: list[Future[Verdict]]) -> int | None:
-    return next((index for index, future in enumerate(futures) if future.done()), None)

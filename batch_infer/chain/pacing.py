@@ -1,7 +1,8 @@
-"""CUDA streams for work that runs concurrently with the UNet, and timing of UNet calls that does not block the host."""
+"""Provide CUDA streams for work that runs concurrently with the UNet, and time UNet calls without blocking the host."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ CALLS_AHEAD = 3
 
 @cache
 def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) -> torch.cuda.Stream | None:
-    """Return the stream for a purpose, or None on a CPU. Streams are reused, because torch frees memory by stream.
+    """Return the stream for a purpose, or None on a CPU.
 
-    They have high priority: their short kernels would otherwise queue behind the kernels of a whole UNet call.
+    Streams are reused, because torch caches freed memory per stream. They have high priority: their short kernels would
+    otherwise queue behind the kernels of a whole UNet call.
     """
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -33,7 +35,7 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
 def encoding_stream(device: torch.device) -> Iterator[None]:
     """Run the block on the stream for encoding, so that its small copies do not wait for UNet calls.
 
-    Later work on the UNet's stream waits for the block, but the host does not. Has no effect on a CPU.
+    Later work on the UNet's stream waits for the block, but the host does not. This has no effect on a CPU.
     """
     stream = stream_for(device, "encode")
     if stream is None:
@@ -48,7 +50,7 @@ def encoding_stream(device: torch.device) -> Iterator[None]:
 
 
 def keep_until_read(conditioning: Conditioning) -> None:
-    """Keep GPU memory that the encoding stream allocated from being reused before the UNet's stream has read it."""
+    """Prevent torch from reusing memory that the encoding stream allocated before the UNet's stream has read it."""
     for part in conditioning.context:
         for tensor in (part or {}).values():
             if tensor.is_cuda:
@@ -79,13 +81,11 @@ class CudaPacer(Pacer):
     def __init__(self, stages: Stages) -> None:
         super().__init__(stages)
         self._unfinished: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._is_first = True
 
     def start(self) -> None:
-        if self._is_first:
+        if math.isinf(self._stages.started_at):
             torch.cuda.current_stream().synchronize()  # the span starts with this call, not with earlier work
-            self._stages.started_at = min(self._stages.started_at, time.perf_counter())
-            self._is_first = False
+            self._stages.started_at = time.perf_counter()
         self._event = _record_event()
 
     def end(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,7 @@ class PipelineCallChain(DeviceChain):
         checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """No batch is rendered once `stop`, which is called before each batch, returns True."""
+        """The chain calls `stop` before each batch, and renders no more batches once it returns True."""
         super().__init__(model, batch_sizes, checker, stop)
         self._single_row_sizes: set[Size] = set()
         """Image sizes for which two rows without guidance do not fit into memory."""
@@ -58,12 +58,7 @@ class PipelineCallChain(DeviceChain):
         size = size_of(first)
         is_single = size in self._single_row_sizes and first.params.slots == 1
         slots = 1 if is_single else self.batch_sizes.for_size(size)[0]
-        rows = requests.take(size, 1)
-        while len(rows) < slots // first.params.slots:
-            request = requests.peek()
-            if not isinstance(request, PromptRequest) or request.batch_key != first.batch_key:
-                break
-            rows += requests.take(size, 1)
+        rows = requests.take(first.batch_key, slots // first.params.slots, lambda request: request.batch_key)
         try:
             with out_of_memory_errors():
                 outcomes = self._render_rows(rows, slots, stages)
@@ -74,25 +69,25 @@ class PipelineCallChain(DeviceChain):
         # Outside the except block, whose traceback would keep the call's tensors alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield self._halve(requests, size, rows, message)
+        yield self._retry_or_fail(requests, rows, size, self._shrink(size, first.params.slots), message)
 
-    def _halve(self, requests: ReadAhead, size: Size, rows: Sequence[PromptRequest], message: str) -> list[RowOutcome]:
-        """Halve the slots and put back the rows, or fail them if the call rendered only one image."""
-        slots, slots_per_row = self.batch_sizes.for_size(size)[0], rows[0].params.slots
-        if slots_per_row == 1 and 1 < slots < 4 and size not in self._single_row_sizes:
+    def _shrink(self, size: Size, slots_per_row: int) -> str | None:
+        """Halve the slots and describe the change. Returns None if the call rendered only one image."""
+        slots = self.batch_sizes.for_size(size)[0]
+        if slots_per_row == 1 and slots < 4 and size not in self._single_row_sizes:
             self._single_row_sizes.add(size)
-            return self._retry(requests, rows, size, "one row per call")
+            return "one row per call"
         smaller = self.batch_sizes.halve(size, "denoise") if slots >= 4 else None
-        if smaller is None or self.model.needs_separate_calls or slots // slots_per_row < 2:
-            return self._fail(rows, size, message)
+        if smaller is None or self.model.needs_separate_calls:
+            return None
         self._batch_sizes = smaller
-        return self._retry(requests, rows, size, f"{smaller.for_size(size)[0]} slots, not {slots}")
+        return f"{smaller.for_size(size)[0]} slots, not {slots}"
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
         """Render a batch, or its rows one by one if the pipeline rejects the batch.
 
-        A single row is padded with copies of itself to the same batch size: a rejected row then affects no other row,
-        and bytes stay the same.
+        A rejected row then affects no other row. A single row is padded with copies of itself to the same batch size,
+        so that its bytes stay the same.
         """
         try:
             return self._call_pipeline(rows, slots, stages)
@@ -123,27 +118,22 @@ class PipelineCallChain(DeviceChain):
 
     @contextmanager
     def _timed(self, stages: Stages) -> Iterator[None]:
-        """Add the seconds before the first denoiser call, in denoiser calls, and after them to the stages."""
+        """Add the seconds before, in and after the denoiser calls to the stages as encoding, denoising and decoding."""
         pacer, denoise_before = make_pacer(self.model.device, stages), stages.denoise
         started = time.perf_counter()
-        first_call: list[float] = []
+        calls_started: list[float] = []
 
         def start(*_: Any) -> None:
-            if not first_call:
-                first_call.append(time.perf_counter())
+            calls_started.append(time.perf_counter())
             pacer.start()
 
-        denoiser, hooks = self.model.denoiser, []
-        if denoiser is not None:
-            hooks.append(denoiser.register_forward_pre_hook(start))
-            hooks.append(denoiser.register_forward_hook(lambda *_: pacer.end()))
-        try:
+        with ExitStack() as hooks:
+            if self.model.denoiser is not None:
+                hooks.enter_context(self.model.denoiser.register_forward_pre_hook(start))
+                hooks.enter_context(self.model.denoiser.register_forward_hook(lambda *_: pacer.end()))
             yield
             pacer.finish()
-        finally:
-            for hook in hooks:
-                hook.remove()
         ended = time.perf_counter()
-        encoding = first_call[0] - started if first_call else 0.0
+        encoding = calls_started[0] - started if calls_started else 0.0
         stages.encode += encoding
         stages.decode += max(0.0, ended - started - encoding - (stages.denoise - denoise_before))

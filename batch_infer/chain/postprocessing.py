@@ -1,4 +1,4 @@
-"""Decode finished latents and check the images, in micro-batches with a fixed size."""
+"""Decode finished latents and check the images, in micro-batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MIN_MICRO_BATCHES_AHEAD = 2
 class Postprocessing:
     """Decodes and checks finished rows.
 
-    On a GPU this happens in background, on a separate thread and stream, so that the next UNet call does not wait for
-    it. On a CPU it happens in the calling thread, because a second torch thread would compete for the same cores.
+    On a GPU this happens in the background, on a separate thread and stream, so that the next UNet call does not wait
+    for it. On a CPU it happens in the calling thread, because a second torch thread would compete for the same cores.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class Postprocessing:
         *,
         in_background: bool,
     ) -> None:
-        """`batch_sizes`: the slots, which are only reported with the images, and the size of a micro-batch."""
+        """`batch_sizes`: the slots, which are reported with the images, and the size of a micro-batch."""
         self._model, self._checker, self._stages = model, checker, stages
         self.slots, self._batch = batch_sizes
         self._rows: list[FinishedRow[Tag]] = []
         """Rows that wait until a micro-batch is full."""
         self.micro_batches_ahead = max(MIN_MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
-        """Maximum number of micro-batches that wait for the decoder. Beyond it, the UNet waits.
+        """Maximum number of micro-batches that wait for the decoder. The UNet waits if there are more.
 
-        Rows with equal step counts finish in one call, and all of them must fit while the rows of the previous call
-        are still being decoded. A row that waits takes 64 kB of latents if its image has 512x512 pixels.
+        Rows with equal step counts finish in one call. The queue holds all of them while the rows of the previous call
+        are still being decoded. The latents of a waiting row take 64 kB if its image has 512x512 pixels.
         """
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
@@ -92,22 +92,22 @@ class Postprocessing:
             return
         ready = None
         if self._stream is not None:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+            ready = torch.cuda.current_stream().record_event()
             latents.record_stream(self._stream)
         self._futures.append(self._pool.submit(self._process, batch, latents, ready))
 
     def _take_finished(self, limit: int) -> Iterator[list[RowOutcome]]:
-        """Yield the outcomes of finished micro-batches, after waiting until at most `limit` are unfinished."""
+        """Wait until at most `limit` micro-batches are unfinished, and yield the outcomes of the others."""
         while self._futures and (len(self._futures) > limit or self._futures[0].done()):
             yield self._futures.popleft().result()
 
     def _process(
         self, batch: list[FinishedRow[Tag]], latents: torch.Tensor, ready: torch.cuda.Event | None
     ) -> list[RowOutcome]:
+        # Not torch.cuda.stream(None), which would initialize CUDA.
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if ready is not None and self._stream is not None:
-                self._stream.wait_event(ready)
+            if ready is not None:
+                ready.wait()
             started = time.perf_counter()
             with torch.inference_mode():
                 images, are_finite = to_pixels(self._model.decode(latents)[: len(batch)])
@@ -138,7 +138,7 @@ def check_images(
 
 
 def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
-    """Convert images (B, 3, H, W) from 0 to 1 to (H, W, 3) uint8 on the host, and return whether each was finite."""
+    """Convert images (B, 3, H, W) from 0 to 1 to (H, W, 3) uint8 on the host, and return whether each is finite."""
     are_finite = torch.isfinite(images).flatten(1).all(1)
     images = images.nan_to_num().clamp(0, 1)
     # Half to even, as in diffusers' image processor.
@@ -152,7 +152,7 @@ def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
 
 
 def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> UnrenderedRow:
-    """Return the failure of a row whose image contains infinite values or NaN."""
+    """Return a failed row, because its image contains infinite values or NaN."""
     params = request.params
     advice = "" if dtype == torch.float32 else ", or compute with --dtype float32"
     error = (

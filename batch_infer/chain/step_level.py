@@ -38,7 +38,7 @@ class StepLevelChain(DeviceChain):
         *,
         in_background: bool | None = None,
     ) -> None:
-        """Unfinished rows are dropped once `stop`, which is called before each UNet call, returns True.
+        """The chain calls `stop` before each UNet call, and drops unfinished rows once it returns True.
 
         `in_background`: whether to decode and check on another thread. The default is True only on a GPU.
         """
@@ -48,7 +48,7 @@ class StepLevelChain(DeviceChain):
         """Image sizes and batch sizes for which the networks are compiled."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the next requests that have one image size."""
+        """Render the next requests with the image size of the first."""
         size = size_of(first)
         batch_sizes = self.batch_sizes.for_size(size)
         must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
@@ -71,23 +71,23 @@ class StepLevelChain(DeviceChain):
         del size_pass, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield self._halve(requests, size, stage, unfinished, message)
+        yield self._retry_or_fail(requests, unfinished, size, self._shrink(size, stage), message)
 
-    def _halve(
-        self, requests: ReadAhead, size: Size, stage: Stage, unfinished: Sequence[PromptRequest], message: str
-    ) -> list[RowOutcome]:
-        """Halve a batch size and put back unfinished rows, or fail them if both batch sizes are at their minimum."""
-        before, smaller = self.batch_sizes.for_size(size), self.batch_sizes.halve(size, stage)
+    def _shrink(self, size: Size, stage: Stage) -> str | None:
+        """Halve a batch size and describe the change. Returns None if both batch sizes are at their minimum."""
+        old_slots, old_decode = self.batch_sizes.for_size(size)
+        smaller = self.batch_sizes.halve(size, stage)
         if smaller is None:
-            return self._fail(unfinished, size, message)
+            return None
         self._batch_sizes = smaller
-        changes = zip(smaller.for_size(size), before, ("slots", "images in a decoder call"), strict=True)
-        change = next(f"{new} {unit}, not {old}" for new, old, unit in changes if new < old)
-        return self._retry(requests, unfinished, size, change)
+        slots, decode = smaller.for_size(size)
+        if slots < old_slots:
+            return f"{slots} slots, not {old_slots}"
+        return f"{decode} images in a decoder call, not {old_decode}"
 
 
 class _SizePass:
-    """Renders rows of one image size with fixed batch sizes, and owns their state on the device."""
+    """Renders rows of one image size with fixed batch sizes, and holds their state on the device."""
 
     _slots: Slots[Tag]
 

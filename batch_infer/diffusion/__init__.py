@@ -1,6 +1,6 @@
-"""The denoising loop of latent diffusion: many rows share a UNet call, each at a different step of its sampler.
+"""Denoise latents: many rows share a UNet call, each at a different step of its sampler.
 
-Slots holds the rows of a batch. A Solver computes the coefficients with which a diffusers scheduler advances them.
+Slots holds the rows of a batch, and Solver computes the coefficients that advance a row like its diffusers scheduler.
 """
 
 from batch_infer.diffusion.packer import Context, Denoiser, FinishedRow, Slots

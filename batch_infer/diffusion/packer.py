@@ -1,4 +1,4 @@
-"""Slots: a UNet batch with a fixed shape that rows enter and leave at any step.
+"""Pack rows into a UNet batch with a fixed shape, which they enter and leave at any step.
 
 A slot is one batch position. A row with guidance uses two slots, a row without guidance one. Rows with any step count,
 guidance and progress share a UNet call, and a finished row frees its slots for the next one. Because the shape of the
@@ -43,8 +43,8 @@ class FinishedRow(Generic[Tag]):
 class _Row(Generic[Tag]):
     """A row in the batch.
 
-    `terms` has one line for each term of the row's sums, see CoefficientTable; the first `term_count` are filled.
-    `guidance` is its scale and rescale factor.
+    `terms` has one line for each term of the row's sums (see CoefficientTable), and its first `term_count` lines are
+    filled. `guidance` is the scale and the rescale factor.
     """
 
     tag: Tag
@@ -67,8 +67,8 @@ def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinne
 class Slots(Generic[Tag]):
     """`size` slots for latents of one shape (C, h, w), on the UNet's device and in its dtype.
 
-    The state of rows is float32 whatever the UNet's dtype: their samples and the terms that add up to them (noise,
-    model outputs, draws). With 64x64 latents, the terms of 1,000 steps take 66 MB, or 131 MB with a draw per step.
+    Samples and terms (noise, model outputs, draws) are float32 for any UNet dtype. With 64x64 latents, the terms of
+    1,000 steps take 66 MB, or 131 MB with a draw per step.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class Slots(Generic[Tag]):
         self._denoiser = denoiser
         self._device, self._dtype = device, dtype
         self._rows: dict[int, _Row[Tag]] = {}
+        """The rows by index in the tensors that have one entry per row: the first position of the row."""
         self._free_positions = list(range(size))
-        self._free_rows = list(range(size))
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}
-        # Rows with the same table share a copy. A cached method would keep this object alive after its last use.
+        # Rows with the same table share a copy. The cache of a cached method would keep this object in memory.
         self._copy_to_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
             lambda table: copy_to(device, table.coefficients)
         )
@@ -111,8 +111,7 @@ class Slots(Generic[Tag]):
         table: CoefficientTable,
         context: tuple[Context, Context | None],
     ) -> None:
-        """Add a row. `context` is conditional and, with guidance, also unconditional."""
-        index = self._free_rows.pop(0)
+        """Add a row. `context` has a conditional and, for a row with guidance, an unconditional part."""
         positions = tuple(self._free_positions.pop(0) for _ in range(params.slots))
         for position, part in zip(positions, context, strict=False):
             if part is None:
@@ -123,14 +122,14 @@ class Slots(Generic[Tag]):
         terms = torch.empty(coefficients.shape[1], self._samples[0].numel(), device=self._device)
         generator = torch.Generator("cpu").manual_seed(seed)
         row = _Row(tag, table, coefficients, terms, generator, positions, guidance, time.perf_counter())
-        self._rows[index] = row
+        self._rows[positions[0]] = row
         self._draw(row)
-        self._samples[index] = table.initial_scale * terms[0].reshape(self.latent_shape)
+        self._samples[positions[0]] = table.initial_scale * terms[0].reshape(self.latent_shape)
         self._is_layout_stale = True
 
     @torch.inference_mode()
     def tick(self) -> list[FinishedRow[Tag]]:
-        """Make one UNet call with all slots, advance every row by one step, and return the rows that are finished."""
+        """Make one UNet call with all slots, advance every row by one step, and return the finished rows."""
         output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
         advanced = [self._advance(index, guided[index]) for index in list(self._rows)]
@@ -146,7 +145,7 @@ class Slots(Generic[Tag]):
         return self._denoiser.denoise(sample.to(self._dtype), timestep, self._context)
 
     def _advance(self, index: int, output: torch.Tensor) -> FinishedRow[Tag] | None:
-        """Advance one row by one line of its table. Shapes depend only on this row, and so do the bytes."""
+        """Advance one row by one line of its table. Shapes, and therefore bytes, depend only on this row."""
         row = self._rows[index]
         row.terms[row.term_count] = output.flatten()
         row.term_count += 1
@@ -159,7 +158,6 @@ class Slots(Generic[Tag]):
             self._samples[index] = sample
             return None
         del self._rows[index]
-        self._free_rows.append(index)
         self._free_positions.extend(row.positions)
         self._is_layout_stale = True
         return FinishedRow(row.tag, sample, time.perf_counter() - row.started)
@@ -192,7 +190,7 @@ class Slots(Generic[Tag]):
     def _send_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the timestep and input scale of each position. Free positions compute unused values at timestep 0.
 
-        Both are contiguous, because torch.compile would compile again for a timestep with gaps.
+        Both tensors are contiguous, because torch.compile would compile again for a timestep with another stride.
         """
         timesteps, input_scales = [0.0] * self.size, [1.0] * self.size
         for row in self._rows.values():

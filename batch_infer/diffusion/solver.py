@@ -1,7 +1,7 @@
-"""A diffusers scheduler as a table of coefficients, so that each row advances by one line of its own table.
+"""Convert a diffusers scheduler to a table of coefficients, so that each row advances by one line of its own table.
 
-A scheduler's samples are linear in the initial noise, the model outputs and the noise that it draws. Running it
-once on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...). diffusers
+A scheduler's samples are linear in the initial noise, the model outputs and the noise that it draws. Running it once
+on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...). diffusers
 remains the single source of truth, and this package implements no solver.
 """
 
@@ -23,11 +23,14 @@ from batch_infer.errors import ModelError, RowError, first_line
 TOLERANCE = 1e-4
 """Maximum difference between a table and its scheduler on random data, at each step, relative to the largest value.
 
-Some schedulers compute in float32.
+It allows for schedulers that compute in float32.
 """
 CACHED_TABLES = 32
-"""Number of cached tables. A table for 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step, and 24 MB
-if it also evaluates the model twice per step."""
+"""Maximum number of cached tables.
+
+A table for 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step, and 24 MB if it also evaluates the
+model twice per step.
+"""
 TRIAL_SHAPE = (1, 4, 4, 4)
 
 
@@ -72,9 +75,9 @@ class Solver:
     """Computes and caches the coefficient tables of one scheduler."""
 
     def __init__(self, scheduler: Scheduler, begin_index: int | None = None) -> None:
-        """`begin_index`: set before the first step if the pipeline does so. If None, the scheduler finds the index.
+        """`begin_index`: the index that the pipeline sets before the first step. If None, the scheduler finds it.
 
-        Raises ModelError for a scheduler that clips, thresholds, or draws noise other than from the row's generator.
+        Raises ModelError for a scheduler that clips, thresholds, or draws noise from a generator other than the row's.
         """
         self.name = type(scheduler).__name__
         for option in ("clip_sample", "thresholding"):
@@ -91,7 +94,7 @@ class Solver:
         """Return the table for a step count. Raises RowError if the scheduler rejects that count."""
         table = self._tables(num_inference_steps)
         if isinstance(table, RowError):
-            # Without the traceback, which would grow with every row.
+            # Without its traceback, which would grow with every row.
             raise table.with_traceback(None)
         return table
 
@@ -111,7 +114,7 @@ class Solver:
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable | RowError:
-        """Compute a table and compare it with the scheduler on random data. Returns the error if there is one."""
+        """Compute a table and compare it with the scheduler on random data. Returns an error if there is no table."""
         refusal = f"{self.name} does not take num_inference_steps={steps}"
         try:
             terms, run = self._run_on_random_data(steps, seed=0, intercepts=True)
@@ -161,7 +164,7 @@ class Solver:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Input scale, number of draws, and resulting sample of each evaluation. `samples` is (K, elements) float64."""
+    """Input scale, number of draws and resulting sample of each evaluation. `samples` is (K, elements) float64."""
 
     input_scale: tuple[float, ...]
     draws: tuple[int, ...]
@@ -178,14 +181,14 @@ def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -
 
 
 def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> _Run:
-    """Run a scheduler. `supply` is called for the initial noise, each model output and each draw, in this order.
+    """Run a scheduler. `supply` returns the initial noise, and then for each evaluation the model output and the draws.
 
     Without `intercepts`, which is twice as fast, the scheduler draws noise itself.
     """
     input_scale, draws, samples = [], [], []
     generator = torch.Generator()
-    # As pipelines call it, if the scheduler has these arguments: with the row's generator, and with the pipelines'
-    # default of eta, which differs from TCD's.
+    # If the scheduler has these arguments, pipelines pass the row's generator and their own default of eta, which
+    # differs from TCD's.
     parameters = inspect.signature(scheduler.step).parameters
     arguments = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)

@@ -1,7 +1,6 @@
-"""Engines hand the rows of a run to workers, replace workers that die, and account for every row.
+"""Send the rows of a run to workers, replace workers that die, and account for every row.
 
-An engine renders in the command's process, in local worker processes, or in the processes of a launcher. `make_engine`
-chooses one.
+An engine renders in the command's own process, in local worker processes, or in the processes of a launcher.
 """
 
 from batch_infer.engines.factory import make_engine

@@ -1,4 +1,4 @@
-"""A worker's end of its connection to the supervisor: messages, heartbeats, and the rows to render."""
+"""A worker's end of its connection to the supervisor: exchange messages, send heartbeats, and render rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from threading import Event, Lock, Thread
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,16 +25,16 @@ if TYPE_CHECKING:
     from batch_infer.worker import Worker
 
 HEARTBEAT_SECONDS = 1.0
-"""Shortest time between heartbeats."""
+"""Minimum number of seconds between heartbeats."""
 LISTEN_SECONDS = 0.5
-"""How often a worker that waits for a message checks whether to stop."""
+"""Seconds between checks for a stop while a worker waits for a message."""
 
 
 class SupervisorConnection:
-    """A worker's end of its connection. A context manager: an error is sent to the supervisor and ends the process."""
+    """A worker's end of its connection. As a context manager, it sends an error to the supervisor and then exits."""
 
     def __init__(self, connection: Connection, stop: Callable[[], bool] = lambda: False) -> None:
-        """`stop` returns whether this process is to stop for another reason than the supervisor's message."""
+        """`stop` returns whether to stop even without a message from the supervisor."""
         self._connection, self._send_lock, self._stop = connection, Lock(), stop
         self._inbox: queue.Queue[messages.ToWorker] = queue.Queue()
         self._has_task, self._is_stopped, self._is_done = Event(), Event(), Event()
@@ -48,14 +47,14 @@ class SupervisorConnection:
                 message = messages.decode_to_worker(self._connection.recv_bytes(messages.MAX_MESSAGE_BYTES))
                 if isinstance(message, messages.StopTask):
                     self._is_stopped.set()
-                    if not self._has_task.is_set():  # without a task, the process ends by itself
+                    if not self._has_task.is_set():  # `wait_for_settings` ends the process
                         self._is_done.set()
                         return
                 self._inbox.put(message)
         except (EOFError, OSError, msgspec.DecodeError):
             pass
         finally:
-            if not self._is_done.is_set():  # without a supervisor, nothing that is rendered counts
+            if not self._is_done.is_set():  # the supervisor has died or closed the connection
                 os._exit(1)
 
     def send(self, message: messages.FromWorker) -> None:
@@ -67,7 +66,7 @@ class SupervisorConnection:
             os._exit(1)
 
     def stop(self) -> bool:
-        """Return whether to stop. Called at every step, so it also sends heartbeats."""
+        """Return whether to stop. The chain calls this at every step, so it also sends heartbeats."""
         now = time.monotonic()
         if self._last_heartbeat is None:  # the first call precedes the first step
             self._last_heartbeat = now
@@ -77,7 +76,7 @@ class SupervisorConnection:
         return self._is_stopped.is_set() or self._stop()
 
     def wait_for_settings(self) -> WorkerSettings:
-        """Return the settings of the task. Ends the process if it is to stop before they arrive."""
+        """Return the settings of the task. Ends the process if a stop is requested before they arrive."""
         message = self._wait_for_message()
         if not isinstance(message, messages.StartTask):
             sys.exit(0)
@@ -85,7 +84,7 @@ class SupervisorConnection:
         return message.settings
 
     def _wait_for_message(self) -> messages.ToWorker:
-        """Return the next message, or StopTask as soon as the process is to stop."""
+        """Return the next message, or StopTask as soon as a stop is requested."""
         while not (self._is_stopped.is_set() or self._stop()):
             try:
                 return self._inbox.get(timeout=LISTEN_SECONDS)
@@ -94,7 +93,7 @@ class SupervisorConnection:
         return messages.StopTask()
 
     def serve(self, worker: Worker) -> None:
-        """Render chunks until the supervisor has no more."""
+        """Render chunks until the supervisor has no more of them."""
 
         def report_commit(rows: Sequence[ResultRow]) -> None:
             bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
@@ -111,7 +110,7 @@ class SupervisorConnection:
         self.send(messages.WorkerDone(report))
 
     def _stream(self, first: messages.RowChunk) -> Iterator[PromptRequest]:
-        """Yield the rows of one chunk after another. The next one is requested early, so that no slot stays empty."""
+        """Yield the rows of chunks. Each chunk is requested before it is needed, so that no slot stays empty."""
         message: messages.ToWorker = first
         while isinstance(message, messages.RowChunk):
             self.send(messages.RowRequest())
@@ -121,15 +120,12 @@ class SupervisorConnection:
     def __enter__(self) -> SupervisorConnection:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, KeyboardInterrupt):  # a launcher stops this rank before it renders
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):  # a launcher has stopped this rank before it rendered
             self._is_done.set()
             self.send(messages.WorkerDone(None))
         elif error is not None and not isinstance(error, SystemExit):
-            text = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
-            self.send(
-                messages.WorkerError(type(error).__name__, escape_surrogates(str(error)), escape_surrogates(text))
-            )
-            os._exit(1)  # without a second traceback, and without waiting for threads
+            details = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
+            text, details = escape_surrogates(str(error)), escape_surrogates(details)
+            self.send(messages.WorkerError(type(error).__name__, text, details))
+            os._exit(1)  # prints no second traceback and does not wait for threads

@@ -1,4 +1,4 @@
-"""The engine registry: which engine renders a run. A new engine is one file in this package and one line here."""
+"""Choose the engine that renders a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batch_infer.engines.protocol import Engine
 
 
 def make_engine(device: str, processes: int | None, rank_info: RankInfo | None, out: Path) -> Engine:
-    """Return the engine for `--device` and `--num-processes`, or for the launcher that has started this process."""
+    """Return the engine for `--device` and `--num-processes`, or for the launcher that started this process."""
     if rank_info is not None:
         return LaunchedEngine(device, rank_info, out)
     if processes == 0:

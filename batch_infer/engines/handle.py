@@ -1,4 +1,4 @@
-"""The worker handle: the supervisor's end of a worker's connection, and the worker's process if it is a child."""
+"""Start worker processes, and communicate with workers over the supervisor's end of their connections."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerReport
 
 START_SECONDS = 1.0
-"""How long a stop is deferred while a process starts."""
+"""Maximum delay of a stop while a process starts."""
 JOIN_SECONDS = 10.0
-"""How long to wait for a process that was killed or should have ended."""
+"""Seconds to wait for the end of a process that was killed or has closed its connection."""
 FLUSH_SECONDS = 1.0
-"""How long sending the last messages to another machine may take before its connection is closed."""
+"""Seconds to wait until the last messages to a launched worker are sent, before its connection is closed."""
 INTERVALS = 99
-"""Number of latest intervals between heartbeats whose median is the usual interval."""
+"""Number of latest intervals between heartbeats. Their median is the usual interval."""
 
 log = logging.getLogger("batch_infer")
 
 
 class WorkerCrashError(RuntimeError):
-    """A worker has crashed without an error of this package. The message is the traceback, or how its process ended."""
+    """A worker crashed without an error of this package. The message is the traceback, or how its process ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds that a worker may go without a heartbeat.
+    """Seconds without a heartbeat after which a worker counts as hung.
 
-    `device`: until its device is known. `load`: until the model is loaded. `start`: until the second heartbeat, since
-    something may have to be compiled before the first. After that: the larger of `least` and `factor` times the usual
-    interval. While stopping: the larger of `stop` and twice the usual interval.
+    `device` applies until the worker reports its device, `load` until its model is loaded, and `start` until its second
+    heartbeat, since the model may be compiled before the first. After that, the limit is `factor` times the usual
+    interval, but at least `least`. While stopping, it is twice the usual interval, but at least `stop`.
     """
 
     load: float = 3600.0
@@ -70,19 +70,19 @@ class Timeouts:
 class WorkerHandle:
     """The supervisor's view of a worker: its connection, its process if that is a child, and its state.
 
-    Threads send and receive, so that a worker that freezes in the middle of a message blocks no other. Unsent messages
-    stay in memory, which is little, since rows are sent on request.
+    Two threads send and receive, so that a worker that freezes in the middle of a message does not block the others.
+    Unsent messages stay in memory. There are few, since rows are sent on request.
     """
 
     def __init__(self, rank: int, connection: Connection, process: BaseProcess | None = None) -> None:
         self.rank, self._connection, self._process = rank, connection, process
         self.is_child = process is not None
-        self.is_loaded = self.is_idle = False
-        """Whether the model is loaded; whether the worker has no rows."""
+        self.is_required = self.is_loaded = self.is_idle = False
+        """Whether the run ends if the worker cannot start, whether its model is loaded, and whether it has no rows."""
         self.report: WorkerReport | None = None
         self.error: WorkerError | None = None
         self.inbox_event = Event()
-        """Set when there may be messages to receive."""
+        """Set when there may be messages to receive. Workers may share an event."""
         self._last_sign = time.monotonic()
         self._intervals: deque[float] = deque(maxlen=INTERVALS)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
@@ -92,7 +92,7 @@ class WorkerHandle:
             thread.start()
 
     def send(self, message: ToWorker) -> None:
-        """Send without waiting. A message to a worker that has died is dropped; `receive` reports the death."""
+        """Send without waiting. If the worker has died, the message is dropped, and `receive` reports the death."""
         self._outbox.put(encode(message))
 
     def receive(self) -> Iterator[FromWorker]:
@@ -103,11 +103,6 @@ class WorkerHandle:
                 self._inbox.put(None)
                 raise EOFError
             yield message
-
-    def share_inbox_event(self, event: Event) -> None:
-        """Set this event from now on, which several workers may share."""
-        self.inbox_event = event
-        event.set()
 
     def _send_all(self) -> None:
         with suppress(OSError):
@@ -129,16 +124,15 @@ class WorkerHandle:
             self.inbox_event.set()
 
     def record_heartbeat(self) -> None:
-        now = time.monotonic()
-        self._intervals.append(now - self._last_sign)
-        self._last_sign = now
+        self._intervals.append(time.monotonic() - self._last_sign)
+        self.reset_silence()
 
     def reset_silence(self) -> None:
         """Measure silence from now on."""
         self._last_sign = time.monotonic()
 
     def mark_busy(self) -> None:
-        """Measure silence from now on: the worker has something to do."""
+        """Measure silence from now on, since the worker has something to do."""
         self.is_idle = False
         self.reset_silence()
 
@@ -147,20 +141,20 @@ class WorkerHandle:
         if self.is_idle and not is_stopping:
             return None
         silence = time.monotonic() - self._last_sign
-        # The median, since a few intervals are longer because a network was compiled in them.
+        # The median ignores the few intervals in which a network was compiled.
         usual = median_low(self._intervals) if self._intervals else 0.0
-        limit = max(timeouts.stop, 2 * usual) if is_stopping else self._limit(timeouts, usual)
+        if is_stopping:
+            limit = max(timeouts.stop, 2 * usual)
+        elif not self.is_loaded:
+            limit = timeouts.load
+        elif len(self._intervals) < 2:
+            limit = timeouts.start
+        else:
+            limit = max(timeouts.least, timeouts.factor * usual)
         return silence if silence > limit else None
 
-    def _limit(self, timeouts: Timeouts, usual: float) -> float:
-        if not self.is_loaded:
-            return timeouts.load
-        if len(self._intervals) < 2:
-            return timeouts.start
-        return max(timeouts.least, timeouts.factor * usual)
-
     def describe_exit(self) -> str:
-        """Return how the process ended, as far as it is known. Waits for it to end."""
+        """Wait for the end of a child process, and return how it ended."""
         if self._process is None:
             return "its connection broke"
         self._process.join(JOIN_SECONDS)
@@ -174,7 +168,7 @@ class WorkerHandle:
         return f"killed by signal {-code}"
 
     def exit_error(self, cause: str) -> Exception:
-        """Return the error to raise for a worker that has ended: its own, or one that names the cause."""
+        """Return the error of a worker that has ended: the error that it sent, or a new one that names the cause."""
         if self.error is not None:
             known = getattr(errors, self.error.class_name, None)
             if isinstance(known, type) and issubclass(known, BatchInferError):
@@ -188,19 +182,14 @@ class WorkerHandle:
             f"worker {self.rank} died while it loaded the model ({cause}): is there enough memory for all workers?"
         )
 
-    def send_kill(self) -> None:
-        """Kill a child process without waiting for its end."""
-        if self._process is not None:
-            self._process.kill()
-
     def kill(self) -> None:
-        """Kill a child process and close the connection, at which a process that is no child ends by itself."""
-        self.send_kill()
+        """Kill a child process, and close the connection, at which a launched process ends itself."""
         self._outbox.put(None)
         if self._process is None:
-            self._threads[0].join(FLUSH_SECONDS)  # a StopTask may not be sent yet
+            self._threads[0].join(FLUSH_SECONDS)  # there may be an unsent StopTask
         else:
-            self._process.join(JOIN_SECONDS)  # one that waits for a dead disk or device cannot even be killed
+            self._process.kill()
+            self._process.join(JOIN_SECONDS)  # a process that waits for a dead disk or device survives even SIGKILL
         shut_down(self._connection)
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
@@ -209,36 +198,36 @@ class WorkerHandle:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error's message, which summarizes a traceback."""
+    """Return the last line of an error's message. In a traceback, it is the summary."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def shut_down(connection: Connection) -> None:
-    """End a connection, also for a thread that is waiting for it."""
+    """Shut a connection down, which also wakes the threads that wait for it."""
     with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.shutdown(socket.SHUT_RDWR)
 
 
 def start_worker(spec: WorkerSpec) -> WorkerHandle:
     """Start a worker's process."""
-    context = get_context("spawn")  # a fork would share the parent's threads and locks
+    context = get_context("spawn")  # a forked process would inherit held locks without the threads that hold them
     connection, worker_connection = context.Pipe()
-    leave_removed_folder()  # a worker may be replaced hours after the command began
+    leave_removed_folder()  # a worker may be replaced hours after the start of the command
     process = context.Process(target=run_worker, args=(worker_connection, spec), name=f"batch-infer worker {spec.rank}")
-    # A process whose start is interrupted would print a traceback, since it reads half of what it is sent.
+    # An interrupted start would let the process print a traceback, since it could not read all of its arguments.
     with _stop_signals_blocked(), deferred(START_SECONDS):
         process.start()
-    worker_connection.close()  # otherwise the connection would stay open when the process has ended
+    worker_connection.close()  # otherwise the connection would stay open after the end of the process
     return WorkerHandle(spec.rank, connection, process)
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block the stop signals of a process that is started here until it handles them itself."""
+    """Start processes with blocked stop signals. A worker unblocks them once it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # otherwise it would be started in here, and unblock the signals
+    resource_tracker.ensure_running()  # the start of the process would otherwise start it, and unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Render with one worker in this process. If it fails, the run ends."""
+"""Render with one worker in this process. If the worker fails, the run ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batch_infer.worker import Worker, format_worker_name, load_chain
 
 
 class InlineEngine:
-    """Renders in this process: for a debugger or a notebook, or if no other process may be started."""
+    """Renders in this process, for a debugger or a notebook, or where no other process may be started."""
 
     worker_count = 1
 
@@ -32,7 +32,7 @@ class InlineEngine:
         on_ready()
         with deferred():
             worker.render(requests, on_commit)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started  # without the time that the final report takes
         return TaskReport([worker.report(final=True)], seconds)
 
     def __enter__(self) -> InlineEngine:

@@ -1,8 +1,8 @@
-"""The launched engine: workers that a launcher starts (torchrun, accelerate launch), on one node or many.
+"""Render in the processes of a launcher (torchrun, accelerate launch), on one machine or many.
 
-Rank 0 hands out the rows, and starts a process that renders its own share. The other ranks find it through the
-rendezvous file in OUT, which all of them see. Both ends of a connection prove that they know its key. No process group
-is formed: ranks never wait for each other.
+Rank 0 hands out the rows, and starts a process that renders its own share. The other ranks find rank 0 through the
+rendezvous file in OUT. Both ends of a connection prove that they know its key. The ranks form no process group, so they
+never wait for each other.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from batch_infer.worker import WorkerSettings
 
 POLL_SECONDS = 0.5
 ARRIVAL_SECONDS = 1800.0
-"""How long the other ranks wait for rank 0, which may download a model first."""
+"""Seconds that the other ranks wait for rank 0, which may download a model first."""
 LATE_SECONDS = 20.0
-"""How long rank 0 waits at its end for ranks that have not connected yet, to tell them to stop."""
+"""Seconds that rank 0 waits at its end for ranks that have not connected yet, to tell them to stop."""
 HANDSHAKE_SECONDS = 30.0
-"""How long a connection may take to prove that it knows the key."""
+"""Maximum number of seconds in which the other end must prove that it knows the key."""
 HELLO_BYTES = 256
 PROCESS_START = time.monotonic()
 
@@ -51,9 +51,9 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """The rank of this process under a launcher, among all ranks and on its machine.
+    """The rank of this process under a launcher, among all ranks and among those of its machine.
 
-    `master_address` is that of rank 0's machine. `launch_id` identifies one start of all ranks.
+    `master_address` is the address of rank 0's machine. `launch_id` identifies one start of all ranks.
     """
 
     rank: int
@@ -65,7 +65,7 @@ class RankInfo:
 
 
 def read_rank_info() -> RankInfo | None:
-    """Return the rank of this process, or None if no launcher has started it. Raises SettingsError."""
+    """Return the rank of this process, or None if no launcher started it. Raises SettingsError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     values = [os.environ.get(name, "") for name in names]
     if not all(values):
@@ -73,25 +73,24 @@ def read_rank_info() -> RankInfo | None:
     try:
         rank, world_size, local_rank, local_world_size = map(int, values[:4])
     except ValueError:
-        raise SettingsError(f"{', '.join(names)} are set, but not to the numbers that a launcher sets") from None
+        raise SettingsError(f"{', '.join(names[:4])} must be numbers, as a launcher sets them") from None
     launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
     return RankInfo(rank, world_size, local_rank, local_world_size, values[4], " ".join(launch))
 
 
 class LaunchedEngine(LocalEngine):
-    """The engine of rank 0: its own worker process, and the other ranks as they connect."""
+    """The engine of rank 0. Its workers are one child process, and the other ranks as they connect."""
 
     def __init__(self, requested_device: str, rank_info: RankInfo, out: Path) -> None:
         super().__init__(requested_device, 1)
         self._rank_info, self._out = rank_info, out
         self._arrivals: queue.Queue[WorkerHandle] = queue.Queue()
         self._missing_ranks = rank_info.world_size - 1
-        self._is_closed = False
 
     def __enter__(self) -> LaunchedEngine:
-        self._listener = _listen(self._rank_info)
-        port = self._listener.getsockname()[1]
         info = self._rank_info
+        self._listener = _listen(info)
+        port = self._listener.getsockname()[1]
         self._rendezvous = Rendezvous(info.launch_id, info.master_address, port, secrets.token_hex(32))
         self._key = write_rendezvous(self._out, self._rendezvous)
         Thread(target=self._accept, daemon=True).start()
@@ -100,22 +99,22 @@ class LaunchedEngine(LocalEngine):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._release_late_ranks(LATE_SECONDS if kind is None else 0.0, has_ended=kind is None)
+            if kind is None:
+                self._stop_late_ranks()
+            if kind is None and self._missing_ranks > 0:  # ranks that start even later need not wait
+                write_rendezvous(self._out, msgspec.structs.replace(self._rendezvous, has_ended=True))
+            else:
+                remove_rendezvous(self._out)
         finally:
-            self._is_closed = True
             self._listener.close()
             super().__exit__(kind)
 
-    def _release_late_ranks(self, seconds: float, *, has_ended: bool) -> None:
-        deadline = time.monotonic() + seconds
+    def _stop_late_ranks(self) -> None:
+        deadline = time.monotonic() + LATE_SECONDS
         while self._missing_ranks > 0 and time.monotonic() < deadline:
             for worker in self.arrivals():
                 worker.send(StopTask())
             time.sleep(POLL_SECONDS)
-        if self._missing_ranks > 0 and has_ended:  # later ranks need not wait
-            write_rendezvous(self._out, msgspec.structs.replace(self._rendezvous, has_ended=True))
-        else:
-            remove_rendezvous(self._out)
 
     def detect_device(self) -> Device:
         device = replace(super().detect_device(), count=self._rank_info.local_world_size)
@@ -128,17 +127,17 @@ class LaunchedEngine(LocalEngine):
             yield self._arrivals.get()
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Start only rank 0's own worker again. If another rank dies, a launcher starts all of them again."""
+        """Restart only the child process. If another rank dies, the launcher restarts all ranks."""
         return self._start_child(rank) if rank == 0 else None
 
     def _accept(self) -> None:
-        while not self._is_closed:
-            with suppress(OSError):  # a connection that was closed at once, or the listener was
+        while self._listener.fileno() != -1:  # until the listener is closed
+            with suppress(OSError):  # the connection was closed at once, or the listener was closed
                 connection = Connection(self._listener.accept()[0].detach())
                 Thread(target=self._admit, args=(connection,), daemon=True).start()
 
     def _admit(self, connection: Connection) -> None:
-        """Admit a rank that knows the key. On its own thread, since a silent connection must not block others."""
+        """Admit a rank that knows the key. Runs on its own thread, since a silent connection must not block others."""
         try:
             with _handshake_timeout(connection):
                 deliver_challenge(connection, self._key)
@@ -165,9 +164,10 @@ def _handshake_timeout(connection: Connection) -> Iterator[None]:
 
 
 def _listen(rank_info: RankInfo) -> socket.socket:
-    """Listen for the other ranks. Raises SettingsError if the launcher's address is not this machine's.
+    """Listen for the other ranks. Raises SettingsError if the launcher's address does not belong to this machine.
 
-    If some are on other machines, listen on all interfaces: this machine's name may mean its loopback here.
+    If there are ranks on other machines, listen on all interfaces, since the address may resolve to the loopback
+    interface here.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(rank_info.master_address, 0, type=socket.SOCK_STREAM)[0]
@@ -186,7 +186,7 @@ def join_launch(
 ) -> None:
     """Render as a rank other than 0, with this machine's copy of the model, until rank 0 has no more rows.
 
-    Raises ServiceError if rank 0 is not found.
+    Raises ServiceError if this rank cannot find rank 0.
     """
     if (connection := connect_to_rank_0(out, rank_info.launch_id, stop)) is None:
         return
@@ -196,7 +196,8 @@ def join_launch(
         theirs = settings.card
         fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
-            raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
+            message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
+            raise ModelError(f"{message}; all ranks need the same files")
         return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
@@ -207,8 +208,8 @@ def join_launch(
 def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Connection | None:
     """Connect to rank 0. Returns None once `stop` returns True or rank 0 of this launch has ended.
 
-    A rendezvous of another launch or user is ignored, since ours will replace it. Launches may share a name, so one
-    that has ended counts only if it was written after this process started. Raises ServiceError.
+    Ignores the rendezvous of another launch or user, since rank 0 of this launch will replace it. Launches may share an
+    id, so a rendezvous that has ended counts only if it was written after this process started. Raises ServiceError.
     """
     deadline, warning = time.monotonic() + ARRIVAL_SECONDS, ""
     while not stop():
@@ -232,7 +233,7 @@ def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Co
 
 
 def _connect(rendezvous: Rendezvous, key: bytes) -> Connection | None:
-    """Return a connection to rank 0, or None if it is out of reach or does not know the key. Raises ServiceError."""
+    """Return a connection to rank 0, or None if it does not respond or know the key. Raises ServiceError."""
     connection = None
     try:
         end = socket.create_connection((rendezvous.host, rendezvous.port), HANDSHAKE_SECONDS)

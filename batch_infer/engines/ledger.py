@@ -1,4 +1,4 @@
-"""The ledger: which worker has which rows, and how rows of workers that died are retried."""
+"""Record which worker has which rows, and retry the rows of workers that died."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import TypeVar
 from batch_infer.records import PromptRequest
 
 CHUNK_ROWS = 32
-"""Rows that a worker gets at once. Near the end they are fewer, so that all workers finish together."""
+"""Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish together."""
 RETRY_ROWS = 16
-"""Rows that are retried together after a worker died with them."""
+"""Maximum number of rows that are retried together after one worker died with them."""
 MAX_DEATHS = 3
-"""A row is failed once this many workers died with it, the last with no other row."""
+"""A row fails after this many workers died with it, the last one with no other row."""
 
 Key = tuple[str, int]
 Item = TypeVar("Item")
 
 
 def prefetch_first(items: Iterable[Item]) -> Iterator[Item]:
-    """Return the items after fetching the first, which may take minutes: to sort the rows, all tables are read."""
+    """Return the items after fetching the first, which may take minutes, since sorting reads all tables."""
     source = iter(items)
     return chain(list(islice(source, 1)), source)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows for a worker. Isolated ones are rendered and committed before it gets others."""
+    """Rows for a worker. An isolated chunk is rendered and committed before the worker gets the next."""
 
     requests: tuple[PromptRequest, ...]
     is_isolated: bool = False
@@ -39,7 +39,7 @@ class Ledger:
     """Hands out rows. Each row is unassigned, held by one worker, waiting to be retried, or committed."""
 
     def __init__(self, requests: Iterable[PromptRequest], expected: int, workers: int) -> None:
-        """`expected`: about how many requests there are, which determines only the lengths of the last chunks."""
+        """`expected` is the approximate number of requests. It only affects how rows are divided among workers."""
         self._source = iter(requests)
         self._expected, self._workers = expected, max(1, workers)
         self._source_ended = False
@@ -59,7 +59,7 @@ class Ledger:
     def next_chunk(self, worker: int, loading: int = 0) -> Chunk | None:
         """Return the next rows for a worker, or None if there are none for it.
 
-        While `loading` other workers load their model, it gets no more than its share of all rows.
+        While `loading` other workers load the model, a worker gets no more than its share of all rows.
         """
         count = max(1, min(CHUNK_ROWS, -(-self._expected // (2 * self._workers))))
         if loading and self._expected > 0:
@@ -73,7 +73,7 @@ class Ledger:
         return self._assign(worker, Chunk(requests)) if requests else None
 
     def next_retry(self, worker: int) -> Chunk | None:
-        """Return rows of a worker that died, or None if there are none."""
+        """Return rows to retry, or None if there are none."""
         return self._assign(worker, self._retries.popleft()) if self._retries else None
 
     def _assign(self, worker: int, chunk: Chunk) -> Chunk:
@@ -81,7 +81,7 @@ class Ledger:
         return chunk
 
     def commit(self, keys: Iterable[Key]) -> set[Key]:
-        """Mark rows as committed, whichever worker did it, and return those that were not committed before."""
+        """Record that rows are committed, by any worker, and return the keys that were not committed before."""
         new = set()
         for key in keys:
             for held in self._held.values():
@@ -90,19 +90,16 @@ class Ledger:
         return new
 
     def release(self, worker: int) -> None:
-        """Let other workers render the rows of a worker that ended normally."""
+        """Let other workers render the remaining rows of a worker that ended normally."""
         self._retry(list(self._held.pop(worker, {}).values()), RETRY_ROWS)
 
     def record_death(self, worker: int) -> list[PromptRequest]:
-        """Retry the rows of a worker that died in smaller chunks, and return those that are failed now."""
-        by_deaths: dict[int, list[PromptRequest]] = {count: [] for count in range(1, MAX_DEATHS + 1)}
-        for key, request in self._held.pop(worker, {}).items():
-            self._deaths[key] += 1
-            by_deaths[self._deaths[key]].append(request)
-        failed = by_deaths.pop(MAX_DEATHS)
-        for deaths, requests in by_deaths.items():
-            self._retry(requests, RETRY_ROWS if deaths == 1 else 1)
-        return failed
+        """Split the rows of a dead worker into smaller chunks to retry. Return the rows that have now failed."""
+        requests = list(self._held.pop(worker, {}).values())
+        self._deaths.update(request.key for request in requests)
+        self._retry([request for request in requests if self._deaths[request.key] == 1], RETRY_ROWS)
+        self._retry([request for request in requests if 1 < self._deaths[request.key] < MAX_DEATHS], 1)
+        return [request for request in requests if self._deaths[request.key] == MAX_DEATHS]
 
     def _retry(self, requests: Sequence[PromptRequest], rows: int) -> None:
         chunks = (requests[start : start + rows] for start in range(0, len(requests), rows))

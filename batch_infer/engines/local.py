@@ -1,4 +1,4 @@
-"""The local engine: one worker process per device of this machine."""
+"""Render with one worker process per device of this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LocalEngine:
         timeouts: Timeouts | None = None,
         load: ChainLoader | None = None,
     ) -> None:
-        """`processes`: number of workers, by default one per visible GPU, else one."""
+        """`processes` is the number of workers. By default, there is one per visible GPU, or one without GPUs."""
         self.timeouts = timeouts or Timeouts()
         self.worker_count = self._children = processes or 1
         self._requested_device, self._processes, self._load = requested_device, processes, load
@@ -43,12 +43,10 @@ class LocalEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for worker in self._started.values():
-            worker.send_kill()
+        for process in set(active_children()) - self._other_children:  # an interrupt may have left one without a handle
+            process.kill()
         for worker in self._started.values():
             worker.kill()
-        for process in set(active_children()) - self._other_children:  # started just before an interrupt
-            process.kill()
 
     def detect_device(self) -> Device:
         device = _wait_for_device(self._started[0], self.timeouts.device)
@@ -62,8 +60,8 @@ class LocalEngine:
         return Supervisor(task, self, on_commit, on_ready).run(stop)
 
     def start(self, rows: int) -> Iterable[WorkerHandle]:
-        first, self._first = self._first, None
         ranks = range(min(self._children, max(1, rows)))
+        first, self._first = self._first, None  # another call of `render` starts it again
         return [first if first and rank == 0 else self._start_child(rank) for rank in ranks]
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -78,7 +76,7 @@ class LocalEngine:
 
 
 def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
-    """Return the device that a worker reports. Raises WorkersLostError on timeout, as with a driver that hangs."""
+    """Return the device that a worker reports. Raises WorkersLostError on timeout, for example if the driver hangs."""
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() <= deadline:

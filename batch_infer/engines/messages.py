@@ -1,6 +1,6 @@
-"""The messages between the supervisor and its workers, and their encoding.
+"""Define and encode the messages between the supervisor and its workers.
 
-Messages are MessagePack, checked against their types; carried cells are Arrow IPC. Decoding runs no code of the sender.
+Messages are MessagePack, and carried cells are Arrow IPC. Decoding checks types and cannot run code of the sender.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 2**30
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """First message of a rank that a launcher has started."""
+    """The first message of a rank that a launcher started."""
 
     rank: int
 
@@ -37,34 +37,34 @@ class DeviceReport(msgspec.Struct, tag=True, frozen=True):
 
 
 class ModelLoaded(msgspec.Struct, tag=True, frozen=True):
-    """A worker has loaded the model."""
+    """The worker has loaded the model."""
 
 
 class RowRequest(msgspec.Struct, tag=True, frozen=True):
-    """A worker will soon have rendered its rows. Answered at once, with NoMoreRows if there are none."""
+    """The worker will soon need more rows. The supervisor responds at once, with NoMoreRows if there are none."""
 
 
 class WorkerIdle(msgspec.Struct, tag=True, frozen=True):
-    """A worker has committed all its rows. Answered once there is more for it to do."""
+    """The worker has no rows left. The supervisor responds once there are more rows, or all rows are committed."""
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """A worker's device has completed a step."""
+    """The device of the worker has completed a step."""
 
 
 class CommitReport(msgspec.Struct, tag=True, frozen=True):
-    """Rows, without their texts, are in the manifest."""
+    """The rows are in the manifest. They are sent without prompts and carried cells."""
 
     rows: Sequence[ResultRow]
     report: WorkerReport
 
 
 class LogMessage(msgspec.Struct, tag=True, frozen=True):
-    """A log record of a worker."""
+    """A log record of a worker, with the attribute names of logging.LogRecord."""
 
     name: str
-    level: int
-    text: str
+    levelno: int
+    msg: str
     created: float
 
     @classmethod
@@ -73,13 +73,12 @@ class LogMessage(msgspec.Struct, tag=True, frozen=True):
 
     def handle(self) -> None:
         """Log the record in this process."""
-        values = {"name": self.name, "levelno": self.level, "levelname": logging.getLevelName(self.level)}
-        record = logging.makeLogRecord({**values, "msg": self.text, "created": self.created})
-        logging.getLogger(self.name).handle(record)
+        attributes = {**msgspec.structs.asdict(self), "levelname": logging.getLevelName(self.levelno)}
+        logging.getLogger(self.name).handle(logging.makeLogRecord(attributes))
 
 
 class WorkerError(msgspec.Struct, tag=True, frozen=True):
-    """A worker ends with an error. `traceback` is empty unless the error is a bug."""
+    """The worker ends with an error. `traceback` is empty unless the error is a bug."""
 
     class_name: str
     text: str
@@ -87,7 +86,7 @@ class WorkerError(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerDone(msgspec.Struct, tag=True, frozen=True):
-    """A worker ends normally. `report` is None if it has rendered nothing."""
+    """The worker ends normally. `report` is None if the worker has rendered nothing."""
 
     report: WorkerReport | None
 
@@ -99,7 +98,7 @@ class StartTask(msgspec.Struct, tag=True, frozen=True):
 
 
 class RowChunk(msgspec.Struct, tag=True, frozen=True):
-    """Rows to render. `carried` holds their carried cells as an Arrow IPC stream."""
+    """Rows to render, and their carried cells as an Arrow IPC stream."""
 
     requests: tuple[PromptRequest, ...]
     is_isolated: bool
@@ -153,7 +152,7 @@ ToWorker = StartTask | RowChunk | NoMoreRows | StopTask
 
 
 def escape_surrogates(text: str) -> str:
-    """Return text that UTF-8 can encode. File names may hold any bytes."""
+    """Return text that UTF-8 can encode. File names may contain any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -162,7 +161,7 @@ def _to_bytes(value: Any) -> bytes:
         return os.fsencode(value)
     if isinstance(value, pa.Schema):
         return bytes(value.serialize())
-    raise NotImplementedError(f"messages cannot hold a {type(value).__name__}")
+    raise NotImplementedError(f"a message cannot contain a {type(value).__name__}")
 
 
 def _from_bytes(kind: type, value: Any) -> Any:
@@ -170,11 +169,11 @@ def _from_bytes(kind: type, value: Any) -> Any:
         return Path(os.fsdecode(value))
     if kind is pa.Schema:
         return pa.ipc.read_schema(pa.py_buffer(value))
-    raise NotImplementedError(f"messages cannot hold a {kind.__name__}")
+    raise NotImplementedError(f"a message cannot contain a {kind.__name__}")
 
 
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker, dec_hook=_from_bytes)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_from_bytes)
 encode = msgspec.msgpack.Encoder(enc_hook=_to_bytes).encode
 decode_from_worker, decode_to_worker = _from_worker.decode, _to_worker.decode
-"""Raise msgspec.DecodeError if the bytes are no such message."""
+"""Decode a message. Raises msgspec.DecodeError if the bytes are not a message to or from a worker."""

@@ -1,10 +1,10 @@
-"""The protocols of engines: a task, the engine that renders it, its report, and the source of its workers."""
+"""Define a task, its report, and the protocols of the engine that renders it and of the source of its workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 from batch_infer.engines.handle import Timeouts, WorkerHandle
@@ -19,12 +19,12 @@ Stop = Callable[[], bool]
 
 
 class WorkersLostError(RetryableError):
-    """Every worker died, repeatedly, or none found a device."""
+    """All workers died repeatedly, or no worker found a device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Requests in rendering order, about how many there are, and the settings of the workers."""
+    """Requests in rendering order, their approximate number, and the settings of the workers."""
 
     requests: Iterable[PromptRequest]
     expected_count: int
@@ -35,8 +35,8 @@ class Task:
 class TaskReport:
     """Reports of all workers, and the seconds from when the first was ready until the last ended.
 
-    `processes` counts workers, 0 if the command's own process rendered. `deaths` counts workers that died.
-    `lost_remote_worker`: one of these is not a child of this process, and may still write into OUT.
+    `processes` counts worker processes, and is 0 if the command's own process rendered. `deaths` counts workers that
+    died. `lost_remote_worker` says whether one of them is not a child of this process, and may still write to OUT.
     """
 
     worker_reports: Sequence[WorkerReport]
@@ -46,43 +46,37 @@ class TaskReport:
     lost_remote_worker: bool = False
 
 
-class Engine(Protocol):
+class Engine(AbstractContextManager["Engine"], Protocol):
     """Renders a task with one or more workers, each on its own device.
 
-    A run enters the engine, calls `detect_device` and then `render` once, and exits. `__enter__` may start workers, so
-    that they import libraries while tables are read. Every worker calls `batch_infer.worker.Worker.render`, which
-    stores and commits rows itself. The engine decides which worker gets which rows, reports committed rows, and
-    accounts for every row: one that no worker can render is committed as failed. An engine whose workers are other
-    processes leaves all of that to `supervisor.Supervisor`, and only needs to be a `WorkerSource`, as `LocalEngine` is.
-    `InlineEngine` is the shortest example. To add an engine, write it in a file of this package and add a line to
-    `factory.make_engine`.
+    A run enters the engine, calls `detect_device` once and then `render`, and exits. After a CompilationError, it calls
+    `render` again. `__enter__` may start workers, so that they import libraries while tables are read. Every worker
+    calls `batch_infer.worker.Worker.render`, which stores and commits rows itself. The engine decides which worker gets
+    which rows, reports committed rows, and accounts for every row: a row that no worker can render is committed as
+    failed. An engine whose workers are other processes leaves this to `supervisor.Supervisor`, and only needs to be a
+    `WorkerSource`, as `LocalEngine` is. `InlineEngine` is the shortest example.
     """
 
     @property
     def worker_count(self) -> int:
-        """Number of workers. Known once `detect_device` has returned."""
+        """The number of workers, which is known once `detect_device` has returned."""
         ...
 
     def detect_device(self) -> Device:
         """Return the device of the workers.
 
-        Raises SettingsError if the requested device is missing, WorkersLostError if no worker finds a device in time.
+        Raises SettingsError if the requested device is missing, and WorkersLostError if no device is found in time.
         """
         ...
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
-        """Render and commit all requests, or until `stop` returns True and finished rows are committed.
+        """Render and commit all requests. Once `stop` returns True, only commit the rows that are already finished.
 
-        `on_ready` is called once, when the first worker has loaded its model. `on_commit` is called with rows that are
-        in the manifest; their texts and carried cells may be missing. Raises ModelError and SettingsError before
-        anything is rendered, StorageError, WorkersLostError.
+        Calls `on_ready` once, when the first worker has loaded its model, and `on_commit` with rows that are in the
+        manifest. Their prompts and carried cells may be missing. Raises ModelError and SettingsError before anything
+        is rendered, and StorageError and WorkersLostError at any time.
         """
         ...
-
-    def __enter__(self) -> Engine: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 class WorkerSource(Protocol):
@@ -94,7 +88,7 @@ class WorkerSource(Protocol):
     def timeouts(self) -> Timeouts: ...
 
     def start(self, rows: int) -> Iterable[WorkerHandle]:
-        """Return the first workers, which must be able to load the model. `rows`: about how many rows there are."""
+        """Return the first workers. The run ends if one of them cannot load the model. `rows` is approximate."""
         ...
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -102,5 +96,5 @@ class WorkerSource(Protocol):
         ...
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Start a worker again, or return None if only its launcher can do that."""
+        """Restart a worker, or return None if only its launcher can restart it."""
         ...

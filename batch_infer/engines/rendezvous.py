@@ -1,7 +1,7 @@
-"""The rendezvous file in OUT: the address of rank 0 and the key of its connections.
+"""Write and read the rendezvous file in OUT: the address of rank 0 and the key of its connections.
 
-Others may be able to write into OUT. The file is therefore trusted only if its owner and mode prove that this user
-wrote it, or if the key is in the launcher's environment.
+Other users may be able to write to OUT. The file is therefore trusted only if its owner and mode prove that this user
+wrote it, or if the ranks share a secret in their environment.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from batch_infer.store import atomic_write, temporary_path, write_errors
 
 FILE_NAME = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"
-"""Variable with a secret shared by all ranks, which then replaces the key in the file."""
+"""Environment variable with a secret that all ranks share. If it is set, the key is derived from it, and not stored."""
 MAX_BYTES = 4096
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
-    """The address of rank 0 of a launch, or that it has ended."""
+    """The address of a launch's rank 0, and whether rank 0 has ended."""
 
     launch_id: str
     host: str
@@ -35,7 +35,7 @@ class Rendezvous(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TrustedRendezvous:
-    """A rendezvous, the key of its connections, and when OUT's file system says that it was written."""
+    """A rendezvous, the key of its connections, and its time of writing by the clock of OUT's file system."""
 
     rendezvous: Rendezvous
     key: bytes
@@ -54,14 +54,14 @@ def write_rendezvous(out: Path, rendezvous: Rendezvous) -> bytes:
         return _derive_key(secret)
     if not _is_private(path.lstat()):
         raise SettingsError(
-            f"{out} does not store owners and modes of files, by which ranks know who wrote {FILE_NAME}: set {SECRET} "
-            "to one random text for all ranks"
+            f"{out} does not store owners and modes of files, so ranks cannot verify who wrote {FILE_NAME}: set "
+            f"{SECRET} to the same random text for all ranks"
         )
     return bytes.fromhex(rendezvous.key)
 
 
 def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
-    """Return the rendezvous in OUT, the reason why its file is ignored, or None if there is none to read."""
+    """Return the rendezvous in OUT, the reason why its file is ignored, or None if there is no readable file."""
     path, secret = out / FILE_NAME, os.environ.get(SECRET)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -72,19 +72,19 @@ def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
         if not secret and not _is_private(status):
-            return f"{path} is ignored: it is not a file of this user alone (set {SECRET} for all ranks)"
+            return f"{path} is ignored: other users may have written it; to share OUT, set {SECRET} for all ranks"
         try:
             rendezvous = msgspec.json.decode(file.read(MAX_BYTES), type=Rendezvous)
             key = _derive_key(secret) if secret else bytes.fromhex(rendezvous.key)
             return TrustedRendezvous(rendezvous, key, status.st_mtime)
-        except (OSError, ValueError):  # of another version, or partly read
+        except (OSError, ValueError):  # another version wrote the file, or it was read only in part
             return None
 
 
 def age_seconds(trusted: TrustedRendezvous, out: Path) -> float:
-    """Return the age of a rendezvous file. Raises StorageError.
+    """Return the age of a rendezvous file, compared with a file that is written now. Raises StorageError.
 
-    Compared with a file that is written now, since a file server's clock may differ from this machine's.
+    The clock of a file server may differ from this machine's clock.
     """
     probe = temporary_path(out / FILE_NAME)
     with write_errors(probe):
@@ -96,12 +96,12 @@ def age_seconds(trusted: TrustedRendezvous, out: Path) -> float:
 
 
 def remove_rendezvous(out: Path) -> None:
-    """Remove the file of a launch that has ended or was killed."""
+    """Remove the rendezvous file of a launch that has ended or was killed."""
     (out / FILE_NAME).unlink(missing_ok=True)
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Return whether it is a regular file that only this user can read and write. Always True outside POSIX."""
+    """Return whether only this user can read and write a regular file. Always True outside POSIX."""
     if os.name != "posix":
         return True
     mode = stat.S_IMODE(status.st_mode)

@@ -1,4 +1,4 @@
-"""The supervisor: hands rows to workers, reports what they commit, and replaces workers that die or hang."""
+"""Send rows to workers, report the rows that they commit, and replace workers that die or hang."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from batch_infer.worker import WorkerReport, commit_failed
 
 POLL_SECONDS = 0.2
 MAX_STARTS = 2
-"""How often a worker may be killed while it loads the model before the run ends."""
+"""The run ends after a required worker has died this many times in a row while it loaded the model."""
 SUSPENDED_SECONDS = 5.0
-"""A longer turn of the supervisor means that its process was suspended."""
+"""The supervisor's process was suspended if one turn takes longer than this."""
 MAX_FAILURES = 10
-"""A worker that dies this often in a row without a commit is not started again."""
+"""A worker is not started again after it has died this many times in a row without a commit."""
 
 log = logging.getLogger("batch_infer")
 
@@ -37,8 +37,6 @@ class Supervisor:
         self._ledger = Ledger(task.requests, task.expected_count, source.worker_count)
         self._workers: dict[int, WorkerHandle] = {}
         self._inbox_event = Event()
-        self._starting: set[int] = set()
-        """Ranks of first workers that have not loaded the model yet."""
         self._reports: list[WorkerReport] = []
         self._failures: Counter[int] = Counter()
         """Deaths in a row without a commit, by rank."""
@@ -47,12 +45,9 @@ class Supervisor:
         self._rendering_since: float | None = None
 
     def run(self, stop: Stop) -> TaskReport:
-        """Supervise until every row is committed, or `stop` returns True and finished rows are committed.
-
-        Raises the errors of `Engine.render`, and WorkerCrashError.
-        """
+        """Do the work of `Engine.render`. Raises its errors, and WorkerCrashError."""
         for worker in self._source.start(self._task.expected_count):
-            self._starting.add(worker.rank)
+            worker.is_required = True
             self._add(worker)
         self._ledger.prefetch()
         last_turn = time.monotonic()
@@ -75,7 +70,7 @@ class Supervisor:
         return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
 
     def _excuse_suspension(self, last_turn: float) -> float:
-        """Reset all silence if this process was suspended. Returns the time of this turn."""
+        """Reset the silence of all workers if this process was suspended. Returns the time of this turn."""
         now = time.monotonic()
         if now - last_turn > SUSPENDED_SECONDS:
             for worker in self._workers.values():
@@ -86,9 +81,10 @@ class Supervisor:
         if self._is_stopping:
             worker.send(messages.StopTask())
             return
-        worker.reset_silence()  # it may have waited for its task while tables were scanned
+        worker.reset_silence()  # it may have waited for its task while this process scanned tables
         self._workers[worker.rank] = worker
-        worker.share_inbox_event(self._inbox_event)
+        worker.inbox_event = self._inbox_event
+        self._inbox_event.set()  # messages may have arrived before
         worker.send(messages.StartTask(self._task.settings))
 
     def _remove(self, worker: WorkerHandle, *, has_died: bool = False) -> None:
@@ -97,7 +93,6 @@ class Supervisor:
             self._lost_remote_worker |= not worker.is_child
         if self._workers.get(worker.rank) is worker:
             del self._workers[worker.rank]
-            self._starting.discard(worker.rank)
             if worker.report is not None:
                 self._reports.append(worker.report)
 
@@ -117,7 +112,7 @@ class Supervisor:
             for message in worker.receive():
                 self._handle(worker, message)
         except EOFError:
-            if self._workers.get(worker.rank) is not worker:  # it is done
+            if self._workers.get(worker.rank) is not worker:  # it has been removed
                 return
             if not self._is_stopping:
                 self._replace(worker, worker.describe_exit())
@@ -133,12 +128,11 @@ class Supervisor:
             case messages.ModelLoaded():
                 worker.is_loaded = True
                 worker.mark_busy()
-                self._starting.discard(worker.rank)
             case messages.RowRequest():
                 self._send_rows(worker, None if self._is_stopping else self._next_chunk(worker))
             case messages.WorkerIdle():
                 worker.is_idle = True
-                if not self._is_stopping:  # it still holds rows that it has no result for
+                if not self._is_stopping:  # retry the rows that the worker has but did not commit
                     reason = f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
                     self._fail(self._ledger.record_death(worker.rank), reason)
             case messages.Heartbeat():
@@ -147,7 +141,7 @@ class Supervisor:
                 if self._is_stopping:
                     worker.reset_silence()
                 worker.report, self._failures[worker.rank] = report, 0
-                new = self._ledger.commit(row.key for row in rows)  # two workers may have rendered the same row
+                new = self._ledger.commit(row.key for row in rows)  # another worker may have committed a row before
                 self._on_commit([row for row in rows if row.key in new])
             case messages.LogMessage():
                 message.handle()
@@ -159,7 +153,7 @@ class Supervisor:
                 self._remove(worker)
 
     def _hand_out_rows(self) -> None:
-        """Send rows to each idle worker, or the end of the task."""
+        """Send rows to each idle worker, or tell it that all rows are committed."""
         if self._is_stopping:
             return
         for worker in list(self._workers.values()):
@@ -171,12 +165,12 @@ class Supervisor:
                         self._on_ready()
                     worker.mark_busy()
                     self._send_rows(worker, chunk)
-            elif self._ledger.is_done and not worker.is_loaded and worker.is_child:  # it need not load the model
+            elif self._ledger.is_done and not worker.is_loaded and worker.is_child:  # no need to load the model
                 worker.kill()
                 self._remove(worker)
 
     def _next_rows(self, worker: WorkerHandle) -> Chunk | None:
-        """Return new rows before rows of workers that died, except for a worker that keeps dying."""
+        """Return new rows before rows to retry. A worker that keeps dying gets rows to retry first."""
         retry = self._ledger.next_retry
         if self._failures[worker.rank] < MAX_STARTS:
             return self._next_chunk(worker) or retry(worker.rank)
@@ -190,7 +184,7 @@ class Supervisor:
         worker.send(messages.RowChunk.from_chunk(chunk, carried) if chunk else messages.NoMoreRows())
 
     def _compare_device(self, worker: WorkerHandle, device: Device) -> None:
-        """Stop if workers compute on different kinds of devices: bytes would depend on which one has a row."""
+        """Stop if workers compute on different kinds of devices: bytes would depend on which worker renders a row."""
         compute = self._task.settings.compute
         if device.kind != compute.device:
             message = f"worker {worker.rank} computes on {device.kind} and others on {compute.device}: set --device"
@@ -212,14 +206,14 @@ class Supervisor:
                 self._replace(worker, f"no heartbeat for {seconds:.0f} s")
 
     def _replace(self, worker: WorkerHandle, cause: str) -> None:
-        """Retry the rows of a worker that has died, and start it again, or end the task with its error."""
+        """Restart a worker that has died and retry its rows, or end the task with its error."""
         rank, error = worker.rank, worker.exit_error(cause)
-        was_starting = rank in self._starting
+        must_start = worker.is_required and not worker.is_loaded
         self._failures[rank] += 1
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
-        if (was_starting and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
+        if (must_start and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
             self._remove(worker)
-            if self._rendering_since is not None and isinstance(error, ModelError):  # keeps what others have committed
+            if self._rendering_since is not None and isinstance(error, ModelError):  # a retry continues the run
                 error = WorkersLostError(f"worker {rank} cannot start: {last_line(error)}")
             self._error = self._error or error
             self._stop()
@@ -231,22 +225,20 @@ class Supervisor:
         self._fail(self._ledger.record_death(rank), reason)
         successor = self._source.restart(rank) if self._failures[rank] < MAX_FAILURES else None
         if successor is not None:
+            successor.is_required = must_start
             self._add(successor)
         else:
             self._require_workers(worker, error)
-        if was_starting:
-            self._starting.add(rank)
 
     def _require_workers(self, lost: WorkerHandle, error: Exception) -> None:
-        """Raise the error of a worker that is not started again if it was the last one."""
+        """Raise an error if a worker that is not started again was the last one."""
         log.warning("worker %d is not started again; %d remain", lost.rank, len(self._workers))
         if self._workers:
             return
-        if lost.error is not None and isinstance(error, WorkerCrashError):  # a bug, which another run would meet again
+        if lost.error is not None and isinstance(error, WorkerCrashError):  # another run would hit the same bug
             raise error
         raise WorkersLostError(f"no worker is left: the last one died ({last_line(error)})") from error
 
     def _fail(self, requests: Sequence[PromptRequest], reason: str) -> None:
-        """Commit rows as failed that no worker has a result for."""
         if requests:
             self._on_commit(commit_failed(self._task.settings, requests, reason, "parent"))

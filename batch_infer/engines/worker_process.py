@@ -1,6 +1,6 @@
-"""A worker's process: it reports its device, loads the model, and renders the rows that the supervisor sends.
+"""Run a worker's process: report its device, load the model, and render the rows that the supervisor sends.
 
-What this module imports at its start loads no torch, so that the process can choose its GPU first.
+Importing this module does not load torch, so that the process can select its GPU first.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from batch_infer.worker import ChainLoader
 
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables with which accelerate would have all ranks wait for each other."""
+"""Environment variables of a launcher. If they are set, accelerate makes all ranks wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """A worker's rank, the index of its GPU among the visible ones, and `--device`.
 
-    `load` replaces the loader of the model. `is_child`: this package has started the process, not a launcher.
+    `load` replaces the loader of the model. `is_child` is False if a launcher started the process.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class WorkerSpec:
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
-    """Run a worker's process until it is done or the other end of the connection is closed, even by a kill."""
+    """Run a worker's process until its task ends or the supervisor closes the connection or is killed."""
     for number in STOP_SIGNALS:  # the parent handles these, and sends StopTask
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -63,13 +63,13 @@ def work(
     spec: WorkerSpec,
     localize: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings,
 ) -> None:
-    """Render what the supervisor sends. Ends the process on an error.
+    """Render the rows that the supervisor sends. Ends the process on an error.
 
     `localize` adapts the supervisor's settings to this machine.
     """
     select_gpu(spec)
     leave_removed_folder()
-    # Objects that imports create stay alive; scanning them for garbage takes a sixth of the import time.
+    # Imported objects stay alive, and scanning them for garbage takes a sixth of the import time.
     gc.disable()
     with supervisor:
         supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
@@ -87,7 +87,7 @@ def work(
 
 
 def leave_removed_folder() -> None:
-    """Change to the root if the current folder was removed: importing torch and starting a process need one."""
+    """Change to the root if the current folder was removed. Importing torch and starting a process need a folder."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -96,9 +96,9 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model even if the current folder was removed.
+    """Load a model inside the context, even if the current folder was removed before.
 
-    Raises StorageError if the folder is removed meanwhile, SettingsError if the device's memory is too small.
+    Raises StorageError if the folder is removed during loading, and SettingsError if the device's memory is too small.
     """
     leave_removed_folder()
     try:
@@ -108,29 +108,28 @@ def loading() -> Iterator[None]:
         try:
             Path.cwd()
         except FileNotFoundError:
-            message = (
+            raise StorageError(
                 "the current folder was removed while the model was loaded: change to one that exists, and run again"
-            )
-            raise StorageError(message) from error
+            ) from error
         raise
 
 
 def select_gpu(spec: WorkerSpec) -> None:
-    """Hide other GPUs and the launcher from torch and accelerate. The first GPU is the default of every process."""
+    """Hide other GPUs and the launcher from torch and accelerate. Rank 0 uses the first GPU by default."""
     for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
     if spec.gpu and spec.requested_device != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = range(spec.gpu + 1) if visible is None else visible.split(",")
-        if spec.gpu < len(names):  # otherwise a launcher has shown this process its own GPU, or none
+        if spec.gpu < len(names):  # otherwise a launcher shows this process only its own GPU, or none
             os.environ["CUDA_VISIBLE_DEVICES"] = str(names[spec.gpu]).strip()
 
 
 @contextmanager
 def _logging(out: Path, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
-    """Write log records to a file in OUT and send them to the supervisor, which owns the terminal.
+    """Write log records to a file in OUT, and send them to the supervisor, which owns the terminal.
 
-    The file also gets the traceback of an error or a crash, and what a child process prints.
+    The file also receives the traceback of an error or a crash, and the output of a child process.
     """
     with open_log(out / "logs" / f"worker-{spec.rank}.log") as file:
         faulthandler.enable(file)
@@ -159,5 +158,5 @@ class _LogForwarder(QueueHandler):
         self._send = send
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if record.name != "batch_infer.stop":  # logged in a signal handler, which may have interrupted a send
+        if record.name != "batch_infer.stop":  # its records come from a signal handler, which may interrupt a send
             self._send(messages.LogMessage.from_record(record))

@@ -1,7 +1,7 @@
 """Implement each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
 
-One function per command takes settings and returns the values to print. The other functions are for endpoints, whose
-workers share OUT without its lock.
+One function per command takes settings and returns the values to print. The other functions are for `bench` and for
+endpoints, whose workers share OUT without locking it.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from batch_infer.jobs.job import Job, choose_compute, find_model, make_paths_abs
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
-from batch_infer.jobs.recovery import remove_abandoned, restore_images, set_aside
+from batch_infer.jobs.recovery import remove_abandoned, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
@@ -48,6 +48,7 @@ __all__ = [
     "join_run",
     "make_paths_absolute",
     "make_plan",
+    "make_results_schema",
     "merge_results",
     "read_results",
     "read_run",
@@ -58,8 +59,8 @@ __all__ = [
     "rescore_images",
     "resolve_run",
     "restore_images",
-    "make_results_schema",
     "retry_rows",
+    "retry_without_damaged_parts",
     "scan_tables",
     "set_aside",
     "shorten_float32",

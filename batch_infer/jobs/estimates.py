@@ -1,6 +1,6 @@
-"""Provide batch sizes for --slots auto and rates for time and cost estimates, both by image size.
+"""Provide batch sizes for --slots auto, and rates for time and cost estimates, both by image size.
 
-Load them from an earlier plan or run under the same conditions, or else measure them.
+Reuse the values of an earlier plan or run under the same conditions, or else measure them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ MAX_MEASURED_SIZES = 4
 """Maximum number of image sizes to measure. Other sizes use the scaled figures of the nearest measured size."""
 MIN_TICKS = 100
 """Minimum number of UNet calls at one image size for a run's rates to be reliable."""
-LIBRARIES = ("batch-infer", "torch", "diffusers")
-
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -135,10 +133,8 @@ def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
     """Return everything known that affects the throughput plateau."""
     compute = job.compute
     return {
-        "model": job.card.fingerprint,
-        "size": size,
+        **_common_conditions(job, size),
         "compute": [compute.device_name, compute.dtype, compute.threads, compute.compiled],
-        **{name: version(name) for name in LIBRARIES},
     }
 
 
@@ -146,11 +142,14 @@ def _rate_conditions(job: Job, size: Size) -> dict[str, Any]:
     """Return everything known that affects the rates."""
     compute = replace(job.compute, by_size=(job.compute.shape_of(*size),), slots=0, decode_batch=0)
     return {
+        **_common_conditions(job, size),
+        **asdict(compute),
         "machine": platform.node(),
-        "model": job.card.fingerprint,
         "judged": job.settings.safety.uses_checker(has_checker=job.card.has_checker),
         "image_format": job.settings.output.image_format,
-        "size": size,
-        **asdict(compute),
-        **{name: version(name) for name in LIBRARIES},
     }
+
+
+def _common_conditions(job: Job, size: Size) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("batch-infer", "torch", "diffusers")}
+    return {"model": job.card.fingerprint, "size": size, **versions}

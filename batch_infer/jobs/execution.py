@@ -6,19 +6,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
-from batch_infer.errors import (
-    BatchInferError,
-    CompilationError,
-    ServiceError,
-    SettingsError,
-    UsageError,
-)
+from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
@@ -57,12 +51,13 @@ class Progress(Protocol):
 
 
 class RunExecution:
-    """Runs a job on an engine. `_has_invalid` is true while invalid rows wait for --overwrite to clear OUT."""
+    """Runs a job on an engine."""
 
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
         self._folder = RunFolder(job, stop)
-        self._has_invalid = False
+        self._has_uncommitted_invalid = False
+        """Whether invalid rows are not committed yet, because --overwrite has to clear OUT first."""
         self._setup_seconds = 0.0
         self._summary = Summary()
         self._throughput: Throughput | None = None  # until the first worker is ready
@@ -94,7 +89,7 @@ class RunExecution:
     def _scan_render_merge(self) -> Counts:
         """Scan, render pending rows and merge.
 
-        Raises DamagedPartError if carried columns are damaged, which only the merge reads: the rows must be rendered
+        Raises DamagedPartError if carried columns, which only the merge reads, are damaged: their rows must be rendered
         again.
         """
         self._summary, self._throughput = Summary(), None
@@ -104,11 +99,13 @@ class RunExecution:
             if scan.pending and not self._stop():
                 try:
                     self._render(index, scan)
-                except UsageError as error:
-                    if not self._committed:
+                except Exception as error:
+                    if self._committed:
+                        self._merge_after_error(scan)
+                        if isinstance(error, SettingsError):
+                            raise ServiceError(str(error)) from error  # the key was valid when the run began
+                    elif isinstance(error, UsageError):
                         self._folder.restore_record()
-                    elif isinstance(error, SettingsError):
-                        raise ServiceError(str(error)) from error  # the key was valid when the run began
                     raise
             self._folder.clear()
         self._summary.unfinished = max(0, scan.pending - self._committed)
@@ -120,26 +117,23 @@ class RunExecution:
         changes.refuse(self._job)
         self._folder.update_record()
         scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
-        self._has_invalid = not self._folder.is_cleared
+        self._has_uncommitted_invalid = not self._folder.is_cleared
         self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
         return scan
 
-    # Rendering
-
     def _set_compute(self, compute: Compute) -> None:
-        """Use these settings from now on, also in runs that continue this one."""
+        """Use these settings from now on, and in runs that continue this one."""
         self._job = replace(self._job, compute=compute)
         self._folder.update_record(compute=asdict(compute))
 
     def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
-        """Render the pending rows. After an error, merge the results that are already committed."""
+        """Render the pending rows."""
         if self._job.settings.compute.slots == "auto":
             from batch_infer.autotune import Probe
 
             with Probe() as probe:
                 self._set_compute(BatchShapes(self._job, probe).choose(sorted(scan.sizes)))
-        with closing(self._progress), ExitStack() as stack:
-            stack.push(partial(self._merge_after_error, scan))
+        with closing(self._progress):
             self._progress.start(scan)
             started = time.monotonic()
             report = None
@@ -152,7 +146,7 @@ class RunExecution:
             self._conclude(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _conclude(self, report: TaskReport, startup_seconds: float) -> None:
-        """Add a report to the summary, clean up after lost workers, and save measurements for later estimates."""
+        """Add a report to the summary, clean up after workers that died, and save measurements for later estimates."""
         if (throughput := self._throughput) is not None:
             self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
         self._summary.add(report)
@@ -207,10 +201,10 @@ class RunExecution:
         return self._job.compute.shape_of(*size).slots * self._engine.worker_count
 
     def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
-        """Disable torch.compile in all workers. Raises CompilationError if the user must decide.
+        """Disable torch.compile in all workers, or raise CompilationError if the run cannot continue without it.
 
-        Compiled and uncompiled networks produce different bytes, so the run continues only while OUT contains no image.
-        It never continues with --compile, or under a launcher, whose other ranks have already exited.
+        Compiled and uncompiled networks produce different bytes, so OUT must not contain any image yet. A run with
+        --compile does not continue, nor does a run under a launcher, whose other ranks have already exited.
         """
         if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
@@ -223,18 +217,16 @@ class RunExecution:
         log.warning("%s; no image is rendered yet, so this run continues without it", error)
         self._set_compute(replace(self._job.compute, compiled=False))
 
-    # Merging
-
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:
-        """Merge, and list the manifest again while it has fewer results than expected.
+        """Merge, and repeat with a new listing of the manifest while it has fewer results than expected.
 
         Network file systems such as NFS and FUSE may show a directory as it was up to a minute ago.
         """
         try:
-            if self._has_invalid and not self._job.tables.changed_files():
+            if self._has_uncommitted_invalid and not self._job.tables.changed_files():
                 commit_invalid(self._job)
-                self._has_invalid = False
+                self._has_uncommitted_invalid = False
             for seconds in LISTING_SECONDS:
                 with suppress(MissingResultsError):
                     return self._merge_once(scan)
@@ -248,14 +240,14 @@ class RunExecution:
         """Merge in table order, or all results in the manifest if the tables changed during the run."""
         self._folder.pinned.check()
         remaining = max(0, scan.pending - self._committed) + scan.skipped.get("left", 0)
-        if self._has_invalid:
+        if self._has_uncommitted_invalid:
             remaining += scan.invalid
         least = scan.total - remaining - scan.uncommitted
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
                 "%s changed or disappeared during the run, so results.* contain all results in the manifest; run again "
-                "to merge by the current tables",
+                "to merge only the results of the current tables",
                 ", ".join(changed),
             )
             counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
@@ -264,15 +256,14 @@ class RunExecution:
         with self._folder.manifest.index() as index:
             return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
 
-    def _merge_after_error(self, scan: ScanResult, _type: object, error: object, _traceback: object) -> None:
+    def _merge_after_error(self, scan: ScanResult) -> None:
         """Merge committed results after a rendering error, without hiding that error."""
-        if isinstance(error, Exception) and self._committed:
-            try:
-                self._merge(scan)
-            except BatchInferError as merge_error:
-                self._warn_about_stale_results(merge_error)
+        try:
+            self._merge(scan)
+        except BatchInferError as error:
+            self._warn_about_stale_results(error)
 
     def _warn_about_stale_results(self, reason: object) -> None:
-        """Warn that results.* lack results of this run."""
+        """Warn that results.* do not contain all results of this run."""
         path = self._folder.out / "results.parquet"
         log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)

@@ -33,7 +33,7 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything a run needs. `record` is its run.json, `earlier` that of the run that it continues."""
+    """Everything a run needs. `record` is its run.json, and `earlier` that of the run it continues, or None."""
 
     settings: RunSettings
     tables: Tables
@@ -49,7 +49,7 @@ class Job:
         return int(self.record.get("run_number", 0))
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        """Yield every row of the tables in input order. `index` is used to identify finished rows."""
+        """Yield the items of the tables (one per image) in input order. `index` identifies finished rows."""
         return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
@@ -72,13 +72,8 @@ def _absolute(path: Path) -> Path:
     return base.joinpath(*parts)
 
 
-def finish_overwrite(settings: RunSettings) -> RunSettings:
-    """Return settings with --overwrite if an earlier --overwrite was stopped before OUT was empty."""
-    return replace(settings, overwrite=settings.overwrite or outdir.is_clearing(settings.out))
-
-
 def open_tables(settings: RunSettings) -> Tables:
-    """Open the tables and log ignored files in folders and globs. Raises TableError, ServiceError."""
+    """Open the tables and log which files in folders and globs are ignored. Raises TableError, ServiceError."""
     tables = Tables(settings.table, SCHEMA.names)
     if ignored := str(tables.ignored_files):
         log.info("files ignored %s", ignored)
@@ -111,8 +106,13 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
 
 
 def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
-    """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError."""
+    """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError.
+
+    If an earlier --overwrite was stopped before OUT was empty, the job finishes it.
+    """
     existing = outdir.read_run(settings.out)
+    if existing and existing.get(outdir.CLEARING):
+        settings = replace(settings, overwrite=True)
     outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
     if settings.overwrite:
         outdir.refuse_to_clear(settings.out)
@@ -128,9 +128,9 @@ def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Devi
     number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # run.json may be missing
     record |= {
         "run_number": number,
-        # After a kill, recover all runs since the last that ended cleanly.
+        # After a kill, recover all runs since the last one that ended cleanly.
         "recover_from": number if ended_cleanly(earlier) else history.recover_from,
-        # `find_changes` compares with all earlier rules, whichever run rendered an image.
+        # `find_changes` needs all earlier rules, since any of these runs may have rendered an image.
         "earlier_rules": [msgspec.to_builtins(old) for old in dict.fromkeys(history.known_rules) if old != rules],
         "default_ids": tables.default_id_source or history.ids_from,
     }
@@ -163,17 +163,14 @@ def resolve_run(
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules
 
 
-# Compute
-
-
 def choose_compute(
     settings: RunSettings, device: Device, earlier: Mapping[str, Any] | None = None, card: ModelCard | None = None
 ) -> Compute:
     """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
-    `decode_batch` is derived from the slots of the first run and then kept. Batch sizes for single image sizes were
-    measured or halved after running out of memory, and are kept until another number of slots is requested. Raises
-    SettingsError if the model does not support --compile.
+    `decode_batch` is derived from the slots of the first run and then kept. The batch sizes of single image sizes,
+    which were measured, or halved after running out of memory, are kept until another number of slots is requested.
+    Raises SettingsError if the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None

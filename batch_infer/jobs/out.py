@@ -36,15 +36,15 @@ OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 _REMEDY = "remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
-"""Key of run.json while --overwrite removes the contents of OUT."""
+"""Key that run.json contains while --overwrite removes the contents of OUT."""
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Temporary results.* files from killed processes are removed, since only the lock holder writes results.*. An OSError
-    for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
+    Remove temporary files of dead processes, and all temporary results.* files, which only the lock holder writes. An
+    OSError for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
     with locked_folder(out, IMAGE_FOLDERS) as pinned:
@@ -59,9 +59,6 @@ def refuse_unprintable(out: Path) -> None:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
         raise SettingsError(f"the path of OUT is not UTF-8: {os.fsencode(out)!r}; give another --out") from error
-
-
-# run.json
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -130,9 +127,6 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="ascii")
 
 
-# Checks
-
-
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
     """Raise SettingsError if a run would overwrite another program's files, or --overwrite would remove them."""
     _check_kinds(out)
@@ -175,9 +169,6 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
         )
 
 
-# --overwrite
-
-
 def refuse_to_clear(out: Path) -> None:
     """Raise SettingsError if OUT may contain another program's files."""
     names = (name for name in OWN_NAMES if name != "logs")  # a run that fails to start creates only logs/
@@ -186,8 +177,3 @@ def refuse_to_clear(out: Path) -> None:
             f"--overwrite: {out} has no run.json written by batch-infer, so its files may belong to another program;"
             " remove them yourself"
         )
-
-
-def is_clearing(out: Path) -> bool:
-    """Return whether an --overwrite was stopped before OUT was empty. Raises UsageError, StorageError."""
-    return bool((read_run(out) or {}).get(CLEARING))

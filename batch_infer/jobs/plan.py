@@ -16,7 +16,6 @@ from batch_infer.jobs.job import (
     count_parallel,
     count_workers,
     find_model,
-    finish_overwrite,
     make_paths_absolute,
     open_tables,
     prepare,
@@ -49,12 +48,13 @@ class SizePlan:
 
 
 class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
-    """What a run would do. Counts are numbers of results (one per image) unless their name says rows.
+    """What a run would do. Fields count results (one per image) unless their name says rows.
 
     `seconds` is the duration of the whole command. In `sizes` it is device time, which the `processes` share.
-    `truncated` is None if only the model's pipeline can count tokens. `reasons` says why results are pending, `changes`
-    names the options that changed, and `refusal` is the error with which the run would stop. `files` maps each table to
-    its number of rows. `left_out` lists the ignored files of folders and globs by reason.
+    `truncated` counts rows whose prompt is too long for the model, or is None if only its pipeline can count tokens.
+    `reasons` counts pending results by reason, `changes` names the options that changed, and `refusal` is the error
+    with which the run would stop. `files` maps each table to its number of rows. `left_out` counts the ignored files of
+    folders and globs by reason and name.
     """
 
     rows: int = 0
@@ -89,12 +89,12 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
     """Return what `run` would do, and call `report` with every invalid row. Raises the UsageErrors of `run`."""
     end_unguarded_process()
-    settings = finish_overwrite(make_paths_absolute(settings))
+    settings = make_paths_absolute(settings)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.inspect_pipeline)
         device = probe.detect_device(settings.model.device)
         job = prepare(settings, tables, card, device)
-        with ManifestIndex([]) if settings.overwrite else Manifest(settings.out).index() as index:
+        with ManifestIndex([]) if job.settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
 
 

@@ -1,4 +1,4 @@
-"""Recover OUT after processes were killed: remove their files, restore images and find missing ones."""
+"""Recover OUT after processes were killed: remove their temporary files, restore images, and find missing ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,9 +33,9 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Images committed up to this many seconds before the last commit are read and checked.
+"""Check the images that were committed up to this many seconds before the last commit.
 
-Only disks and file systems that acknowledge a flush too early need this check.
+The check finds images that a disk or file system lost because it acknowledged a flush too early.
 """
 READING_THREADS = 8
 BATCH = 2048
@@ -47,17 +47,16 @@ _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", *_CONTE
 log = logging.getLogger("batch_infer")
 
 T = TypeVar("T")
-OnDamage = Callable[[DamagedPartError], object]
 
 
 def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
-    """Clean up after a killed run, and return the keys of recent images that are missing or damaged.
+    """Clean up after killed runs, and return the keys of recent images that are missing or damaged.
 
-    `since_run` is the first run after the last one that ended cleanly. Remove leftovers and set damaged parts aside, so
-    that their rows are rendered again. Only images that those runs committed in their last minutes are read, and only
-    their parts are read in full. The caller holds the lock and has written nothing yet. Raises StorageError.
+    `since_run` is the first run after the last one that ended cleanly. Remove leftovers, and set damaged parts aside so
+    that their rows are rendered again. Read only the images that these runs committed in their last minutes, and only
+    the parts of these images in full. The caller holds the lock and has written nothing yet. Raises StorageError.
     """
-    remove_leftovers(out, set_aside)
+    retry_without_damaged_parts(lambda: remove_leftovers(out))
     sink, missing = make_sink(out), list[dict[str, Any]]()
     recent = _recent_parts(Manifest(out).parts(since_run))
     with ManifestIndex(recent, set_aside) as index, ThreadPoolExecutor(READING_THREADS) as pool:
@@ -75,19 +74,21 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
     return frozenset((row["id"], row["image_index"]) for row in missing)
 
 
-def remove_leftovers(out: Path, on_damage: OnDamage | None = None) -> None:
-    """Remove a killed run's leftovers from OUT and restore the images that it set aside.
+def remove_leftovers(out: Path) -> None:
+    """Remove a killed run's temporary files from OUT and restore the images that it set aside.
 
-    The caller holds the lock. Raises StorageError, and DamagedPartError if `on_damage` is None.
+    The caller holds the lock. Raises StorageError, DamagedPartError.
     """
-    restore_images(out, remove_temporary_files(out), lambda: Manifest(out).index(on_damage=on_damage), on_damage)
+    if backups := remove_temporary_files(out):
+        with Manifest(out).index() as index:
+            restore_images(out, backups, index)
 
 
 def remove_temporary_files(out: Path) -> list[str]:
     """Remove a killed run's temporary files and lock holder file. Return the paths of images that the run set aside.
 
-    Paths are relative to OUT. The caller holds the lock, or knows that no other process writes to OUT. Links are not
-    followed, except images/ and quarantine/. This process's marker stays. Raises StorageError.
+    Paths are relative to OUT. The caller holds the lock, whose marker is kept. Links are not followed, except images/
+    and quarantine/. Raises StorageError.
     """
     marker = marker_name()
     backups: list[str] = []
@@ -107,7 +108,7 @@ def remove_temporary_files(out: Path) -> list[str]:
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
     """Remove temporary files of dead processes on this machine. Return the paths of images that they set aside.
 
-    `folders` are in OUT. Safe while other processes write to OUT. Links are not followed. Raises StorageError.
+    `folders` are in OUT, to which other processes may be writing. Links are not followed. Raises StorageError.
     """
 
     def is_leftover(name: str) -> bool:
@@ -122,7 +123,7 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
 
 
 def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups: list[str]) -> list[Path]:
-    """Remove leftover files, but add images that were set aside to `backups`. Return subfolders."""
+    """Remove leftover files, but keep images that were set aside and add them to `backups`. Return subfolders."""
 
     def remove(path: Path) -> None:
         if original_path(path.name) is None:
@@ -135,31 +136,16 @@ def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups:
     return sweep(folder, is_leftover, remove)
 
 
-def restore_images(
-    out: Path,
-    backups: Sequence[str],
-    open_index: Callable[[], AbstractContextManager[ManifestIndex]],
-    on_damage: OnDamage | None = None,
-) -> None:
+def restore_images(out: Path, backups: Sequence[str], index: ManifestIndex) -> None:
     """Restore images that were set aside for replacements that were never committed.
 
-    `backups` contains the paths of the files set aside. If the replacement was committed, the file is removed.
-    `on_damage` is called for each damaged part before the index is opened again. Raises StorageError, and
-    DamagedPartError if `on_damage` is None.
+    `backups` contains the paths of the files that were set aside. A file is removed if its replacement was committed.
+    Raises StorageError, and DamagedPartError before changing any file.
     """
     path_by_backup = {backup: original_path(backup) or backup for backup in backups}
-    contents: dict[str, tuple[str, int]] = {}
-    while backups:
-        try:
-            with open_index() as index:
-                committed = index.get_by_paths(path_by_backup.values())
-                rows = index.read_results(list(committed.values()), _IMAGE).to_pylist()
-            contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
-            break
-        except DamagedPartError as damage:  # in columns that opening the index does not read
-            if on_damage is None:
-                raise
-            on_damage(damage)
+    committed = index.get_by_paths(path_by_backup.values())
+    rows = index.read_results(list(committed.values()), _IMAGE).to_pylist()
+    contents = {row["generated_image"]: (row["sha256"], row["image_bytes"]) for row in rows}
     sink = make_sink(out)
     for backup, path in path_by_backup.items():
         sha256, byte_count = contents.get(path, (None, None))
@@ -167,15 +153,6 @@ def restore_images(
             sink.restore(backup)
         else:
             sink.remove(backup)
-
-
-def retry_without_damaged_parts(work: Callable[[], T]) -> T:
-    """Return the value of `work`. For each damaged part, set it aside and call `work` again. Raises StorageError."""
-    while True:
-        try:
-            return work()
-        except DamagedPartError as damage:
-            set_aside(damage)
 
 
 def set_aside(damage: DamagedPartError) -> Path:
@@ -192,8 +169,19 @@ def set_aside(damage: DamagedPartError) -> Path:
     return path
 
 
+def retry_without_damaged_parts(
+    work: Callable[[], T], on_damage: Callable[[DamagedPartError], object] = set_aside
+) -> T:
+    """Return the value of `work`. For each damaged part, call `on_damage` and `work` again. Raises StorageError."""
+    while True:
+        try:
+            return work()
+        except DamagedPartError as damage:
+            on_damage(damage)
+
+
 def is_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bool:
-    """Return whether a stored image is unchanged since it was written. Raises StorageError."""
+    """Return whether a stored image has not changed since it was written. Raises StorageError."""
     return read_intact(sink, path, sha256, byte_count) is not None
 
 
@@ -214,7 +202,7 @@ def read_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | Non
 
 
 def _recent_parts(parts: Sequence[Path]) -> list[Path]:
-    """Return the most recent parts by each machine's clock. Set damaged parts aside."""
+    """Return the parts from the last RECENT_SECONDS of each machine's clock. Set damaged parts aside."""
     times = {part: time for part in parts if (time := _read_or_set_aside(commit_time, part)) is not None}
     latest: dict[str, float] = {}
     for clock, seconds in times.values():

@@ -16,7 +16,7 @@ from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
-from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
+from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
@@ -58,8 +58,8 @@ def rescore_images(
     """Check the stored images of OUT with the checkers in `safety`, and merge.
 
     `safety` without a policy takes the run's policy for flagged images. If the policy discards originals, a warning is
-    logged first. Until the rescore finishes, run.json marks it as unfinished, other commands refuse OUT, and the same
-    call continues. `report` receives the counts after each batch. Raises UsageError, LockedError, ServiceError,
+    logged first. Until the rescore finishes, run.json marks it as unfinished, and other commands refuse OUT. The same
+    call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError, ServiceError,
     StorageError, StoppedError.
     """
     out = out.absolute()
@@ -70,10 +70,10 @@ def rescore_images(
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; use checker, azure or both")
         with outdir.locked(out):
             record = outdir.read_existing_run(out)  # another command may have changed it before the lock
-            rescore = _Rescore(record, _read_settings(record, out, tables, safety), opened_tables, card)
+            execution = _RescoreExecution(record, _read_settings(record, out, tables, safety), opened_tables, card)
             if tables:
-                rescore.refuse_fewer_rows()
-            return rescore.run(report, stop)
+                execution.refuse_missing_tables()
+            return execution.execute(report, stop)
 
 
 def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
@@ -83,7 +83,7 @@ def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], 
     return replace(settings, safety=safety.with_policy_of(settings.safety))
 
 
-class _Rescore:
+class _RescoreExecution:
     """Rescores a locked OUT.
 
     Until the rescore finishes, OUT contains results under the rules of earlier runs and stopped rescores. `_sources`
@@ -106,23 +106,25 @@ class _Rescore:
             "rules": {**record["rules"], "fingerprint": self._rules.fingerprint},
         }
 
-    def refuse_fewer_rows(self) -> None:
-        """Raise SettingsError if a table is missing: its results would be omitted now and rendered again later."""
+    def refuse_missing_tables(self) -> None:
+        """Raise SettingsError if the run had more tables: their results would be lost from results.*."""
         results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:
             raise SettingsError(
-                f"these tables have {results} results and those of the run had {total}: name all of them"
+                f"these tables have {results} results and those of the run had {total}: name all tables of the run"
             )
 
-    def run(self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> tuple[RescoreCounts, Counts]:
+    def execute(
+        self, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]
+    ) -> tuple[RescoreCounts, Counts]:
         """Check results, merge, and store the new settings in run.json.
 
         Raises StorageError, ServiceError, StoppedError.
         """
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
-            remove_leftovers(out, set_aside)
+            retry_without_damaged_parts(lambda: remove_leftovers(out))
         with closing(Rescorer(self._settings, self._card, self._record, stop)) as rescorer:
             outdir.write_run(out, {**self._record, "rescoring": self._sources})
             retry_without_damaged_parts(lambda: self._check(rescorer, report, stop))
@@ -132,7 +134,7 @@ class _Rescore:
         return rescorer.counts, counts
 
     def _check(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
-        """Check all results that are not stored under the new rules yet."""
+        """Check all results that were not stored under the new rules."""
         policy = self._settings.safety.policy
         with Manifest(self._settings.out).index() as index:
             pending = self._pending_results(index, rescorer)
@@ -152,7 +154,7 @@ class _Rescore:
                 report(rescorer.counts)
 
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
-        """Yield results of current rows that are not stored under the new rules yet."""
+        """Yield the results of current rows that were not stored under the new rules."""
         items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []
@@ -172,10 +174,10 @@ class _Rescore:
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 
     def _items(self, index: ManifestIndex) -> Iterator[tuple[Item, ...]]:
-        """Yield each row as read by the new rules, followed by its versions as read by the rules of each source."""
+        """Yield each item as read by the new rules, followed by its versions as read by the rules of each source."""
 
         def is_finished(request: PromptRequest) -> bool:
-            """Ignore the rules, so that all scans yield the same number of items."""
+            """Ignore the fingerprint, so that all scans yield the same number of items."""
             return (committed := index.find(request.key)) is not None and committed.status in FINAL_STATUSES
 
         fingerprints = (self._rules.fingerprint, *self._sources)

@@ -27,7 +27,6 @@ from batch_infer.worker import commit_images, explain_flag, format_worker_name, 
 READING_THREADS = 8
 IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
 """Part of the stored `error` that identifies such rows. Do not change it: OUT may contain it."""
-IMAGE_LOST = "its image is missing or damaged and cannot be checked again"
 
 T = TypeVar("T")
 
@@ -52,7 +51,8 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
     """Number of results by outcome.
 
     `flagged` counts checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
-    flagged results without an image to check, and `failed` those with a missing or damaged image or without a verdict.
+    flagged results without an image to check, and `failed` results without a verdict or with a missing or damaged
+    image.
     """
 
     checked: int = 0
@@ -89,8 +89,8 @@ class Rescorer:
     def rescore(self, results: Sequence[StoredResult]) -> None:
         """Check the original images and apply the policy.
 
-        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again;
-        otherwise its result is left to `run`. Raises ServiceError, SettingsError, StoppedError and StorageError without
+        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again.
+        Otherwise its result is left to `run`. Raises ServiceError, SettingsError, StoppedError or StorageError without
         changing any of these results.
         """
         self._rescore_images([result for result in results if result.is_original])
@@ -154,7 +154,7 @@ class Rescorer:
         row = result.row
         content = read_intact(self.sink, row.generated_image or "", row.sha256, row.image_bytes)
         if content is None:
-            return IMAGE_LOST
+            return "its image is missing or damaged and cannot be checked again"
         try:
             return content, images.decode(content)
         except RowError as error:

@@ -44,7 +44,7 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
 
 
 def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
-    """Return a function that appends a table to a file. With `images`, write the bytes of images instead of paths."""
+    """Return a function that appends a table to a file. With `images`, CSV and JSON contain image bytes, not paths."""
     if path.suffix == ".parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda table: parquet.write_table(table)

@@ -45,7 +45,7 @@ def retry_rows(
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(out))
     if total < earlier_total:
         log.warning(
-            "these tables have %d results and those of the run had %d: results.* contain only these",
+            "these tables have %d results and those of the run had %d: results.* do not contain the others",
             total,
             earlier_total,
         )
@@ -66,8 +66,8 @@ def _with_service(settings: RunSettings) -> RunSettings:
 class _SkipOtherStatuses:
     """Skips all images except those with these statuses. Implements SkipRule.
 
-    An invalid row has one result. If the row is valid now, all its images are rendered with the first one: the rule is
-    called for the images of a row in order. Rows that are invalid now are skipped.
+    An invalid row has one result. If the row is valid now and this result is selected, select all its images: the rule
+    is called for the images of a row in order. Skip rows that are invalid now.
     """
 
     def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:

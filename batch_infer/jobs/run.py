@@ -12,7 +12,7 @@ from batch_infer.engines import RankInfo, join_launch, make_engine, read_rank_in
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress, RunExecution
-from batch_infer.jobs.job import Job, find_model, finish_overwrite, make_paths_absolute, open_tables, prepare
+from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
@@ -37,8 +37,7 @@ def render_tables(
     with open_tables(settings) as tables:
         card = find_model(settings)
         with outdir.locked(settings.out):
-            settings = finish_overwrite(settings)
-            remove_rendezvous(settings.out)  # of a killed run
+            remove_rendezvous(settings.out)  # left by a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
                 job = prepare(settings, tables, card, engine.detect_device())
                 with _run_log(settings.out):
@@ -47,7 +46,7 @@ def render_tables(
 
 
 def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
-    """If a launcher started this process as a rank above 0, render for rank 0 and return True, else return False.
+    """Render for rank 0 and return True if a launcher started this process as a higher rank, else return False.
 
     Raises the errors of `batch_infer.errors`.
     """
@@ -64,7 +63,7 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
     rank, processes = read_rank_info(), settings.compute.processes
     if rank is not None and processes not in (None, rank.world_size):
         raise SettingsError(
-            f"--num-processes {processes}: a launcher has started {rank.world_size}; leave the option out"
+            f"--num-processes {processes}: a launcher has started {rank.world_size} processes; leave the option out"
         )
     return rank
 
@@ -80,7 +79,7 @@ def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
 
 @contextmanager
 def _run_log(out: Path) -> Iterator[None]:
-    """Write the log to OUT too."""
+    """Also write the log to a file in OUT."""
     with open_log(out / "logs" / "run.log") as file:
         handler = log_handler(file)
         log.addHandler(handler)

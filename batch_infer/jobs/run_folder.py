@@ -1,4 +1,4 @@
-"""Manage OUT during a run: the manifest, run.json, and the removal of old files for --overwrite."""
+"""Manage OUT during a run: open its manifest, update run.json, and remove old files for --overwrite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunFolder:
         self._earlier = job.earlier
 
     def index(self) -> ManifestIndex:
-        """Return the index of the results that the run continues from. Set damaged parts aside."""
+        """Return the index of the results from which the run continues. Set damaged parts aside."""
         return self.manifest.index(on_damage=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
@@ -45,7 +45,7 @@ class RunFolder:
             outdir.write_run(self.out, self._record)
 
     def restore_record(self) -> None:
-        """Restore the previous run.json or its absence, so that later runs need not match this run's settings."""
+        """Restore the previous run.json, or remove this run's, so that later runs need not match its settings."""
         if self.is_cleared:
             remove_leftovers(self.out)
             if self._earlier is not None:
@@ -67,12 +67,12 @@ class RunFolder:
 
 
 def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
-    """Remove only what earlier runs wrote to OUT, except logs/.
+    """Remove what earlier runs wrote to OUT, except logs/, and no other files.
 
-    run.json first marks OUT as being cleared: after a kill, no command sees results in OUT, and the next run continues
-    clearing. If images/ or quarantine/ is a link to a larger disk, the link stays, and only files named in the manifest
-    are removed from its target. Raises UsageError if OUT contains no run, StorageError, and StoppedError once `stop`
-    returns True.
+    First mark OUT as being cleared in run.json: after a kill, no command reads results from OUT, and the next run
+    continues to clear it. If images/ or quarantine/ is a link, keep the link, and remove only files that the manifest
+    names from its target. Raises SettingsError if the files may belong to another program, StorageError, and
+    StoppedError once `stop` returns True.
     """
     outdir.refuse_to_clear(out)
     if not path_exists(out / "run.json"):
@@ -95,7 +95,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
 
 
 def _remove_named_images(out: Path) -> None:
-    """Remove the images named in the manifest, then their empty folders."""
+    """Remove the images that the manifest names, then their folders if empty."""
     sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:

@@ -151,7 +151,7 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
     if tables := record.get("unrepeatable_tables"):
         names = ", ".join("standard input" if table == "-" else table for table in tables)
         raise SettingsError(
-            f"{names}: {out / 'run.json'} does not contain how to read this again; name the TABLEs after OUT"
+            f"{names}: {out / 'run.json'} does not say how to read this again; name the TABLEs after OUT"
         )
 
 

@@ -41,9 +41,10 @@ log = logging.getLogger("batch_infer")
 class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", "uncommitted": "unsettled"}):
     """Counts of all results that the tables require (one per image).
 
-    `skipped` counts finished results by status, and as `left` those without a result, which `retry` leaves to `run`.
-    `uncommitted` counts invalid rows that `retry` leaves to `run`. `sizes` (height, width) and `reasons` are those of
-    pending results. `changes` names the options that changed rows.
+    `finished` counts the valid results to skip. `skipped` counts them by status, or as `left` if they do not exist:
+    `retry` leaves these to `run`. `uncommitted` counts the invalid rows that `retry` leaves to `run`. `sizes` lists the
+    sizes (height, width) of pending results, and `reasons` counts these results by reason. `changes` names the options
+    that changed rows.
     """
 
     total: int = 0
@@ -81,7 +82,7 @@ class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", 
 
 
 def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
-    """Return the reason to render an item that has this committed result."""
+    """Return why an item with this committed result is pending."""
     if committed is None:
         return "new"
     if committed.status == "invalid":
@@ -92,7 +93,7 @@ def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
 
 
 def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
-    """Format counts by reason and the options that changed rows, or an empty string if all rows are new."""
+    """Format counts by reason and the options that changed rows. Return '' if all rows are new."""
     if set(reasons) <= {"new"}:
         return ""
     cause = {"changed": f" ({changes})"} if changes else {}
@@ -102,9 +103,9 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 def scan_tables(
     job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
-    """Count pending results, and commit invalid rows, which need no device. Raises StorageError.
+    """Count the results of the tables, and commit invalid rows, which need no device. Raises StorageError.
 
-    `changes` names the options that changed rows. Without `writes`, invalid rows are left to `commit_invalid`.
+    `changes` names the options that changed rows. Without `writes`, leave invalid rows to `commit_invalid`.
     """
     result, new_invalid = ScanResult(changes=changes), 0
 
@@ -120,7 +121,11 @@ def scan_tables(
                 log.log(level, "%s (%s): %s", item.source, item.id, item.error)
                 yield item
 
-    _commit_invalid(job, find_new_invalid(), index, writes=writes)
+    if writes:
+        _commit_invalid(job, find_new_invalid(), index)
+    else:
+        for _ in find_new_invalid():  # count and log them
+            pass
     for notice in job.tables.notices:
         log.warning("%s", notice)
     if result.invalid > min(new_invalid, MAX_LOGGED_INVALID):
@@ -134,23 +139,23 @@ def commit_invalid(job: Job) -> None:
         _commit_invalid(job, (item for item in job.items(index) if isinstance(item, ResultRow)), index)
 
 
-def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex, *, writes: bool = True) -> None:
-    """Commit invalid rows and remove images from when they were valid. Without `writes`, only read the rows."""
-    manifest, sink, carried = Manifest(job.settings.out, job.number), make_sink(job.settings.out), job.tables.carried
+def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex) -> None:
+    """Commit invalid rows, and remove the images of rows that were valid before."""
+    manifest, sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
     for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
-        if writes:
-            entries = [index.find(row.key) for row in batch]
-            attempts = [entry.attempt + 1 if entry else 1 for entry in entries]
-            numbered = zip(batch, attempts, strict=True)
-            manifest.commit([replace(row, attempt=attempt, worker="table") for row, attempt in numbered], carried)
-            for entry in entries:
-                if entry and entry.path:
-                    sink.remove(entry.path)
+        entries = [index.find(row.key) for row in batch]
+        attempts = [entry.attempt + 1 if entry else 1 for entry in entries]
+        numbered = zip(batch, attempts, strict=True)
+        rows_to_commit = [replace(row, attempt=attempt, worker="table") for row, attempt in numbered]
+        manifest.commit(rows_to_commit, job.tables.carried)
+        for entry in entries:
+            if entry and entry.path:
+                sink.remove(entry.path)
 
 
 @dataclass(slots=True)
 class Changes:
-    """Number of finished images that changed options would replace, and a description by option."""
+    """Number of finished images that changed options would replace, and a description of each such option."""
 
     images: int = 0
     causes: dict[str, str] = field(default_factory=dict)
@@ -171,14 +176,13 @@ class Changes:
 
 
 def find_changes(job: Job, index: ManifestIndex) -> Changes:
-    """Count the finished images that this run's options would replace. Rows whose cells changed do not count.
+    """Count the finished images that this run's options would replace. Ignore rows whose own cells changed.
 
     Scan the tables only if a default ever differed in this OUT, --column differs, or run.json is missing.
     """
     if job.earlier is None:
-        images = 0
-        if _count_finished(index):
-            images = sum(_find_replaced(item, index) is not None for item in job.items(index))
+        items = job.items(index) if _count_finished(index) else ()
+        images = sum(_find_replaced(item, index) is not None for item in items)
         causes = {"an option or a row": "run.json, which records the options, is missing"}
         return Changes(images, causes if images else {})
     earlier, ids_from = parse_record(job.earlier), job.tables.default_id_source

@@ -22,8 +22,8 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (written by an endpoint,
     so that the total is unknown) or unknown (unfinished, and this user may not read the lock). `holder` is the process
-    that holds the lock. `is_stale` means that results.* lack rows that were committed later. `images_per_second` comes
-    from `Throughput`, or from the summary once the run has ended. `seconds_left` is None unless the run is active.
+    that holds the lock. `is_stale` means that results.* lack results that were committed later. `images_per_second` is
+    the rate since the first worker was ready, and `seconds_left` is None unless the run is active.
     """
 
     state: str

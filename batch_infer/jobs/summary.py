@@ -18,7 +18,6 @@ from batch_infer.stages import Stages
 
 MAX_BAD_RESULTS = 20
 """Maximum number of failed and invalid results to list. results.* contain all."""
-_DESCRIBED = ["id", "image_index", "error", "source_file", "source_row"]
 
 
 class JsonStruct(msgspec.Struct):
@@ -56,7 +55,9 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         self.truncated += pc.sum(truncated).as_py() or 0
         bad_indices = (index for index, status in enumerate(statuses) if status in ("failed", "invalid"))
         for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
-            (row,) = table.select(_DESCRIBED).slice(index, 1).to_pylist()
+            (row,) = (
+                table.slice(index, 1).select(["id", "image_index", "error", "source_file", "source_row"]).to_pylist()
+            )
             source = sources[index] if sources else Source(row["source_file"], row["source_row"])
             image = f", image {row['image_index']}" if row["image_index"] else ""
             self.bad_results.append(f"{source} ({row['id']}{image}): {row['error']}")
@@ -69,11 +70,12 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
 class Throughput:
     """Measures images per second from when the first worker is ready to the latest commit.
 
-    Create it when the first worker is ready, since loading the model does not count. Progress, metrics, the summary and
-    `status` use this definition. Failed and blocked results do not count as images.
+    Create it when the first worker is ready, since loading the model does not count. Progress, metrics and the summary
+    use this rate. Failed and blocked results do not count as images.
 
     Rows rendered together finish together, but their results arrive one by one. The rate is None until `in_flight`
-    results, the number in progress at a time, are committed: it would divide few results by the time spent on all.
+    results, the number in progress at a time, are committed. Until then, it would divide the first few of these results
+    by the time spent on all.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, in_flight: int = 1) -> None:

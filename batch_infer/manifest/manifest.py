@@ -13,11 +13,11 @@ from time import monotonic
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_infer.errors import BatchInferError, DamagedPartError, StorageError
+from batch_infer.errors import BatchInferError, DamagedPartError
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
 from batch_infer.manifest.parts import read_carried_fields, read_part, run_number, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, path_exists, temporary_database
+from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, temporary_database, unless_removed
 
 CACHED_BYTES = 64 << 20
 """Maximum size in bytes of the parts kept in memory. In table order, rows from neighbouring parts alternate."""
@@ -66,7 +66,8 @@ class ManifestIndex:
         """Index parts. Pass a DamagedPartError to `on_damage`, or raise it if that is None. Raises StorageError."""
         self.image_folders: set[str] = set()
         """Folders of all committed images, relative to OUT."""
-        self._parts: dict[str, Path] = {}
+        self.parts: dict[str, Path] = {}
+        """The indexed parts by name."""
         self._cache: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
         self._cached_bytes = 0
         self._database = temporary_database()
@@ -85,12 +86,9 @@ class ManifestIndex:
         After an error, the next call continues. A part that another process has moved is skipped.
         """
         for part in parts:
-            if part.name not in self._parts:
-                try:
+            if part.name not in self.parts:
+                with unless_removed(part):
                     self._add(part, on_damage)
-                except StorageError:
-                    if path_exists(part):
-                        raise
 
     def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
         try:
@@ -107,11 +105,11 @@ class ManifestIndex:
         failures = [(name, index, fingerprint) for name, index, status, fingerprint, *_ in rows if status == "failed"]
         self._database.executemany("INSERT INTO failures VALUES (?, ?, ?)", failures)
         self._database.executemany(_UPSERT, rows)
-        self._parts[part.name] = part
+        self.parts[part.name] = part
 
     def find(self, key: tuple[str, int]) -> CommittedImage | None:
         """Return the committed image for (id, image_index) with the highest attempt, or None."""
-        if not self._parts:  # a first run looks up every row
+        if not self.parts:  # a first run looks up every row
             return None
         row = self._database.execute(f"{_SELECT} WHERE id = ? AND image_index = ?", key).fetchone()
         return CommittedImage(*row) if row else None
@@ -125,7 +123,7 @@ class ManifestIndex:
 
     def similar_ids(self, name: str) -> list[tuple[str, str]]:
         """Return the ids that differ from this id only by case, each with the path of an image."""
-        if not self._parts:
+        if not self.parts:
             return []
         select = "SELECT id, generated_image FROM committed WHERE id != ?1 AND generated_image IS NOT NULL AND"
         similar = self._database.execute(
@@ -172,7 +170,7 @@ class ManifestIndex:
         """Read these columns of a part, or all columns if None, and cache up to CACHED_BYTES of recent tables."""
         key = part, columns
         if key not in self._cache:
-            self._cache[key] = read_part(self._parts[part], columns)
+            self._cache[key] = read_part(self.parts[part], columns)
             self._cached_bytes += self._cache[key].nbytes
             while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes

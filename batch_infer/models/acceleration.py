@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +28,8 @@ MAX_SHAPES = 256
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
 """torch._inductor errors that damaged cache files do not cause: a missing compiler, or an operator without a kernel.
 
-A list of the errors that damaged files do cause would include RuntimeError (a truncated .py file, or any error in a
-compilation process) and CppCompileError (a truncated .cpp file).
+A list of the errors that damaged files do cause would be too broad: it would include RuntimeError (a truncated .py
+file, or any error in a compilation process) and CppCompileError (a truncated .cpp file).
 """
 
 LatentShape = tuple[int, int, int]
@@ -41,8 +41,8 @@ def optimize_networks(
     """Optimize networks that are called with one fixed batch shape per image size.
 
     On a GPU, convolutions are fastest with channels last, and one product for queries, keys and values is faster than
-    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape, which long runs repay. `threads`
-    limits the compilation processes, because workers share the cores of a machine.
+    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape and pays off in long runs.
+    `threads` limits the number of compilation processes, because workers share the cores of a machine.
     """
     for network in networks:
         if device.type == "cuda":
@@ -55,9 +55,8 @@ def optimize_networks(
             network.forward = Compiled(cast(Any, network.forward), threads)
 
 
-def is_compiled(networks: Iterable[torch.nn.Module]) -> bool:
-    """Return whether all networks are compiled, False for no networks."""
-    networks = list(networks)
+def is_compiled(networks: Sequence[torch.nn.Module]) -> bool:
+    """Return whether all networks are compiled, or False if there are none."""
     return bool(networks) and all(isinstance(network.forward, Compiled) for network in networks)
 
 
@@ -73,7 +72,7 @@ class Compiled:
         dynamo.cache_size_limit = MAX_SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
-        # Where torch has this option, kernels are chosen by rule and not by timing, so later runs give the same bytes.
+        # If torch has this option, it chooses kernels by rule instead of by timing, so later runs give the same bytes.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
@@ -140,13 +139,10 @@ def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
-    parts = {name: (part.shape, part.dtype) for name, part in conditioning.context[0].items()}
 
     def call() -> None:
         sample = torch.empty(1, *latent_shape, dtype=model.dtype, device=model.device)
-        context = {
-            name: torch.empty(1, *shape, dtype=dtype, device=model.device) for name, (shape, dtype) in parts.items()
-        }
+        context = {name: part.new_empty(1, *part.shape) for name, part in conditioning.context[0].items()}
         model.denoise(sample, torch.empty(1, device=model.device), context)
 
     return _count_flops(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
@@ -23,7 +24,7 @@ from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.trial_calls import REFUSALS, can_share_calls
-from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, read_object
+from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import SchedulerSpec
 
@@ -32,7 +33,7 @@ REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "nu
 IMAGE_INPUTS = {"control_image", "mask_image"}
 VIDEO_INPUTS = {"num_frames", "video_length"}
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
-"""Candidates for the parameter that gets a row's guidance_scale: the first with a numeric default."""
+"""Candidates for the parameter that receives a row's guidance_scale. The first with a numeric default is used."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 NATIVE_SIDE = 1024
 """Default image side in pixels for a pipeline without one."""
@@ -67,9 +68,7 @@ class AnyPipeline:
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
-        pipeline = _build_pipeline(
-            card.path, lambda network_type, name: _load(network_type, card, name, dtype), card.scheduler
-        )
+        pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
@@ -93,9 +92,8 @@ class AnyPipeline:
     def count_tokens(self, request: PromptRequest) -> Conditioning:
         """Count a prompt's tokens with the first tokenizer. It is unknown whether the pipeline truncates the prompt."""
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        if not callable(tokenizer):
-            return Conditioning(({}, None), None, None)
-        return Conditioning(({}, None), len(tokenizer(request.prompt, add_special_tokens=False).input_ids), None)
+        count = len(tokenizer(request.prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
+        return Conditioning(({}, None), count, None)
 
     def _call(self, requests: Sequence[PromptRequest]) -> torch.Tensor:
         params, name = requests[0].params, type(self.pipeline).__name__
@@ -142,7 +140,7 @@ class AnyPipeline:
         return arguments
 
 
-def _load(network_type: Any, card: ModelCard, name: str, dtype: torch.dtype) -> Any:
+def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> Any:
     """Load a network in a dtype, except for layers that need float32: T5 would overflow."""
     if issubclass(network_type, ModelMixin):
         return load_network(network_type, card, name, torch_dtype=dtype)
@@ -168,7 +166,6 @@ def find_class(name: str) -> Any:
 
 
 def _parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a pipeline's call."""
     return inspect.signature(pipeline_type.__call__).parameters
 
 
@@ -204,7 +201,7 @@ def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: Sche
         if name in skipped:
             continue
         module: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        with LoadingErrors(f"{path}: {name} ({class_name})"):
+        with loading_errors(f"{path}: {name} ({class_name})"):
             component_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
         if component_type is None:
             raise ModelError(f"{path}: {name} is a {class_name}, which this version of {library} does not have")
@@ -216,8 +213,8 @@ def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: Sche
 
 def inspect_pipeline(path: Path) -> SamplingRules:
     """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
-    pipeline = _build_pipeline(path, lambda network_type, name: _build_without_weights(network_type, path / name))
-    with LoadingErrors(f"{path}: the configs of {type(pipeline).__name__}"):
+    pipeline = _build_pipeline(path, partial(_build_without_weights, path))
+    with loading_errors(f"{path}: the configs of {type(pipeline).__name__}"):
         call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
         steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
         uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
@@ -260,8 +257,9 @@ def _is_embedded(denoiser: Mapping[str, Any]) -> bool:
     return bool(denoiser.get("guidance_embeds")) or denoiser.get("time_cond_proj_dim") is not None
 
 
-def _build_without_weights(network_type: Any, folder: Path) -> Any | None:
+def _build_without_weights(path: Path, network_type: Any, name: str) -> Any | None:
     """Build a network on the meta device, which needs no memory. Returns None on an error."""
+    folder = path / name
     try:
         with torch.device("meta"):
             if issubclass(network_type, ModelMixin):

@@ -27,10 +27,7 @@ SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 
 
 def read_card(
-    settings: ModelSettings,
-    inspect: Callable[[Path], SamplingRules] | None = None,
-    *,
-    needs_checker: bool = True,
+    settings: ModelSettings, inspect: Callable[[Path], SamplingRules] | None = None, *, needs_checker: bool = True
 ) -> ModelCard:
     """Read a checkpoint, downloading it first if the model is a Hugging Face id. Raises ModelError.
 

@@ -22,8 +22,7 @@ BYTE_TOKENIZERS = ("ByT5Tokenizer",)
 """Tokenizers without a vocabulary."""
 REFUSED_KEYS = {
     **dict.fromkeys(
-        ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate"),
-        "would run code",
+        ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "custom_generate"), "would run code"
     ),
     **dict.fromkeys(("use_kernels", "kernel_config"), "would fetch and run kernels"),
     "attribute_map": "renames settings, which could hide any of these keys",

@@ -72,9 +72,8 @@ def check_configs(path: Path, components: Iterable[str], name: str, variant: str
         folder = path / component
         files = choose_weights(folder.glob("*"), variant)
         shapes = [shape for file in files for shape in read_shapes(file, f"{name}: {component}/{file.name}").values()]
-        find_network_fault = partial(_network_fault, shapes)
         for file, find_fault in (
-            ("config.json", find_network_fault),
+            ("config.json", partial(_network_fault, shapes)),
             ("preprocessor_config.json", _size_fault),
             ("scheduler_config.json", _size_fault),
             ("tokenizer_config.json", _tokenizer_fault),
@@ -133,15 +132,12 @@ def _tokenizer_fault(key: str, value: Any) -> Fault:
     return None
 
 
-def _integers(value: Any) -> list[int]:
-    return [part for part in _flatten(value) if isinstance(part, int)]
-
-
-def _flatten(value: Any) -> Iterator[Any]:
+def _integers(value: Any) -> Iterator[int]:
+    """Yield the integers in a value or in nested lists."""
     if isinstance(value, list):
         for part in value:
-            yield from _flatten(part)
-    else:
+            yield from _integers(part)
+    elif isinstance(value, int):
         yield value
 
 
@@ -170,7 +166,8 @@ def check_widths(path: Path, family: Family, name: str) -> None:
     encoders = [_read_text_config(path, component, name) for component in family.text_encoders]
     width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if family.joint_attention:
-        _check_joint_attention(path, network, encoders, name)
+        projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
+        _check_joint_attention(path, network, width, projection, name)
         return
     expected = network.get("cross_attention_dim") or 1280
     source = f"the total hidden_size of {' and '.join(family.text_encoders)} is"
@@ -178,9 +175,8 @@ def check_widths(path: Path, family: Family, name: str) -> None:
         _compare(name, f"{denoiser}/config.json has cross_attention_dim", dim, source, width)
 
 
-def _check_joint_attention(path: Path, network: Mapping[str, Any], encoders: list[Any], name: str) -> None:
+def _check_joint_attention(path: Path, network: Mapping[str, Any], width: int, projection: int, name: str) -> None:
     """Compare the widths of Stable Diffusion 3's transformer and text encoders. Raises ModelError."""
-    projection = sum(encoder.get("projection_dim") or 512 for encoder in encoders)
     pooled = network.get("pooled_projection_dim") or 2048
     key = "transformer/config.json has pooled_projection_dim"
     _compare(name, key, pooled, "the total projection_dim of both text encoders is", projection)
@@ -188,7 +184,6 @@ def _check_joint_attention(path: Path, network: Mapping[str, Any], encoders: lis
     if (path / "text_encoder_3").is_dir():
         t5_width = _read_config(path, "text_encoder_3", name).get("d_model") or 512
         _compare(name, key, joint, "text_encoder_3 has d_model", t5_width)
-    width = sum(encoder.get("hidden_size") or 512 for encoder in encoders)
     if width > joint:
         _compare(name, key, joint, "the total hidden_size of both text encoders is", width)
 

@@ -27,7 +27,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.loading import load_components, refuse_unmatched_weights
 from batch_infer.models.stable_diffusion import VAE_AND_ENCODER, StableDiffusion
-from batch_infer.models.untrusted import LoadingErrors, choose_weights, read_object
+from batch_infer.models.untrusted import choose_weights, loading_errors, read_object
 
 FOLDER = "flexible_unet"
 CLASS_NAME = "FlexibleUNet2DConditionModel"
@@ -94,7 +94,7 @@ class FlexibleUNetConfig:
         implied = self._implied_keys()
         for key, value in implied.items():
             if settings.get(key) != value:
-                yield key, f"by the other keys it must be {value}"
+                yield key, f"it must be {value} to match the other keys"
         for key in sorted(settings.keys() - implied.keys() - {field.name for field in fields(self)}):
             yield key, "this version does not know that key"
 
@@ -263,12 +263,11 @@ class DeciDiffusion(StableDiffusion):
         config = FlexibleUNetConfig.read(read_object(folder / "config.json", card.name), folder)
         with torch.device("meta"):  # allocate no initial weights
             unet = FlexibleUNet(config)
-        with LoadingErrors(folder):
+        with loading_errors(folder):
             files = choose_weights(folder.glob("*"), card.variant)
             weights = {name: tensor.to(dtype) for file in files for name, tensor in load_file(file).items()}
-        expected = unet.state_dict()
-        refuse_unmatched_weights(folder, expected.keys() - weights.keys(), weights.keys() - expected.keys())
-        with LoadingErrors(folder):
+            expected = unet.state_dict()
+            refuse_unmatched_weights(folder, expected.keys() - weights.keys(), weights.keys() - expected.keys())
             unet.load_state_dict(weights, assign=True)
         # The pipeline accepts only the UNet class in model_index.json.
         return unet.requires_grad_(False).eval(), {"unet": None, **load_components(VAE_AND_ENCODER, card, dtype)}

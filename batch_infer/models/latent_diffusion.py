@@ -179,7 +179,7 @@ class LatentDiffusion:
     def _make_inputs(self, params: SamplingParams) -> Context:
         """Return the inputs of a row besides texts: the embedded guidance scale (Meng et al., arXiv 2210.03142).
 
-        The scale starts at 1 in diffusers but at 0 in these UNets.
+        Without guidance, the scale is 1 in diffusers but 0 in these UNets.
         """
         width = getattr(self.denoiser.config, "time_cond_proj_dim", None)
         if width is None:

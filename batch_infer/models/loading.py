@@ -17,7 +17,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
-from batch_infer.models.untrusted import LoadingErrors, choose_variant
+from batch_infer.models.untrusted import choose_variant, loading_errors
 from batch_infer.settings import SchedulerSpec
 
 # These progress bars would disturb those of batch-infer.
@@ -25,7 +25,7 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 COMPUTED_SUFFIX = "position_ids"
-"""Suffix of the names of buffers that earlier versions of transformers saved with released checkpoints."""
+"""Suffix of the names of buffers that earlier versions of transformers saved in checkpoints."""
 
 
 def load_components(classes: Mapping[str, Any], card: ModelCard, dtype: torch.dtype) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def load_components(classes: Mapping[str, Any], card: ModelCard, dtype: torch.dt
     for name, component_type in classes.items():
         # The dtype is not an argument: its name differs between the supported versions of diffusers and transformers.
         component = load_network(component_type, card, name)
-        with LoadingErrors(card.path / name):  # quantized weights may refuse the conversion
+        with loading_errors(card.path / name):  # quantized weights may refuse the conversion
             components[name] = component.to(dtype)
     return components
 
@@ -46,7 +46,7 @@ def load_network(component_type: Any, card: ModelCard, name: str, **options: Any
     at random, or none.
     """
     folder = card.path / name
-    with LoadingErrors(folder):
+    with loading_errors(folder):
         module, info = component_type.from_pretrained(
             folder, variant=choose_variant(folder.glob("*"), card.variant), use_safetensors=True, local_files_only=True,
             output_loading_info=True, **options,
@@ -69,7 +69,7 @@ def load_checker(card: ModelCard, device: torch.device, dtype: torch.dtype) -> t
     """Load a checkpoint's safety checker and its image processor. Raises ModelError."""
     checker = load_components({"safety_checker": StableDiffusionSafetyChecker}, card, dtype)["safety_checker"]
     folder = card.path / "feature_extractor"
-    with LoadingErrors(folder):
+    with loading_errors(folder):
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         pixels = processor([Image.new("RGB", (64, 64))], return_tensors="pt").pixel_values
     side = checker.config.vision_config.image_size
@@ -88,7 +88,7 @@ def load_pipeline(
 
     diffusers loads components that are not in `modules`.
     """
-    with LoadingErrors(path):
+    with loading_errors(path):
         pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, pipeline.scheduler)
@@ -98,13 +98,13 @@ def load_pipeline(
 
 
 def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
-    """Limit a tokenizer, whose length pipelines use, to the length of its text encoder. Raises ModelError."""
+    """Limit a tokenizer's maximum length, which pipelines use, to that of its text encoder. Raises ModelError."""
     tokenizer: Any = getattr(pipeline, f"tokenizer{suffix}", None)
     encoder: Any = getattr(pipeline, f"text_encoder{suffix}", None)
     if not hasattr(tokenizer, "model_max_length") or encoder is None:
         return
     folder = path / f"tokenizer{suffix}"
-    with LoadingErrors(folder):
+    with loading_errors(folder):
         embeddings = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
         positions = getattr(encoder.config, "max_position_embeddings", None)
         limit_tokenizer(tokenizer, positions, getattr(embeddings, "num_embeddings", None), folder)

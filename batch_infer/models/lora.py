@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError, first_line
-from batch_infer.models.untrusted import LOADING_ERRORS, hash_file, read_shapes
+from batch_infer.models.untrusted import LOADING_ERRORS, describe, hash_file, read_shapes
 from batch_infer.settings import LoraSpec
 
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
-"""Substrings of a LoRA's tensor names. The last two are of LoHa and LoKr."""
+"""Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
 UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
 """Substrings of the names of tensors that diffusers ignores, or adds to weights that these families lack."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
 """Suffixes of the names of full weights and full differences, which diffusers also ignores."""
 ADAPTER = "lora"
 
-# diffusers logs why a LoRA does not fit, and raises an error with the same text.
+# diffusers logs why a LoRA does not fit and also raises an error with the same text.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
@@ -70,8 +70,7 @@ def fuse_lora(pipeline: Any, lora: Lora, model: str) -> None:
             local_files_only=True,
         )  # fmt: skip
     except LOADING_ERRORS as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ModelError(f"{misfit} ({reason})") from error
+        raise ModelError(f"{misfit} ({describe(error)})") from error
     networks = [network for network in pipeline.components.values() if hasattr(network, "named_parameters")]
     loaded = sum(f".{ADAPTER}." in name for network in networks for name, _ in network.named_parameters())
     if loaded != lora.tensors:

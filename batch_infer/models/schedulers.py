@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.errors import ModelError
 from batch_infer.models.components import diffusers_folder
-from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors, describe
+from batch_infer.models.untrusted import LOADING_ERRORS, describe, loading_errors
 from batch_infer.settings import SHORT_NAMES, SchedulerSpec
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
     options = _list_arguments(classes[spec.name], spec.name, "__init__")
     for key, _ in spec.options:
-        if key not in options:  # which from_config would ignore
+        if key not in options:  # from_config would silently ignore it
             matches = get_close_matches(key, options, n=1)
             hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(options)}"
             if key in _list_arguments(classes[spec.name], spec.name, "step"):
@@ -57,7 +57,7 @@ def make_solver(scheduler: Any, begin_index: int | None = None) -> Solver:
     """Build the solver of a scheduler. `begin_index` is passed to Solver. Raises ModelError."""
     from batch_infer.diffusion import Solver
 
-    with LoadingErrors(f"{type(scheduler).__name__} with scheduler/scheduler_config.json"):
+    with loading_errors(f"{type(scheduler).__name__} with scheduler/scheduler_config.json"):
         return Solver(scheduler, begin_index)
 
 

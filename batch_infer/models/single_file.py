@@ -36,7 +36,7 @@ def convert_once(file: Path) -> Path:
     if file.suffix in PICKLE_SUFFIXES:
         raise ModelError(f"{file} is pickled, and reading a pickle can run code; convert the checkpoint to safetensors")
     if file.suffix != ".safetensors":
-        raise ModelError(f"{file} is a file; use a .safetensors file or the folder of model_index.json")
+        raise ModelError(f"{file} is not a .safetensors file; use one, or a folder with model_index.json")
     shapes = read_shapes(file, str(file))
     _refuse_parts(file, shapes)
     folder = user_cache_path("batch-infer") / CACHE_FOLDER / hash_file(file)
@@ -54,11 +54,10 @@ def _refuse_parts(file: Path, names: Collection[str]) -> None:
         raise ModelError(f"{file} is a LoRA: name it in --lora, and its base model in --model")
     if any(name.startswith(("control_model.", "controlnet_cond_embedding.")) for name in names):
         raise ModelError(f"{file} is a ControlNet, which needs an image in addition to the prompt")
-    missing = [part for part, prefixes in PARTS.items() if not any(name.startswith(prefixes) for name in names)]
-    if missing:
+    if missing := [part for part, prefixes in PARTS.items() if not any(name.startswith(prefixes) for name in names)]:
         raise ModelError(
             f"{file} has no tensors of a checkpoint's {' and '.join(missing)}: use a complete checkpoint of Stable "
-            "Diffusion, or the folder of model_index.json"
+            "Diffusion, or a folder with model_index.json"
         )
 
 

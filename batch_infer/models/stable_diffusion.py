@@ -53,6 +53,5 @@ def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, e
     """Raise ModelError if a UNet takes other inputs than its family's, whose `addition_embed_type` is `embedding`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
-        actual = config.get(option)
-        if actual != value:
+        if (actual := config.get(option)) != value:
             raise ModelError(f"{card.path}: a UNet with {option}={actual} is not {family}")

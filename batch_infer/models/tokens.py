@@ -12,7 +12,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.configs import SHORTEST_TEXT, text_positions
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.untrusted import LoadingErrors
+from batch_infer.models.untrusted import loading_errors
 
 WINDOWS = 3
 """Maximum number of windows of 77 tokens per prompt with --long-prompts."""
@@ -40,10 +40,6 @@ class TokenCounter:
             counts.append([len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)])
         return [max(text_counts) for text_counts in zip(*counts, strict=True)]
 
-    def is_short(self, text: str) -> bool:
-        """Return whether a text certainly fits, because a token of ASCII text has at least one character."""
-        return len(text) <= self.max_tokens and text.isascii()
-
 
 class TruncationCounter:
     """Counts prompts that the text encoder truncates, on a background thread."""
@@ -56,8 +52,8 @@ class TruncationCounter:
         self._total = 0
 
     def add(self, prompt: str) -> None:
-        if self._counter.is_short(prompt):
-            return
+        if len(prompt) <= self._counter.max_tokens and prompt.isascii():
+            return  # it certainly fits, because a token of ASCII text has at least one character
         self._batch.append(prompt)
         if len(self._batch) == COUNT_BATCH:
             self._submit()
@@ -87,7 +83,7 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
     tokenizers = []
     for name in FAMILIES[card.pipeline].tokenizers:
         folder = card.path / name
-        with LoadingErrors(folder):
+        with loading_errors(folder):
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             positions, embeddings = text_positions(card.path, name.replace("tokenizer", "text_encoder"), card.path.name)
             limit_tokenizer(tokenizer, positions, embeddings, folder)

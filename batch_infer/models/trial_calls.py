@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import ModelError
-from batch_infer.models.untrusted import LOADING_ERRORS, LoadingErrors
+from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors
 
 TEXTS = ("a", "a red circle beside two blue squares")
 """Two texts of different lengths, short enough for every model."""
@@ -49,7 +49,7 @@ def can_share_calls(pipeline: Any, denoiser: Any, path: Path, arguments: Argumen
         if denoiser is not None and getattr(pipeline, "vae", None) is not None:
             _try_decoder(pipeline, denoiser, path, arguments)
     finally:
-        if denoiser is not None and processors:  # some pipelines replace them during a call
+        if processors:  # some pipelines replace them during a call
             denoiser.set_attn_processor(processors)
     return has_uniform_shapes
 
@@ -133,7 +133,7 @@ def _refuse_misfit(pipeline: Any, denoiser: Any, path: Path, arguments: Argument
     hook: Any = nullcontext()
     if denoiser is not None:
         hook = denoiser.register_forward_pre_hook(lambda *_: evaluations.append(None))
-    with LoadingErrors(f"{path}: {type(pipeline).__name__}"), out_of_memory_errors(), hook:
+    with loading_errors(f"{path}: {type(pipeline).__name__}"), out_of_memory_errors(), hook:
         try:
             _take_first_step(pipeline, arguments)
         except REFUSALS:
@@ -151,7 +151,7 @@ def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments
     outputs: dict[object, Any] = {}
 
     def try_decode(*args: Any, **kwargs: Any) -> Any:
-        with LoadingErrors(f"{path}: vae of {type(pipeline).__name__}"):
+        with loading_errors(f"{path}: vae of {type(pipeline).__name__}"):
             return decode(*args, **kwargs)
 
     def replay(*args: Any, **kwargs: Any) -> Any:

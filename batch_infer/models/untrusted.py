@@ -9,8 +9,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -44,26 +44,21 @@ LIBRARIES = ("accelerate", "diffusers", "huggingface_hub", "safetensors", "token
 File = TypeVar("File", bound=PurePath)
 
 
-class LoadingErrors:
-    """Converts library errors in a `with` block into a ModelError naming `source`, a folder or file.
+@contextmanager
+def loading_errors(source: object) -> Iterator[None]:
+    """Re-raise library errors as ModelError naming `source`, a folder or file.
 
     Device errors propagate unchanged, because the checkpoint does not cause them.
     """
-
-    def __init__(self, source: object) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        package = exc_type.__module__.partition(".")[0] if exc_type else ""
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
         # tokenizers raises Exception itself.
-        is_library_error = isinstance(error, LOADING_ERRORS) or package in LIBRARIES or exc_type is Exception
-        if isinstance(error, Exception) and is_library_error and not _is_device_error(error):
-            raise ModelError(f"{self._source} could not be loaded: {describe(error)}") from error
+        is_library_error = isinstance(error, LOADING_ERRORS) or package in LIBRARIES or type(error) is Exception
+        if not is_library_error or _is_device_error(error):
+            raise
+        raise ModelError(f"{source} could not be loaded: {describe(error)}") from error
 
 
 def describe(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Call Azure AI Content Safety through Microsoft's SDK.
 
-The SDK's retries are off, because it retries a 429 only if there is a Retry-After header, and cannot be stopped. Each
+The SDK's own retries are off, because they cannot be stopped and handle a 429 only if it has a Retry-After header. Each
 attempt is one request, and `retries` decides when to send the next one.
 """
 
@@ -41,12 +41,12 @@ MUTED_LOGGERS = ("azure", "msal", "urllib3", "pyrate_limiter")
 TRANSIENT = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 MAX_REASON_LENGTH = 300
 TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
-"""Matches the credentials that DefaultAzureCredential sends: JSON web tokens."""
+"""Matches JSON web tokens, the credentials that DefaultAzureCredential sends."""
 BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 
 
 class ContentSafety:
-    """A gate to the service. Up to `concurrency` threads, which share connections and rate limit, may call it."""
+    """A gate to the service. Up to `concurrency` threads may call it, and share its connections and rate limit."""
 
     name = payloads.CHECKER_NAME
     concurrency = 16
@@ -79,14 +79,14 @@ class ContentSafety:
         self._retrying = RetryingClient(settings, stop)
 
     def check_prompt(self, prompt: str) -> Verdict:
-        """Check a prompt. If it has more than 10,000 characters, it is sent in overlapping pieces."""
+        """Check a prompt. A prompt of more than 10,000 characters is sent in overlapping pieces."""
         probe = partial(self._send_text, "a red square")
         attempts = [partial(self._send_text, piece, self._settings.blocklists) for piece in payloads.split_text(prompt)]
         analyses = [self._retrying.call("prompt", attempt, probe) for attempt in attempts]
         return payloads.make_verdict("prompt", analyses, self._settings)
 
     def check_image(self, image: np.ndarray) -> Verdict:
-        """Check an image (H, W, 3) uint8. It is scaled if it is too small or too large for the service."""
+        """Check an image (H, W, 3) uint8. An image that is too small or too large for the service is scaled."""
         attempt = partial(self._send_image, payloads.encode_image(image))
         analysis = self._retrying.call("image", attempt, partial(self._send_image, BLACK_IMAGE))
         return payloads.make_verdict("image", [analysis], self._settings)
@@ -123,7 +123,7 @@ class ContentSafety:
         from azure.core.exceptions import AzureError
 
         try:
-            # The plain JSON, because the SDK's model would hide missing values.
+            # The callback returns the plain JSON, because the SDK's model would hide missing values.
             body = method(options, cls=lambda response, *_: response.http_response.json())
             return Analysis.parse(body, with_blocklists=with_blocklists)
         except AzureError as error:
@@ -142,11 +142,9 @@ class ContentSafety:
             return NoAnswerError(reason, payloads.parse_retry_after(headers.get("Retry-After")))
         # The token issuer's ClientAuthenticationError may have any status.
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) or isinstance(error, ClientAuthenticationError):
-            credential = (
-                "identity that DefaultAzureCredential found, which needs the role Cognitive Services User there"
-            )
-            if os.environ.get(KEY_VARIABLE, "").strip():
-                credential = f"key in {KEY_VARIABLE}, which must be one of that resource"
+            credential = "identity from DefaultAzureCredential, which needs the role Cognitive Services User there"
+            if _read_key():
+                credential = f"key in {KEY_VARIABLE}, which must belong to that resource"
             return SettingsError(f"{service} refuses the {credential} ({reason})")
         if self._settings.blocklists and "blocklist" in reason.lower():
             return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
@@ -156,7 +154,7 @@ class ContentSafety:
 
 
 def check_credentials(settings: ServiceSettings) -> None:
-    """Raise SettingsError if there is no key and no identity gets a token."""
+    """Raise SettingsError if there is neither a key nor an identity that gets a token."""
     _import_libraries()
     from azure.core.credentials import AzureKeyCredential
     from azure.core.exceptions import AzureError
@@ -171,7 +169,7 @@ def check_credentials(settings: ServiceSettings) -> None:
             log.debug("%s", _redact(str(error)))
             raise SettingsError(
                 f"{SERVICE} needs a key in {KEY_VARIABLE}, or an identity that DefaultAzureCredential finds (a managed"
-                f" identity, az login, AZURE_CLIENT_ID and so on), but there is neither: {_redact(first_line(error))}"
+                f" identity, az login, AZURE_CLIENT_ID and so on), and there is neither: {_redact(first_line(error))}"
             ) from error
 
 
@@ -186,12 +184,16 @@ def _import_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+def _read_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
 def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
-    """Return the key from the environment, or else azure-identity's default credential without trying it."""
+    """Return the key from the environment, or else azure-identity's default credential, without testing it."""
     from azure.core.credentials import AzureKeyCredential
     from azure.identity import DefaultAzureCredential
 
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = _read_key()
     if not (key.isascii() and key.isprintable()):
         raise SettingsError(f"{KEY_VARIABLE} contains characters that no key has: copy it again from the resource")
     if key:
@@ -231,8 +233,7 @@ def _describe(error: AzureError, status: int) -> str:
 
 
 def _redact(text: str) -> str:
-    """Remove the key and tokens from a text. A proxy may echo the headers of a request that it rejects."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    for secret in filter(None, (key, quote(key, safe=""))):
+    """Replace the key and tokens in a text. A proxy may echo the headers of a request that it rejects."""
+    for secret in filter(None, (_read_key(), quote(_read_key(), safe=""))):
         text = text.replace(secret, "***")
     return TOKEN.sub("***", text)

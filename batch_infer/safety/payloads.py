@@ -19,23 +19,23 @@ from batch_infer.settings import CATEGORIES, ServiceSettings
 SERVICE = "Azure AI Content Safety"
 CHECKER_NAME = "azure_content_safety"
 Kind = Literal["prompt", "image"]
-"""Kind of content. The service checks each with a different model, and one model can be down alone."""
+"""Kind of content. The service checks each kind with its own model, and one of the models may be down."""
 MAX_SEVERITY = 7
 UNREADABLE = "a response that cannot be parsed"
 
 MAX_TEXT_LENGTH = 10_000
 """Maximum length of the text in one request, in Unicode code points as Python counts them."""
 OVERLAP = 200
-"""Code points that two pieces of a text share: more than a phrase has, and cheap to send twice."""
+"""Code points that adjacent pieces of a text share: longer than a phrase, and cheap to send twice."""
 MIN_SIDE, MAX_SIDE = 50, 2048
 """Minimum and maximum side of an image in pixels."""
 MAX_IMAGE_BYTES = 4 * 1024 * 1024
-"""Maximum size of an image file. The service counts it before base64 makes it a third larger."""
+"""Maximum size of an image file in bytes, before base64 makes it a third larger."""
 ENCODINGS: tuple[tuple[str, dict[str, int]], ...] = (
     ("PNG", {"compress_level": 1}),
     *(("JPEG", {"quality": quality}) for quality in (95, 90, 80, 65, 50, 30)),
 )
-"""Encodings to try until a file is small enough. With the last, noise of the maximum size is far below the limit."""
+"""Encodings to try until a file is small enough. The last keeps even noise of the maximum size far below the limit."""
 
 
 class NoAnswerError(Exception):
@@ -104,7 +104,7 @@ def parse_retry_after(header: str | None) -> float | None:
             date = parsedate_to_datetime(header)
         except ValueError:
             return None
-        # For -0000, Python sets no time zone, but all dates in HTTP are UTC.
+        # Python returns no time zone for -0000, but all dates in HTTP are UTC.
         seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - utc_now()).total_seconds()
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 

@@ -1,4 +1,4 @@
-"""Protocols of image checkers and safety services, and the registries that create them.
+"""Define the protocols of image checkers and safety services, and create them from registries.
 
 To add one, write a module and one line in a registry.
 """
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 IMAGE_CHECKERS: Mapping[str, str] = {
     "StableDiffusionSafetyChecker": "batch_infer.safety.checker:StableDiffusionChecker",
 }
-"""Class for each class of a checkpoint's safety checker, by name because its module loads torch."""
+"""Image checker for each class of a checkpoint's safety checker: the name, because its module loads torch."""
 GATES: Mapping[type, str] = {ServiceSettings: "batch_infer.safety.content_safety:ContentSafety"}
-"""Class for each type of service settings, by name because its module imports the libraries of an extra."""
+"""Gate for each type of service settings: the name, because its module loads NumPy and Pillow."""
 
 
 class ImageChecker(Protocol):

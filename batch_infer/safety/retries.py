@@ -17,12 +17,12 @@ from batch_infer.settings import ServiceSettings
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 20.0
 BACKOFF = wait_exponential(MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS) + wait_random(0, MIN_BACKOFF_SECONDS)
 WINDOW_SECONDS, SERVICE_WINDOW_SECONDS = 10.5, 10.0
-"""The window is longer than the service's, because requests may arrive at shorter intervals than they were sent."""
+"""The window is longer than the service's, because requests may arrive at shorter intervals than they are sent."""
 POLL_SECONDS = 0.05
-"""Seconds between checks whether the run stops."""
+"""Seconds between checks whether to stop."""
 
 Attempt: TypeAlias = Callable[[], Analysis]
-"""Sends one request. Raises NoAnswerError if it may be sent again."""
+"""Sends one request and returns the response. Raises NoAnswerError if it may be sent again."""
 
 
 class RetryingClient:
@@ -37,7 +37,8 @@ class RetryingClient:
         """Send a request, repeat it for at least `timeout_seconds` if necessary, and return the response.
 
         `probe` sends a harmless request of the same kind, to distinguish a bad row from a service that is down. Raises
-        FailedRowError if the service answers only other requests, ServiceError if it answers none, and StoppedError.
+        FailedRowError if the service answers other requests but not this one, ServiceError if it answers none, and
+        StoppedError.
         """
         retrying = Retrying(
             retry=retry_if_exception_type(NoAnswerError),
@@ -87,8 +88,8 @@ class RetryingClient:
     def _gives_up(self, state: RetryCallState, kind: Kind) -> bool:
         """Return whether `timeout_seconds` have passed and the cause is clear.
 
-        If the service last answered another request neither recently nor long ago, it may have failed since. Retries
-        then continue until it has not answered for `timeout_seconds`, so that a failure of the service fails no row.
+        If the service last answered neither recently nor long ago, it may have gone down since. Retries then continue
+        until it has not answered for `timeout_seconds`, so that an outage fails no row.
         """
         timeout, seconds = self._settings.timeout_seconds, self._seconds_since_answer(kind)
         return (state.seconds_since_start or 0) >= timeout and not timeout / 2 <= seconds < timeout

@@ -20,7 +20,7 @@ MAX_WAIT_SECONDS = 2.0
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """The requests that a client submitted together. `pending`: indices of requests that the chain has not taken."""
+    """The requests that a client submitted together. `pending`: the indices that the chain has not taken."""
 
     requests: Sequence[PromptRequest]
     number: int
@@ -104,22 +104,21 @@ class RequestQueue:
         `include_pending`: also raise it for clients with pending requests.
         """
         with self._lock:
-            failed = {submission.number: submission for submission, _ in self._in_chain.values()}
+            failed = {submission for submission, _ in self._in_chain.values()}
             if include_pending:
-                failed |= {submission.number: submission for submission in self._waiting}
+                failed.update(self._waiting)
             self._in_chain.clear()
-            for submission in failed.values():
+            for submission in failed:
                 self._drop(submission)
                 submission.outcomes.put(error)
         return bool(failed)
 
     def _next_submission(self) -> Submission:
         first = self._waiting[0]
-        if time.monotonic() - first.last_turn > MAX_WAIT_SECONDS:
-            return first
-        for submission in self._waiting:
-            if self._group_key(submission.requests[submission.pending[0]]) == self._current_group:
-                return submission
+        if time.monotonic() - first.last_turn <= MAX_WAIT_SECONDS:
+            for submission in self._waiting:
+                if self._group_key(submission.requests[submission.pending[0]]) == self._current_group:
+                    return submission
         return first
 
     def _drop(self, submission: Submission) -> None:

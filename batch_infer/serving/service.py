@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty
 from threading import Event, Lock
@@ -79,9 +80,8 @@ class Service:
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
         """Load the model. Raises ModelError, SettingsError."""
-        slots, safety = deployment.settings.compute.slots, deployment.settings.safety
-        if not isinstance(slots, int):
-            slots = DEFAULT_SLOTS
+        requested_slots, safety = deployment.settings.compute.slots, deployment.settings.safety
+        slots = requested_slots if isinstance(requested_slots, int) else DEFAULT_SLOTS
         if safety.service is not None:
             service = structs.replace(safety.service, timeout_seconds=SAFETY_TIMEOUT_SECONDS)
             safety = replace(safety, service=service)
@@ -160,8 +160,5 @@ class Service:
 
 def _next_outcome(submission: Submission, client: Client) -> tuple[int, RowOutcome] | BaseException:
     while True:
-        remaining = client.check()
-        try:
-            return submission.outcomes.get(timeout=min(remaining, POLL_SECONDS))
-        except Empty:
-            continue
+        with suppress(Empty):
+            return submission.outcomes.get(timeout=min(client.check(), POLL_SECONDS))

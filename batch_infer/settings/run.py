@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,15 +82,11 @@ class FailureBudget:
     def parse(cls, text: str) -> FailureBudget:
         """Parse `N` or `P%`. Raises SettingsError."""
         number = text.strip().removesuffix("%")
-        try:
-            if text.strip().endswith("%"):
-                percent = float(number)
-                if 0 <= percent <= 100:
-                    return cls(percent=percent)
-            elif int(number) >= 0:
+        with suppress(ValueError):
+            if not text.strip().endswith("%") and int(number) >= 0:
                 return cls(count=int(number))
-        except ValueError:
-            pass
+            if text.strip().endswith("%") and 0 <= float(number) <= 100:
+                return cls(percent=float(number))
         raise SettingsError(f"--max-failed {text}: expected a number of rows (5) or a percentage of them (1%)")
 
     def allows(self, failed: int, rows: int) -> bool:

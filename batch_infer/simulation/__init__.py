@@ -1,4 +1,4 @@
-"""Simulate Azure ML's batch endpoint on this machine: run a scoring script as Azure does, including faults.
+"""Simulate an Azure ML batch endpoint on this machine: run a scoring script as Azure does, including faults.
 
     simulate(SimulationSettings(inputs=(Path("tables"),), out=Path("out"), workers=3, kill=0.2, duplicate=0.1))
 
@@ -13,9 +13,6 @@ from batch_infer.simulation.settings import DEFAULT_SCRIPT, SimulationOutcome, S
 if TYPE_CHECKING:
     from batch_infer.simulation.job import simulate
 else:
-    __getattr__ = import_on_use(
-        __name__,
-        job=("simulate",),
-    )
+    __getattr__ = import_on_use(__name__, job=("simulate",))
 
 __all__ = ["DEFAULT_SCRIPT", "SimulationOutcome", "SimulationSettings", "simulate"]

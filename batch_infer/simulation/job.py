@@ -25,9 +25,9 @@ Report = Callable[[SimulationOutcome], None]
 
 
 def simulate(settings: SimulationSettings, report: Report = lambda outcome: None) -> SimulationOutcome:
-    """Run a scoring script over files as a batch endpoint does, and call `report` with the outcome so far.
+    """Run a scoring script on files as a batch endpoint does, and return the outcome, which says if the job has failed.
 
-    The outcome says whether the job has failed. Raises SettingsError, TableError, StorageError.
+    Calls `report` with the outcome so far. Raises SettingsError, TableError, StorageError.
     """
     settings.check()
     files = find_files(settings.inputs)
@@ -50,7 +50,7 @@ def _open_predictions(settings: SimulationSettings) -> AbstractContextManager[Te
 
 
 class SimulatedJob:
-    """The state of a job: deliveries, workers and the outcome so far."""
+    """Delivers the mini-batches of a job to workers until each has succeeded or failed."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SimulatedJob:
         self._first_run: float | None = None
 
     def run(self) -> SimulationOutcome:
-        """Run until all mini-batches have succeeded or failed, or the job has failed."""
+        """Run until all mini-batches have succeeded or failed, or the job fails."""
         outcome = self._outcome
         self._report_outcome()
         while not self._queue.is_finished and outcome.fault is None:
@@ -117,7 +117,7 @@ class SimulatedJob:
                 self._assign(worker, waiting.popleft())
 
     def _must_wait(self, state: MiniBatchState) -> bool:
-        """Return whether to hold back a mini-batch until the duration of mini-batches is known."""
+        """Return whether to hold back a new mini-batch until the duration of mini-batches is known."""
         assignments = [worker.assignment for worker in self._workers()]
         is_measuring = any(assignment and assignment.kill_after is None for assignment in assignments)
         return not state.deliveries and self._kills.must_wait(is_measuring=is_measuring)
@@ -153,7 +153,7 @@ class SimulatedJob:
                 self._first_run = self._first_run or assignment.start
             case RunReturned() | ScriptFailed() if assignment is not None:
                 worker.assignment = None
-                if assignment.kill_after is not None:  # the kill was scheduled for a later time
+                if assignment.kill_after is not None:  # the run ended before its kill
                     self._kills.remaining += 1
                 if isinstance(message, RunReturned):
                     self._handle_rows(assignment, message)
@@ -177,7 +177,7 @@ class SimulatedJob:
         self._report_outcome()
 
     def _handle_death(self, worker: WorkerProcess) -> None:
-        """Remove a worker that has died. Any worker may retry its mini-batch."""
+        """Remove a worker that has died, and let any worker retry its mini-batch."""
         assignment, worker.assignment = worker.assignment, None
         exit_text = worker.describe_exit()
         self._group.remove(worker)
@@ -197,7 +197,7 @@ class SimulatedJob:
             self._queue.waiting.append(assignment.state)
 
     def _handle_failure(self, worker: WorkerProcess, state: MiniBatchState, reason: str) -> bool:
-        """Count and log a failed run, and return whether to retry it."""
+        """Count and log a failed run of a mini-batch, and return whether to retry it."""
         must_retry, description = self._queue.record_failure(state)
         level = logging.INFO if worker.kill_reason == KILLED else logging.WARNING
         details = (state.mini_batch.index, description, worker.index, reason, worker.log)

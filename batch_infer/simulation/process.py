@@ -1,4 +1,4 @@
-"""Start, replace and kill worker processes, each with a working folder, a log and a GPU."""
+"""Start, replace and kill worker processes. Each has a working folder, a log and a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROGRAM = (
 
 @dataclass(slots=True)
 class Assignment:
-    """A worker's mini-batch, the seconds after which to kill the worker, and the time of the call of run()."""
+    """A worker's mini-batch, the seconds after which to kill the worker, and the time at which run() was called."""
 
     state: MiniBatchState
     kill_after: float | None = None
@@ -49,14 +49,14 @@ class Assignment:
 
 
 class WorkerProcess:
-    """A worker process from its start to its end."""
+    """A running or ended worker process."""
 
     def __init__(
         self, index: int, folder: Path, log: Path, environment: Mapping[str, str], task: tuple[object, ...]
     ) -> None:
-        """Start the process in a new working folder. `task`: further arguments of `run_worker`.
+        """Start the process in a new working folder. `task` contains the other arguments of `run_worker`.
 
-        The process has its own session, so that Ctrl-C reaches only the parent, which then ends it.
+        The process has its own session, so that Ctrl-C reaches only the parent, which then ends the process.
         """
         self.index, self.log = index, log
         self.is_ready = False
@@ -65,7 +65,7 @@ class WorkerProcess:
         self.connection, worker_connection = Pipe()
         number = worker_connection.fileno()
         program = PROGRAM.format(root=str(Path(batch_infer.__file__).parent.parent), arguments=(number, *task))
-        with worker_connection:  # must be closed here, so that the connection ends with the process
+        with worker_connection:  # closed in this process, so that the connection closes when the worker ends
             with temporary_file_errors():
                 folder.mkdir()
             with log.open("ab") as output:
@@ -81,7 +81,7 @@ class WorkerProcess:
                 )
 
     def send(self, mini_batch: MiniBatch | None) -> None:
-        """Send a mini-batch, or None to request shutdown. If the worker has died, only `receive` reports it."""
+        """Send a mini-batch, or None to request shutdown. If the worker has died, `receive` reports it."""
         with suppress(OSError):
             self.connection.send(mini_batch)
 
@@ -92,12 +92,12 @@ class WorkerProcess:
                 yield self.connection.recv()
         except OSError as error:  # the connection was reset
             raise EOFError from error
-        # Processes that the script has started may keep the connection open.
+        # Processes that the script started may keep the connection open.
         if self._process.poll() is not None and not self.connection.poll():
             raise EOFError
 
     def kill(self, reason: str = "killed") -> None:
-        """Kill the process and all processes that it has started. Messages that it has sent can still be received."""
+        """Kill the process and all processes that it started. Messages that it sent can still be received."""
         self.kill_reason = self.kill_reason or reason
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -119,7 +119,7 @@ class WorkerProcess:
 
 
 class WorkerGroup:
-    """The running workers of a job by index. A replacement has the index and the GPU of the worker that has died."""
+    """The workers of a job by index. A replacement has the index and the GPU of the worker that died."""
 
     def __init__(self, settings: SimulationSettings, folder: Path) -> None:
         """Remove the logs of an earlier job. `folder` is for working folders. Raises SettingsError, StorageError."""
@@ -157,7 +157,7 @@ class WorkerGroup:
         return environment
 
     def remove(self, worker: WorkerProcess) -> None:
-        """Kill a worker, if it is still running, and remove it."""
+        """Kill a worker if it is still running, and remove it."""
         del self.workers[worker.index]
         worker.kill()
         worker.connection.close()
@@ -179,7 +179,7 @@ class WorkerGroup:
 
 
 def find_gpus(limit: int | None) -> Sequence[str]:
-    """Return the CUDA_VISIBLE_DEVICES entries of `limit` GPUs, or of all that this process sees, without torch."""
+    """Return the CUDA_VISIBLE_DEVICES entries of `limit` GPUs, or of all visible GPUs, without loading torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
     if visible is None and limit is None:

@@ -18,7 +18,7 @@ FIRST_KILL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """Files that are passed to the script together, as absolute paths."""
+    """The absolute paths of files that are passed to the script together."""
 
     index: int
     files: tuple[str, ...]
@@ -66,7 +66,7 @@ def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
 
 @dataclass(slots=True, eq=False)
 class MiniBatchState:
-    """A mini-batch's progress. `open_deliveries` wait or run. `rows` is the row count of its first successful run."""
+    """The progress of a mini-batch. `open_deliveries` wait or run. `rows` counts the rows of the first returned run."""
 
     mini_batch: MiniBatch
     failed_tries: int = 0
@@ -87,7 +87,7 @@ class DeliveryQueue:
         self.waiting = deque(self._states)
 
     def duplicate(self, share: float, rng: random.Random) -> None:
-        """Deliver this share twice, half of it in direct succession so that two workers run it at the same time."""
+        """Deliver a share of the mini-batches twice. For half of them, the deliveries are adjacent and may overlap."""
         for state in rng.sample(self._states, round(share * len(self._states))):
             second = self.waiting.index(state) + 1
             self.waiting.insert(rng.choice([second, rng.randint(second, len(self.waiting))]), state)
@@ -124,23 +124,23 @@ class DeliveryQueue:
 
 
 class KillSchedule:
-    """Kills a share of mini-batches, once each, at a random moment within the durations measured so far.
+    """Kills a share of the mini-batches, once each, at a random time within the durations measured so far.
 
-    If a kill comes after the end of its mini-batch, increase `remaining` to assign it to another mini-batch.
+    If a kill comes after the end of its run, the caller increases `remaining` to assign it to another mini-batch.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
         self.remaining = round(share * mini_batches)
         """Kills that are not assigned to a delivery."""
         self.killed: set[int] = set()
-        """Indices of the mini-batches that were killed."""
+        """Indices of mini-batches that have been killed."""
         self._new_count, self._rng = mini_batches, rng
         self._seconds_per_file: list[float] = []
 
     def must_wait(self, *, is_measuring: bool) -> bool:
-        """Return whether to hold back new mini-batches: all must be killed, and their duration is unknown.
+        """Return whether to hold back new mini-batches, since all of them must be killed and their duration is unknown.
 
-        `is_measuring`: a mini-batch that will not be killed is running.
+        `is_measuring` says whether a mini-batch is running that will not be killed.
         """
         return is_measuring and not self._seconds_per_file and 0 < self._new_count <= self.remaining
 

@@ -13,7 +13,7 @@ from batch_infer.errors import SettingsError
 
 DEFAULT_SCRIPT = Path(__file__).parents[1] / "azureml" / "batch.py"
 SETTINGS_NAME = "parallel_run_step.settings.json"
-"""File in the folder of the scoring script that Azure reads."""
+"""A file next to the scoring script that Azure reads."""
 TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
 """Arguments of DataFrame.to_csv that Azure uses by default."""
 
@@ -22,10 +22,10 @@ TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
 class SimulationSettings:
     """A batch deployment's settings, with Azure's defaults, and the faults to simulate. Times are in seconds.
 
-    If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, this machine's GPUs are
-    used. `kill` is the share of mini-batches whose worker is killed during the run, and `duplicate` the share that is
-    delivered twice. `seed` determines both selections and the order of the files. `environment` is added to the
-    environment variables of this process.
+    If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, workers use all visible
+    GPUs. `kill` is the share of mini-batches during whose run the worker is killed, and `duplicate` the share that is
+    delivered twice. `seed` determines both selections and the order of the files. `environment` contains additional
+    environment variables.
     """
 
     inputs: tuple[Path, ...]
@@ -86,8 +86,8 @@ class SimulationOutcome:
 
     `deliveries` counts the starts of mini-batches, including retries and duplicates. `timeouts` and `kills` count
     workers that were killed for that reason, and `deaths` counts workers that ended by themselves. `kills_missed`
-    counts requested kills that hit no run. `rows` includes rows of duplicates. `running_seconds` starts with the first
-    delivery. `fault` says why the job has failed.
+    counts requested kills that hit no run. `rows` includes rows of duplicates. `running_seconds` starts when run() is
+    first called. `fault` says why the job has failed.
     """
 
     mini_batches: int
@@ -111,7 +111,7 @@ class SimulationOutcome:
 
     @property
     def settled(self) -> int:
-        """The number of mini-batches that have succeeded, or failed in all tries."""
+        """The number of mini-batches that have succeeded or finally failed."""
         return self.succeeded + self.failed
 
     @property

@@ -1,4 +1,4 @@
-"""A worker process, which imports the scoring script as Azure does and runs the mini-batches that it receives."""
+"""Run a worker process, which imports the scoring script as Azure does and runs the mini-batches that it receives."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from typing import Any, NoReturn, TypeAlias
 from batch_infer.simulation.schedule import MiniBatch
 
 MODULE = "entry_script"
-"""Module name of the script. Its file name could equal the name of a module that it imports."""
+"""Module name of the script, since its file could have the name of a module that it imports."""
 
 
 class Event(Enum):
-    """Messages without content: init() has returned, and run() is called."""
+    """Messages without content: init() has returned, or run() is about to be called."""
 
     READY = auto()
     RUN_STARTED = auto()
@@ -33,7 +33,7 @@ class Event(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RunReturned:
-    """run() has returned this many rows: `text` for predictions.csv, `header` for its first line."""
+    """run() has returned rows. predictions.csv gets their `text`, and `header` as its first line."""
 
     rows: int
     header: str = ""
@@ -51,9 +51,10 @@ MessageFromWorker: TypeAlias = "Event | RunReturned | ScriptFailed"
 
 
 def run_worker(descriptor: int, path: str, to_csv: Mapping[str, Any] | None) -> None:
-    """Run a script until the parent requests shutdown or closes the connection with this file descriptor.
+    """Run the script at `path` until the parent requests shutdown or closes the connection.
 
-    `to_csv` contains the arguments of DataFrame.to_csv, or is None to format no rows.
+    `descriptor` is the connection's file descriptor. `to_csv` contains the arguments of DataFrame.to_csv, or is None if
+    no rows are written.
     """
     os.set_inheritable(descriptor, False)  # otherwise processes of the script would keep the connection open
     parent = ParentConnection(Connection(descriptor))
@@ -78,8 +79,8 @@ def _start_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
-    if not path.with_name("__init__.py").exists():  # modules of a package could hide libraries of the same name
-        sys.path.insert(0, str(path.parent))  # the script may import modules in its folder
+    if not path.with_name("__init__.py").exists():  # the modules of a package could hide libraries of the same name
+        sys.path.insert(0, str(path.parent))  # the script may import modules from its folder
     module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in ("init", "run"):
@@ -90,7 +91,7 @@ def _start_script(path: Path) -> ModuleType:
 
 
 def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
-    """Count the rows of a result, and format them unless `to_csv` is None. Raises TypeError."""
+    """Count the rows that run() returned, and format them unless `to_csv` is None. Raises TypeError."""
     if isinstance(result, list):
         return RunReturned(len(result), text="" if to_csv is None else "".join(f"{item}\n" for item in result))
     pandas = sys.modules.get("pandas")  # a script that returns a DataFrame has imported it
@@ -105,7 +106,7 @@ def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
 class ParentConnection:
     """The worker's end of the connection to its parent. If the connection is closed, the worker ends.
 
-    As a context manager, it reports an exception to the parent and the log, and suppresses it.
+    As a context manager, it suppresses an exception, and reports it to the parent and in the log.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -140,7 +141,7 @@ class ParentConnection:
 
 
 def _end_process_group() -> NoReturn:
-    """Kill this process and all processes that the script has started."""
+    """Kill this process and all processes that the script started."""
     if os.getsid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

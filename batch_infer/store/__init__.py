@@ -23,6 +23,7 @@ from batch_infer.store.files import (
     sweep,
     temporary_path,
     unique_name,
+    unless_removed,
     write_errors,
 )
 from batch_infer.store.folder import PinnedFolder, find_holder, locked_folder, marker_name, remove_stale_holder
@@ -67,5 +68,6 @@ __all__ = [
     "temporary_folder",
     "temporary_path",
     "unique_name",
+    "unless_removed",
     "write_errors",
 ]

@@ -41,6 +41,16 @@ write_errors = partial(_storage_errors, "write")
 read_errors = partial(_storage_errors, "read")
 
 
+@contextmanager
+def unless_removed(path: Path) -> Iterator[None]:
+    """Suppress StorageError if another process has removed or renamed `path`."""
+    try:
+        yield
+    except StorageError:
+        if path_exists(path):
+            raise
+
+
 def path_exists(path: Path) -> bool:
     """Return whether a path exists, even if it is a broken link. Raises StorageError if that is unknown."""
     return read_status(path) is not None

@@ -1,4 +1,4 @@
-"""Base classes and helpers shared by all table formats."""
+"""Define the classes and helpers that all table formats share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ID_DIGITS = 8
 """Number of digits of the row number in a default id, padded with zeros."""
 BATCH_ROWS = 1024
 MAX_COLUMNS = 1024
-"""Maximum number of columns. Rows whose keys are values ({"a red circle": 1, ...}) would add columns without limit."""
+"""Maximum number of columns. Without it, rows whose keys are values ({"a red circle": 1, ...}) would add any number."""
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
 MAX_SHOWN_COLUMNS = 5
@@ -39,7 +39,7 @@ _PATH_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
 }
-"""Errors for a path that is not a readable file. Any other errno is a disk or network failure."""
+"""Error numbers for a path that is not a readable file. All others mean that the disk or network failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class TableFile:
     """A file to read, or a file or argument that cannot be read, with its error.
 
     `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, the path relative to
-    the argument without its suffixes. `compression` is a suffix such as `.gz`, or ''. `is_named` is true if the
-    argument names this file, not a folder or glob. `url` may contain a secret and is never shown or stored.
+    the argument, without suffixes. `compression` is a suffix such as `.gz`, or ''. `is_named` is true if an argument
+    names this file instead of a folder or glob. `url` may contain a secret and is never shown or stored.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Notice(NamedTuple):
 
 
 def make_short_row_notice(count: int, columns: Sequence[str]) -> Notice:
-    """Return the notice about a row that has cells only for the first `count` columns."""
+    """Return the notice about a row that only has cells for the first `count` columns."""
     missing = ", ".join(repr(name) for name in columns[count : count + MAX_SHOWN_COLUMNS])
     return Notice(SHORT_ROW, f"{count} of {len(columns)} cells, without {missing}")
 
@@ -98,7 +98,7 @@ class NoticeCounts:
 
 
 class RawRow(NamedTuple):
-    """A row as read from its file. This is a tuple because a table may have millions of rows.
+    """A row as read from its file. It is a tuple because a table may have millions of rows.
 
     `number` counts rows from 0, and `line` counts lines of a text file from 1. `error` says why the row cannot be read.
     A row with a BLANK_ROW notice is skipped.
@@ -115,8 +115,8 @@ class RawRow(NamedTuple):
 class Reader:
     """An open file with known columns.
 
-    `renamed` maps each column or struct field renamed in `schema` to its name in the file. `read` yields all rows from
-    the start. `read_column` yields the readable values of a column in batches, faster than `read`.
+    `renamed` maps each column or struct field that is renamed in `schema` to its name in the file. `read` yields all
+    rows from the start. `read_column` yields the readable values of a column in batches and is faster than `read`.
     """
 
     file: TableFile
@@ -126,7 +126,7 @@ class Reader:
     read_column: Callable[[str], Iterator[pa.Array]] | None = None
 
     def read_rows(self) -> Iterator[RawRow]:
-        """Yield the rows in order. Unreadable rows contain an error. If the file is truncated, the last row says so.
+        """Yield the rows in order. Unreadable rows have an error. If the file is truncated, the last row says so.
 
         Raises StorageError if the disk fails.
         """
@@ -189,7 +189,7 @@ class Scratch:
 def raise_storage_error(error: Exception, name: str, *, was_opened: bool = False) -> None:
     """Raise StorageError for an OS error, such as EIO, that the path and content of the file do not explain.
 
-    With `was_opened`, also raise it for path errors, since a file that could be opened before may have been removed.
+    With `was_opened`, also raise it for path errors, since a file that was opened before may have been removed.
     """
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return
@@ -225,7 +225,7 @@ def find_encoding_error(text: str) -> str | None:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace bytes that were not UTF-8 with U+FFFD, so that a results table can store the text."""
+    """Replace bytes that were not UTF-8 with U+FFFD, so that results can store the text."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # a surrogate that does not represent a byte

@@ -29,7 +29,7 @@ from batch_infer.table.fields import read_fields
 MAX_CARRIED_BYTES = 1 << 20
 """Maximum total bytes of a row's carried cells, to bound memory use."""
 DIGEST_DIGITS = 20
-"""Number of hexadecimal digits in a row's digest. Among a billion rows, two share a digest with probability 4e-7."""
+"""Number of hexadecimal digits in a row's digest. In a billion rows, two share a digest with probability 4e-7."""
 
 SYNONYMS = {
     "id": ("uid", "rowid", "promptid", "customid"),
@@ -53,7 +53,7 @@ MIN_FUZZY_LENGTH = 5
 class OpenTable:
     """A readable file and its columns.
 
-    `path_columns` come from the file's path and override columns in the file. `fields` maps fields to columns, and
+    `path_columns` come from the file's path and override columns of the file. `fields` maps fields to columns, and
     `carried` maps the other columns to their names in the results.
     """
 
@@ -98,7 +98,7 @@ class CellReader:
         return cells
 
     def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
-        """Return a digest of a row's cells as text, independent of the row's file and position.
+        """Return a digest of the text of a row's cells, independent of the row's file and position.
 
         Carried cells count, so that rows that differ only in carried cells keep their images if they move. Empty cells
         and the storage type of whole numbers do not count.
@@ -110,10 +110,9 @@ class CellReader:
 
     def read_carried(self, row: RawRow) -> tuple[dict[str, Any], str | None]:
         """Return the carried cells by result name, and an error message if they are too large."""
-        get = row.cells.get
         cells = {}
         for column, name, convert in self._converters:
-            value = get(column)
+            value = row.cells.get(column)
             if convert is not None and value is not None and value.__class__ is not str:
                 value = convert(value)
             cells[name] = value
@@ -121,7 +120,7 @@ class CellReader:
 
 
 def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
+    """Return a cell as text. Whole floats become integers, since a missing cell turns a integer column into floats."""
     if value is None:
         return ""
     if value.__class__ is float and value.is_integer():
@@ -130,7 +129,7 @@ def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:
-    """Set the largest cells to None until the others fit into a row. Return an error that names them."""
+    """Set the largest cells to None until the others fit into a row. Return an error message that names them."""
     sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
     while sum(sizes.values()) > MAX_CARRIED_BYTES:
@@ -140,13 +139,12 @@ def _drop_largest(cells: dict[str, Any]) -> str:
     return f"the row's carried cells exceed {MAX_CARRIED_BYTES} bytes in total: dropped {', '.join(dropped)}"
 
 
-def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
+def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
     """Return the schema of the carried columns, and a warning for each column that becomes text.
 
     Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
-    `result_columns`. A column's type represents its values from every file.
+    `result_columns`. The type of a column represents its values in all files.
     """
-    tables = list(tables)
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
     columns: dict[str, list[tuple[OpenTable, str]]] = {}
     for table in tables:
@@ -156,7 +154,7 @@ def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
         dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
-        # Values are only read for numbers, so never for a column in a path, which is text.
+        # Only values of numbers are read, so never those of a column in a path, which is text.
         arrays = (array for table, column in sources for array in table.reader.read_arrays(column))
         dtype = find_common_type(dtypes.values(), arrays)
         fields.append((name, dtype))
@@ -231,8 +229,8 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
     ]
     if overlaps:
         file, name = overlaps[0]
-        more = f" (and {len(overlaps) - 1:,} more columns of files)" if overlaps[1:] else ""
-        yield f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"
+        more = f" (and {len(overlaps) - 1:,} more)" if overlaps[1:] else ""
+        yield f"{file}: column {name!r}{more} is also in the path of the file, and the value in the path is used"
 
 
 def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:

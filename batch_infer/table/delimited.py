@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 import pyarrow as pa
 
@@ -41,13 +41,12 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Rea
     with open_text(file, newline="") as stream:
         declaration = SEPARATOR_DECLARATION.fullmatch(stream.readline(20))
     defaults = ["\t"] if file.format == ".tsv" else list(SEPARATORS)
-    separators = [declaration["separator"]] if declaration else defaults
     headers: dict[str, list[str]] = {}
     error = None
-    for separator in separators:
+    for separator in [declaration["separator"]] if declaration else defaults:
         try:
-            headers[separator] = _read_header(file, separator, is_declared=declaration is not None)
-        except csv.Error as exc:  # a quoted header is malformed CSV with the wrong separator
+            headers[separator] = _read_header(file, separator)
+        except csv.Error as exc:  # with the wrong separator, a quoted header is malformed CSV
             error = error or exc
             continue
         if prompt_column in headers[separator]:
@@ -57,30 +56,21 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Rea
     separator = max(headers, key=lambda separator: (prompt_column in headers[separator], len(headers[separator])))
     names, renamed = rename_duplicates(_name_columns(file, headers[separator]))
     schema = pa.schema([(name, pa.string()) for name in names])
-    rows = _DelimitedRows(file, names, separator, declaration is not None)
-    return Reader(file, schema, renamed, rows.read)
+    return Reader(file, schema, renamed, _DelimitedRows(file, names, separator).read)
 
 
-def _read_header(file: TableFile, separator: str, *, is_declared: bool) -> list[str]:
+def _read_header(file: TableFile, separator: str) -> list[str]:
     with open_text(file, newline="") as stream:
         lines = _CsvLines(stream, separator)
         with suppress(RowError):
-            _, header = _open_csv(lines, separator, is_declared=is_declared)
+            header = lines.read_header()
             if not lines.shortened:
                 return header
     raise TableError(f"{file.name} has a header that is longer than {lines.max_length} characters; is it a table?")
 
 
-def _open_csv(lines: _CsvLines, separator: str, *, is_declared: bool) -> tuple[Any, list[str]]:
-    """Return a CSV reader and the header that it has read."""
-    if is_declared:
-        next(lines)
-    reader = csv.reader(lines, strict=True, delimiter=separator)
-    return reader, next(filter(None, reader), [])
-
-
 def _name_columns(file: TableFile, header: list[str]) -> list[str]:
-    """Name unnamed columns, which come from trailing commas in spreadsheets and the index in pandas."""
+    """Name unnamed columns, such as those of trailing commas in spreadsheets and of the index in pandas."""
     if not all(map(is_utf8, header)):
         raise TableError(f"{file.name} has a header that is not UTF-8; save it as UTF-8")
     names = list(header)
@@ -94,33 +84,32 @@ def _name_columns(file: TableFile, header: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _DelimitedRows:
-    """The rows of a CSV or TSV file. `is_declared` is true if the first line declares the separator, as in `sep=;`."""
+    """The rows of a CSV or TSV file."""
 
     file: TableFile
     header: list[str]
     separator: str
-    is_declared: bool
 
     def read(self) -> Iterator[RawRow]:
         row_number = 0
         with open_text(self.file, newline="") as stream:
             lines = _CsvLines(stream, self.separator)
-            reader, _ = _open_csv(lines, self.separator, is_declared=self.is_declared)
+            lines.read_header()
             while True:
                 lines.begin_row()
                 try:
-                    row = self._read_row(reader, lines, row_number)
+                    row = self._read_row(lines, row_number)
                 except StopIteration:
                     return
                 if row:
                     yield row
                     row_number += 1
 
-    def _read_row(self, reader: Any, lines: _CsvLines, row_number: int) -> RawRow | None:
+    def _read_row(self, lines: _CsvLines, row_number: int) -> RawRow | None:
         """Return the next row, or None for a blank line. Raises StopIteration at the end of the file."""
         first = lines.number + 1
         try:
-            cells = next(reader)
+            cells = next(lines.reader)
         except (csv.Error, RowError) as error:
             is_unclosed = isinstance(error, RowError) or str(error).startswith("unexpected end of data")
             if is_unclosed or len(self.header) > 1:
@@ -137,10 +126,10 @@ class _DelimitedRows:
         return self._make_row(row_number, cells, first, lines.number) if cells else None
 
     def _count_later_lines(self, lines: list[str]) -> int:
-        """Return how many of the last lines of an unreadable row belong to later rows.
+        """Return how many lines at the end of an unreadable row belong to later rows.
 
         An unclosed quote swallows the rows below it, so the next row starts at the first line that is a complete row.
-        (In a one-column table every line is a complete row, so this is only called for an unclosed quote.)
+        (In a table with one column, every line is a complete row, so this is only called for an unclosed quote.)
         """
         return next((len(lines) - index for index in range(1, len(lines)) if self._is_row(lines[index])), 0)
 
@@ -152,7 +141,7 @@ class _DelimitedRows:
         return False
 
     def _skip_row(self, lines: _CsvLines) -> None:
-        """Skip the rest of a row that is too long, up to its closing quote or a line that is a complete row."""
+        """Skip the rest of a row that is too long, up to its closing quote or to a line that is a complete row."""
         is_open = sum(line.count('"') for line in lines.row_lines) % 2 == 1
         while is_open:
             lines.begin_row()
@@ -185,7 +174,7 @@ class _ShortenedLine(str):
 
 
 class _CsvLines(LineReader):
-    """Reads lines and can push them back. `row_lines` contains the lines since `begin_row`.
+    """Reads lines and can push them back. `reader` parses them, and `row_lines` contains the lines since `begin_row`.
 
     To bound memory, raises RowError if the lines of a row are too long in total. A single line that is too long is
     shortened without moving the end of its row. `shortened` is the number of the row's first shortened line, or 0.
@@ -193,11 +182,11 @@ class _CsvLines(LineReader):
 
     def __init__(self, stream: TextIO, separator: str) -> None:
         super().__init__(stream)
+        self.reader = csv.reader(self, strict=True, delimiter=separator)
         self._words = re.compile(rf'[^"{re.escape(separator)}\r\n]+')
         self._pushed_back: list[str] = []
-        self._size = 0
         self.row_lines: list[str] = []
-        self.shortened = 0
+        self._size = self.shortened = 0
 
     def __next__(self) -> str:
         if self._pushed_back:
@@ -225,6 +214,13 @@ class _CsvLines(LineReader):
             if len(text) <= self.max_length:
                 text += self._words.sub("x", piece)
         return _ShortenedLine(text if len(text) <= self.max_length else '"' * (quotes % 2))
+
+    def read_header(self) -> list[str]:
+        """Read the first row, after a line that declares the separator, if any. Return [] for an empty file."""
+        if not SEPARATOR_DECLARATION.fullmatch(next(self, "")):
+            self.push_back(len(self.row_lines))
+        self.begin_row()
+        return next(filter(None, self.reader), [])
 
     def begin_row(self) -> None:
         self.row_lines.clear()

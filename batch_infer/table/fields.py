@@ -22,7 +22,7 @@ MAX_TEXT_LENGTH = 10_000
 a megabyte delays all other rows by seconds."""
 NUMERIC_FIELDS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
 MISSING_VALUES = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
-"""Text that databases, spreadsheets and pandas write for a missing number, in lower case."""
+"""Texts that databases, spreadsheets and pandas write for a missing number, in lower case."""
 
 
 def format_id(value: Any) -> str:
@@ -42,7 +42,7 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
 
 
 def _is_empty(field: str, value: Any) -> bool:
-    """Return whether a cell is NaN, empty text or bytes, or a number's text for a missing value."""
+    """Return whether a cell is NaN, empty text or bytes, or, in a numeric field, one of MISSING_VALUES."""
     if value.__class__ is str and value and field in NUMERIC_FIELDS:
         return not value[0].isdigit() and value.strip().lower() in MISSING_VALUES
     return value in ("", b"") or (isinstance(value, float) and math.isnan(value))
@@ -65,11 +65,11 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
 
 def _parse_integer(field: str, value: Any, minimum: int, maximum: int) -> int:
     if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
-        number = int(value)  # ten times as fast as Decimal, and enough for nearly all cells
+        number = int(value)  # ten times as fast as Decimal, and sufficient for nearly all cells
         if minimum <= number <= maximum:
             return number
     decimal = _to_decimal(value)
-    # A short cell with an exponent of millions is a huge integer: compare before converting.
+    # Compare before converting, since a short cell with an exponent of millions is a huge integer.
     if decimal is None or (-(10**30) < decimal < 10**30 and decimal != decimal.to_integral_value()):
         raise RowError(f"{field} {format_value(value)} is not a whole number")
     if not minimum <= decimal <= maximum:
@@ -115,10 +115,10 @@ _parse_cached = lru_cache(maxsize=4096)(_parse_decimal)
 """Parses short texts with a cache, since the numbers in a table repeat."""
 
 
-def format_value(value: Any) -> str:
-    """Return a value for a message, truncated to 40 characters."""
+def format_value(value: Any, max_length: int = 40) -> str:
+    """Return a value for a message, truncated to `max_length` characters."""
     text = replace_surrogates(str(value))
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+    return repr(text if len(text) <= max_length else text[: max_length - 3] + "...")
 
 
 PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
@@ -132,4 +132,4 @@ PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
     "guidance_scale": lambda field, value, sizes: _parse_float(field, value, MAX_GUIDANCE),
     "guidance_rescale": lambda field, value, sizes: _parse_float(field, value, 1.0),
 }
-"""Parsers by field. The order must not change, since messages and fingerprints depend on it."""
+"""Parsers by field. Do not change their order, since messages and fingerprints depend on it."""

@@ -36,12 +36,14 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            identity = _get_identity(file)
+            # Several arguments may match a file, but its complete URL or path is always the same.
+            is_local = file.error is None and file.origin == "file"
+            identity = file.url or (file.path.resolve() if is_local else file.name)
             first = files.setdefault(identity, file)
             if file.is_named and not first.is_named:
                 files[identity] = replace(first, is_named=True)
     if not files:
-        raise TableError(f"no TABLE given: name a file ({TABLE_SUFFIXES}), a folder of them, a glob, a URL, or -")
+        raise TableError(f"no TABLE given: pass a file ({TABLE_SUFFIXES}), a folder, a glob, a URL, or -")
     for file in files.values():
         ignored.pop(file.name, None)
     return list(files.values()), ignored
@@ -50,22 +52,15 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     """Rename the second file named `t.csv` to `t.csv#2`, and so on.
 
-    Names of URLs are equal if the URLs differ only in a secret part, such as the query.
+    URLs that differ only in a secret part, such as the query, have the same name.
     """
-    count = Counter[str]()
+    counts = Counter[str]()
     numbered = []
     for file in files:
-        count[file.name] += 1
-        number = count[file.name]
+        counts[file.name] += 1
+        number = counts[file.name]
         numbered.append(file if number == 1 else replace(file, name=f"{file.name}#{number}"))
     return numbered
-
-
-def _get_identity(file: TableFile) -> str | Path:
-    """Return the complete URL or path of a file, which does not depend on the argument that matches it."""
-    if file.url:
-        return file.url
-    return file.path.resolve() if file.error is None and file.origin == "file" else file.name
 
 
 def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
@@ -86,7 +81,7 @@ def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles
 
 
 def _copy_stdin(scratch: Scratch) -> TableFile:
-    """Copy standard input to a file, since tables are read repeatedly. Raises TableError and StorageError."""
+    """Copy standard input to a file, since tables are read more than once. Raises TableError and StorageError."""
     if sys.stdin is None or sys.stdin.closed:
         raise TableError("-: there is no standard input to read")
     if sys.stdin.isatty():
@@ -102,7 +97,7 @@ def _copy_stdin(scratch: Scratch) -> TableFile:
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. Raises TableError if its relative path has no table suffix."""
+    """Return the file at `path`. Raises TableError if the path relative to the argument has no table suffix."""
     parts = parse_name(relative)
     if parts is None:
         raise TableError(
@@ -175,7 +170,7 @@ def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[Tabl
 
 
 class _LocalFolder:
-    """Finds tables below a local folder. `user_path` is its path as given by the user. Raises TableError, OSError."""
+    """Finds tables in a local folder. `user_path` is the folder as the user wrote it. Raises TableError and OSError."""
 
     def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
         self._user_path, self._folder, self._ignored = user_path, folder / user_path, ignored
@@ -185,14 +180,14 @@ class _LocalFolder:
         )
 
     def walk(self, relative: str) -> Iterator[str]:
-        """Yield the files at any depth below a folder."""
+        """Yield the files in a folder, at any depth."""
         for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             parent = Path(path).relative_to(self._folder)
             folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
             yield from ((parent / name).as_posix() for name in files)
 
     def match(self, pattern: str) -> Iterator[str]:
-        """Yield the files that match a glob, and those below folders that match it."""
+        """Yield the files that match a glob, and the files in folders that match it."""
         self._record_unreadable(pattern)
         matches = {path.relative_to(self._folder).as_posix(): path.is_dir() for path in self._folder.glob(pattern)}
         yield from (relative for relative, is_folder in matches.items() if not is_folder)
@@ -213,7 +208,7 @@ class _LocalFolder:
                         self._unreadable.append(error)
 
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. An ignored one may contain a million images."""
+        """Return whether to list a folder. An ignored folder may contain a million images."""
         if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
@@ -222,7 +217,7 @@ class _LocalFolder:
         return True
 
     def choose(self, relatives: Iterable[str]) -> list[TableFile]:
-        """Return the tables among files, and an unreadable file for each broken link or unreadable folder."""
+        """Return the tables among files, and a TableFile with an error for each broken link or unreadable folder."""
         relatives = list(dict.fromkeys(relatives))
         if self._unreadable and not relatives:
             raise self._unreadable[0]

@@ -37,7 +37,7 @@ FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
     ".json": open_json,
     ".txt": open_plain_text,
 }
-"""Functions by suffix that open a file. They also take the prompt column and a temporary folder."""
+"""Functions by suffix that open a file. They also take the name of the prompt column and a temporary folder."""
 
 
 def _join(suffixes: list[str]) -> str:
@@ -50,7 +50,7 @@ _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMP
 
 
 def parse_name(relative: str) -> tuple[str, str, str] | None:
-    """Return the stem for default ids, format and compression of a path with a table suffix, else None."""
+    """Return the stem for default ids, the format and the compression of a path, or None without a table suffix."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None
@@ -94,10 +94,9 @@ def detect_format(file: TableFile) -> TableFile:
                 return replace(file, format=".parquet")
             if start.startswith(UTF_8_MARK):
                 content.read(len(UTF_8_MARK))
-            lines = (line.strip() for line in iter(lambda: content.readline(MAX_ROW_SIZE), b""))
-            nonblank = (line for line in lines if line)
+            nonblank = filter(None, map(bytes.strip, iter(lambda: content.readline(MAX_ROW_SIZE), b"")))
             return replace(file, format=_detect_text_format(next(nonblank, b""), next(nonblank, b"")))
-    except OSError:  # the compressed data is damaged at the start, which `open_reader` reports
+    except OSError:  # the compressed data is damaged at its start, and `open_reader` reports it
         return replace(file, format=".csv")
 
 

@@ -12,14 +12,15 @@ from batch_infer.table.formats import get_stem, parse_name
 
 
 class Ids:
-    """Tracks the ids in use. With `distinct`, no two rows can request the same id, and nothing is stored."""
+    """Tracks the ids in use. With `distinct`, ids are not stored, since no two rows can request the same id."""
 
     def __init__(self, find_conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
-        """`find_conflict` takes an id and its file, and returns an error message if another file owns the id."""
+        """`find_conflict` takes an id and its file, and returns an error message if the id belongs to another file."""
         self._distinct, self._find_conflict = distinct, find_conflict
         self._has_collisions = False
         self._database = temporary_database()
         self._execute = self._database.execute
+        # `similar` contains the ids that differ from one in `ids` only by case. One table would be half as fast.
         self._execute("CREATE TABLE ids (folded TEXT PRIMARY KEY, id TEXT, scope TEXT) WITHOUT ROWID")
         self._execute(
             "CREATE TABLE similar (folded TEXT, id TEXT, scope TEXT, collides INTEGER, PRIMARY KEY (folded, id))"
@@ -50,8 +51,8 @@ class Ids:
     def collides(self, name: str) -> bool:
         """Return whether an id differs from an earlier one only by case.
 
-        In a shared folder, only ids of the same file count: the files that are read together may change between runs,
-        but the name of a row's image must not.
+        In a shared folder, only ids of the same file count: which files are read together may change between runs, but
+        the name of a row's image must not.
         """
         if not self._has_collisions:
             return False

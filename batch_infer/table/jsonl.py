@@ -13,15 +13,7 @@ import pyarrow as pa
 
 from batch_infer.carried import JsonNumber
 from batch_infer.errors import RowError, TableError
-from batch_infer.table.base import (
-    MAX_COLUMNS,
-    RawRow,
-    Reader,
-    Scratch,
-    TableFile,
-    is_utf8,
-    replace_surrogates,
-)
+from batch_infer.table.base import MAX_COLUMNS, RawRow, Reader, Scratch, TableFile, is_utf8, replace_surrogates
 from batch_infer.table.streams import open_text, read_lines
 
 MAX_DEPTH = 100
@@ -48,7 +40,7 @@ _TYPES = {
 def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
     with open_text(file, newline="\n"):
-        pass  # raises OSError if the file cannot be opened, which `Reader.read_rows` would turn into a row
+        pass  # raises OSError if the file cannot be opened; `Reader.read_rows` would turn the error into a row
     return open_objects(file, lambda: _read_objects(file))
 
 
@@ -60,8 +52,8 @@ def open_objects(
 ) -> Reader:
     """Return a reader of the rows from `read`, after one pass that finds their columns and types.
 
-    The file has `columns` even if no row does. Rows appended after the pass are read by the next run. Raises TableError
-    if no row can be read.
+    `columns` exist even if no row has them. Rows appended after the pass are left to the next run. Raises TableError if
+    no row can be read.
     """
     flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
@@ -93,7 +85,6 @@ def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
 
 def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
     """Return a row, with an error if it does not fit the table."""
-    error = None
     if row.error:
         return row
     if not columns.issuperset(row.cells):
@@ -104,7 +95,7 @@ def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
         )
     elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
         error = f"is nested too deeply, in {deep[0]!r}"
-    if error is None:
+    else:
         return row
     location = f"line {row.line}" if row.line else f"element {row.number}"
     return row._replace(cells={}, error=f"{location} {error}")
@@ -162,7 +153,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a request's cells by our column names, and an error message if its size is invalid."""
+    """Return the cells of a batch request by column name, and an error message if its `size` is invalid."""
     if not _is_batch_request(line):
         raise RowError("has no custom_id and body, as the first line has")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
@@ -180,9 +171,10 @@ def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | Non
 
 
 def parse_exact_float(text: str) -> float | int | Decimal | JsonNumber:
-    """Parse a JSON number with a point or exponent without rounding, to a float if possible.
+    """Parse a JSON number with a decimal point or exponent without rounding, to a float if possible.
 
-    A float is exact if it prints as the same number, like 0.1. A number with an exponent beyond Decimal stays text.
+    A float is exact if it prints as the same number, like 0.1. A number whose exponent is too large for Decimal stays
+    text.
     """
     value = float(text)
     is_plain = "e" not in text.lower()

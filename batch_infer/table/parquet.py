@@ -29,11 +29,11 @@ from batch_infer.table.streams import MAX_ROW_SIZE, decompress
 
 BATCH_BYTES = 32 << 20
 MIN_VALUE_BYTES = 16
-"""Bytes to assume per value at least, since a long list of equal values takes only a few bytes in the file."""
+"""Minimum bytes to assume per value, since a long list of equal values takes only a few bytes in the file."""
 BUFFER = 1 << 20
-"""Bytes per read of a column. Without this limit, pyarrow reads all of a row group's column at once."""
+"""Bytes per read of a column. Without this limit, pyarrow reads a column's whole row group at once."""
 PLAUSIBLE_ROWS = 1 << 20
-"""Number of rows that a row group of any size can have, since a million equal rows take only a few bytes."""
+"""Number of rows that even a tiny row group can have, since a million equal rows take only a few bytes."""
 
 _HAS_LENGTH = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
 
@@ -81,7 +81,7 @@ class _ParquetRows:
     has_renamed_fields: bool
 
     def read(self) -> Iterator[RawRow]:
-        """Yield as many rows as the footer counts. The rows of a damaged row group contain its error.
+        """Yield as many rows as the footer counts. Rows of a damaged row group have an error.
 
         If the counts in the footer are damaged, a single row says so.
         """
@@ -114,7 +114,7 @@ class _ParquetRows:
             raise_storage_error(error, self.name, was_opened=True)
 
     def _open_file(self) -> pq.ParquetFile:
-        """Open the file. Repeated texts are read as dictionaries, since one long text may be in millions of rows."""
+        """Open the file. Read repeated texts as dictionaries, since one long text may be in millions of rows."""
         with pq.ParquetFile(self.path) as parquet:
             repeated = _find_repeated(parquet.metadata)
         return pq.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False, read_dictionary=repeated)
@@ -152,18 +152,18 @@ class _ParquetRows:
 
 
 def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
-    """Return the text and bytes columns that any row group stores as a dictionary."""
-    repeated: dict[str, None] = {}
+    """Return the text and bytes columns that any row group stores as a dictionary, except nested columns."""
+    repeated = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
             is_dictionary = any("DICTIONARY" in encoding for encoding in column.encodings)
             if column.physical_type == "BYTE_ARRAY" and is_dictionary and "." not in column.path_in_schema:
-                repeated[column.path_in_schema] = None
+                repeated.add(column.path_in_schema)
     return list(repeated)
 
 
 def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
-    """Return the number of rows of a row group to read together, in at most about BATCH_BYTES."""
+    """Return the number of rows of a row group to read at a time, so that they take at most about BATCH_BYTES."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
@@ -183,7 +183,7 @@ def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
 
 
 def _measure_cells(column: pa.Array) -> pa.Array:
-    """Return the size of each cell in bytes. Fixed-width numbers count as 0."""
+    """Return the size of each cell in bytes. Cells of a fixed width, such as numbers, count as 0."""
     dtype = column.type
     if types.is_dictionary(dtype):
         sizes = _measure_cells(column.dictionary).take(column.indices)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from glob import has_magic
 from importlib.util import find_spec
 from itertools import takewhile
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import fsspec
@@ -34,13 +33,13 @@ CLIENTS = {
 }
 """Client packages of services. fsspec does not translate their errors, many of which are not OSErrors."""
 ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
-"""Names of client errors, without an HTTP status, for requests that a service refuses."""
+"""Class names of client errors without an HTTP status for requests that a service refuses."""
 READ_TIMEOUT_SECONDS = 60
-"""Timeout for data from a server. aiohttp's default limits the total time, which aborts large downloads."""
+"""Timeout for each connection and read. aiohttp's default limits the total time and so aborts large downloads."""
 
 
 class RemoteListing(NamedTuple):
-    """Paths in fsspec of the files in a folder or glob, with the folder's path and URL."""
+    """The files in a folder or glob, as fsspec paths, with the path and URL of the folder."""
 
     folder: str
     url: str
@@ -49,14 +48,14 @@ class RemoteListing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """A file, folder or glob behind a URL, which may contain a secret. `path` is its path in fsspec's `system`."""
+    """A file, folder or glob behind a URL. The URL may contain a secret. `path` is the path in fsspec's `system`."""
 
     system: Any
     path: str
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob. Return None for a single file. A name with wildcards may also be that of a file."""
+        """List a folder or glob. Return None for a single file, whose name may contain wildcards."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
@@ -87,7 +86,7 @@ def _get_fixed_part(path: str) -> str:
 
 
 def connect(url: str, name: str) -> RemoteFiles:
-    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and fsspec's errors."""
+    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and the errors of fsspec."""
     protocol = get_protocol(url) or ""
     package, extra = EXTRAS.get(protocol, (None, None))
     if package is not None and find_spec(package) is None:
@@ -97,12 +96,12 @@ def connect(url: str, name: str) -> RemoteFiles:
 
         system = http.HTTPFileSystem(**_make_http_options(), use_listings_cache=False, skip_instance_cache=True)
         return RemoteFiles(system, url, url)
-    inner = {get_protocol(link) for link in url.split("::")[1:]}
-    options: dict[str, Any] = {name: _make_http_options() for name in inner if name in HTTP_PROTOCOLS}
+    inner = HTTP_PROTOCOLS.intersection(map(get_protocol, url.split("::")[1:]))
+    options: dict[str, Any] = {scheme: _make_http_options() for scheme in inner}
     try:
         try:  # a cached listing could be older than this run
             system, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-        except TypeError:  # the protocol does not accept these options
+        except TypeError:  # the file system of this protocol does not accept these options
             system, path = fsspec.url_to_fs(url, **options)
         return RemoteFiles(system, path, url)
     except ImportError as error:
@@ -113,7 +112,7 @@ def _make_http_options() -> dict[str, Any]:
     from fsspec.implementations import http
 
     timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
-    # No compression in transit: the client would decompress a .csv.gz too.
+    # With compression in transit, the client would also decompress a .csv.gz.
     return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 
 
@@ -130,10 +129,9 @@ class RemoteErrors:
     def __enter__(self) -> None:
         self._temporary.__enter__()
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, exc_traceback: TracebackType | None
-    ) -> None:
-        self._temporary.__exit__(exc_type, error, exc_traceback)
+    def __exit__(self, *exc_info: Any) -> None:
+        self._temporary.__exit__(*exc_info)
+        error = exc_info[1]
         if isinstance(error, Exception) and not isinstance(error, (BatchInferError, MemoryError)):
             raise _translate(self._name, error) from None
 
@@ -155,7 +153,7 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
 def _is_service_error(error: Exception) -> bool:
     """Return whether an error comes from the network or a service, not from content such as an archive."""
     modules = {base.__module__ for base in type(error).__mro__}
-    if isinstance(error, EOFError):  # from ftplib if the server hangs up, from gzip if a file is cut off
+    if isinstance(error, EOFError):  # ftplib raises it if the server hangs up, and gzip if a file is cut off
         modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
     packages = {module.partition(".")[0] for module in modules}
     return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)
@@ -163,8 +161,8 @@ def _is_service_error(error: Exception) -> bool:
 
 def _get_http_status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
-    for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
-        if isinstance(status := getattr(holder, name, None), int):
+    for owner, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
+        if isinstance(status := getattr(owner, name, None), int):
             return status
     return None
 

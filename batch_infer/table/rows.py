@@ -20,6 +20,7 @@ REQUEST_STEM = "request"
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
     (re.compile(r"it is not JSON: "), "it is no JSON: "),
+    (re.compile(r" cells, but the number of columns is (\d+)"), r" cells where columns names \1"),
     (re.compile(r"('.+'|\".+\") instead of (.+)"), r"\1 stands where \2 should"),
     (re.compile(r"('.+'|\".+\") after its end"), r"\1 stands after its end"),
     (
@@ -27,7 +28,7 @@ EARLIER_WORDINGS = (
         r"the carried cells of a row may be \1 bytes together: left out ",
     ),
 )
-"""Patterns of errors, and their wording in earlier versions, which committed its digest as the row's fingerprint."""
+"""Patterns of errors, and their wording in earlier versions. A row's fingerprint contains the earlier wording."""
 
 HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
 """Returns whether the manifest has a final result for a request."""
@@ -37,8 +38,8 @@ HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
 class RowRules:
     """Default values for empty cells, valid image sizes, and the fingerprint of the run's settings.
 
-    Only the negative_prompt in `defaults` may be None. `fixed` contains fields that the model does not accept, each
-    with its value for all rows.
+    Only the negative_prompt in `defaults` may be None. `fixed` contains the fields that the model does not accept, with
+    the value that every row must have.
     """
 
     defaults: RowDefaults
@@ -60,8 +61,8 @@ class RowRules:
 class RowCells:
     """The cells of a row: those of fields (None if empty), and those carried to the results.
 
-    `id` is the id cell or the default id, and is unique in a run. `too_large` is an error message if carried cells were
-    dropped because of their size. PromptRequest documents `id_collides` and `stem_collides`.
+    `id` is unique in a run. `too_large` is an error message if carried cells were dropped because of their size.
+    PromptRequest documents `id_collides` and `stem_collides`.
     """
 
     id: str
@@ -78,8 +79,8 @@ def parse_rows(
 ) -> Iterator[PromptRequest | ResultRow]:
     """Yield the requests or the invalid result for each row of a server request or data frame.
 
-    `columns` maps fields to columns with a different name. Other columns are ignored. The default id is the row number.
-    Ids need not be unique, since they only determine derived seeds.
+    `columns` maps fields to columns with a different name, '' for no column. Other columns are ignored. Ids need not be
+    unique, since they only determine derived seeds.
     """
     field_columns = {field: name for field in FIELDS if (name := columns.get(field, field))}
     for number, row in enumerate(rows):
@@ -88,7 +89,7 @@ def parse_rows(
         name = make_default_id(REQUEST_STEM, number) if value is None else format_id(value)
         cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
         not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
-        if not_utf8:  # a table can be saved as UTF-8, a request cannot
+        if not_utf8:  # `find_encoding_error` would advise saving the table as UTF-8
             yield make_invalid(
                 cells, f"the {not_utf8[0]} holds a lone surrogate, which is half a character: send whole ones"
             )
@@ -103,15 +104,15 @@ def make_requests(
 ) -> Iterator[PromptRequest | ResultRow]:
     """Yield one request for each image of a row, or a single invalid result.
 
-    A row with a final result stays valid even if its texts or carried cells are too large, since earlier versions had
-    no size limits.
+    A row with a final result is valid even if its texts or carried cells are too large, since earlier versions had no
+    size limits.
     """
     errors: list[str] = []
     values = _parse(cells, rules, errors)
     if errors:
         yield make_invalid(cells, "; ".join(errors))
         return
-    too_large = [*_check_lengths(values), *([cells.too_large] if cells.too_large else ())]
+    too_large = [*_check_lengths(values), *filter(None, [cells.too_large])]
     if too_large and not any(map(has_final_result, _make_requests(cells, rules, dict(values)))):
         yield make_invalid(cells, "; ".join(too_large))
     else:
@@ -168,7 +169,7 @@ def make_invalid(cells: RowCells, error: str) -> ResultRow:
 
 
 def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any]:
-    """Return a row's values by field, with defaults for empty cells. Add error messages to `errors`."""
+    """Return the values of a row by field, with defaults for empty cells. Add error messages to `errors`."""
     for columns in (cells.carried, cells.fields):
         for name, value in columns.items():
             if value.__class__ is str and not value.isascii() and (error := find_encoding_error(value)):

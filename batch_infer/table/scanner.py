@@ -1,4 +1,4 @@
-"""Read JSON text that does not fit in memory, one value at a time."""
+"""Read JSON that does not fit in memory, one value at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from batch_infer.table.streams import BUFFER, MAX_ROW_SIZE
 class Scanner:
     """Reads JSON text from start to end. All methods raise OSError if the rest is not JSON or cannot be read.
 
-    The standard library's decoder reads one value at a time. (ijson was tried. It stops at a byte that is not UTF-8 or
-    at a lone surrogate, or silently changes it, and its memory use grows with the square of the nesting depth.)
+    The standard library's decoder reads each value. (ijson was tried. It stops at a byte that is not UTF-8 or at a lone
+    surrogate, or silently changes it, and its memory use grows with the square of the nesting depth.)
     """
 
     def __init__(self, stream: io.BufferedReader, max_length: int = MAX_ROW_SIZE) -> None:
@@ -61,7 +61,7 @@ class Scanner:
             except RecursionError as error:
                 raise OSError("it is nested too deeply") from error
             else:
-                if end < len(self._text) or self._is_at_end:  # else 12 may be the start of 123
+                if end < len(self._text) or self._is_at_end:  # otherwise 12 may be the start of 123
                     self._position = end
                     return value
                 message = f"a value is longer than {self._max_length} characters"
@@ -84,7 +84,7 @@ class Scanner:
         return self._find_items("[", "]")
 
     def read_keys(self) -> Iterator[str]:
-        """Yield the keys of an object. The caller must consume each value."""
+        """Yield the keys of an object. The caller must consume the value after each key."""
         for _ in self._find_items("{", "}"):
             key = self.read_value()
             if not isinstance(key, str):

@@ -1,4 +1,4 @@
-"""Choose the tables below a folder or glob, and record why other files are ignored."""
+"""Choose the tables in a folder or glob, and record why other files are ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = {
     *("run.json", "results.parquet", "results.csv", "results.jsonl"),
     *("manifest", "images", "quarantine", "logs", "gallery"),
 }
-"""Names in OUT of tables and of folders with tables."""
+"""Names in OUT of files that look like tables and of folders that may contain them."""
 _DOCUMENTATION = re.compile(
     r"(README|LICEN[CS]E|CHANGELOG).*|(?i:readme|licen[cs]e|changelog)(\..*)?|.*\.(?i:crc)", re.DOTALL
 )
@@ -27,27 +27,25 @@ REASONS = {
     "run": "as output of an earlier run",
     "link": "as links to folders",
 }
-"""Reasons why files are ignored, and their text in a message."""
+"""Reasons why files are ignored, and how messages word them."""
 MAX_SIMILAR, MAX_SHOWN = 3, 8
-"""Maximum number of similar files to list separately, and of entries per reason in a message."""
+"""Maximum number of similar files to list separately, and maximum number of entries per reason in a message."""
 
 
 def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
-    """Return whether a file or folder is hidden, a marker or documentation. Spark's `_year=2026/` is a partition."""
+    """Return whether a file or folder is hidden, a marker or documentation. Spark's `_year=2026/` is none of them."""
     if name.startswith("_"):
         return not (is_folder and "=" in name)
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)
 
 
 class IgnoredFiles(dict[str, str]):
-    """Files in folders and globs that are not read, with reasons. Keys are displayed names. Folders end in /."""
+    """Maps the displayed names of ignored files in folders and globs to reasons. Names of folders end in /."""
 
     def group(self) -> dict[str, dict[str, int]]:
-        """Return file counts by reason and name. More than MAX_SIMILAR similar files share one entry."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.items():
-            names.setdefault(reason, []).append(name)
-        return {reason: _count_similar(names[reason]) for reason in REASONS if reason in names}
+        """Return file counts by reason and name. If more than MAX_SIMILAR files are similar, they share one entry."""
+        groups = {reason: [name for name in self if self[name] == reason] for reason in REASONS}
+        return {reason: _count_similar(names) for reason, names in groups.items() if names}
 
     def __str__(self) -> str:
         """Return one line for the user, or '' if no file is ignored."""
@@ -55,14 +53,13 @@ class IgnoredFiles(dict[str, str]):
 
 
 def _count_similar(names: Collection[str]) -> dict[str, int]:
-    patterns = [_make_pattern(name) for name in names]
-    counts = Counter(patterns)
-    pairs = zip(names, patterns, strict=True)
-    return dict(Counter(pattern if counts[pattern] > MAX_SIMILAR else name for name, pattern in pairs))
+    patterns = {name: _make_pattern(name) for name in names}
+    counts = Counter(patterns.values())
+    return dict(Counter(pattern if counts[pattern] > MAX_SIMILAR else name for name, pattern in patterns.items()))
 
 
 def _make_pattern(name: str) -> str:
-    """Return a pattern for files with the same suffix or, without a suffix, the same name."""
+    """Return a pattern for files with the same suffix or, if they have none, the same name."""
     path = PurePosixPath(name)
     if name.endswith("/"):
         return f"*/{path.name}/"
@@ -76,20 +73,20 @@ def _join(counts: dict[str, int]) -> str:
 
 
 class TableFilter:
-    """Chooses the tables below a local or remote folder. Paths are relative to the folder.
+    """Chooses the tables in a local or remote folder. Paths are relative to the folder.
 
-    Ignores the output of earlier runs: OUT, recognized by its run.json, may be the folder or inside it.
+    Ignores the output of earlier runs. The folder may be an OUT or contain one, recognized by its run.json.
     """
 
     def __init__(
         self, argument: str, is_file: Callable[[str], bool], get_name: Callable[[str], str], ignored: IgnoredFiles
     ) -> None:
-        """`get_name` returns the displayed name of a path. Files that are not tables are added to `ignored`."""
+        """`get_name` returns the displayed name of a path. Ignored files are added to `ignored`."""
         self._argument, self._get_name, self._ignored = argument, get_name, ignored
         self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
     def find_reason(self, relative: str) -> tuple[str, str] | None:
-        """Return why a file or a folder (ending in /) is ignored, after the path that is the reason, else None."""
+        """Return the path that causes a file or a folder (ending in /) to be ignored, and the reason, or None."""
         is_folder = relative.endswith("/")
         parts = relative.rstrip("/").split("/")
         for depth, part in enumerate(parts, 1):
@@ -109,7 +106,7 @@ class TableFilter:
         return reason is not None
 
     def choose(self, relatives: Iterable[str]) -> list[str]:
-        """Return the tables in pathlib's sort order, and record other files. Raises TableError if there is no table."""
+        """Return the tables in pathlib's sort order, and record other files. Raises TableError if there are none."""
         ordered = sorted(relatives, key=lambda relative: relative.split("/"))
         tables = [relative for relative in ordered if not self.is_ignored(relative)]
         if not tables:

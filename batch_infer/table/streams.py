@@ -21,10 +21,10 @@ from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
 MAX_ROW_SIZE = 16 << 20
-"""Maximum number of characters in a row, or bytes in a Parquet row. A quote that is open for longer is unclosed."""
+"""Maximum number of characters in a row, or of bytes in a Parquet row. A quote that is open for longer is unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
-"""Bytes per zstd read. Arrow loses the data that it decompressed in a failed read."""
+"""Bytes per zstd read. If a read fails, Arrow loses the data that it has decompressed in this read."""
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
 MAGIC_BYTES = 10
@@ -64,7 +64,7 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads the content of a compressed file: all data before any damage, and then raises OSError."""
+    """Reads the content of a compressed file. Returns all data before any damage, and then raises OSError."""
 
     def __init__(self, raw: BinaryIO, suffix: str) -> None:
         self._raw, self._name = raw, COMPRESSIONS[suffix].name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,10 +32,9 @@ from batch_infer.table.urls import parse_path_columns
 
 @dataclass(frozen=True, slots=True)
 class SharedFolder:
-    """A folder whose tables are partly read elsewhere, at another time.
+    """A folder in which this run reads only some tables. `names` contains the names of all files in the folder.
 
-    `names` contains the names of all its files. `has_id(id, file)` returns whether a file other than `file` uses the
-    id.
+    `has_id(id, file)` returns whether a file other than `file` uses the id.
 
     If files share a stem, the first table by name uses the stem in its default ids, and the others use their full name
     (`p.txt-00000000` next to p.csv). No file is rejected, since it is unknown which files will be read. For the same
@@ -49,9 +48,8 @@ class SharedFolder:
 class Tables:
     """The tables of a run.
 
-    `carried` is the schema of the columns that are carried through to the results. `ignored_files` are the files in
-    folders and globs that are not tables. Temporary files of downloaded, piped and decompressed tables exist until
-    `close`.
+    `carried` is the schema of the columns that are carried to the results. `ignored_files` are files in folders and
+    globs that are not read. `close` removes the copies of downloaded, piped and decompressed tables.
     """
 
     def __init__(
@@ -59,9 +57,9 @@ class Tables:
     ) -> None:
         """Open every file and find its columns.
 
-        With `shared_folder`, unreadable files appear in `unreadable_files`, and default ids are unique. Without it,
-        raises TableError if a named argument cannot be read, if no file at all can be read, or if default ids would
-        collide. Raises ServiceError if a file cannot be downloaded, StorageError if the temporary folder is full.
+        Without `shared_folder`, raises TableError if a named file cannot be read, if no file can be read, or if default
+        ids would collide. Raises ServiceError if a file cannot be downloaded, StorageError if the disk fails or the
+        temporary folder is full.
         """
         self._settings, self._shared_folder = settings, shared_folder
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
@@ -89,12 +87,11 @@ class Tables:
         self.close()
 
     def close(self) -> None:
-        """Remove the temporary folder."""
         self._scratch.close()
 
     @property
     def files(self) -> list[str]:
-        """Names of all files as shown to the user."""
+        """Displayed names of all files."""
         return [file.name for file in self._files]
 
     @property
@@ -109,12 +106,12 @@ class Tables:
 
     @property
     def notices(self) -> list[str]:
-        """Sentences that are not row errors: about files and, after `read_rows` ends, about rows."""
+        """Notices about files and, after `read_rows` ends, about rows. They are not errors."""
         return [*self._notices, *self._notice_counts.format_sentences()]
 
     @property
     def default_id_source(self) -> IdSource | None:
-        """Source of ids in tables without an id column, or None if every table has an id column."""
+        """Source of the ids of tables without an id column, or None if every table has one."""
         return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
 
     def changed_files(self) -> list[str]:
@@ -125,19 +122,14 @@ class Tables:
         self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[PromptRequest | ResultRow]:
         """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
-        notices = NoticeCounts()
-        for cells, error in self._read_cells(notices):
-            if error is None:
-                yield from make_requests(cells, rules, has_final_result)
-            else:
-                yield make_invalid(cells, error)
-        self._notice_counts = notices
+        return (item for item, _ in self.compare_rows(rules, [], has_final_result))
 
     def compare_rows(
         self, rules: RowRules, others: Sequence[RowRules], has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
-        """Yield the items of `read_rows`, each with the corresponding items under `others`, None if there is none."""
-        for cells, error in self._read_cells(NoticeCounts()):
+        """Yield the items of `read_rows`, each with the corresponding item under each of `others`, or None."""
+        notices = NoticeCounts()
+        for cells, error in self._read_cells(notices):
             if error is not None:
                 yield make_invalid(cells, error), [None for _ in others]
                 continue
@@ -146,10 +138,11 @@ class Tables:
             ]
             for item in make_requests(cells, rules, has_final_result):
                 yield item, [items.get(item.image_index) for items in other_items]
+        self._notice_counts = notices
 
     def _open_all(self, files: list[TableFile]) -> list[OpenTable | TableFile]:
         """Open all tables of a run. Raises TableError if the run must not start."""
-        # Report missing arguments, which may be misspelt, before reading any file.
+        # Report arguments without a table, which may be misspelt, before reading any file.
         if missing := [file.error for file in files if file.error is not None and file.is_named]:
             raise TableError(" · ".join(dict.fromkeys(missing)))
         tables = [self._open(file) for file in number_names(files)]
@@ -168,7 +161,7 @@ class Tables:
         self._owners = {stem: name for name, stem in stems.items() if parse_name(name)}
         tables = []
         for file in files:
-            name = file.name.removeprefix("./")  # ./ only distinguishes a name from a URL
+            name = file.name.removeprefix("./")  # the caller adds ./ to distinguish a name from a URL
             error = file.error and file.error.removeprefix("./")
             tables.append(self._open(replace(file, name=name, stem=stems.get(name, file.stem), error=error)))
         return tables
@@ -256,8 +249,7 @@ def _reject_equal_ids(tables: list[OpenTable]) -> None:
 
 def _get_stamp(path: Path) -> tuple[int, int] | None:
     """Return the size and modification time of a file, or None if it no longer exists."""
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
+    return None

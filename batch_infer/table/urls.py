@@ -11,7 +11,7 @@ URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 URL_PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
 HTTP_PROTOCOLS = frozenset({"http", "https"})
 PUBLIC_USERS = frozenset(["abfs", "abfss", "wasb", "wasbs", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"])
-"""Protocols in which the text before @ is not secret if it has no password, as in abfss://CONTAINER@ACCOUNT."""
+"""Protocols in which the text before @, without a password, is not secret, as in abfss://CONTAINER@ACCOUNT."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
 """Matches the query in protocols other than HTTP, in which a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
@@ -29,7 +29,7 @@ def is_http(argument: str) -> bool:
 
 
 def redact_url(argument: str) -> str:
-    """Remove the query, the password and usually the user, often a token, from each link of a URL.
+    """Remove the query, the password and usually the user, which is often a token, from each link of a URL.
 
     Names, ids and messages contain only redacted arguments.
     """
@@ -55,7 +55,7 @@ def _redact_link(link: str) -> str:
 
 
 def split_chain(url: str) -> tuple[str, str, str]:
-    """Split a chain into the text before the link with the file path, that link, and the text after it.
+    """Split a chain of URLs into the first link with a path, the text before it, and the text after it.
 
     In `simplecache::s3://bucket/a.csv`, only the second link has a path.
     """
@@ -82,7 +82,7 @@ def join_url(url: str, relative: str) -> str:
 def parse_path_columns(name: str) -> dict[str, str | None]:
     """Return the columns in Hive's `key=value` folders of a path or URL, as written by Spark, pyarrow and DuckDB.
 
-    Names and values are URL-decoded text: `month=05` stays 05. Folders in the argument count too, so that `ds`,
+    Names and values are URL-decoded text: `month=05` stays 05. Folders in the argument also count, so that `ds`,
     `ds/*/*.csv` and `ds/lang=en/a.csv` give a file the same columns.
     https://spark.apache.org/docs/latest/sql-data-sources-parquet.html#partition-discovery
     """

@@ -1,4 +1,4 @@
-"""Own one device, and turn requests into committed results.
+"""Render requests on one device, and commit their results.
 
 `interface`, `rows` and `committing` do not import torch, so that a process that only supervises workers stays small.
 """

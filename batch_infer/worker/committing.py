@@ -1,4 +1,4 @@
-"""Commit rows and their images so that a kill at any time loses none."""
+"""Commit rows and their images so that a kill at any time loses none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Semaphore
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import pyarrow as pa
@@ -25,7 +24,7 @@ COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
 """Maximum age of an uncommitted row.
 
-README promises three seconds. Storing images and flushing them to disk takes the remaining second.
+The README promises three seconds. The remaining second is for storing images and flushing them to disk.
 """
 STORING_AHEAD = 64
 """Maximum number of images waiting to be stored. At this limit, the device waits."""
@@ -44,7 +43,7 @@ def commit_images(
     written: Collection[str],
     previous: Collection[str],
 ) -> None:
-    """Rename written images to their final paths, commit rows, and remove the previous images that no row names.
+    """Rename written images to their final paths, commit rows, and remove the previous images that no row refers to.
 
     If a written image has the path of a previous image, that image is backed up until the rows are committed. After a
     kill, `jobs.recovery` restores the backups. Raises StorageError.
@@ -65,17 +64,16 @@ def commit_failed(
     """Commit requests as failed, and return their rows. Raises StorageError."""
     scheduler = settings.card.scheduler_name
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
-    if rows:
-        previous = [request.replaces for request in requests if request.replaces]
-        manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
-        commit_images(sink, manifest, rows, settings.carried, written=(), previous=previous)
+    previous = [request.replaces for request in requests if request.replaces]
+    manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
+    commit_images(sink, manifest, rows, settings.carried, written=(), previous=previous)
     return rows
 
 
 class Committer(Generic[Stored]):
-    """Queue of rows that are being stored. A thread commits them in order and in batches.
+    """Commits rows in order and in batches, on its own thread, once their images are stored.
 
-    A context manager: its exit commits all added rows. `add` or the exit raises the first error of storing or
+    As a context manager, it commits all added rows on exit. `add` or the exit raises the first error of storing or
     committing, and nothing is committed after that error.
     """
 
@@ -89,7 +87,7 @@ class Committer(Generic[Stored]):
         self._running = self._thread.submit(self._run)
         return self
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._queue.put(None)
         self._thread.shutdown()
         if error is None or isinstance(error, BatchInferError):

@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Everything a worker needs to render. Can be sent to another process."""
+    """Everything that a worker needs to render. Can be sent to another process."""
 
     card: ModelCard
     compute: Compute
@@ -30,17 +30,17 @@ class WorkerSettings:
     out: PinnedFolder
     carried: pa.Schema
     run: int = 0
-    """Number of the run, stored in its manifest parts. 0 outside a run."""
+    """The number of the run in OUT, which its manifest parts store. 0 outside a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Stages by image size, final batch sizes, and peak memory in bytes.
+    """Stages by image size, compute settings, MFU, and peak memory in bytes.
 
-    `compute` is that of the settings, except for batch sizes that were halved after running out of memory. `mfu` is the
-    model FLOP utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the
-    rendered rows, divided by the FLOPs that the device could have computed. It is None if the device's peak is unknown,
-    and before the end.
+    `compute` contains the final batch sizes, which are halved after running out of memory. `mfu` is the model FLOP
+    utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows,
+    divided by the FLOPs that the device could have computed in that time. It is None before the end, and if the
+    device's peak is unknown.
     """
 
     stages: Mapping[Size, Stages]
@@ -55,7 +55,7 @@ class WorkerReport:
 
 
 def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
-    """Sum the stages of each image size over all workers. `seconds` are then device seconds."""
+    """Sum the stages of each image size over all workers. `seconds` adds up the time of all devices."""
     sums: dict[Size, Stages] = {}
     for report in reports:
         for size, stages in report.stages.items():
@@ -64,7 +64,7 @@ def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
 
 
 def take_smallest_batches(computes: Sequence[Compute]) -> Compute:
-    """Return settings with the smallest batch sizes for each image size, which fit on every device."""
+    """Return settings with the smallest batch sizes of each image size, so that they fit on every device."""
     shapes = []
     for size in sorted({(shape.height, shape.width) for compute in computes for shape in compute.by_size}):
         candidates = [compute.shape_of(*size) for compute in computes]

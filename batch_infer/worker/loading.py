@@ -1,4 +1,4 @@
-"""Load a model onto its device, and make the chain that renders with it."""
+"""Load a model onto its device, and make the chain that uses it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
 ) -> Chain:
-    """Load a model and return its chain, with the checker and the service that `safety` names.
+    """Load a model and return its chain, with the safety checker and service of the settings.
 
     Raises ModelError, SettingsError.
     """
@@ -69,7 +69,7 @@ def make_chain(
     checker = None
     if model.safety_checker is not None:
         checker = make_image_checker(model.safety_checker, model.feature_extractor, batch_sizes.decode)
-    # Not isinstance: importing that class is slow, and most runs do not need it.
+    # isinstance would import AnyPipeline, which is slow, and most runs do not need it.
     if getattr(model, "uses_pipeline_call", False):
         return PipelineCallChain(cast("AnyPipeline", model), batch_sizes, checker, stop)
     return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop)

@@ -1,4 +1,4 @@
-"""Make result rows from requests, and add safety verdicts and stored images to them."""
+"""Make result rows of requests, and add safety verdicts and stored images."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def make_row(request: PromptRequest, status: Status, error: str | None, *, sched
 
 
 def with_verdict(row: ResultRow, verdict: Verdict) -> ResultRow:
-    """Return the row with the safety verdict on its prompt or image."""
+    """Return a copy of a row with the safety verdict on its prompt or image."""
     return replace(
         row, nsfw_content_detected=verdict.nsfw, safety_checker=verdict.checker, safety_scores=verdict.scores
     )
 
 
 def with_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
-    """Return the row with its stored image, or without an image if `stored` is None."""
+    """Return a copy of a row with its stored image, or without an image if `stored` is None."""
     return replace(
         row,
         generated_image=stored.path if stored else None,
@@ -56,10 +56,10 @@ def with_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
 
 
 def explain_flag(verdict: Verdict) -> str:
-    """Return the `error` of a flagged image's row."""
+    """Return the `error` of the row of a flagged image."""
     return verdict.reason or "the safety check flagged the image"
 
 
 def format_worker_name(rank: int) -> str:
-    """Return the name of a worker in its rows: machine, process id and rank."""
+    """Return the name of this process in result rows: machine, process id and rank."""
     return f"{platform.node()}-{os.getpid()}-{rank}"

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 STORING_THREADS = 4
 """Number of threads that compress and write images while the CPU renders.
 
-Rendering on a GPU leaves the worker's cores to these threads. Four of them compress about 40 PNGs of 512x512 pixels a
-second, and few-step models render more.
+Four threads compress about 40 PNGs of 512x512 pixels per second. Few-step models render more on a GPU, which leaves all
+cores of the worker to these threads.
 """
 MAX_STORING_THREADS = 32
 
 ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[[], bool]], Chain]
-"""Loads a model and returns its chain. The last argument returns whether to stop."""
+"""A function like `load_chain`."""
 
 StoredRow: TypeAlias = tuple[ResultRow, str | None]
-"""A row whose image is written, and the path of the image from an earlier attempt."""
+"""A row whose image is written, and the path of the previous image, which it replaces."""
 
 
 class Worker:
@@ -44,14 +44,14 @@ class Worker:
     def __init__(
         self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Load the chain. Each row stores `name` as its `worker`. Raises ModelError."""
+        """Load the chain. Every result row has `name` as its `worker`. Raises ModelError, SettingsError."""
         self._settings, self._name = settings, name
         self._sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
-        """Return a report of everything rendered so far. Only the `final` report has an MFU, which takes time."""
+        """Report everything that is rendered so far. Only the `final` report has an MFU, since counting takes time."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._compute_mfu() if final else None
@@ -75,7 +75,7 @@ class Worker:
     def render(self, requests: Iterable[PromptRequest], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render, store and commit requests, and call `on_commit` with committed rows on another thread.
 
-        Returns early once `stop` returns True. Finished rows are committed before this returns or raises. Raises
+        Returns early once `stop` returns True. Commits the finished rows before it returns or raises. Raises
         StorageError, and the errors of a safety service.
         """
         with (
@@ -104,7 +104,7 @@ class Worker:
         return row, request.replaces
 
     def _write(self, outcome: RenderedImage, *, flagged: bool) -> StoredImage | None:
-        """Write the image, changed by the policy if it is flagged. Returns None if the policy stores nothing."""
+        """Write an image, after applying the policy to a flagged one. Returns None if the policy stores no image."""
         policy = self._settings.safety.policy
         pixels = images.apply_policy(outcome.pixels, policy) if flagged else outcome.pixels
         if pixels is None:

@@ -1,4 +1,4 @@
-"""A path that cannot be read may exist: failing to read OUT is a StorageError and changes nothing."""
+"""A path that cannot be read may exist, so failing to read OUT is a StorageError and changes nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import is_folder, is_link, path_exists, unique_name
 from tests.storage import fail_at
 
-MARK = ".begun-elsewhere-1-0123456789ab-x"
-"""A file of a process on another machine, which may have died."""
+MARKER = ".begun-elsewhere-1-0123456789ab-x"
+"""A marker of a process on another machine, which may have died."""
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTCONN])
-@pytest.mark.parametrize("name", ["", MARK])
-def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
-    (tmp_path / MARK).write_text(json.dumps({"alone": True, "keys": [["a", 0]]}))
+@pytest.mark.parametrize("name", ["", MARKER])
+def test_an_unreadable_marker_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    (tmp_path / MARKER).write_text(json.dumps({"alone": True, "keys": [["a", 0]]}))
     assert ProgressMarkers(tmp_path).read_crashes().alone == {("a", 0)}
     index: Any = SimpleNamespace(find=lambda key: key)
     with monkeypatch.context() as patch:
@@ -38,13 +40,15 @@ def test_rows_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"alone": 1}', "[" * 100_000])
-def test_marks_of_others_are_no_rows_in_progress(tmp_path: Path, content: str) -> None:
-    (tmp_path / MARK).write_text(content)
+def test_files_that_are_not_markers_are_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / MARKER).write_text(content)
     assert not ProgressMarkers(tmp_path).read_crashes().counts
 
 
 @pytest.mark.parametrize("name", ["images", "manifest", "logs", ".holder"])
-def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_leftovers_are_kept_if_a_folder_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     for folder in ("images", "manifest", "logs"):
         (tmp_path / folder).mkdir()
     left = tmp_path / "images" / unique_name(".tmp-", "a.png")
@@ -62,7 +66,9 @@ def test_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 @pytest.mark.parametrize("name", ["images", "quarantine"])
-def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_images_are_kept_if_their_folder_is_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     (tmp_path / "run.json").write_text('{"identity": {}}')
     (tmp_path / name).mkdir()
     image = FolderSink(tmp_path).write(f"{name}/t-00000/a.png", b"x")
@@ -76,7 +82,7 @@ def test_overwriting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_kinds(tmp_path: Path) -> None:
+def test_links_and_folders_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
