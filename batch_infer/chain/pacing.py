@@ -50,7 +50,7 @@ def encoding_stream(device: torch.device) -> Iterator[None]:
 
 
 def keep_until_read(conditioning: Conditioning) -> None:
-    """Prevent torch from reusing memory that the encoding stream allocated before the UNet's stream has read it."""
+    """Keep GPU memory of the encoding stream from being reused until the UNet's stream has read it."""
     for part in conditioning.context:
         for tensor in (part or {}).values():
             if tensor.is_cuda:
