@@ -10,6 +10,7 @@ import base64
 import json
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -88,10 +89,8 @@ def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """Return the values of an array in Python's own types such as datetime, or as text if they do not fit."""
     dtype = to_result_type(array.type)
     if "time64[ns]" not in str(dtype):  # datetime.time would lose the nanoseconds
-        try:
+        with suppress(ValueError, OverflowError):
             return list(array.to_pylist())
-        except (ValueError, OverflowError):
-            pass
     return [_to_json_value(value, dtype) for value in to_values(array)]
 
 
@@ -131,10 +130,8 @@ def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
 
 def _format_json(value: Any) -> str:
     """Return JSON with all digits of every number. json.dumps cannot write a Decimal as a number."""
-    try:
+    with suppress(TypeError):
         return json.dumps(value, ensure_ascii=False)
-    except TypeError:
-        pass
     if isinstance(value, dict):
         members = (f"{json.dumps(key, ensure_ascii=False)}: {_format_json(item)}" for key, item in value.items())
         return f"{{{', '.join(members)}}}"

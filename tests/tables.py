@@ -1,4 +1,4 @@
-"""Helpers for tests to write tables and to read them as batch-infer does."""
+"""Helpers for tests that write tables and read them as batch-infer does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RULES = RowRules(
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], **form: Any) -> Path:
-    """Write a CSV file of these rows, which include the header."""
+    """Write a CSV file of these rows, the first of which is the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream, **form).writerows(rows)
@@ -45,7 +45,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_parquet(path: Path, **columns: Any) -> Path:
-    """Write a Parquet file of these columns: lists, or Arrow arrays where the type matters."""
+    """Write a Parquet file of these columns: lists, or Arrow arrays if the type matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
@@ -91,7 +91,7 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "zwei, drei\nÄpfel 🎨", "height": None, "guidance_scale": None, "tag": None},
     {"prompt": 'say "square"', "height": 64, "guidance_scale": 1, "tag": "é"},
 ]
-"""A table that every format except plain text can hold."""
+"""A table that every format except plain text can represent."""
 
 
 def in_format(suffix: str, rows: list[dict[str, Any]]) -> bytes:
@@ -132,7 +132,7 @@ def compress(compression: str, content: bytes) -> bytes:
 
 
 def essence(requests: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
-    """Return what must not depend on the format of a table. An empty cell is null in some formats."""
+    """Return what must not depend on the format of a table. In some formats, an empty cell is null."""
     return [
         (
             *(request.id, request.prompt, request.seed, request.params, request.fingerprint, request.source.row),

@@ -58,7 +58,7 @@ def test_other_errors_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
-def test_the_chain_halves_its_slots_on_every_such_report(text: str, sd1_folder: Path) -> None:
+def test_the_chain_halves_its_slots_after_every_such_error(text: str, sd1_folder: Path) -> None:
     model: Any = load_family(sd1_folder)
     denoise = model.denoise
 
@@ -100,9 +100,9 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27 * tried[-1])
-    assert plateau._grow(plateau.SLOTS, make, GPU)[0] == 16
+    assert plateau._search(plateau.SLOTS, make, GPU)[0] == 16
     assert tried == [2, 4, 8, 16, 32]
-    assert plateau._grow(plateau.SLOTS, make, CPU)[0] == 256
+    assert plateau._search(plateau.SLOTS, make, CPU)[0] == 256
 
 
 @pytest.mark.promises
@@ -120,7 +120,7 @@ def test_the_bare_unet_uses_the_compilation_of_the_chain(sd1_folder: Path) -> No
     torch._dynamo.reset()
 
 
-def test_compilation_is_part_of_no_stage(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_do_not_include_compilation(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size is compiled once, by a call that advances no row."""
     calls: list[tuple[int, ...]] = []
 
@@ -153,16 +153,16 @@ def test_a_size_is_not_compiled_while_it_renders_nothing(sd1_folder: Path, monke
     model = load_family(sd1_folder)
     table = model.solver.table
 
-    def refuse_two(steps: int) -> Any:
+    def reject_two(steps: int) -> Any:
         if steps == 2:
             raise RowError("not two")
         return table(steps)
 
-    monkeypatch.setattr(model.solver, "table", refuse_two)
+    monkeypatch.setattr(model.solver, "table", reject_two)
     monkeypatch.setattr("batch_infer.chain.step_level.is_compiled", lambda networks: True)
     chain = StepLevelChain(model, BatchSizes(4, 2), None)
-    (refused,) = chain.render([make_request("a", steps=2)])
-    assert not isinstance(refused, RenderedImage)
+    (rejected,) = chain.render([make_request("a", steps=2)])
+    assert not isinstance(rejected, RenderedImage)
     assert chain.stages.compilation == 0
     (rendered,) = chain.render([make_request("b", steps=4)])
     assert isinstance(rendered, RenderedImage)
@@ -189,14 +189,14 @@ def test_all_rows_of_one_tick_fit_into_the_decoder_queue(shape: tuple[int, int],
 
 
 def test_streams_that_run_concurrently_with_the_unet_have_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append((device.type, priority)))
+    streams: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: streams.append((device.type, priority)))
     pacing.stream_for.__wrapped__(GPU, "encode")
-    assert made == [("cuda", -1)]
+    assert streams == [("cuda", -1)]
     assert pacing.stream_for.__wrapped__(CPU, "encode") is None
 
 
-def test_on_a_gpu_the_cores_are_for_threads_that_store() -> None:
+def test_a_worker_on_a_gpu_stores_images_with_all_its_cores() -> None:
     assert count_storing_threads(ON_CUDA) == 16
     assert count_storing_threads(replace(ON_CUDA, threads=2)) == 4
     assert count_storing_threads(replace(ON_CUDA, threads=128)) == 32

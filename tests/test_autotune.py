@@ -21,7 +21,7 @@ PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
 
 
 class FakeDevice(Painter):
-    """A call takes a fixed time up to `wide` rows or images, and time in proportion beyond."""
+    """A UNet call takes a fixed time for up to `wide` rows, and proportionally longer for more. So does a decode."""
 
     def __init__(self, wide: int, clock: Clock) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_the_plateau_is_where_larger_batches_are_no_faster(clock: Clock, wide: i
 def test_memory_limits_the_search(clock: Clock) -> None:
     class Roomy(Small):
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-            clock.sleep(0.004)  # whatever the batch: more is always faster
+            clock.sleep(0.004)  # for every batch size, so that larger batches are faster
             return super().denoise(sample, timestep, context)
 
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_memory_limits_the_search(clock: Clock) -> None:
 
 @pytest.mark.promises
 @pytest.mark.usefixtures("probe_here")
-def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_slots_are_measured_once_for_plan_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     table = write_csv(
         tmp_path / "t.csv", [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(4))]
@@ -90,7 +90,7 @@ def test_auto_is_measured_once_kept_and_planned_with(tmp_path: Path, monkeypatch
     summary = run_json(tmp_path / "one")["summary"]
     assert summary["ok"] == 4
     assert f'"row_forwards": {summary["row_forwards"]}, "ticks": {summary["ticks"]}' in planned.stdout
-    # A run that is continued keeps them even if the cache is lost; --slots N overrides them.
+    # A continued run keeps the batch sizes even if the cache is lost, and --slots N overrides them.
     for file in (tmp_path / "cache").rglob("plateau-*.json"):
         file.unlink()
     write_csv(table, [["prompt", "width"], *(["a red circle", 64 + 8 * (k > 2)] for k in range(5))])

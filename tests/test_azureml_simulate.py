@@ -51,7 +51,7 @@ def meet(workers):  # waits until this many workers have called it as often as t
             return
         time.sleep(0.01)
 """
-"""The start of the tests' scripts, which report to the tests by files in OUT."""
+"""The start of each script. Scripts report to the tests through files in OUT."""
 NAMES = """
 def run(mini_batch):
     return [Path(path).name for path in mini_batch]
@@ -72,7 +72,7 @@ def write_files(folder: Path, count: int) -> Path:
 
 
 def run(folder: Path, body: str, *, files: int = 4, **settings: Any) -> SimulationOutcome:
-    """Run a job with a mini-batch per file on a machine without GPUs. By default, no mini-batch times out."""
+    """Run a job on a machine without GPUs. By default, every file is a mini-batch, and no mini-batch times out."""
     inputs, script = write_files(folder / "in", files), write_script(folder, body)
     rest = {"mini_batch_size": 1, "gpus": 0, "timeout": 600, **settings}
     return simulate(SimulationSettings((inputs,), folder / "out", script, **rest))
@@ -329,11 +329,11 @@ def test_predictions_of_an_earlier_job_are_replaced(tmp_path: Path) -> None:
 # Failures
 
 
-@pytest.mark.parametrize(("returned", "message"), [("'text'", "returned a str"), ("None", "returned a NoneType")])
+@pytest.mark.parametrize(("result", "message"), [("'text'", "returned a str"), ("None", "returned a NoneType")])
 def test_a_result_of_another_type_fails_the_mini_batch(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, returned: str, message: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, result: str, message: str
 ) -> None:
-    body = f"def run(mini_batch):\n    return {returned} if mini_batch[0].endswith('01.csv') else mini_batch"
+    body = f"def run(mini_batch):\n    return {result} if mini_batch[0].endswith('01.csv') else mini_batch"
     outcome = run(tmp_path, body, max_retries=1)
     assert (outcome.succeeded, outcome.failed, outcome.failed_files) == (3, 1, 1)
     assert (outcome.retries, outcome.fault) == (1, None)
@@ -532,8 +532,8 @@ def test_duplicates_are_delivered_twice(tmp_path: Path) -> None:
 
 def run_command(tmp_path: Path, body: str, *options: str, files: int = 4) -> runs.CommandResult:
     inputs, script = write_files(tmp_path / "in", files), write_script(tmp_path, body)
-    paths = (inputs, "--out", tmp_path / "out", "--script", script)
-    return runs.command("azureml-simulate", *paths, "--gpus", "0", *options)
+    out = tmp_path / "out"
+    return runs.command("azureml-simulate", inputs, "--out", out, "--script", script, "--gpus", "0", *options)
 
 
 def test_the_command_prints_the_outcome(tmp_path: Path) -> None:

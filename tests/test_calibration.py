@@ -1,4 +1,4 @@
-"""Calibrations kept between commands, and measured again if they cannot be read."""
+"""The calibration cache: values are loaded only under their own conditions, and damaged files are ignored."""
 
 from __future__ import annotations
 

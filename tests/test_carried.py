@@ -1,4 +1,4 @@
-"""Carried columns: for any mix of types, nulls and formats a value is carried exactly or as exact text."""
+"""Carried columns: values of all types and formats are carried exactly, or as exact text."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ID = b"\x01" * 16
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
-    """Return the carried columns of results.parquet for these tables, as if every row had failed."""
+    """Return the carried columns of results.parquet as if every row had failed."""
     out.mkdir(exist_ok=True)
     with open_tables(table) as tables:
         rows = list(tables.read_rows(RULES))
@@ -75,11 +75,11 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_column_is_carried_unchanged(name: str) -> None:
-    """In results.parquet. results.csv and .jsonl can be written too."""
+    """This holds for results.parquet. Writing results.csv and results.jsonl does not fail."""
     column = EXACT[name]
     write_parquet(Path("t.parquet"), prompt=["x", "y"], column=column)
     result, column = carry("t.parquet")["column"], pq.read_table("t.parquet")["column"]
-    assert result.type == column.type or name == "tensor"  # Arrow cannot make an empty one
+    assert result.type == column.type or name == "tensor"  # Arrow cannot create an empty tensor
     assert to_values(result) == to_values(column)
 
 
@@ -109,8 +109,8 @@ def test_any_column_can_be_written_as_text(array: pa.Array) -> None:
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]) -> None:
-    """Bytes are in base64. There is one warning per column."""
+def test_if_types_differ_values_become_exact_text(array: pa.Array, texts: list[str]) -> None:
+    """Bytes become base64. There is one warning per column."""
     write_parquet(Path("t/a.parquet"), prompt=["x"] * len(array), column=array)
     write_parquet(Path("t/b.parquet"), prompt=["y"], column=["text"])
     result = carry("t")["column"]
@@ -118,8 +118,8 @@ def test_if_types_differ_values_are_exact_text(array: pa.Array, texts: list[str]
     assert [text for text in result.to_pylist() if text is not None] == [*texts, "text"]
     (warning,) = open_tables("t").notices
     dtype = to_result_type(pq.read_schema("t/a.parquet").field("column").type)
-    where = f"column 'column' is {dtype} in t/a.parquet and string in t/b.parquet"
-    assert warning == f"{where}: its values are carried as text"
+    types = f"column 'column' is {dtype} in t/a.parquet and string in t/b.parquet"
+    assert warning == f"{types}: its values are carried as text"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
@@ -133,8 +133,8 @@ def test_numbers_in_a_nested_json_value_keep_all_digits(suffix: str) -> None:
 
 def test_struct_fields_with_the_same_name_are_renamed() -> None:
     struct = pa.StructArray.from_arrays([pa.array([1, 2]), pa.array(["a", "b"])], names=["k", "k"])
-    twins = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
-    write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=twins, tag=pa.array([["p"], ["q"]]))
+    structs = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), struct)
+    write_parquet(Path("t.parquet"), prompt=["x", "y"], struct=struct, deep=structs, tag=pa.array([["p"], ["q"]]))
     result = carry("t.parquet")
     assert result.to_pylist() == [
         {"struct": {"k": k, "k_2": name}, "deep": [{"k": k, "k_2": name}], "tag": [tag]}
@@ -148,7 +148,7 @@ def test_struct_fields_with_the_same_name_are_renamed() -> None:
 
 
 def test_whole_floats_with_large_integers_are_integers() -> None:
-    """pandas writes a column of integers like this if a cell is missing."""
+    """If a cell is missing, pandas writes a column of integers as floats."""
     write_parquet(Path("t/a.parquet"), prompt=["x"], id=[1], column=[2**60 + 1])
     write_parquet(Path("t/b.parquet"), prompt=["y", "z"], id=[2.0, float(2**60)], column=[2.0, None])
     result = carry("t")["column"]
@@ -171,10 +171,10 @@ def test_parts_with_names_that_differ_only_by_case_are_merged(out: Path) -> None
     """Earlier versions wrote such parts."""
     out.mkdir()
     manifest = Manifest(out)
-    usual: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
+    shared: dict[str, Any] = {"image_index": 0, "prompt": "x", "status": "failed", "source_file": "t.csv"}
     for number, carried in enumerate(({"Seed": "1", "Tag": "t"}, {"input_Seed": "2", "tag": "u"})):
         row = ResultRow(
-            **usual, id=f"{number}", source_row=number, fingerprint="f", finished_at=utc_now(), carried=carried
+            **shared, id=f"{number}", source_row=number, fingerprint="f", finished_at=utc_now(), carried=carried
         )
         manifest.commit([row], pa.schema([(column, pa.string()) for column in carried]))
     merge_parts(manifest, [], out, OutputSettings())

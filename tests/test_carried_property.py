@@ -1,4 +1,4 @@
-"""Any mix of types, nulls, formats and errors: each value is carried exactly or as exact text, and each row once."""
+"""Arbitrary mixes of types, formats and errors: values are carried exactly or as exact text, and no row is lost."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from tests.tables import RULES, exact_json, in_format, open_tables
 EVERYTHING = OutputSettings(results=("parquet", "csv", "jsonl"))
 
 
-def settle(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
-    """Return the results of a folder of tables as if every row had failed."""
+def make_results(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Table]:
+    """Return the counts and results of a folder of tables as if every row had failed."""
     out = folder / "out"
     out.mkdir()
     with open_tables(folder / "tables", id_from=id_from) as tables:
         rows = list(tables.read_rows(RULES))
-        done = [
+        committed = [
             make_row(row, "failed", "x", scheduler="s", worker="w") if isinstance(row, PromptRequest) else row
             for row in rows
         ]
         manifest = Manifest(out)
-        for part in (done[::2], done[1::2]):
+        for part in (committed[::2], committed[1::2]):
             if part:
                 manifest.commit(part, tables.carried)
         with manifest.index() as index:
@@ -66,8 +66,8 @@ INTEGERS = [(getattr(pa, f"{sign}int{bits}")(), bits, sign) for bits in (8, 16, 
 
 def integers(bits: int, sign: str = "") -> st.SearchStrategy[int]:
     lowest, highest = (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    some = [value for value in (0, 1, 2**53, 2**53 + 1, lowest, highest) if lowest <= value <= highest]
-    return st.sampled_from(some) | st.integers(lowest, highest)
+    edges = [value for value in (0, 1, 2**53, 2**53 + 1, lowest, highest) if lowest <= value <= highest]
+    return st.sampled_from(edges) | st.integers(lowest, highest)
 
 
 def decimals(digits: int, scale: int) -> st.SearchStrategy[Decimal]:
@@ -109,10 +109,10 @@ def nested(kind: pa.DataType, values: st.SearchStrategy[Any]) -> list[tuple[pa.D
 
 
 TWICE = "twice_2"
-"""The name under which the second field `twice` of a struct is carried."""
+"""The result name of the second field `twice` of a struct."""
 
 
-def with_twins(array: pa.StructArray) -> pa.StructArray:
+def duplicate_field(array: pa.StructArray) -> pa.StructArray:
     """Return an array of structs whose two fields have the same name."""
     return array.view(pa.struct([array.type.field(0), array.type.field(1).with_name("twice")]))
 
@@ -158,15 +158,15 @@ def check_values(tables: list[Any]) -> None:
                 pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": shard}), path)
                 stored = pq.read_table(path)["column"]
                 if pa.types.is_struct(shard.type) and TWICE in shard.type.names:
-                    twins = with_twins(stored.combine_chunks())
-                    pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": twins}), path)
+                    structs = duplicate_field(stored.combine_chunks())
+                    pq.write_table(pa.table({"prompt": ["x"] * len(shard), "column": structs}), path)
                 expected += [(value, to_result_type(stored.type)) for value in to_values(stored)]
                 continue
             suffix, cells = shard
             rows = [{"prompt": "x", "column": cell} for cell in cells]
             path.with_suffix(f".{suffix}").write_bytes(in_format(suffix, rows))
             expected += [(cell, pa.string() if suffix == "csv" else None) for cell in cells]
-        _, results = settle(folder)
+        _, results = make_results(folder)
         column = results["column"] if "column" in results.column_names else pa.chunked_array([pa.nulls(len(expected))])
         assert len(column) == len(expected)
         for (value, kind), got in zip(expected, to_values(column), strict=True):
@@ -190,13 +190,13 @@ def is_same(value: Any, kind: pa.DataType | None, carried: Any, into: pa.DataTyp
         if isinstance(value, Decimal):
             return Decimal(carried) == value
         return True
-    if isinstance(value, Decimal) and isinstance(carried, float):  # 0.1 is the float that 0.1 names
+    if isinstance(value, Decimal) and isinstance(carried, float):  # 0.1 is carried as the float that prints as 0.1
         return Decimal(repr(carried)) == value
     return bool(carried == value) or repr(carried) == repr(value)
 
 
 def is_same_json(value: Any, carried: Any) -> bool:
-    """Return whether two JSON values are equal, numbers to the last digit and as numbers."""
+    """Return whether two JSON values are equal. Numbers must be numbers and equal to the last digit."""
     if isinstance(value, list):
         return isinstance(carried, list) and len(value) == len(carried) and all(map(is_same_json, value, carried))
     if isinstance(value, dict):
@@ -242,18 +242,18 @@ folders = st.lists(files, min_size=1, max_size=3)
 
 def check_rows(tables: Iterable[tuple[str, list[dict[str, Any]]]], id_from: IdSource) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder, places = Path(name), []
+        folder, sources = Path(name), []
         for number, (suffix, rows) in enumerate(tables):
             path = folder / "tables" / f"{number}.{suffix}"
             path.parent.mkdir(exist_ok=True)
             names = dict.fromkeys(key for row in rows for key in row)
-            whole = [{key: row.get(key) for key in names} for row in rows]
-            path.write_bytes(in_format(suffix, whole if suffix == "csv" else rows))
-            places += [(str(path), row) for row in range(len(rows))]
-        counts, results = settle(folder, id_from)
+            complete = [{key: row.get(key) for key in names} for row in rows]
+            path.write_bytes(in_format(suffix, complete if suffix == "csv" else rows))
+            sources += [(str(path), row) for row in range(len(rows))]
+        counts, results = make_results(folder, id_from)
         rows = results.select(["source_file", "source_row", "image_index", "status"]).to_pylist()
-        assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(places)
-        assert (counts.rows, counts.remaining) == (len(places), 0)
+        assert Counter((row["source_file"], row["source_row"]) for row in rows).keys() == set(sources)
+        assert (counts.rows, counts.remaining) == (len(sources), 0)
         images: dict[Any, list[dict[str, Any]]] = {}
         for row in rows:
             images.setdefault((row["source_file"], row["source_row"]), []).append(row)

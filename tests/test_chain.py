@@ -1,4 +1,4 @@
-"""Step-level batching: every request gets one outcome, an image or a reason, whatever its neighbours are."""
+"""Step-level batching: every request gets one outcome, an image or an error, whatever its neighbours are."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from batch_infer.safety.checker import StableDiffusionChecker
 from tests.fakes import Painter, PaintingPipeline, Recorder, Small, paint
 from tests.rendering import load_family, make_request, render
 
-REFUSED_STEPS = 3
-"""A step count that the painter's scheduler refuses."""
+REJECTED_STEPS = 3
+"""The largest step count that the painter's scheduler rejects."""
 
 
 def run(
@@ -66,47 +66,47 @@ def test_every_request_gets_one_outcome(rows: list[Any], slots: int, decode: int
     assert Counter(outcome.request.id for outcome in outcomes) == Counter(request.id for request in requests)
     for outcome in outcomes:
         params = outcome.request.params
-        refused = params.num_inference_steps <= REFUSED_STEPS
+        rejected = params.num_inference_steps <= REJECTED_STEPS
         if isinstance(outcome, RenderedImage):
             assert outcome.request.prompt != "nan"
-            assert not refused
+            assert not rejected
             assert outcome.pixels.shape == (params.height, params.width, 3)
             assert outcome.pixels.dtype == np.uint8
         else:
-            assert (outcome.status == "invalid") == refused
-            assert refused or outcome.request.prompt == "nan"
+            assert (outcome.status == "invalid") == rejected
+            assert rejected or outcome.request.prompt == "nan"
     painter: Any = chain.model
     assert set(painter.decoded) <= {(decode, 3, 2, 2), (decode, 3, 2, 3)}  # one padded shape per size
 
 
 def test_an_image_depends_only_on_its_row(sd1_folder: Path) -> None:
-    """Bytes and verdict are the same alone and among rows of other sizes, steps and guidance in any order."""
+    """Bytes and verdict are the same alone and among rows with other sizes, step counts and guidance, in any order."""
     model = load_family(sd1_folder, with_checker=True)
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
     rows = [make_request("guided", "a red circle", steps=6, seed=5)]
     rows += [make_request("unguided", "two blue squares", steps=5, guidance=1.0, seed=6)]
     rows += [make_request("rescaled", "a star", steps=4, rescale=0.7, negative="green", seed=7)]
-    crowd = [
+    rest = [
         make_request(f"other {k}", f"{k} rings", steps=4 + k % 5, guidance=1 + k % 3, rescale=k % 2, seed=k, size=size)
         for k, size in enumerate([(64, 64)] * 6 + [(64, 96)] * 2)
     ]
     alone = {row.id: render(model, [row], checker=checker)[row.id] for row in rows}
-    for order in ([*rows, *crowd], [*crowd, *rows], [*crowd[:3], rows[2], *crowd[3:6], rows[1], rows[0], *crowd[6:]]):
+    for order in ([*rows, *rest], [*rest, *rows], [*rest[:3], rows[2], *rest[3:6], rows[1], rows[0], *rest[6:]]):
         together = render(model, order, checker=checker)
-        for name, wanted in alone.items():
-            assert np.array_equal(together[name].pixels, wanted.pixels)
-            assert together[name].verdict == wanted.verdict
+        for name, expected in alone.items():
+            assert np.array_equal(together[name].pixels, expected.pixels)
+            assert together[name].verdict == expected.verdict
 
 
-def test_a_step_count_that_the_scheduler_refuses_affects_only_its_row() -> None:
-    _, outcomes = run([paint("few", steps=REFUSED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
+def test_a_step_count_that_the_scheduler_rejects_affects_only_its_row() -> None:
+    _, outcomes = run([paint("few", steps=REJECTED_STEPS), paint("fine", steps=5), paint("fewer", steps=1)])
     results = {outcome.request.id: outcome for outcome in outcomes}
     assert isinstance(results["fine"], RenderedImage)
     for name, steps in (("few", 3), ("fewer", 1)):
-        refused = results[name]
-        assert isinstance(refused, UnrenderedRow)
-        assert refused.status == "invalid"
-        assert f"num_inference_steps={steps}" in refused.error
+        rejected = results[name]
+        assert isinstance(rejected, UnrenderedRow)
+        assert rejected.status == "invalid"
+        assert f"num_inference_steps={steps}" in rejected.error
 
 
 @pytest.mark.parametrize(("dtype", "advice"), [(torch.float32, False), (torch.float16, True)])
@@ -232,7 +232,7 @@ def test_an_unexpected_error_ends_the_chain() -> None:
 
 
 @pytest.mark.parametrize(("slots", "decode"), [(1, 1), (2, 0)])
-def test_batch_sizes_too_small_for_a_row_are_refused(slots: int, decode: int) -> None:
+def test_batch_sizes_too_small_for_a_row_are_rejected(slots: int, decode: int) -> None:
     with pytest.raises(ValueError, match="takes two slots"):
         BatchSizes(slots, decode)
 
@@ -241,7 +241,7 @@ def test_batch_sizes_too_small_for_a_row_are_refused(slots: int, decode: int) ->
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
 @pytest.mark.promises
 def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
-    """The number of evaluations is exact. That of calls differs by at most one row, as rows may overtake others."""
+    """The number of evaluations is exact. That of calls is off by one row at most, because rows may overtake others."""
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
         key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
@@ -258,10 +258,10 @@ def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None
     assert abs(load.ticks - chain.stages.ticks) <= longest
 
 
-# In background
+# In the background
 
 
-def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
+def test_decoding_in_the_background_changes_no_byte(sd1_folder: Path) -> None:
     """As on a GPU, where another thread decodes and checks."""
     model = load_family(sd1_folder, with_checker=True)
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
@@ -274,12 +274,12 @@ def test_decoding_in_background_changes_no_byte(sd1_folder: Path) -> None:
         assert chain.stages.images == len(rows)
         assert chain.stages.check > 0
     assert results[0].keys() == results[1].keys() == {row.id for row in rows}
-    for name, here in results[0].items():
-        assert isinstance(here, RenderedImage)
-        there = results[1][name]
-        assert isinstance(there, RenderedImage)
-        assert np.array_equal(here.pixels, there.pixels)
-        assert here.verdict == there.verdict
+    for name, expected in results[0].items():
+        assert isinstance(expected, RenderedImage)
+        actual = results[1][name]
+        assert isinstance(actual, RenderedImage)
+        assert np.array_equal(actual.pixels, expected.pixels)
+        assert actual.verdict == expected.verdict
 
 
 def test_the_unet_waits_for_a_slow_decoder() -> None:
@@ -297,7 +297,7 @@ def test_the_unet_waits_for_a_slow_decoder() -> None:
     assert max(ticks) <= 4 * each
 
 
-def test_an_error_in_background_ends_the_chain_and_its_thread() -> None:
+def test_an_error_in_the_background_ends_the_chain_and_its_thread() -> None:
     class Broken(Painter):
         def decode(self, latents: torch.Tensor) -> torch.Tensor:
             raise ZeroDivisionError("a bug")
@@ -388,7 +388,7 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "part", "smaller"),
+    ("batch_sizes", "stage", "smaller"),
     [
         ((32, 8), "denoise", (16, 8)),
         ((32, 8), "decode", (32, 4)),
@@ -398,13 +398,13 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
     ],
 )
 def test_the_batch_of_the_failed_stage_is_halved_if_possible(
-    shape: tuple[int, int], part: Any, smaller: tuple[int, int] | None
+    batch_sizes: tuple[int, int], stage: Any, smaller: tuple[int, int] | None
 ) -> None:
-    smaller_sizes = BatchSizes(*shape).halve((64, 64), part)
+    smaller_sizes = BatchSizes(*batch_sizes).halve((64, 64), stage)
     assert (smaller_sizes and smaller_sizes.for_size((64, 64))) == smaller
 
 
-def test_sizes_may_have_their_own_batch_sizes() -> None:
+def test_an_image_size_may_have_its_own_batch_sizes() -> None:
     painter = Painter()
     chain = StepLevelChain(painter, BatchSizes(4, 2, {(16, 24): (6, 3)}), None)
     list(chain.render([paint(str(k), steps=4, size=(16, 16 + 8 * (k > 1))) for k in range(4)]))

@@ -1,4 +1,4 @@
-"""Azure AI Content Safety: through the real SDK, with a local server that is as strict and fails on request."""
+"""Azure AI Content Safety through the real SDK, with a local server that is as strict and fails on request."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from tests.deaths import eventually
 CLEAN = {"Hate": 0, "SelfHarm": 0, "Sexual": 0, "Violence": 0}
 WORDS = {"gore": ("Violence", 4), "slur": ("Hate", 2), "nude": ("Sexual", 6)}
 GREY = np.full((64, 64, 3), 128, np.uint8)
-REFUSES = Fault(400, body=b'{"error": {"code": "InvalidRequestBody", "message": "The text is too odd."}}')
+REJECTION = Fault(400, body=b'{"error": {"code": "InvalidRequestBody", "message": "The text is too odd."}}')
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Set the backoff to 5 ms, and return the numbers of the failed attempts."""
+    """Set the backoff to 5 ms, and return a list of the numbers of failed attempts."""
     failed: list[int] = []
 
     def backoff(state: Any) -> float:
@@ -90,7 +90,7 @@ def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settin
         gate.close()
 
 
-def most_in(seconds: float, times: Sequence[float]) -> int:
+def max_requests_within(seconds: float, times: Sequence[float]) -> int:
     """Return the largest number of requests within `seconds`."""
     ordered = sorted(times)
     return max(sum(start <= time < start + seconds for time in ordered) for start in ordered)
@@ -98,8 +98,8 @@ def most_in(seconds: float, times: Sequence[float]) -> int:
 
 def test_a_prompt_is_one_request_and_has_the_severities_of_all_categories() -> None:
     with serving(words=WORDS) as service, gate_to(service) as gate:
-        used: Gate = gate
-        clean, unsafe = used.check_prompt("a red square"), used.check_prompt("gore and slur")
+        protocol: Gate = gate
+        clean, unsafe = protocol.check_prompt("a red square"), protocol.check_prompt("gore and slur")
     assert clean == Verdict(False, "azure_content_safety", CLEAN)
     assert unsafe.nsfw is True and unsafe.scores == {**CLEAN, "Violence": 4, "Hate": 2}
     assert unsafe.reason == "Azure AI Content Safety refused the prompt (Hate 2, Violence 4)"
@@ -289,8 +289,8 @@ def test_formats_of_retry_after() -> None:
 def test_backoff_grows_to_twenty_seconds() -> None:
     states: list[Any] = [SimpleNamespace(attempt_number=n) for n in range(1, 12)]
     waits = [retries.BACKOFF(state) for state in states]
-    for wait, least in zip(waits, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
-        assert least <= wait <= least + 0.5
+    for wait, minimum in zip(waits, [0.5, 1, 2, 4, 8, 16, 20, 20, 20, 20, 20], strict=True):
+        assert minimum <= wait <= minimum + 0.5
     assert len({retries.BACKOFF(states[0]) for _ in range(9)}) > 1
 
 
@@ -323,7 +323,7 @@ def test_a_refused_connection_is_an_error_after_the_timeout() -> None:
         gate.check_prompt("a red square")
 
 
-def odd(request: ReceivedRequest) -> Fault | None:
+def fail_odd(request: ReceivedRequest) -> Fault | None:
     return status(500) if request.kind == "text" and "odd" in request.content else None
 
 
@@ -337,7 +337,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
         Clock.sleep(clock, seconds)
 
     monkeypatch.setattr(clock, "sleep", sleep)
-    with serving(faults=odd) as service, gate_to(service, timeout_seconds=0.2, requests_per_second=1e6) as gate:
+    with serving(faults=fail_odd) as service, gate_to(service, timeout_seconds=0.2, requests_per_second=1e6) as gate:
         with ThreadPoolExecutor(1) as pool:
             results = pool.submit(gate.check_prompt, "an odd one")
             while not results.done():
@@ -352,7 +352,11 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
 @pytest.mark.usefixtures("short_backoff")
 def test_a_row_without_an_answer_fails_if_a_probe_is_answered() -> None:
     """Otherwise the last row of a table could end every run."""
-    with serving(faults=odd) as service, gate_to(service, timeout_seconds=0.2) as gate, pytest.raises(FailedRowError):
+    with (
+        serving(faults=fail_odd) as service,
+        gate_to(service, timeout_seconds=0.2) as gate,
+        pytest.raises(FailedRowError),
+    ):
         gate.check_prompt("an odd one")
     assert service.texts[-1] == "a red square" and service.texts.count("a red square") == 1
 
@@ -394,7 +398,7 @@ def _check_repeatedly(gate: ContentSafety) -> Verdict:
 
 
 def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
-    with serving(faults=[REFUSES, status(413), status(415)]) as service, gate_to(service) as gate:
+    with serving(faults=[REJECTION, status(413), status(415)]) as service, gate_to(service) as gate:
         with pytest.raises(
             FailedRowError, match=r"this row's prompt \(HTTP 400: InvalidRequestBody: The text is too odd\.\)"
         ):
@@ -492,13 +496,13 @@ def check_from_threads(service: Service, count: int, **settings: Any) -> list[Ve
 
 
 def test_threads_share_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In windows of 0.5 s instead of 10 s, so that requests on a busy machine have 2 s to arrive."""
+    """The windows are 0.5 s instead of 10 s, so that requests on a busy machine have 2 s to arrive."""
     monkeypatch.setattr(retries, "SERVICE_WINDOW_SECONDS", 0.5)
     monkeypatch.setattr(retries, "WINDOW_SECONDS", 2.5)
     with serving() as service:
         check_from_threads(service, 40, requests_per_second=40)
     times = [request.at for request in service.requests]
-    assert len(times) == 40 and most_in(0.5, times) <= 20
+    assert len(times) == 40 and max_requests_within(0.5, times) <= 20
 
 
 @pytest.mark.soak
@@ -506,7 +510,7 @@ def test_threads_share_the_rate_in_the_windows_of_the_service() -> None:
     with serving() as service:
         check_from_threads(service, 64, requests_per_second=3.0)
     times = [request.at for request in service.requests]
-    assert len(times) == 64 and most_in(10.0, times) <= 30
+    assert len(times) == 64 and max_requests_within(10.0, times) <= 30
 
 
 @pytest.mark.parametrize(
@@ -532,9 +536,7 @@ def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> Non
 
 
 @pytest.mark.usefixtures("short_backoff")
-def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(caplog: pytest.LogCaptureFixture) -> None:
     """With many threads and all faults."""
     caplog.set_level(0)
     faults = [*MALFORMED.values(), *TRANSIENT.values(), status(429, "0"), Fault(hang=0.05)]
@@ -548,11 +550,11 @@ def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(
         verdicts = list(pool.map(gate.check_prompt, prompts))
     assert [verdict.nsfw for verdict in verdicts] == [k % 3 == 0 for k in range(150)]
     assert len(service.requests) > 200 and set(service.texts) == set(prompts)
-    ours = {record.name for record in caplog.records} - {"asyncio"}
-    assert not ours, "the loggers of libraries are muted"
+    logger_names = {record.name for record in caplog.records} - {"asyncio"}
+    assert not logger_names, "the loggers of libraries are muted"
 
 
-def test_credentials_are_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_a_key_or_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ServiceSettings("https://name.cognitiveservices.azure.com")
     check_credentials(settings)
     monkeypatch.setenv("CONTENT_SAFETY_KEY", "\u2018key\u2019")

@@ -1,4 +1,4 @@
-"""Kills and signals of every kind: the same command then completes, with the images of an undisturbed run."""
+"""Kills and signals: the same command then completes the run, with the images of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def many(folder: Path) -> Path:
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> None:
-    """systemd and a terminal send it to each process of the group. Finished rows are committed."""
+    """systemd and terminals signal each process of the group. Finished rows are committed."""
     table, out = many(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))

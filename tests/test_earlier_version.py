@@ -268,6 +268,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
         ("duplicate id 'a'", "the id 'a' stands twice"),
         ("line 3 is not valid: it is not JSON: Expecting value", "line 3 is not valid: it is no JSON: Expecting value"),
         (
+            "element 1 has 3 cells, but the number of columns is 2",
+            "element 1 has 3 cells where columns names 2",
+        ),
+        (
             "the file breaks off here: '\"' instead of , or ]",
             "the file breaks off here: '\"' stands where , or ] should",
         ),

@@ -1,4 +1,4 @@
-"""Engines: worker processes that die in every way, and rows that are accounted for nevertheless."""
+"""Engines: every row is accounted for, even if worker processes die or hang."""
 
 from __future__ import annotations
 
@@ -41,13 +41,10 @@ def test_two_workers_share_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.promises
 @pytest.mark.parametrize(
     ("prompt", "cause"),
-    [
-        ("die by SIGKILL", "killed by SIGKILL"),
-        ("raise fault", "RuntimeError: the device said fault"),
-    ],
+    [("die by SIGKILL", "killed by SIGKILL"), ("raise fault", "RuntimeError: the device said fault")],
 )
 def test_a_row_that_kills_its_process_costs_no_other_row(tmp_path: Path, prompt: str, cause: str) -> None:
-    """It is tried three times, the last time alone. A row that kills one process only is rendered."""
+    """The row fails after three tries, the last of them alone. A row that kills only one process is rendered."""
     prompts = ["a"] * 200
     prompts[30], prompts[150] = prompt, f"die once {tmp_path / 'marker'}"
     engine_run = EngineRun(tmp_path / "out", prompts)
@@ -137,7 +134,7 @@ def test_a_stop_commits_finished_rows_and_no_others(tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_a_storage_error_ends_the_run(tmp_path: Path) -> None:
-    """A file has the name of the images' folder."""
+    """A file has the name of the folder for images."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images").write_text("")
     with pytest.raises(StorageError, match="images"):
@@ -194,18 +191,18 @@ def test_workers_end_when_their_parent_does(end: str) -> None:
     assert not process.is_alive()
 
 
-def kinds_of(kind: type[BatchInferError]) -> Iterator[type[BatchInferError]]:
-    yield kind
-    for inner in kind.__subclasses__():
-        yield from kinds_of(inner)
+def with_subclasses(error_class: type[BatchInferError]) -> Iterator[type[BatchInferError]]:
+    yield error_class
+    for subclass in error_class.__subclasses__():
+        yield from with_subclasses(subclass)
 
 
-NAMED = sorted({kind for kind in kinds_of(BatchInferError) if hasattr(errors, kind.__name__)}, key=str)
+ERRORS = sorted({error for error in with_subclasses(BatchInferError) if hasattr(errors, error.__name__)}, key=str)
 
 
-@pytest.mark.parametrize("kind", NAMED, ids=lambda kind: kind.__name__)
-def test_an_error_of_a_worker_keeps_its_text_and_exit_code(kind: type[BatchInferError]) -> None:
-    error_message = WorkerError(kind.__name__, "the text", "the traceback")
+@pytest.mark.parametrize("error_class", ERRORS, ids=lambda error_class: error_class.__name__)
+def test_an_error_of_a_worker_keeps_its_text_and_exit_code(error_class: type[BatchInferError]) -> None:
+    error_message = WorkerError(error_class.__name__, "the text", "the traceback")
     error = WorkerHandle.exit_error(cast(WorkerHandle, SimpleNamespace(error=error_message)), "the cause")
     assert isinstance(error, BatchInferError)
-    assert (str(error), error.exit_code) == ("the text", kind.exit_code)
+    assert (str(error), error.exit_code) == ("the text", error_class.exit_code)

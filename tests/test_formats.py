@@ -1,4 +1,4 @@
-"""One table in every format gives the images, the faults and the carried columns of the equal CSV."""
+"""Runs of the same table in every format give the same images, errors and carried columns."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 
 def outcomes(out: Path) -> list[tuple[Any, ...]]:
     names = ("id", "image_index", "status", "seed", "height", "sha256", "prompt", "error", "tag")
-    # A number that is out of bounds is quoted as its table has it.
+    # An error shows a number that is out of range as the table contains it, with quotes in some formats.
     return [tuple(str(row[name] or "").replace("'", "") for name in names) for row in results(out)]
 
 

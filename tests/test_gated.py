@@ -1,4 +1,4 @@
-"""The gated chain: what it sends to the service, what it blocks, and what happens when the service fails."""
+"""The gated chain sends prompts and images to a service, blocks rows, and handles failures of the service."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ def test_a_prompt_is_checked_once_and_each_of_its_images_once() -> None:
     ("word", "error"), [("broken", "this prompt was not checked"), ("good", "this image was not checked")]
 )
 def test_without_an_answer_the_row_fails(word: str, error: str) -> None:
-    rows = [make_request("lost", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
+    rows = [make_request("unchecked", f"{word} prompt", seed=200), make_request("other", "good other", seed=1)]
     results = by_id(gated(WordGate()).render(rows))
-    lost = results["lost"]
-    assert isinstance(lost, UnrenderedRow)
-    assert (lost.status, lost.error) == ("failed", error)
+    unchecked = results["unchecked"]
+    assert isinstance(unchecked, UnrenderedRow)
+    assert (unchecked.status, unchecked.error) == ("failed", error)
     assert isinstance(results["other"], RenderedImage)
 
 
@@ -176,14 +176,9 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
 
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
-    compute = COMPUTE
+    folder = PinnedFolder.pin(tmp_path)
     settings = WorkerSettings(
-        read_card(ModelSettings()),
-        compute,
-        SafetySettings(),
-        OutputSettings(),
-        PinnedFolder.pin(tmp_path),
-        pa.schema([]),
+        read_card(ModelSettings()), COMPUTE, SafetySettings(), OutputSettings(), folder, pa.schema([])
     )
     worker = Worker(settings, "w", lambda *_: gated(LateError()))
     with pytest.raises(ServiceError, match="the service is down"):

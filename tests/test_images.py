@@ -71,7 +71,7 @@ def test_absent_parameters_are_not_written() -> None:
     assert "rescale" not in text
 
 
-def test_no_byte_depends_on_the_release() -> None:
+def test_bytes_do_not_depend_on_the_version_of_this_package() -> None:
     text = images.format_parameters(REQUEST, "DDIMScheduler", "a1b2")
     assert text.endswith("Version: batch-infer")
     assert __version__ not in text
@@ -94,7 +94,7 @@ def test_parameters_round_trip(image_format: ImageFormat, prompt: str) -> None:
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_parameters_of_any_length_fit(image_format: ImageFormat) -> None:
-    """Omitted text is marked, the line of fields is kept, and no surrogate pair is cut in half."""
+    """A mark replaces omitted text, the line of fields is kept, and no surrogate pair is split."""
     for fields in ("\nSteps: 30, Seed: 1", "", "\n" + "x" * 200_000):
         text = "x" + 20_000_000 * "🎨" + fields
         stored = parameters_of(images.encode(PIXELS, image_format, text))
@@ -115,7 +115,7 @@ LONG = st.tuples(st.sampled_from(["a", "é", "赤", "🎨", ".\n", "\\", "á\t"]
 def test_the_longest_row_gives_a_file_that_opens(
     image_format: ImageFormat, prompt: str, negative: str, scheduler: str
 ) -> None:
-    """With Pillow's default limits, as other programs have them."""
+    """It opens with Pillow's default limits, which other programs use."""
     cells = {"prompt": prompt, "negative_prompt": negative, "seed": 2**63 - 1, "height": 512, "width": 512}
     (request,) = make_requests(RowCells("a" * MAX_TEXT_LENGTH, Source("t.csv", 0), cells, {}), RULES)
     assert isinstance(request, PromptRequest)
@@ -165,8 +165,8 @@ def test_blank_is_black() -> None:
 
 
 @pytest.mark.parametrize("side", [64, 512])
-def test_blur_leaves_colour_and_no_shape(side: int) -> None:
-    """At every size: a checkerboard of an eighth of the side, sharp as it is, becomes one even grey."""
+def test_blur_keeps_colours_and_no_shapes(side: int) -> None:
+    """At every size, a sharp checkerboard with cells of an eighth of the side becomes an even grey."""
     cells = np.indices((8, 8)).sum(0) % 2 * 255
     board = np.kron(cells, np.ones((side // 8, side // 8), int)).astype(np.uint8)[:, :, None].repeat(3, 2)
     blurred = images.apply_policy(board, "blur")

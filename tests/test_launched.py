@@ -39,7 +39,7 @@ OPTIONS = (*(option for option in QUICK if option not in ("--num-processes", "0"
 TORCHRUN = ("torch.distributed.run",)
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no")  # fmt: skip
-"""--multi_gpu makes it start several processes on a machine without a GPU too."""
+"""--multi_gpu makes accelerate start several processes, even on a machine without a GPU."""
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def assert_as_expected(out: Path, reference: Path) -> None:
 
 
 def meeting_environment(folder: Path, workers: int) -> dict[str, str]:
-    """Return the environment with which no worker renders before all have loaded their model."""
+    """Return variables that make each worker wait after its first image until all workers have rendered one."""
     return {"PACE_MEET": str(folder / "meeting"), "PACE_WORKERS": str(workers), "PACE_SECONDS": "0.2"}
 
 
@@ -124,7 +124,7 @@ def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> None:
-    """It does so if one of them has died."""
+    """A launcher does so after one of them has died."""
     table, out = write_prompts(tmp_path, 24), tmp_path / "out"
     render_undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
@@ -139,7 +139,7 @@ def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> No
 
 @pytest.mark.promises
 def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -> None:
-    """As when one of several nodes is removed."""
+    """This happens when one of several nodes is removed."""
     table, out = write_prompts(tmp_path, 24), tmp_path / "out"
     render_undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
@@ -153,7 +153,7 @@ def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -
 
 
 def test_other_connections_do_not_block_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is closed at once, one stays silent, one does not know the key, and some send garbage."""
+    """One is closed at once, one stays silent, one does not know the key, and some send invalid bytes."""
     monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.5)
     rank_info = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
@@ -222,7 +222,7 @@ def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
 
 
 def test_a_rendezvous_file_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the key is in the environment."""
+    """It counts if the ranks share a secret in their environment."""
     rendezvous = Rendezvous("launch", "127.0.0.1", 1, "00")
     write_rendezvous(tmp_path, rendezvous)
     user = os.geteuid()
@@ -259,7 +259,7 @@ def test_a_rank_that_starts_after_rank_0_has_ended_does_not_wait(
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     monkeypatch.setattr(launched_module, "ARRIVAL_SECONDS", 0.0)
     monkeypatch.setattr(launched_module, "PROCESS_START", time.monotonic() + 60)
-    with pytest.raises(ServiceError, match="rank 0 was not found"):  # an earlier launch with the same name
+    with pytest.raises(ServiceError, match="rank 0 was not found"):  # the file is from an earlier launch
         connect_to_rank_0(tmp_path, "this launch", lambda: False)
 
 
@@ -314,7 +314,7 @@ def test_rank_info_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
         read_rank_info()
 
 
-def test_another_num_processes_than_the_launchers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_processes_must_agree_with_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

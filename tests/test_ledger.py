@@ -60,14 +60,14 @@ def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     killer, *others = keys(ledger.next_chunk(0))
     assert len(others) == CHUNK_ROWS - 1
     assert ledger.record_death(0) == []
-    together = ledger.next_retry(1)
-    assert together is not None
-    assert together.is_isolated
-    assert killer in keys(together)
-    assert len(together.requests) == RETRY_ROWS
+    first_retry = ledger.next_retry(1)
+    assert first_retry is not None
+    assert first_retry.is_isolated
+    assert killer in keys(first_retry)
+    assert len(first_retry.requests) == RETRY_ROWS
     assert ledger.record_death(1) == []
-    alone = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the rows that were not in that chunk come first
-    assert keys(alone[1]) == [killer]
+    chunks = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the first has the rows that were not in that chunk
+    assert keys(chunks[1]) == [killer]
     (failed,) = (request for request in ledger.record_death(2) if request.key == killer)
     assert failed.key == killer
 

@@ -1,4 +1,4 @@
-"""The overhead of the runner with a dummy model: rows per second, and the gain of a second worker."""
+"""The overhead of a run with a dummy model: rows per second, and the gain of a second worker."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests import dummies
 from tests.runs import assert_whole, results
 from tests.tables import write_csv
 
-Score = Callable[[int, int, Any], tuple[Summary, Path]]
+Render = Callable[[int, int, Any], tuple[Summary, Path]]
 
 
 @pytest.fixture
-def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
+def render_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Render:
     """Render rows of 64x64 pixels in worker processes with a dummy chain."""
 
     def run(rows: int, processes: int, load: Any) -> tuple[Summary, Path]:
@@ -36,8 +36,8 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
 
 
 @pytest.mark.soak
-def test_a_worker_commits_a_thousand_rows_per_second(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
-    summary, out = scored(20_000, 1, dummies.load)
+def test_a_worker_commits_a_thousand_rows_per_second(render_rows: Render, capfd: pytest.CaptureFixture[str]) -> None:
+    summary, out = render_rows(20_000, 1, dummies.load)
     with capfd.disabled():
         print(f"\n{summary.images_per_second:.0f} rows/s by one worker")
     assert summary.counts.ok == 20_000
@@ -46,10 +46,10 @@ def test_a_worker_commits_a_thousand_rows_per_second(scored: Score, capfd: pytes
 
 
 @pytest.mark.soak
-def test_two_workers_are_twice_as_fast_as_one(scored: Score, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_workers_are_twice_as_fast_as_one(render_rows: Render, capfd: pytest.CaptureFixture[str]) -> None:
     """The model only waits. At the end, no worker is idle for longer than a chunk of 32 rows takes."""
-    one, _ = scored(3200, 1, dummies.load_waiting)
-    two, out = scored(3200, 2, dummies.load_waiting)
+    one, _ = render_rows(3200, 1, dummies.load_waiting)
+    two, out = render_rows(3200, 2, dummies.load_waiting)
     ends: dict[str, datetime] = {}
     for row in results(out):
         ends[row["worker"]] = max(row["finished_at"], ends.get(row["worker"], row["finished_at"]))

@@ -1,4 +1,4 @@
-"""The packer: rows enter and leave a UNet batch of one shape."""
+"""Rows enter and leave a UNet batch of one shape."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_guidance_without_an_unconditional_part_is_a_bug(solver: Solver) -> None
 @pytest.mark.parametrize("drawing", [False, True], ids=["ddim", "ancestral"])
 @pytest.mark.parametrize("values", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, values: dict[str, Any], drawing: bool) -> None:
-    """Alone, with rows of any kind, in other batch positions, admitted late, and after a row that ended in nan."""
+    """The row is alone, among rows of any kind, in other batch positions, admitted late, and after a row of NaN."""
     ancestral = Solver(EulerAncestralDiscreteScheduler())
     own = ancestral if drawing else solver
     alone = make_slots()
@@ -118,7 +118,7 @@ def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, values: di
 
 
 def test_a_row_equals_the_loop_of_its_own_scheduler() -> None:
-    """Rows of several samplers share the slots; each is compared with its scheduler's own loop and generator."""
+    """Rows of several samplers share the slots. Each is compared with the loop of its scheduler."""
     network, slots = Network(), make_slots(size=8)
     schedulers = {
         "ddim": DDIMScheduler(clip_sample=False),

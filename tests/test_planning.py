@@ -1,4 +1,4 @@
-"""Planning: pending requests are ordered by size with long rows first, and their cost is estimated."""
+"""Planning: pending requests are ordered by size, with long rows first, and their cost is estimated."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def test_a_final_row_is_skipped_until_it_changes(status: str) -> None:
 
 
 def test_a_failed_row_is_tried_three_times() -> None:
-    tried = [is_finished(request(), Entry("failed", failures=failures)) for failures in range(1, 5)]
-    assert tried == [False, False, True, True]
+    finished = [is_finished(request(), Entry("failed", failures=failures)) for failures in range(1, 5)]
+    assert finished == [False, False, True, True]
     assert MAX_ATTEMPTS == 3
 
 
 def test_an_invalid_row_is_recorded_once() -> None:
     assert is_finished(invalid_row(), Entry("invalid"))
-    assert not is_finished(invalid_row(), Entry("invalid", fingerprint="another fault"))
+    assert not is_finished(invalid_row(), Entry("invalid", fingerprint="another error"))
     assert not is_finished(invalid_row(), Entry("ok"))
-    assert not is_finished(request(), Entry("invalid")), "it is none any more"
+    assert not is_finished(request(), Entry("invalid")), "the row has become valid"
 
 
-def test_pending_requests_have_the_images_that_they_replace() -> None:
+def test_pending_requests_name_the_images_that_they_replace() -> None:
     rows: list[PromptRequest | ResultRow] = [
         request("new"),
         request("done"),
@@ -105,7 +105,7 @@ def test_no_rows_give_no_requests() -> None:
 
 
 def test_requests_are_ordered_window_by_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table is read only as far as it is ordered."""
+    """Only the rows of the first window are read before the first request."""
     monkeypatch.setattr(planning, "WINDOW", 10)
     read = 0
 
@@ -136,20 +136,20 @@ def test_every_request_is_ordered_once(rows: list[tuple[int, int, float]], windo
         assert len(sizes) == len(set(sizes))
 
 
-# What it costs
+# Costs
 
 
-@pytest.mark.parametrize(("rows", "least"), [(200, 0.94), (1000, 0.98), (10_000, 0.99)])
+@pytest.mark.parametrize(("rows", "min_occupancy"), [(200, 0.94), (1000, 0.98), (10_000, 0.99)])
 @pytest.mark.parametrize("seed", range(3))
-def test_slots_are_full_on_a_mixed_table(rows: int, least: float, seed: int) -> None:
-    """Check the share of occupied slots for 20 to 50 steps, three sizes and one row in five without guidance."""
+def test_slots_are_full_on_a_mixed_table(rows: int, min_occupancy: float, seed: int) -> None:
+    """The table has 20 to 50 steps, three sizes, and one row in five without guidance."""
     draw = random.Random(seed)
     table = [
         request(f"{k}", size=draw.choice([64, 72, 128]), steps=draw.randint(20, 50), guidance=draw.choice(GUIDANCE))
         for k in range(rows)
     ]
     costs = costs_of(list(order_requests(table, lambda _: 32)), slots=32).values()
-    assert sum(cost.row_forwards for cost in costs) / sum(32 * cost.ticks for cost in costs) >= least
+    assert sum(cost.row_forwards for cost in costs) / sum(32 * cost.ticks for cost in costs) >= min_occupancy
 
 
 def costs_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], SizeCost]:
@@ -176,7 +176,7 @@ def test_no_rows_cost_nothing() -> None:
     assert costs_of([], slots=4) == {}
 
 
-def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_is_also_limited_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "WINDOW_BYTES", 1000)
     read = 0
 

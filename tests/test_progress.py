@@ -238,14 +238,14 @@ def test_workers_are_ready_once_before_the_first_commit(tmp_path: Path, monkeypa
     calls: list[str] = []
     render: Callable[..., Any] = LocalEngine.render
 
-    def recorded(engine: LocalEngine, task: Any, committed: Callable[..., None], stop: Any) -> Any:
+    def record_calls(engine: LocalEngine, task: Any, on_commit: Callable[..., None], stop: Any) -> Any:
         def commit(rows: Any) -> None:
             calls.append("committed")
-            committed(rows)
+            on_commit(rows)
 
         return render(engine, task, commit, stop, lambda: calls.append("ready"))
 
-    monkeypatch.setattr(LocalEngine, "render", recorded)
+    monkeypatch.setattr(LocalEngine, "render", record_calls)
     EngineRun(tmp_path / "out", [f"red {i}" for i in range(6)]).run()
     assert calls[0] == "ready"
     assert set(calls[1:]) == {"committed"}

@@ -1,4 +1,4 @@
-"""The checkpoint's own checker: the decision of diffusers, with scores, and with the edges of images checked."""
+"""The checkpoint's checker decides like diffusers, returns scores, and also checks the edges of images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def checker(model: Any) -> StableDiffusionChecker:
 
 @contextmanager
 def filled(model: Any, part: str, value: float) -> Iterator[None]:
-    """Replace one of the checker's weights by a value during the block."""
+    """Fill one of the checker's weight tensors with a value during the block."""
     weights = model.safety_checker.get_parameter(part).data
-    kept = weights.clone()
+    original = weights.clone()
     weights.fill_(value)
     try:
         yield
     finally:
-        weights.copy_(kept)
+        weights.copy_(original)
 
 
 def check_all(checker: StableDiffusionChecker, images: list[np.ndarray], batch: int = 4) -> list[Verdict]:
@@ -87,16 +87,16 @@ def test_images_are_not_changed(checker: StableDiffusionChecker) -> None:
 
 
 @pytest.mark.parametrize("index", range(3))
-@pytest.mark.parametrize("turn", [False, True], ids=["wide", "tall"])
-def test_edges_of_long_images_are_checked(checker: StableDiffusionChecker, index: int, turn: bool) -> None:
+@pytest.mark.parametrize("is_tall", [False, True], ids=["wide", "tall"])
+def test_edges_of_long_images_are_checked(checker: StableDiffusionChecker, index: int, is_tall: bool) -> None:
     images = probe_images(PROBES)
     verdicts = check_all(checker, images)
-    bad = images[[verdict.nsfw for verdict in verdicts].index(True)]
-    fine = Image.fromarray(images[[verdict.nsfw for verdict in verdicts].index(False)])
-    squares = [np.asarray(fine)] * 3
-    assert not checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw or index != 1
-    squares[index] = bad
-    assert checker.check([np.concatenate(squares, axis=1 - turn)])[0].nsfw
+    flagged = images[[verdict.nsfw for verdict in verdicts].index(True)]
+    clean = Image.fromarray(images[[verdict.nsfw for verdict in verdicts].index(False)])
+    squares = [np.asarray(clean)] * 3
+    assert not checker.check([np.concatenate(squares, axis=1 - is_tall)])[0].nsfw or index != 1
+    squares[index] = flagged
+    assert checker.check([np.concatenate(squares, axis=1 - is_tall)])[0].nsfw
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 40), (40, 32), (32, 64), (96, 32), (32, 257)])

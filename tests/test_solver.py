@@ -1,4 +1,4 @@
-"""The solver: the table of a scheduler against the scheduler itself."""
+"""The coefficient table of a scheduler gives the same samples as the scheduler itself."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def make_scheduler(text: str) -> Any:
 
 
 def model(sample: torch.Tensor, timestep: float) -> torch.Tensor:
-    """Stand in for a UNet: not linear in the sample, and different at every timestep."""
+    """Stand in for a UNet with outputs that are not linear in the sample and differ at every timestep."""
     return torch.tanh(sample * (1 + timestep / 1000)) + 0.1 * torch.cos(sample.flip(-1) * 3)
 
 
-def by_scheduler(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
+def sample_with_scheduler(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
     """Run the scheduler's own loop as a pipeline does: in float32, the dtype of its draws."""
     pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
     pipe.scheduler = scheduler
@@ -78,23 +78,23 @@ def by_scheduler(scheduler: Any, steps: int, seed: int) -> torch.Tensor:
     return sample
 
 
-def by_table(table: CoefficientTable, seed: int) -> torch.Tensor:
+def sample_with_table(table: CoefficientTable, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    known = [torch.randn(SHAPE, generator=generator)]
-    sample = table.initial_scale * known[0]
+    terms = [torch.randn(SHAPE, generator=generator)]
+    sample = table.initial_scale * terms[0]
     for k in range(table.evaluations):
-        known.append(model(table.input_scale[k] * sample, table.timesteps[k]))
-        known += [torch.randn(SHAPE, generator=generator) for _ in range(table.draws[k])]
-        sample = (table.coefficients[k, : len(known)] @ torch.stack(known).flatten(1)).reshape(SHAPE)
-    assert len(known) == table.coefficients.shape[1]
+        terms.append(model(table.input_scale[k] * sample, table.timesteps[k]))
+        terms += [torch.randn(SHAPE, generator=generator) for _ in range(table.draws[k])]
+        sample = (table.coefficients[k, : len(terms)] @ torch.stack(terms).flatten(1)).reshape(SHAPE)
+    assert len(terms) == table.coefficients.shape[1]
     return sample
 
 
 @pytest.mark.parametrize("steps", [4, 11, 30])
 @pytest.mark.parametrize("text", [*SPECS, *DRAWING])
 def test_a_table_gives_the_samples_of_its_scheduler(text: str, steps: int) -> None:
-    expected = by_scheduler(make_scheduler(text), steps, seed=steps)
-    actual = by_table(Solver(make_scheduler(text)).table(steps), seed=steps)
+    expected = sample_with_scheduler(make_scheduler(text), steps, seed=steps)
+    actual = sample_with_table(Solver(make_scheduler(text)).table(steps), seed=steps)
     assert torch.allclose(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -153,20 +153,20 @@ def test_a_begin_index_is_set_as_in_some_pipelines() -> None:
     assert Solver(scheduler, begin_index=0).table(50).evaluations == 50
 
 
-def test_a_refused_step_count_raises_a_row_error_each_time() -> None:
+def test_a_rejected_step_count_raises_a_row_error_each_time() -> None:
     solver = Solver(PNDMScheduler(skip_prk_steps=False))
     assert solver.table(4).evaluations > 4
     frames = set()
     for _ in range(3):
-        with pytest.raises(RowError, match="PNDMScheduler does not take num_inference_steps=3") as refusal:
+        with pytest.raises(RowError, match="PNDMScheduler does not take num_inference_steps=3") as caught:
             solver.table(3)
-        frames.add(len(refusal.traceback))
+        frames.add(len(caught.traceback))
     assert len(frames) == 1  # the traceback of the cached error does not grow
     with pytest.raises(RowError, match="num_inference_steps=1001"):
         Solver(DDIMScheduler(clip_sample=False)).table(1001)
 
 
-def test_a_scheduler_that_refuses_every_step_count_is_refused_with_its_reason() -> None:
+def test_a_scheduler_that_rejects_every_step_count_is_rejected_with_its_reason() -> None:
     with pytest.raises(ModelError, match="prediction_type given as nonsense.*--scheduler"):
         Solver(make_scheduler("EulerDiscreteScheduler:prediction_type=nonsense"))
 
@@ -209,7 +209,7 @@ def test_every_step_is_compared_and_not_only_the_last() -> None:
         Solver(TwoStates(None))
 
 
-def test_steps_that_are_not_a_fixed_linear_map_are_refused() -> None:
+def test_steps_that_are_not_a_fixed_linear_map_are_rejected() -> None:
     assert Solver(Stub(lambda output, sample: sample - 0.1 * output)).table(3).coefficients[2, 0] == 1
     with pytest.raises(ModelError, match="not linear in the model's outputs"):
         Solver(Stub(lambda output, sample: sample - output.clamp(-1, 1)))
@@ -221,13 +221,13 @@ def test_steps_that_are_not_a_fixed_linear_map_are_refused() -> None:
         Solver(Stub(lambda output: output))
 
 
-def drawn(sample: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw(sample: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(sample.shape, generator=generator, dtype=sample.dtype)
 
 
 def test_a_step_may_draw_more_than_once() -> None:
     rule = DrawingStub(lambda output, sample, generator: (
-        sample - output + 2 * drawn(sample, generator).mul_(0.5) + 3 * drawn(sample, generator)
+        sample - output + 2 * draw(sample, generator).mul_(0.5) + 3 * draw(sample, generator)
     ))  # fmt: skip
     table = Solver(rule).table(2)
     assert table.draws == (2, 2)
@@ -240,16 +240,16 @@ def test_a_step_may_draw_more_than_once() -> None:
         (lambda output, sample, g: sample + torch.rand(sample.shape, generator=g), "noise that is not normal"),
         (lambda output, sample, g: sample + torch.empty_like(sample).normal_(generator=g), "noise that is not normal"),
         (lambda output, sample, g: sample + torch.randn(1, generator=g), "noise of another shape"),
-        (lambda output, sample, g: sample + drawn(sample, g).clamp(-1, 1), "not linear"),
+        (lambda output, sample, g: sample + draw(sample, g).clamp(-1, 1), "not linear"),
         (
-            lambda output, sample, g: sample + drawn(sample, g) + torch.randn(sample.shape),
+            lambda output, sample, g: sample + draw(sample, g) + torch.randn(sample.shape),
             "draws noise from a global generator",
         ),
-        # Noise that depends on the generator's seed but is not drawn from it, as that of a Brownian tree.
-        (lambda output, sample, g: sample + drawn(sample, torch.Generator().manual_seed(g.initial_seed())), "linear"),
+        # Noise that depends on the generator's seed but is not drawn from it, like that of a Brownian tree.
+        (lambda output, sample, g: sample + draw(sample, torch.Generator().manual_seed(g.initial_seed())), "linear"),
     ],
     ids=["uniform", "in place", "shape", "clipped", "global", "seeded"],
 )
-def test_draws_that_the_packer_cannot_reproduce_are_refused(rule: Any, reason: str) -> None:
+def test_draws_that_the_packer_cannot_reproduce_are_rejected(rule: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=f"DrawingStub .*{reason}.*--scheduler"):
         Solver(DrawingStub(rule))

@@ -72,7 +72,7 @@ COMPUTE = Compute("cuda", "float16", 32, 8, 1, device_name="NVIDIA H200")
 def test_each_worker_sees_the_gpu_of_its_rank(
     visible: str | None, gpu: int, device: str, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a launcher has shown the process one GPU or none, nothing is changed."""
+    """If a launcher shows the process only one GPU or none, nothing changes."""
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr("batch_infer.engines.worker_process.os.environ", environment)
     environment |= dict.fromkeys(LAUNCHER_NAMES, "1")
@@ -108,7 +108,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class FakeSource:
-    """Workers played by the test through the other ends of their pipes."""
+    """Workers without processes. The test sends and receives their messages through `ends`."""
 
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
 
@@ -185,12 +185,12 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
     assert decode_from_worker(end.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
-        with pytest.raises(ModelError, match="rank 1: built-in demo model differs from what rank 0 has"):
+        with pytest.raises(ModelError, match="rank 1: built-in demo model differs from rank 0's model"):
             launched.join_launch(rank_info, "auto", tmp_path, replace(settings.card, **change), lambda: False)
 
 
 def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> None:
-    """It is retried, at last alone, and an idle worker is not waited for."""
+    """The row is retried, finally alone, and the supervisor does not wait for the idle worker."""
     source = FakeSource()
     committed: list[ResultRow] = []
     supervisor = make_supervisor(source, tmp_path, rows=1, on_commit=committed.extend)
@@ -214,10 +214,10 @@ def test_workers_are_not_killed_after_the_supervisor_was_suspended(tmp_path: Pat
     supervisor = make_supervisor(source, tmp_path)
     worker = source.handles[0]
     supervisor._handle(worker, ModelLoaded())
-    last_turn = supervisor._excuse_suspension(clock.now)
+    last_turn = supervisor._reset_after_suspension(clock.now)
     clock.now = 4000.0
     assert worker.overdue_seconds(source.timeouts) is not None
-    assert supervisor._excuse_suspension(last_turn) == 4000.0
+    assert supervisor._reset_after_suspension(last_turn) == 4000.0
     assert worker.overdue_seconds(source.timeouts) is None
 
 
@@ -253,7 +253,7 @@ def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: 
 
 @pytest.mark.parametrize("compiling", [300.0, 3000.0])
 def test_compilation_does_not_extend_the_timeout(clock: Clock, compiling: float) -> None:
-    """Neither before the first heartbeat nor of another size later."""
+    """Neither compilation before the first heartbeat nor later compilation for another size extends it."""
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
     with silent_worker() as worker:
         worker.is_loaded = True
@@ -266,8 +266,8 @@ def test_compilation_does_not_extend_the_timeout(clock: Clock, compiling: float)
         assert worker.overdue_seconds(timeouts) == 601.0
 
 
-def test_a_stopping_worker_has_seconds(clock: Clock) -> None:
-    """Also while it loads, compiles or waits. Slow steps get twice their usual time."""
+def test_a_stopping_worker_is_killed_after_seconds(clock: Clock) -> None:
+    """This also applies while it loads, compiles or waits. A worker with slow steps gets twice its usual interval."""
     timeouts = Timeouts(stop=4)
     with silent_worker() as worker:
         worker.is_idle = True
@@ -285,7 +285,7 @@ def test_a_stopping_worker_has_seconds(clock: Clock) -> None:
 
 
 def test_each_worker_gets_rows_as_soon_as_it_has_loaded_the_model(tmp_path: Path) -> None:
-    """The first leaves the share of the other, which is still loading."""
+    """The first worker leaves half of the rows to the other, which is still loading."""
     source = FakeSource(2)
     ready: list[str] = []
     supervisor = make_supervisor(source, tmp_path, rows=8)
@@ -306,7 +306,7 @@ def test_each_worker_gets_rows_as_soon_as_it_has_loaded_the_model(tmp_path: Path
 
 
 def test_a_frozen_worker_does_not_block_the_supervisor(tmp_path: Path) -> None:
-    """It reads nothing, and has sent half a message."""
+    """The worker reads nothing, and has sent half of a message."""
     source = FakeSource(2)
     make_supervisor(source, tmp_path)
     frozen, other = source.handles
@@ -324,7 +324,7 @@ def test_a_frozen_worker_does_not_block_the_supervisor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_child", [True, False])
 @pytest.mark.parametrize("connection", ["closed", "silent"])
 def test_a_death_while_stopping_is_counted(tmp_path: Path, clock: Clock, is_child: bool, connection: str) -> None:
-    """Temporary files are then removed from OUT, unless the worker's process may still write there."""
+    """The run then removes temporary files from OUT, unless the worker's process may still write there."""
     source = FakeSource()
     (end,) = source.ends
     source.handles[0].is_child = is_child
@@ -353,7 +353,7 @@ def test_carried_cells_arrive_as_they_were_sent() -> None:
 
 
 def test_an_invalid_message_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
-    """For example a pickle."""
+    """The message is a pickle."""
     connection, end = Pipe()
     with caplog.at_level(logging.WARNING, "batch_infer"), end:
         worker = WorkerHandle(1, connection)

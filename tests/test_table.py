@@ -1,4 +1,4 @@
-"""Tables of prompts: every row is read once, as requests or as one invalid result that says what is wrong."""
+"""Tables of prompts: every row becomes requests, or one invalid result that says what is wrong."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from tests.tables import (
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in an empty folder, so that tables have relative names, as users write them."""
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in an empty folder, so that it can name tables as users do."""
     monkeypatch.chdir(tmp_path)
 
 
 def one_row(**cells: Any) -> Path:
-    """Write a CSV table of one row with a prompt."""
+    """Write a CSV table with one row: a prompt and these cells."""
     return write_csv(Path("one.csv"), [["prompt", *cells], ["a red circle", *cells.values()]])
 
 
-# Which files a TABLE is
+# Files of TABLE arguments
 
 
 def test_csv_and_parquet_give_equal_rows() -> None:
@@ -97,7 +97,7 @@ def test_a_file_given_twice_is_read_once() -> None:
 
 
 def test_results_in_the_folder_are_not_read_as_tables() -> None:
-    """`run .` writes OUT next to the tables, and the next run must ignore it."""
+    """`run .` writes OUT next to the tables, so the next run must ignore it."""
     write_csv(Path("t.csv"), [["prompt"], ["x"]])
     for out in (Path("batch-infer-out"), Path(), Path("deep/out")):
         write_bytes(out / "run.json", b"{}")
@@ -107,12 +107,12 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
         write_bytes(out / "results.jsonl", b'{"prompt": "a result"}')
         for folder in ("images", "quarantine", "logs", "gallery"):
             write_bytes(out / folder / "deep" / "some.txt", b"a result")
-    write_csv(Path("manifest/named-so-by-chance.csv"), [["prompt"], ["in the folder that is an OUT itself"]])
+    write_csv(Path("manifest/prompts.csv"), [["prompt"], ["in a folder that is also OUT"]])
     write_csv(Path("elsewhere/manifest/results.csv"), [["prompt"], ["no run.json here"]])
     for argument in (".", "**/*.csv", "./*.*"):
         assert "a result" not in [request.prompt for request in read_requests(argument)]
     assert {request.prompt for request in read_requests(".")} == {"x", "no run.json here"}
-    assert len(read_requests("results.csv")) == 1, "what is named is read"
+    assert len(read_requests("results.csv")) == 1, "a file that the user names is read"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
         ("missing/**/*.csv", "the glob matches no table"),
     ],
 )
-def test_an_argument_without_a_table_is_named(argument: str, sentence: str) -> None:
+def test_an_argument_without_a_table_is_reported(argument: str, sentence: str) -> None:
     Path("empty").mkdir()
     Path("empty/notes.md").touch()
     Path("notes.md").touch()
@@ -177,7 +177,7 @@ def test_files_of_different_folders_have_different_default_ids() -> None:
         open_tables("t")
 
 
-def test_ids_and_files_that_differ_only_by_case_are_marked_from_the_second_on() -> None:
+def test_ids_and_files_that_differ_from_earlier_ones_only_by_case_are_marked() -> None:
     write_csv(Path("t/A.csv"), [["id", "prompt"], ["SKU", "x"], ["other", "x"], ["sku", "x"], ["Sku", "x"]])
     write_csv(Path("t/a.csv"), [["id", "prompt"], ["sKU", "x"], ["", "x"], ["A-00000001", "x"]])
     rows = {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t/A.csv", "t/a.csv")}
@@ -196,7 +196,7 @@ def test_ids_and_files_that_differ_only_by_case_are_marked_from_the_second_on() 
         ]
 
 
-def test_default_ids_that_differ_only_by_case_are_marked_from_the_second_file_on() -> None:
+def test_default_ids_that_differ_from_earlier_ones_only_by_case_are_marked() -> None:
     for folder in ("X", "x", "y"):
         write_csv(Path("t", folder, "a.csv"), [["prompt"], ["one"], ["two"]])
     assert {row.id: (row.id_collides, row.stem_collides) for row in read_requests("t")} == {
@@ -245,18 +245,18 @@ def test_ids_of_any_type_become_text(values: list[Any], ids: list[str]) -> None:
 
 
 def test_other_columns_are_carried_unchanged() -> None:
-    """Types and values are kept."""
+    """Their types and values stay the same."""
     columns = {
         "number": pa.array([1, None], pa.int16()),
         "real": pa.array([0.1, None], pa.float32()),
-        "when": pa.array([1, None], pa.timestamp("ns", "Europe/Berlin")),
-        "how_long": pa.array([1, None], pa.duration("us")),
+        "time": pa.array([1, None], pa.timestamp("ns", "Europe/Berlin")),
+        "duration": pa.array([1, None], pa.duration("us")),
         "price": pa.array([Decimal("1.50"), None]),
         "raw": pa.array([b"\xff\x00", None]),
         "tags": pa.array([["a", "b"], None]),
         "nested": pa.array([{"a": {"b": [1]}}, None]),
         "map": pa.array([[("k", 1), ("k", 2)], None], pa.map_(pa.string(), pa.int64())),
-        "nothing": pa.nulls(2),
+        "nulls": pa.nulls(2),
     }
     table = write_parquet(Path("t.parquet"), prompt=["x", "y"], **columns)
     tables = open_tables(table)
@@ -296,7 +296,7 @@ def test_files_with_different_columns_share_one_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "meeting"),
+    ("first", "second", "common"),
     [
         (pa.array([1]), pa.array(["x"]), pa.string()),
         (pa.array([1], pa.int8()), pa.array([2**40]), pa.int64()),
@@ -321,13 +321,13 @@ def test_files_with_different_columns_share_one_schema() -> None:
     ids=lambda value: str(value if isinstance(value, pa.DataType) else value.type),
 )
 def test_types_that_differ_between_files_have_a_common_type(
-    first: pa.Array, second: pa.Array, meeting: pa.DataType
+    first: pa.Array, second: pa.Array, common: pa.DataType
 ) -> None:
-    """The type holds both, or is text: a carried column never ends a run."""
+    """The common type represents all values, as text if necessary: a carried column never ends a run."""
     for name, array, other in (("a", first, second), ("b", second, first)):
         write_parquet(Path(name, "a.parquet"), prompt=["x"], column=array)
         write_parquet(Path(name, "b.parquet"), prompt=["y"], column=other)
-        assert open_tables(name).carried.field("column").type == meeting
+        assert open_tables(name).carried.field("column").type == common
         assert len(read_requests(name)) == 2
 
 
@@ -353,7 +353,7 @@ def test_a_field_can_be_carried_instead() -> None:
         ({"prompt": " Prompt", "seed": "luck"}, "has no column 'luck' for seed; it has ' Prompt', 'text'"),
     ],
 )
-def test_a_missing_column_is_named(columns: dict[str, str], sentence: str) -> None:
+def test_a_missing_column_is_reported(columns: dict[str, str], sentence: str) -> None:
     table = write_csv(Path("t.csv"), [[" Prompt", "text"], ["x", "y"]])
     with pytest.raises(TableError, match=sentence):
         open_tables(table, columns=columns)
@@ -379,11 +379,11 @@ def test_an_empty_cell_takes_the_default(empty: Any) -> None:
     rules = RowRules(RowDefaults(30, 6.0, 0.5, 128, 72, "blurry", 2, 7), RULES.sizes, "f")
     names = ("negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale")
     values = {name: [empty] for name in (*names, "guidance_rescale", "num_images_per_prompt")}
-    said = read_requests(write_parquet(Path("t.parquet"), prompt=["x"], **values), rules=rules)
-    unsaid = read_requests(write_parquet(Path("t.parquet"), prompt=["x"]), rules=rules)
-    assert said == unsaid
-    assert [request.params for request in said] == [SamplingParams(128, 72, 30, 6.0, 0.5)] * 2
-    assert said[0].negative_prompt == "blurry"
+    with_cells = read_requests(write_parquet(Path("t.parquet"), prompt=["x"], **values), rules=rules)
+    without_cells = read_requests(write_parquet(Path("t.parquet"), prompt=["x"]), rules=rules)
+    assert with_cells == without_cells
+    assert [request.params for request in with_cells] == [SamplingParams(128, 72, 30, 6.0, 0.5)] * 2
+    assert with_cells[0].negative_prompt == "blurry"
 
 
 def test_cells_override_the_defaults() -> None:
@@ -415,7 +415,7 @@ OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000
 @pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
 def test_invalid_whole_numbers(field: str, text: str) -> None:
-    """The short error names the column, shows the cell and says what is wrong."""
+    """The error names the column, shows the start of the cell and says what is wrong."""
     error = error_of(one_row(**{field: text}))
     assert re.fullmatch(rf"{field} '.{{1,40}}' is not (a whole number|within \d+ to \d+)", error)
     if text in OUT_OF_RANGE:
@@ -476,11 +476,12 @@ def test_defaults_obey_the_rules_for_rows() -> None:
 
 
 def test_derived_seeds_are_stable_and_differ_between_rows() -> None:
-    """Fixed numbers: a change here changes every image that was made without a seed."""
+    """These numbers must not change, since images of rows without a seed depend on them."""
     rows = [["a", "1"], ["b", "2"], ["c", "3"]]
-    whole = {item.id: item.seed for item in read_requests(write_csv(Path("t.csv"), [["id", "prompt"], *rows]))}
-    apart = {item.id: item.seed for item in read_requests(write_csv(Path("u.csv"), [["id", "prompt"], *rows[::-1]]))}
-    assert whole == apart == {"a": 1595580616, "b": 2832508741, "c": 1358304166}
+    sorted_table = write_csv(Path("t.csv"), [["id", "prompt"], *rows])
+    reversed_table = write_csv(Path("u.csv"), [["id", "prompt"], *rows[::-1]])
+    first, second = ({item.id: item.seed for item in read_requests(t)} for t in (sorted_table, reversed_table))
+    assert first == second == {"a": 1595580616, "b": 2832508741, "c": 1358304166}
 
 
 def test_the_seed_option_changes_derived_seeds() -> None:
@@ -502,15 +503,15 @@ def test_seeds_that_would_overflow_are_refused() -> None:
     assert "leaves no room for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
 
 
-def test_a_fingerprint_covers_what_decides_the_image_and_nothing_else() -> None:
-    plain = {"id": "a", "prompt": "x", "seed": 1}
+def test_a_fingerprint_covers_only_what_determines_the_image() -> None:
+    original = {"id": "a", "prompt": "x", "seed": 1}
 
     def fingerprint(rules: RowRules = RULES, **changes: Any) -> str:
-        cells = {**plain, **changes}
+        cells = {**original, **changes}
         (request,) = read_requests(write_csv(Path("t.csv"), [list(cells), list(cells.values())]), rules=rules)
         return request.fingerprint
 
-    moving = [
+    changed = [
         fingerprint(prompt="y"),
         fingerprint(seed=2),
         fingerprint(negative_prompt="y"),
@@ -521,11 +522,11 @@ def test_a_fingerprint_covers_what_decides_the_image_and_nothing_else() -> None:
         fingerprint(guidance_rescale=0.5),
         fingerprint(RowRules(RULES.defaults, RULES.sizes, "another run")),
     ]
-    assert len({fingerprint(), *moving}) == len(moving) + 1
+    assert len({fingerprint(), *changed}) == len(changed) + 1
     assert fingerprint() == fingerprint(id="b") == fingerprint(carried="c") == fingerprint(num_inference_steps="20.0")
 
 
-# What files can hold
+# Contents of files
 
 
 @pytest.mark.parametrize(
@@ -534,7 +535,7 @@ def test_a_fingerprint_covers_what_decides_the_image_and_nothing_else() -> None:
         pytest.param(b"\xef\xbb\xbfprompt,n\na,1\nb,2\n", id="byte order mark"),
         pytest.param(b"prompt,n\r\na,1\r\nb,2\r\n", id="CRLF"),
         pytest.param(b"prompt,n\ra,1\rb,2\r", id="CR"),
-        pytest.param(b'"prompt","n"\n"a","1"\n"b","2"', id="quotes, and no last line end"),
+        pytest.param(b'"prompt","n"\n"a","1"\n"b","2"', id="quotes, and no newline at the end"),
         pytest.param(b"\n\nprompt,n\n\na,1\n\n\nb,2\n\n", id="blank lines"),
         pytest.param(b"n,prompt\n1,a\n2,b\n", id="any order"),
     ],
@@ -620,7 +621,7 @@ def test_a_short_row_leaves_its_last_cells_empty() -> None:
     ],
 )
 def test_an_unclosed_quote_makes_only_its_row_invalid(lines: list[str], bad: str, good: list[str]) -> None:
-    """The first line below that is a whole row by itself is read as a row."""
+    """Reading continues at the next line that is a complete row."""
     content = "\n".join(["prompt,n", "x,1", *lines, ""])
     rows = read(write_bytes(Path("t.csv"), content.encode()))
     invalid = [item for item in rows if isinstance(item, ResultRow)]
@@ -669,15 +670,15 @@ def test_an_unreadable_file_is_one_invalid_result() -> None:
     write_bytes(Path("t/b.parquet"), write_parquet(Path("whole.parquet"), prompt=["y"] * 100).read_bytes()[:-10])
     write_csv(Path("t/c.csv"), [["caption"], ["z"]])
     write_csv(Path("t/d.csv"), [["prompt"], ["x"]])
-    first, truncated, unnamed, last = read("t")
-    assert (first.id, truncated.id, unnamed.id, last.id) == tuple(f"{stem}-00000000" for stem in "abcd")
+    first, truncated, missing_column, last = read("t")
+    assert (first.id, truncated.id, missing_column.id, last.id) == tuple(f"{stem}-00000000" for stem in "abcd")
     assert isinstance(truncated, ResultRow)
     assert re.match("t/b.parquet cannot be read: ", truncated.error or "")
-    assert isinstance(unnamed, ResultRow)
-    assert "t/c.csv has no column 'prompt'" in (unnamed.error or "")
+    assert isinstance(missing_column, ResultRow)
+    assert "t/c.csv has no column 'prompt'" in (missing_column.error or "")
 
 
-def test_if_no_file_can_be_read_each_is_named() -> None:
+def test_if_no_file_can_be_read_all_are_reported() -> None:
     tables = [write_bytes(Path("a.parquet"), b"PAR1 and so on"), write_bytes(Path("b.csv"), b"")]
     with pytest.raises(TableError, match=r"a.parquet cannot be read: .* · b.csv is empty"):
         open_tables(*tables)
@@ -720,16 +721,16 @@ def zigzag(number: int) -> bytes:
 
 
 def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
-    """Arrow reads fewer rows of many such files than the footer counts, without an error."""
+    """From many such files, Arrow silently reads fewer rows than the footer counts."""
     path = write_groups(Path("t.parquet"))
     content = path.read_bytes()
     footer = slice(-8 - int.from_bytes(content[-8:-4], "little"), -8)
     whole, after = content[footer], content[footer.stop :]
-    places = [match.start() for count in (2000, 6000) for match in re.finditer(re.escape(zigzag(count)), whole)]
+    offsets = [match.start() for count in (2000, 6000) for match in re.finditer(re.escape(zigzag(count)), whole)]
     seen = set()
-    for place in places:
+    for offset in offsets:
         for count in (0, 1999, 5000, 10**12, 2**62, -5):
-            damaged = whole[:place] + zigzag(count) + whole[place + 2 :]
+            damaged = whole[:offset] + zigzag(count) + whole[offset + 2 :]
             path.write_bytes(content[: footer.start] + damaged + len(damaged).to_bytes(4, "little") + after[4:])
             metadata = pq.read_metadata(path)
             groups = [metadata.row_group(group).num_rows for group in range(3)]
@@ -752,25 +753,25 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
 
 
 UNREADABLE = Path("/proc/self/mem")
-"""A file whose first byte gives EIO."""
+"""A file that cannot be read: its first byte raises EIO."""
 
 
-@pytest.mark.skipif(not UNREADABLE.exists(), reason="a file that gives EIO is there on Linux alone")
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
-@pytest.mark.parametrize("when", ["at first", "later", "gone"])
-def test_a_failing_disk_makes_no_row_invalid(ending: str, when: str) -> None:
-    """The file may be intact: the same command reads it once the disk works again."""
-    path = write_bytes(Path(f"t/t.{ending}"), in_format(ending, [{"prompt": "x"}]))
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="only Linux has a file that raises EIO")
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt", "csv.gz", "jsonl.zst", "txt.bz2", "csv.xz"])
+@pytest.mark.parametrize("when", ["before opening", "after opening", "removed after opening"])
+def test_a_failing_disk_makes_no_row_invalid(suffix: str, when: str) -> None:
+    """The file may be intact, so the same command can read it when the disk works again."""
+    path = write_bytes(Path(f"t/t.{suffix}"), in_format(suffix, [{"prompt": "x"}]))
     write_csv(Path("t/good.csv"), [["prompt"], ["x"]])
     sentence = "cannot read t/t.*: .*; run the same command again to continue"
     with ExitStack() as stack:
-        if when != "at first":
+        if when != "before opening":
             tables = stack.enter_context(open_tables("t"))
         path.unlink()
-        if when != "gone":
+        if when != "removed after opening":
             path.symlink_to(UNREADABLE)
         with pytest.raises(StorageError, match=sentence):
-            list((tables if when != "at first" else open_tables("t")).read_rows(RULES))
+            list((open_tables("t") if when == "before opening" else tables).read_rows(RULES))
 
 
 @pytest.mark.parametrize("call", ["read_schema", "iter_batches"])
@@ -842,7 +843,7 @@ def test_bytes_in_parquet_can_be_text() -> None:
     assert [(item.prompt, item.negative_prompt) for item in read_requests(table)] == [("été", "dull")]
 
 
-# Any table at all
+# Arbitrary tables
 
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 tables = st.integers(1, 5).flatmap(
@@ -853,7 +854,7 @@ tables = st.integers(1, 5).flatmap(
 )
 WRITERS: list[dict[str, Any]] = [
     {},
-    {"lineterminator": "\n", "quoting": csv.QUOTE_ALL},  # with fewer quotes it would leave a carriage return bare
+    {"lineterminator": "\n", "quoting": csv.QUOTE_ALL},  # otherwise the writer does not quote a carriage return
     {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\r"},
 ]
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -902,7 +903,7 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_table_error(data: st.DataO
 
 
 def test_a_column_without_a_name_is_not_a_field(tmp_path: Path) -> None:
-    """pandas writes its index without a name; `--column seed=` means that no column is the seed."""
+    """pandas writes its index without a name. `--column seed=` means that no column contains the seed."""
     table = write_csv(tmp_path / "t.csv", [["", "prompt"], ["7", "a red circle"]])
     (row,) = read_requests(table, columns={"seed": ""})
     assert row.seed != 7
@@ -911,7 +912,7 @@ def test_a_column_without_a_name_is_not_a_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cell", ["NaN", "nan", "NA", "n/a", "NULL", "null", "None", r"\N", "#N/A", "<NA>", "  ", "\t"])
 def test_a_missing_number_takes_the_default(cell: str) -> None:
-    """Databases, spreadsheets and pandas write these; in a text field they are text."""
+    """Databases, spreadsheets and pandas write these cells. In a text field they are text."""
     numbers = [field for field in FIELDS if field not in ("prompt", "id", "negative_prompt")]
     write_csv(Path("t.csv"), [["prompt", "negative_prompt", *numbers], ["x", "", *[""] * 7], ["x", "", *[cell] * 7]])
     first, second = read_requests("t.csv")
@@ -957,7 +958,7 @@ def test_text_that_is_not_unicode_is_described(cells: dict[str, str], sentence: 
         (["prompt", "ID"], "id", "ID"),
     ],
 )
-def test_a_column_named_almost_like_a_field_is_carried_with_a_notice(
+def test_a_column_whose_name_resembles_a_field_is_carried_with_a_notice(
     header: list[str], field: str, column: str
 ) -> None:
     write_csv(Path("t.csv"), [header, ["x", "2"]])

@@ -1,4 +1,4 @@
-"""Table formats: each gives the rows of the equal CSV, and damage costs as few rows as possible."""
+"""Table formats: every format gives the same rows as a CSV, and damage makes as few rows invalid as possible."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from tests.tables import (
 
 TEXT = ("csv", "tsv", "jsonl", "ndjson", "json", "txt")
 FORMATS = (*TEXT, "parquet")
-PACKINGS = ("", ".gz", ".bz2", ".xz", ".zst")
+COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def write(name: str, content: str | bytes | Any) -> Path:
-    """Write a file of text, of bytes, or of the JSON of anything else."""
+    """Write text, bytes, or any other value as JSON to a file."""
     if not isinstance(content, (str, bytes)):
         content = json.dumps(content)
     return write_bytes(Path(name), content.encode() if isinstance(content, str) else content)
@@ -58,25 +58,24 @@ def errors_of(rows: list[PromptRequest | ResultRow]) -> list[str | None]:
 
 
 def refusal_of(path: Path | str, **options: Any) -> str:
-    with pytest.raises(TableError) as caught:
+    with pytest.raises(TableError) as exc_info:
         open_tables(path, **options)
-    return str(caught.value)
+    return str(exc_info.value)
 
 
-# The same table in every format
+# Equal tables in every format
 
 
-@pytest.mark.parametrize("compression", PACKINGS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("suffix", [*(name for name in FORMATS if name != "txt"), "pq", "parq"])
-def test_every_format_gives_the_rows_of_the_equal_csv(suffix: str, compression: str) -> None:
+def test_every_format_gives_the_same_rows_as_a_csv(suffix: str, compression: str) -> None:
     expected = essence(read_requests(write("t.csv", in_format("csv", ROWS))))
-    named = f"other/t.{suffix}{compression}"
-    assert essence(read_requests(write(named, in_format(suffix + compression, ROWS)))) == expected
-    upper = f"upper/t.{suffix.upper()}{compression.upper()}"
-    assert essence(read_requests(write(upper, in_format(suffix + compression, ROWS)))) == expected
+    content = in_format(suffix + compression, ROWS)
+    for name in (f"lower/t.{suffix}{compression}", f"upper/t.{suffix.upper()}{compression.upper()}"):
+        assert essence(read_requests(write(name, content))) == expected
 
 
-@pytest.mark.parametrize("compression", PACKINGS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_plain_text_has_one_prompt_per_line(compression: str) -> None:
     rows = [{"prompt": "a red circle"}, {"prompt": " two, three "}, {"prompt": 'say "é"'}]
     expected = essence(read_requests(write("t.csv", in_format("csv", rows))))
@@ -107,12 +106,12 @@ def test_utf_16_is_refused_with_advice(suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", TEXT)
-@pytest.mark.parametrize("compression", PACKINGS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_an_empty_file_is_refused(suffix: str, compression: str) -> None:
     assert refusal_of(write(f"t.{suffix}{compression}", b"")) == f"t.{suffix}{compression} is empty"
 
 
-# Packed files
+# Compressed files
 
 
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
@@ -129,7 +128,7 @@ def test_a_file_with_the_wrong_compression_suffix_is_refused(suffix: str, compre
 
 
 @pytest.mark.parametrize("suffix", TEXT)
-def test_a_truncated_gzip_file_gives_the_rows_before_the_break(suffix: str) -> None:
+def test_a_truncated_gzip_file_gives_the_rows_before_its_end(suffix: str) -> None:
     rows = [{"prompt": f"prompt {i} {i**9}"} for i in range(2000)]
     whole = in_format(f"{suffix}.gz", rows)
     items = read(write(f"t.{suffix}.gz", whole[: len(whole) // 2]))
@@ -140,7 +139,7 @@ def test_a_truncated_gzip_file_gives_the_rows_before_the_break(suffix: str) -> N
 
 
 @pytest.mark.parametrize("compression", ["bz2", "xz"])
-def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(compression: str) -> None:
+def test_a_truncated_file_of_compressed_blocks_gives_the_rows_before_its_end(compression: str) -> None:
     """The blocks before the damage are complete, since they are compressed separately."""
     rows = "".join(f"prompt {i}\n" for i in range(100)).encode()
     whole = compress(compression, b"prompt\n" + rows) + compress(compression, rows)
@@ -151,7 +150,7 @@ def test_a_file_compressed_in_blocks_gives_the_rows_before_the_break(compression
     assert not any(errors_of(items[:-1]))
 
 
-def test_a_truncated_zstd_file_gives_the_rows_before_the_break() -> None:
+def test_a_truncated_zstd_file_gives_the_rows_before_its_end() -> None:
     whole = in_format("csv.zst", [{"prompt": f"prompt {i} {i**9}"} for i in range(30_000)])
     rows = read(write("t.csv.zst", whole[:-100]))
     assert "breaks off here" in (errors_of(rows)[-1] or "")
@@ -175,7 +174,7 @@ def test_a_truncated_parquet_file_in_gzip_is_refused() -> None:
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 @pytest.mark.parametrize("quoted", [False, True])
 def test_the_separator_is_detected_from_the_header(mark: str, quoted: bool) -> None:
-    """German Excel writes semicolons. A comma is then text."""
+    """German Excel writes semicolons. Commas are then part of the text."""
     form = {"delimiter": mark, "quoting": int(quoted)}
     table = write_csv(Path("t.csv"), [["seed", "prompt", "n,m"], [1, "a red, round circle", "x"]], **form)
     (row,) = read_requests(table)
@@ -215,26 +214,26 @@ def test_too_many_cells_with_another_separator() -> None:
 
 
 def test_columns_without_a_name_are_named_by_position() -> None:
-    """Spreadsheets' trailing commas and pandas' index make such columns."""
+    """Trailing commas in spreadsheets and the index of pandas produce such columns."""
     (row,) = read_requests(write("t.csv", ",prompt,,unnamed_2,\n7,x,,mine,\n"))
     assert row.carried == {"unnamed_0": "7", "unnamed_2_": "", "unnamed_2": "mine", "unnamed_4": ""}
 
 
-def remarks_of(path: Path | str, **options: Any) -> list[str]:
-    """Return the notices on a table after its rows were read."""
+def notices_of(path: Path | str, **options: Any) -> list[str]:
+    """Return the notices about a table and its rows."""
     with open_tables(path, **options) as tables:
         list(tables.read_rows(RULES))
         return tables.notices
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_rows_of_separators_alone_are_skipped_and_counted(suffix: str) -> None:
-    """Spreadsheets write them below a table. The rows that follow keep their numbers, and so their ids."""
+def test_rows_that_contain_only_separators_are_skipped_and_counted(suffix: str) -> None:
+    """Spreadsheets write them below a table. They still count in the numbers, and so in the ids, of later rows."""
     text = "prompt,seed,tag\nx,1,\n,,\n\n,,\ny,2,\n,,,,,\n"
     table = write(f"t.{suffix}", text.replace(",", "\t") if suffix == "tsv" else text)
     assert [(item.id, item.seed) for item in read_requests(table)] == [("t-00000000", 1), ("t-00000003", 2)]
     assert len(read(table, limit=2)) == 2
-    assert remarks_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{suffix}, line 3)"]
+    assert notices_of(table) == [f"rows without any value, which are skipped: 3 (first: t.{suffix}, line 3)"]
 
 
 def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
@@ -244,18 +243,18 @@ def test_a_row_of_one_empty_cell_is_not_skipped() -> None:
 
 
 def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
-    """Spreadsheets omit empty cells at the end of a row. A row that was split in two is short too."""
+    """Spreadsheets omit empty cells at the end of a row. A row that was split in two is also short."""
     table = write("t.csv", "prompt,seed,height,tag\nw,1,64,\nx,1\ny\nz,3,,\n")
     rows = read_requests(table)
     assert [(item.prompt, item.seed) for item in rows if item.seed in (1, 3)] == [("w", 1), ("x", 1), ("z", 3)]
     assert rows[1].carried == {"tag": None}
-    (notice,) = remarks_of(table)
+    (notice,) = notices_of(table)
     assert notice == (
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 2 "
         "(first: t.csv, line 3: 2 of 4 cells, without 'height', 'tag')"
     )
     payload = {"columns": ["prompt", "seed"], "data": [["x", 1], ["y"], "z", {"prompt": "u"}]}
-    assert remarks_of(write("t.json", payload)) == [
+    assert notices_of(write("t.json", payload)) == [
         "rows with fewer cells than there are columns, whose missing cells take their defaults: 1 "
         "(first: t.json, row 1: 1 of 2 cells, without 'seed')"
     ]
@@ -264,7 +263,7 @@ def test_rows_with_fewer_cells_than_the_header_are_counted() -> None:
 @pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "sep=|", "sep=\t", "sep=,", "sep=:"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
-    """As Excel writes it. The header alone would suggest another separator."""
+    """Excel writes such a line. The header alone would suggest another separator."""
     mark = first.strip('"')[4]
     lines = [first, f"prompt{mark}tag", f"x{mark}1", f'"y{mark}"{mark}2', f"z{mark}{mark}{mark}3"]
     for suffix in ("csv", "tsv"):
@@ -288,7 +287,7 @@ def test_carried_columns_with_the_same_name_are_renamed(suffix: str) -> None:
         )
     (row,) = read_requests(table)
     assert row.carried == {"tag": "1", "tag_3": "2", "tag_2": "3", "tag_4": "4"}
-    assert remarks_of(table) == [
+    assert notices_of(table) == [
         f"t.{suffix} has columns with the same name: "
         "another 'tag' is carried as 'tag_3', another 'tag' is carried as 'tag_4'"
     ]
@@ -312,14 +311,14 @@ def test_comments_and_options_in_plain_text_are_rendered_with_a_notice(line: str
     assert [(item.prompt, item.source.line) for item in read_requests(table)] == list(
         zip(prompts, (2, 3, 4), strict=True)
     )
-    (notice,) = remarks_of(table)
+    (notice,) = notices_of(table)
     assert notice.startswith("lines of .txt that look like comments or options and are rendered word for word (")
     assert notice.endswith(f"): 1 (first: t.txt, line 3: {line!r})")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl", "txt"])
 def test_a_row_in_a_text_format_has_a_line_number(suffix: str) -> None:
-    """The line that an editor shows. `source_row` counts rows from 0."""
+    """It is the line number that an editor shows. `source_row` counts rows from 0."""
     kind = suffix.partition(".")[0]
     lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
     content = b"\n".join([lines[0], b"", *lines[1:], b""])
@@ -356,7 +355,7 @@ def test_a_line_that_is_too_long_makes_only_its_row_invalid(suffix: str, monkeyp
 
 @pytest.mark.parametrize("width", [2, 40])
 def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit does not depend on the length of cells. Lines of the row are not rows."""
+    """The limit does not depend on the length of cells, and lines within the row are not read as rows."""
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     header = ",".join(["prompt", *(f"c{k}" for k in range(1, width))])
     good = ",".join(["x", *["y"] * (width - 1)])
@@ -371,7 +370,7 @@ def test_a_row_of_many_lines_has_the_limit_of_one_line(width: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("closes", [True, False])
-def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_below_a_quote_that_is_closed_much_later_are_read(closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 1000)
     good = "".join(f"{k},y\n" for k in range(500))
     text = 'prompt,tag\n"open,y\n' + "prose\n" * 500 + good + 'closed",y\n' * closes
@@ -402,7 +401,7 @@ def test_rows_below_a_quote_that_is_closed_far_below_are_read(closes: bool, monk
 def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
     rows: str, expected: list[str], newline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row has its result with its line, and words within a quoted cell are not a row."""
+    """Every row has a result with its line number, and text within a quoted cell is not read as a row."""
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 80)
     content = "id,prompt\n" + rows.replace("GIANT", "red circle " * 100).replace("COMMAS", "," * 500)
     items = read(write("t.csv", content.replace("\n", newline).encode()))
@@ -422,10 +421,10 @@ def test_a_line_that_is_too_long_makes_the_row_around_it_invalid(
     )
 
 
-@pytest.mark.parametrize("words", ["red circle, ", ",", '""'])
-def test_memory_does_not_grow_with_a_line_below_an_open_quote(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["red circle, ", ",", '""'])
+def test_memory_does_not_grow_with_a_line_below_an_open_quote(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_ROW_SIZE", 10_000)
-    path = write("t.csv", 'id,prompt\na,"open\n' + words * (3_000_000 // len(words)) + '\nend"\nb,ok\n')
+    path = write("t.csv", 'id,prompt\na,"open\n' + text * (3_000_000 // len(text)) + '\nend"\nb,ok\n')
     read(path)
     tracemalloc.start()
     try:
@@ -450,7 +449,7 @@ def test_a_header_of_many_lines_has_the_limit_of_one_line(monkeypatch: pytest.Mo
 
 
 def test_a_long_row_in_parquet_makes_only_itself_invalid() -> None:
-    """It is not converted. A dictionary value counts in every row that has it."""
+    """The row is not converted to Python values. A dictionary value counts in every row that has it."""
     long = "x" * (9 << 20)
     columns: dict[str, Any] = {
         "prompt": ["1", "2", "3", None, "5"],
@@ -551,7 +550,7 @@ def test_a_column_has_the_type_that_holds_all_its_values(
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_keys_that_are_values_make_their_rows_invalid(suffix: str) -> None:
-    """Memory must not grow with the table, and results must not get a column per row."""
+    """Memory must not grow with the table, and the results must not have a column for every row."""
     rows: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "z"}]
     rows[1:1] = ({"prompt": "x", f"key {i}": 1} for i in range(2000))
     items = read(write(f"t.{suffix}", in_format(suffix, rows)))
@@ -584,7 +583,7 @@ def test_a_file_without_a_line_of_json_is_refused() -> None:
     assert refusal_of(write("t.jsonl", "prompt\nx\n")).startswith("t.jsonl cannot be read: line 1 is not JSON: ")
 
 
-# OpenAI's batch files
+# OpenAI batch files
 
 
 def batch_line(name: str, **body: Any) -> dict[str, Any]:
@@ -620,7 +619,7 @@ def test_the_body_overrides_the_request() -> None:
     assert (row.id, row.seed, row.carried["url"]) == ("a", 1, "inner")
 
 
-def test_the_first_line_decides_whether_it_is_a_batch_file() -> None:
+def test_the_first_line_determines_whether_a_file_is_a_batch_file() -> None:
     lines = [batch_line("a", prompt="x"), {"prompt": "y"}, {"custom_id": "c", "body": "z"}]
     assert errors_of(read(write("t.jsonl", in_format("jsonl", lines)))) == [
         None,
@@ -674,7 +673,7 @@ def test_parameters_fill_empty_cells(first: str) -> None:
 @pytest.mark.parametrize("compression", ["", ".gz"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf\n"])
 def test_json_lines_can_be_named_json(compression: str, mark: bytes) -> None:
-    """As Spark and `datasets.to_json` name them."""
+    """Spark and `datasets.to_json` name them like this."""
     rows: list[dict[str, Any]] = [
         {"prompt": "x", "data": {"a": 1}, "tag": "t"},
         {"prompt": "y", "data": None, "seed": 3},
@@ -726,7 +725,7 @@ def test_a_payload_without_rows_is_a_table_without_rows() -> None:
     [
         ("7", "element 1 is neither an object nor a prompt but int"),
         ("null", "element 1 is neither an object nor a prompt but NoneType"),
-        ('["y", 1, 2]', "element 1 has 3 cells where columns names 2"),
+        ('["y", 1, 2]', "element 1 has 3 cells, but the number of columns is 2"),
         ('{"prompt": 7}', "prompt '7' is not text but int"),
         (
             '{"prompt": "y", "seed": 123456789012345678901234567890}',
@@ -757,7 +756,7 @@ def test_a_bad_element_makes_only_its_row_invalid(element: str, sentence: str) -
     ids=lambda value: value[:20],
 )
 def test_a_document_breaks_off_where_it_is_not_json(element: str, reason: str) -> None:
-    """The rows before are read, and one result says that the file breaks off."""
+    """The rows before are read, and a last result says that the file breaks off."""
     rows = read(write("t.json", '{"columns": ["prompt"], "data": ["x", ' + element + ', "z"]}'))
     assert isinstance(rows[0], PromptRequest)
     assert isinstance(rows[-1], ResultRow)
@@ -831,7 +830,7 @@ def test_unreadable_documents(content: str, sentence: str) -> None:
 
 
 def test_an_element_that_is_too_long_ends_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of the document other than rows may be of any length."""
+    """Other parts of the document may have any length."""
     monkeypatch.setattr("batch_infer.table.json.Scanner", partial(Scanner, max_length=1000))
     payload = {"index": list(range(100_000)), "columns": ["prompt"], "data": ["x", "y" * 200_000, "z"]}
     rows = read(write("t.json", payload))
@@ -841,20 +840,20 @@ def test_an_element_that_is_too_long_ends_the_document(monkeypatch: pytest.Monke
 @given(st.lists(st.text(min_size=1), max_size=5), st.booleans(), st.integers(1, 7))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_read_boundaries_do_not_matter(prompts: list[str], escaped: bool, size: int) -> None:
-    """Values and characters that are split between two reads are complete."""
+    """Values and characters that are split between two reads are joined."""
     rows = [{"prompt": prompt, "n": [1.5, {"a": prompt}]} for prompt in ('é🎨\\"[{,]}', *prompts)]
     path = write("t.json", json.dumps({"data": rows}, ensure_ascii=escaped, indent=2))
-    whole = [(item.id, item.prompt, item.carried) for item in read(path)]
+    expected = [(item.id, item.prompt, item.carried) for item in read(path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scanner, "BUFFER", size)
-        assert [(item.id, item.prompt, item.carried) for item in read(path)] == whole
+        assert [(item.id, item.prompt, item.carried) for item in read(path)] == expected
 
 
 # Streaming
 
 
 def peak_of(path: Path) -> int:
-    """Return Python's peak memory in bytes while a table is read. An equal pass before must have filled the caches."""
+    """Return Python's peak memory in bytes while reading a table. An earlier pass must have filled the caches."""
     tracemalloc.start()
     try:
         with open_tables(path) as tables:
@@ -890,7 +889,7 @@ def test_memory_does_not_grow_with_a_payload() -> None:
 
 
 def test_memory_does_not_grow_with_a_parquet_row_group() -> None:
-    """Arrow's own memory, which Python does not count."""
+    """This measures Arrow's own memory, which Python does not count."""
     prompts = pa.array([f"prompt {i} " + "word " * 600 for i in range(10_000)])
     pq.write_table(pa.table({"prompt": prompts}), "t.parquet", use_dictionary=False, compression="none")
     size = prompts.nbytes
@@ -902,7 +901,7 @@ def test_memory_does_not_grow_with_a_parquet_row_group() -> None:
     assert most < size / 3
 
 
-# Any bytes at all
+# Arbitrary content
 
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 json_values = st.recursive(
@@ -919,8 +918,8 @@ STARTS = {
 }
 
 
-def survives(path: Path, readable: int = 0) -> None:
-    """Every row is a request or an invalid result with a unique key and text that results can store."""
+def check_any_content(path: Path, readable: int = 0) -> None:
+    """Check that every row is a request or an invalid result with a unique key and text that results can store."""
     try:
         rows = read(path)
     except TableError as error:
@@ -937,7 +936,7 @@ def survives(path: Path, readable: int = 0) -> None:
 def test_any_bytes_give_rows_or_a_table_error(suffix: str, data: st.DataObject) -> None:
     start = data.draw(st.sampled_from(STARTS[suffix]))
     rest = data.draw(st.binary(max_size=150) | st.text('{}[]",:\\\n 1axé', max_size=60).map(str.encode))
-    survives(write(f"t.{suffix}", start + rest))
+    check_any_content(write(f"t.{suffix}", start + rest))
 
 
 @relaxed
@@ -954,17 +953,17 @@ def test_any_damage_gives_rows_or_a_table_error(suffix: str, data: st.DataObject
     content = bytearray(in_format(suffix, ROWS))
     for _ in range(data.draw(st.integers(0, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    survives(write(f"t.{suffix}", bytes(content[: data.draw(st.integers(0, len(content)))])))
+    check_any_content(write(f"t.{suffix}", bytes(content[: data.draw(st.integers(0, len(content)))])))
 
 
 @relaxed
 @given(st.lists(st.one_of(json_values, st.fixed_dictionaries({"prompt": json_values, "c": json_values})), max_size=6))
 @example([{"prompt": "x", "a": float("nan")}, {"prompt": "x", "a": 2**70}, {"prompt": "x", "": "\ud800"}])
 def test_any_json_is_accounted_for(values: list[Any]) -> None:
-    """No value is lost: each is a row with one image or more."""
+    """No value is lost: each becomes one request or more, or an invalid result."""
     lines = "".join(json.dumps(value) + "\n" for value in [{"prompt": "x"}, *values])
-    survives(write("t.jsonl", lines), readable=1 + len(values))
-    survives(write("t.json", [{"prompt": "x"}, *values]), readable=1 + len(values))
+    check_any_content(write("t.jsonl", lines), readable=1 + len(values))
+    check_any_content(write("t.json", [{"prompt": "x"}, *values]), readable=1 + len(values))
 
 
 @relaxed
@@ -980,8 +979,8 @@ def test_every_format_gives_the_same_text(prompts: list[str]) -> None:
         assert [entry[1] or None for entry in outcome] == [entry[1] or None for entry in outcomes[0]]
 
 
-def test_one_long_text_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
-    """A few hundred bytes of Parquet can hold a megabyte a thousand times."""
+def test_one_long_text_in_many_rows_is_loaded_once(tmp_path: Path) -> None:
+    """A few hundred bytes of Parquet can contain the same megabyte a thousand times."""
     for name in ("prompt", "tag"):
         text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
         columns = {"prompt": ["x"] * 1000, name: text}

@@ -61,7 +61,7 @@ def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], nam
 
 
 def save_calibration(conditions: Mapping[str, Any], value: object, name: str | None = None) -> None:
-    """Save a value for later commands. Storage errors are ignored."""
+    """Save a value for later commands. Ignores storage errors."""
     content = {"conditions": conditions, "measured": msgspec.to_builtins(value, str_keys=True)}
     try:
         with atomic_write(_cache_path(name or type(value).__name__.lower(), conditions), flush=False) as temporary:

@@ -1,4 +1,4 @@
-"""Load a model, measure its speed and count its evaluations. Functions import torch when the probe calls them."""
+"""Load a model, measure its speed and count its evaluations. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
-"""Step counts of the short rendering, of which the scheduler may accept only some."""
+"""Step counts to try for the short rendering, since a scheduler may refuse some of them."""
 LONG_SECONDS = 1.0
 """Seconds by which the long rendering should exceed the short rendering."""
 MAX_MORE_STEPS = 25
@@ -64,7 +64,7 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
         return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
-    except OutOfMemoryError:  # even the smallest batch: rows of this size fail in the run
+    except OutOfMemoryError:  # not even the smallest batch fits, so rows of this size fail in the run
         return Plateau(2, 1, utc_now())
 
 
@@ -80,15 +80,15 @@ def measure_rates(
     with explain_out_of_memory():
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
-        few = _choose_few_steps(card, FEW_STEPS)
-        _render(chain, card, size, few)  # the first call of a shape sets things up
-        short = min(_render(chain, card, size, few)[0] for _ in range(REPEATS))
-        more = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
-        many = _first_accepted(card, range(few + more, 1001))
-        long, images = min((_render(chain, card, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
-    evaluations = {steps: int(count_evaluations(card, steps)) for steps in (few, many)}
-    tick = max(0.0, long - short) / (evaluations[many] - evaluations[few])
-    image = max(0.0, short - tick * evaluations[few]) / max(1, len(images))
+        few_steps = _choose_few_steps(card, FEW_STEPS)
+        _render(chain, card, size, few_steps)  # the first call of a shape sets things up
+        short = min(_render(chain, card, size, few_steps)[0] for _ in range(REPEATS))
+        more_steps = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
+        many_steps = _first_accepted(card, range(few_steps + more_steps, 1001))
+        long, images = min((_render(chain, card, size, many_steps) for _ in range(REPEATS)), key=lambda pair: pair[0])
+    few, many = (int(count_evaluations(card, steps)) for steps in (few_steps, many_steps))
+    tick = max(0.0, long - short) / (many - few)
+    image = max(0.0, short - tick * few) / max(1, len(images))
     encode_seconds, image_bytes = _encode(images, image_format)
     if compute.device == "cpu":  # rendering and encoding share the cores
         image += encode_seconds / compute.threads

@@ -62,7 +62,7 @@ def _count_cuda_devices() -> int:
 
 
 def read_processor_name() -> str:
-    """Return the CPU's model name, or what the platform reports if there is no model name."""
+    """Return the model name of the CPU, or the platform's description if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:  # not Linux

@@ -31,15 +31,13 @@ Result = TypeVar("Result")
 
 
 class Probe:
-    """A process that imports torch. It starts when a result is needed that is not in the cache. A context manager."""
+    """Measures in a process that imports torch and starts once a result is not in the cache. A context manager."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._other_children = set(active_children())
-        self._card: ModelCard | None = None
-        self._evaluations: dict[int, int | str] = {}
+        self._evaluations: dict[int, int | str] | None = None
         """Model evaluations by step count, or why the scheduler refuses that count."""
-        self._has_new_evaluations = False
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
         """Seconds spent waiting for the process."""
@@ -61,12 +59,12 @@ class Probe:
         """Return how often a row evaluates the model. Raises RowError if the scheduler refuses the step count."""
         if card.uses_pipeline_call:
             return steps
-        if self._card is None:
+        if self._evaluations is None:
             cached = load_calibration(dict[int, int | str], _evaluation_conditions(card), "evaluations")
-            self._card, self._evaluations = card, cached or {}
+            self._evaluations = cached or {}
         if steps not in self._evaluations:
             self._evaluations[steps] = self._call(count_evaluations, card, steps)
-            self._has_new_evaluations = True
+            save_calibration(_evaluation_conditions(card), self._evaluations, "evaluations")
         count = self._evaluations[steps]
         if isinstance(count, str):
             raise RowError(count)
@@ -100,8 +98,6 @@ class Probe:
         if exc_type is not None:  # the pending result is no longer needed
             for process in set(active_children()) - self._other_children:
                 process.kill()
-        if self._card is not None and self._has_new_evaluations:
-            save_calibration(_evaluation_conditions(self._card), self._evaluations, "evaluations")
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

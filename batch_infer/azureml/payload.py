@@ -145,7 +145,7 @@ def _read_row(number: int, element: Any, document_format: DocumentFormat) -> dic
     columns = len(document_format.columns)
     if isinstance(element, list) and len(element) < columns:
         cells = "1 cell" if len(element) == 1 else f"{len(element)} cells"
-        problem = f"element {number} of data has {cells} where columns names {columns}"
+        problem = f"element {number} of data has {cells}, but the number of columns is {columns}"
         raise TableError(f"{problem}; send null for a cell without a value")
     try:
         if not isinstance(element, (str, list, dict)):

@@ -43,7 +43,7 @@ GRACE_SECONDS = 5.0
 
 
 class GatedChain(Chain):
-    """Renders with another chain if the prompt passes. An image is yielded only with a verdict on it and its prompt."""
+    """Renders with another chain if the prompt passes. An image is yielded only if it and its prompt have a verdict."""
 
     def __init__(
         self,
@@ -130,8 +130,11 @@ class _PromptGate:
             self._submit_ahead(timeout)
             if self._is_at_end and not self._pending:
                 return NoRequest.END
-            self._wait(timeout)
-            index = _first_done(self.futures)
+            if timeout and not self._blocked:
+                wait([*self.futures, *self._images.pending], timeout, FIRST_COMPLETED)
+            elif not timeout and self._batching:
+                wait(self.futures[:1], BATCHING_SECONDS)
+            index = next((index for index, future in enumerate(self.futures) if future.done()), None)
             if index is None:
                 break
             if (request := self._take(index)) is not None:
@@ -165,14 +168,6 @@ class _PromptGate:
             if len(self._cache) > CACHED_PROMPTS:
                 self._cache.popitem(last=False)
             self._pending.append((request, future))
-
-    def _wait(self, timeout: float) -> None:
-        futures = self.futures
-        if timeout:
-            if not self._blocked and _first_done(futures) is None:
-                wait([*futures, *self._images.pending], timeout, FIRST_COMPLETED)
-        elif self._batching and futures:
-            wait(futures[:1], BATCHING_SECONDS)
 
     def _take(self, index: int) -> PromptRequest | None:
         """Remove a request whose check is done. Returns None if its prompt does not pass."""
@@ -235,7 +230,3 @@ class _ImageGate:
         if verdict.nsfw is None:
             return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
         return replace(rendered, verdict=rendered.verdict.merge(prompt_verdict).merge(verdict))
-
-
-def _first_done(futures: list[Future[Verdict]]) -> int | None:
-    return next((index for index, future in enumerate(futures) if future.done()), None)

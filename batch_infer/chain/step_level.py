@@ -10,7 +10,7 @@ import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.base import BatchSizes, DeviceChain, ReadAhead, RowOutcome, Size, Stage, UnrenderedRow, size_of
-from batch_infer.chain.pacing import encoding_stream, keep_until_read, make_pacer
+from batch_infer.chain.pacing import encode_concurrently, make_pacer
 from batch_infer.chain.postprocessing import Postprocessing, Tag
 from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError, first_line
@@ -75,12 +75,15 @@ class StepLevelChain(DeviceChain):
 
     def _shrink(self, size: Size, stage: Stage) -> str | None:
         """Halve a batch size and describe the change. Returns None if both batch sizes are at their minimum."""
-        before, smaller = self.batch_sizes.for_size(size), self.batch_sizes.halve(size, stage)
+        old_slots, old_decode = self.batch_sizes.for_size(size)
+        smaller = self.batch_sizes.halve(size, stage)
         if smaller is None:
             return None
         self._batch_sizes = smaller
-        changes = zip(smaller.for_size(size), before, ("slots", "images in a decoder call"), strict=True)
-        return next(f"{new} {unit}, not {old}" for new, old, unit in changes if new < old)
+        slots, decode = smaller.for_size(size)
+        if slots < old_slots:
+            return f"{slots} slots, not {old_slots}"
+        return f"{decode} images in a decoder call, not {old_decode}"
 
 
 class _SizePass:
@@ -149,11 +152,7 @@ class _SizePass:
             return
         self.unfinished.update((request.key, request) for request in batch)
         started = time.perf_counter()
-        with encoding_stream(self._model.device):
-            conditionings = self._model.condition(batch)
-        for request, conditioning in zip(batch, conditionings, strict=True):
-            keep_until_read(conditioning)
-            self._encoded.append((request, conditioning))
+        self._encoded += zip(batch, encode_concurrently(self._model, batch), strict=True)
         self._stages.encode += time.perf_counter() - started
 
     def _admit(self) -> list[RowOutcome]:

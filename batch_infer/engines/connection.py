@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from threading import Event, Lock, Thread
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 1.0
 """Minimum number of seconds between heartbeats."""
 LISTEN_SECONDS = 0.5
-"""Seconds between a waiting worker's checks whether to stop."""
+"""Seconds between checks for a stop while a worker waits for a message."""
 
 
 class SupervisorConnection:
@@ -97,8 +96,8 @@ class SupervisorConnection:
         """Render chunks until the supervisor has no more of them."""
 
         def report_commit(rows: Sequence[ResultRow]) -> None:
-            bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
-            self.send(messages.CommitReport(bare, worker.report()))
+            bare_rows = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
+            self.send(messages.CommitReport(bare_rows, worker.report()))
 
         while not self.stop():
             self.send(messages.WorkerIdle())
@@ -121,15 +120,12 @@ class SupervisorConnection:
     def __enter__(self) -> SupervisorConnection:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, KeyboardInterrupt):  # a launcher has stopped this rank before it rendered
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):  # a launcher stops this rank before it renders
             self._is_done.set()
             self.send(messages.WorkerDone(None))
         elif error is not None and not isinstance(error, SystemExit):
-            text = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
-            self.send(
-                messages.WorkerError(type(error).__name__, escape_surrogates(str(error)), escape_surrogates(text))
-            )
+            details = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
+            text, details = escape_surrogates(str(error)), escape_surrogates(details)
+            self.send(messages.WorkerError(type(error).__name__, text, details))
             os._exit(1)  # prints no second traceback and does not wait for threads

@@ -1,4 +1,4 @@
-"""The worker handle: the supervisor's end of a worker's connection, and the worker's process if it is a child."""
+"""Start worker processes, and communicate with workers over the supervisor's end of their connections."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class WorkerHandle:
         self.report: WorkerReport | None = None
         self.error: WorkerError | None = None
         self.inbox_event = Event()
-        """Set when there may be messages to receive."""
-        self._last_sign = time.monotonic()
+        """Set when there may be messages to receive. Workers may share an event."""
+        self._silent_since = time.monotonic()
         self._intervals: deque[float] = deque(maxlen=INTERVALS)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._inbox: SimpleQueue[FromWorker | None] = SimpleQueue()
@@ -103,11 +103,6 @@ class WorkerHandle:
                 self._inbox.put(None)
                 raise EOFError
             yield message
-
-    def share_inbox_event(self, event: Event) -> None:
-        """Set `event` when messages arrive, and now, since some may have arrived. Workers may share an event."""
-        self.inbox_event = event
-        event.set()
 
     def _send_all(self) -> None:
         with suppress(OSError):
@@ -129,12 +124,12 @@ class WorkerHandle:
             self.inbox_event.set()
 
     def record_heartbeat(self) -> None:
-        self._intervals.append(time.monotonic() - self._last_sign)
+        self._intervals.append(time.monotonic() - self._silent_since)
         self.reset_silence()
 
     def reset_silence(self) -> None:
         """Measure silence from now on."""
-        self._last_sign = time.monotonic()
+        self._silent_since = time.monotonic()
 
     def mark_busy(self) -> None:
         """Measure silence from now on, since the worker has something to do."""
@@ -145,18 +140,18 @@ class WorkerHandle:
         """Return the seconds since the last heartbeat if they exceed the timeout, else None."""
         if self.is_idle and not is_stopping:
             return None
-        silence = time.monotonic() - self._last_sign
+        silence = time.monotonic() - self._silent_since
         # The median ignores the few intervals in which a network was compiled.
         usual = median_low(self._intervals) if self._intervals else 0.0
-        limit = max(timeouts.stop, 2 * usual) if is_stopping else self._limit(timeouts, usual)
+        if is_stopping:
+            limit = max(timeouts.stop, 2 * usual)
+        elif not self.is_loaded:
+            limit = timeouts.load
+        elif len(self._intervals) < 2:
+            limit = timeouts.start
+        else:
+            limit = max(timeouts.least, timeouts.factor * usual)
         return silence if silence > limit else None
-
-    def _limit(self, timeouts: Timeouts, usual: float) -> float:
-        if not self.is_loaded:
-            return timeouts.load
-        if len(self._intervals) < 2:
-            return timeouts.start
-        return max(timeouts.least, timeouts.factor * usual)
 
     def describe_exit(self) -> str:
         """Wait for the end of a child process, and return how it ended."""

@@ -1,8 +1,8 @@
 """Render in the processes of a launcher (torchrun, accelerate launch), on one machine or many.
 
 Rank 0 hands out the rows, and starts a process that renders its own share. The other ranks find rank 0 through the
-rendezvous file in OUT, which all of them see. Both ends of a connection prove that they know its key. The ranks form no
-process group, so they never wait for each other.
+rendezvous file in OUT. Both ends of a connection prove that they know its key. The ranks form no process group, so they
+never wait for each other.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ class LaunchedEngine(LocalEngine):
         self._rank_info, self._out = rank_info, out
         self._arrivals: queue.Queue[WorkerHandle] = queue.Queue()
         self._missing_ranks = rank_info.world_size - 1
-        self._is_closed = False
 
     def __enter__(self) -> LaunchedEngine:
         info = self._rank_info
@@ -107,7 +106,6 @@ class LaunchedEngine(LocalEngine):
             else:
                 remove_rendezvous(self._out)
         finally:
-            self._is_closed = True
             self._listener.close()
             super().__exit__(kind)
 
@@ -133,7 +131,7 @@ class LaunchedEngine(LocalEngine):
         return self._start_child(rank) if rank == 0 else None
 
     def _accept(self) -> None:
-        while not self._is_closed:
+        while self._listener.fileno() != -1:  # until the listener is closed
             with suppress(OSError):  # the connection was closed at once, or the listener was closed
                 connection = Connection(self._listener.accept()[0].detach())
                 Thread(target=self._admit, args=(connection,), daemon=True).start()
@@ -195,10 +193,10 @@ def join_launch(
     connection.send_bytes(encode(Hello(rank_info.rank)))
 
     def localize(settings: WorkerSettings) -> WorkerSettings:
-        theirs = settings.card
-        fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
+        fingerprints = (settings.card.fingerprint, settings.card.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
-            raise ModelError(f"rank {rank_info.rank}: {card.name} differs from what rank 0 has under that name")
+            message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
+            raise ModelError(f"{message}; all ranks need the same files")
         return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)

@@ -60,11 +60,11 @@ class CommitReport(msgspec.Struct, tag=True, frozen=True):
 
 
 class LogMessage(msgspec.Struct, tag=True, frozen=True):
-    """A log record of a worker."""
+    """A log record of a worker, with the attribute names of logging.LogRecord."""
 
     name: str
-    level: int
-    text: str
+    levelno: int
+    msg: str
     created: float
 
     @classmethod
@@ -73,9 +73,8 @@ class LogMessage(msgspec.Struct, tag=True, frozen=True):
 
     def handle(self) -> None:
         """Log the record in this process."""
-        values = {"name": self.name, "levelno": self.level, "levelname": logging.getLevelName(self.level)}
-        record = logging.makeLogRecord({**values, "msg": self.text, "created": self.created})
-        logging.getLogger(self.name).handle(record)
+        attributes = {**msgspec.structs.asdict(self), "levelname": logging.getLevelName(self.levelno)}
+        logging.getLogger(self.name).handle(logging.makeLogRecord(attributes))
 
 
 class WorkerError(msgspec.Struct, tag=True, frozen=True):

@@ -19,7 +19,7 @@ from batch_infer.store import atomic_write, temporary_path, write_errors
 
 FILE_NAME = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"
-"""Environment variable with a secret that all ranks share. The key is then derived from it, and not in the file."""
+"""Environment variable with a secret that all ranks share. If it is set, the key is derived from it, and not stored."""
 MAX_BYTES = 4096
 
 

@@ -63,7 +63,7 @@ def work(
     spec: WorkerSpec,
     localize: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings,
 ) -> None:
-    """Render what the supervisor sends. Ends the process on an error.
+    """Render the rows that the supervisor sends. Ends the process on an error.
 
     `localize` adapts the supervisor's settings to this machine.
     """

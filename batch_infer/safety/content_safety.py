@@ -143,7 +143,7 @@ class ContentSafety:
         # The token issuer's ClientAuthenticationError may have any status.
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) or isinstance(error, ClientAuthenticationError):
             credential = "identity from DefaultAzureCredential, which needs the role Cognitive Services User there"
-            if os.environ.get(KEY_VARIABLE, "").strip():
+            if _read_key():
                 credential = f"key in {KEY_VARIABLE}, which must belong to that resource"
             return SettingsError(f"{service} refuses the {credential} ({reason})")
         if self._settings.blocklists and "blocklist" in reason.lower():
@@ -184,12 +184,16 @@ def _import_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+def _read_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
 def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
     """Return the key from the environment, or else azure-identity's default credential, without testing it."""
     from azure.core.credentials import AzureKeyCredential
     from azure.identity import DefaultAzureCredential
 
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = _read_key()
     if not (key.isascii() and key.isprintable()):
         raise SettingsError(f"{KEY_VARIABLE} contains characters that no key has: copy it again from the resource")
     if key:
@@ -230,7 +234,6 @@ def _describe(error: AzureError, status: int) -> str:
 
 def _redact(text: str) -> str:
     """Replace the key and tokens in a text. A proxy may echo the headers of a request that it rejects."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    for secret in filter(None, (key, quote(key, safe=""))):
+    for secret in filter(None, (_read_key(), quote(_read_key(), safe=""))):
         text = text.replace(secret, "***")
     return TOKEN.sub("***", text)

@@ -50,7 +50,7 @@ def _open_predictions(settings: SimulationSettings) -> AbstractContextManager[Te
 
 
 class SimulatedJob:
-    """Delivers the mini-batches of a job to workers until all have ended."""
+    """Delivers the mini-batches of a job to workers until each has succeeded or failed."""
 
     def __init__(
         self,

@@ -22,10 +22,10 @@ TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
 class SimulationSettings:
     """A batch deployment's settings, with Azure's defaults, and the faults to simulate. Times are in seconds.
 
-    If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, there are as many as this
-    machine has. `kill` is the share of mini-batches during whose run the worker is killed, and `duplicate` the share
-    that is delivered twice. `seed` determines both selections and the order of the files. `environment` contains
-    additional environment variables.
+    If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, workers use all visible
+    GPUs. `kill` is the share of mini-batches during whose run the worker is killed, and `duplicate` the share that is
+    delivered twice. `seed` determines both selections and the order of the files. `environment` contains additional
+    environment variables.
     """
 
     inputs: tuple[Path, ...]

@@ -120,7 +120,7 @@ class CellReader:
 
 
 def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a cell as text. Whole floats become integers, since a missing cell turns a integer column into floats."""
+    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
     if value is None:
         return ""
     if value.__class__ is float and value.is_integer():
@@ -139,13 +139,12 @@ def _drop_largest(cells: dict[str, Any]) -> str:
     return f"the row's carried cells exceed {MAX_CARRIED_BYTES} bytes in total: dropped {', '.join(dropped)}"
 
 
-def make_carried_schema(tables: Iterable[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
+def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
     """Return the schema of the carried columns, and a warning for each column that becomes text.
 
     Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
     `result_columns`. The type of a column represents its values in all files.
     """
-    tables = list(tables)
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
     columns: dict[str, list[tuple[OpenTable, str]]] = {}
     for table in tables:
@@ -230,8 +229,8 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
     ]
     if overlaps:
         file, name = overlaps[0]
-        more = f" (and {len(overlaps) - 1:,} more columns of files)" if overlaps[1:] else ""
-        yield f"{file} has a column {name!r}{more}, and so has its path: the value of the path is used"
+        more = f" (and {len(overlaps) - 1:,} more)" if overlaps[1:] else ""
+        yield f"{file}: column {name!r}{more} is also in the path of the file, and the value in the path is used"
 
 
 def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:

@@ -42,7 +42,7 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
 
 
 def _is_empty(field: str, value: Any) -> bool:
-    """Return whether a cell is NaN, empty text or bytes, or in a numeric field one of MISSING_VALUES."""
+    """Return whether a cell is NaN, empty text or bytes, or, in a numeric field, one of MISSING_VALUES."""
     if value.__class__ is str and value and field in NUMERIC_FIELDS:
         return not value[0].isdigit() and value.strip().lower() in MISSING_VALUES
     return value in ("", b"") or (isinstance(value, float) and math.isnan(value))
@@ -115,10 +115,10 @@ _parse_cached = lru_cache(maxsize=4096)(_parse_decimal)
 """Parses short texts with a cache, since the numbers in a table repeat."""
 
 
-def format_value(value: Any) -> str:
-    """Return a value for a message, truncated to 40 characters."""
+def format_value(value: Any, max_length: int = 40) -> str:
+    """Return a value for a message, truncated to `max_length` characters."""
     text = replace_surrogates(str(value))
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+    return repr(text if len(text) <= max_length else text[: max_length - 3] + "...")
 
 
 PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {

@@ -36,14 +36,14 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            # The complete URL or path does not depend on the argument that matches the file.
+            # Several arguments may match a file, but its complete URL or path is always the same.
             is_local = file.error is None and file.origin == "file"
             identity = file.url or (file.path.resolve() if is_local else file.name)
             first = files.setdefault(identity, file)
             if file.is_named and not first.is_named:
                 files[identity] = replace(first, is_named=True)
     if not files:
-        raise TableError(f"no TABLE given: name a file ({TABLE_SUFFIXES}), a folder of them, a glob, a URL, or -")
+        raise TableError(f"no TABLE given: pass a file ({TABLE_SUFFIXES}), a folder, a glob, a URL, or -")
     for file in files.values():
         ignored.pop(file.name, None)
     return list(files.values()), ignored
@@ -52,7 +52,7 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     """Rename the second file named `t.csv` to `t.csv#2`, and so on.
 
-    Names of URLs are equal if the URLs differ only in a secret part, such as the query.
+    URLs that differ only in a secret part, such as the query, have the same name.
     """
     counts = Counter[str]()
     numbered = []

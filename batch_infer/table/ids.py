@@ -12,7 +12,7 @@ from batch_infer.table.formats import get_stem, parse_name
 
 
 class Ids:
-    """Tracks the ids in use. With `distinct`, nothing is stored, since no two rows can request the same id."""
+    """Tracks the ids in use. With `distinct`, ids are not stored, since no two rows can request the same id."""
 
     def __init__(self, find_conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
         """`find_conflict` takes an id and its file, and returns an error message if the id belongs to another file."""
@@ -20,6 +20,7 @@ class Ids:
         self._has_collisions = False
         self._database = temporary_database()
         self._execute = self._database.execute
+        # `similar` contains the ids that differ from one in `ids` only by case. One table would be half as fast.
         self._execute("CREATE TABLE ids (folded TEXT PRIMARY KEY, id TEXT, scope TEXT) WITHOUT ROWID")
         self._execute(
             "CREATE TABLE similar (folded TEXT, id TEXT, scope TEXT, collides INTEGER, PRIMARY KEY (folded, id))"

@@ -33,7 +33,7 @@ PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s
 """Matches the start of an Azure payload on one line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
 MAX_COMPLETE_BYTES = 4000
-"""A longer first line that fails to parse may be truncated JSON."""
+"""A longer first line that fails to parse may have been cut off by `peek`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def parse_element(element: Any, document: DocumentFormat) -> dict[str, Any]:
         cells = {document.columns[0]: element}
     elif isinstance(element, list) and document.is_payload:
         if len(element) > len(document.columns):
-            raise RowError(f"has {len(element)} cells where columns names {len(document.columns)}")
+            raise RowError(f"has {len(element)} cells, but the number of columns is {len(document.columns)}")
         cells = dict(zip(document.columns, element, strict=False))
     else:
         raise RowError(f"is neither an object nor a prompt but {type(element).__name__}")

@@ -153,7 +153,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a request's cells by our column names, and an error message if its size is invalid."""
+    """Return the cells of a batch request by column name, and an error message if its `size` is invalid."""
     if not _is_batch_request(line):
         raise RowError("has no custom_id and body, as the first line has")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}

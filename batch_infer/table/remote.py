@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from glob import has_magic
 from importlib.util import find_spec
 from itertools import takewhile
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import fsspec
@@ -97,8 +96,8 @@ def connect(url: str, name: str) -> RemoteFiles:
 
         system = http.HTTPFileSystem(**_make_http_options(), use_listings_cache=False, skip_instance_cache=True)
         return RemoteFiles(system, url, url)
-    inner = {get_protocol(link) for link in url.split("::")[1:]}
-    options: dict[str, Any] = {name: _make_http_options() for name in inner if name in HTTP_PROTOCOLS}
+    inner = HTTP_PROTOCOLS.intersection(map(get_protocol, url.split("::")[1:]))
+    options: dict[str, Any] = {scheme: _make_http_options() for scheme in inner}
     try:
         try:  # a cached listing could be older than this run
             system, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
@@ -130,10 +129,9 @@ class RemoteErrors:
     def __enter__(self) -> None:
         self._temporary.__enter__()
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, exc_traceback: TracebackType | None
-    ) -> None:
-        self._temporary.__exit__(exc_type, error, exc_traceback)
+    def __exit__(self, *exc_info: Any) -> None:
+        self._temporary.__exit__(*exc_info)
+        error = exc_info[1]
         if isinstance(error, Exception) and not isinstance(error, (BatchInferError, MemoryError)):
             raise _translate(self._name, error) from None
 

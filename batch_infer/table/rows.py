@@ -20,6 +20,7 @@ REQUEST_STEM = "request"
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
     (re.compile(r"it is not JSON: "), "it is no JSON: "),
+    (re.compile(r" cells, but the number of columns is (\d+)"), r" cells where columns names \1"),
     (re.compile(r"('.+'|\".+\") instead of (.+)"), r"\1 stands where \2 should"),
     (re.compile(r"('.+'|\".+\") after its end"), r"\1 stands after its end"),
     (

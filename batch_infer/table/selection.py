@@ -44,10 +44,8 @@ class IgnoredFiles(dict[str, str]):
 
     def group(self) -> dict[str, dict[str, int]]:
         """Return file counts by reason and name. If more than MAX_SIMILAR files are similar, they share one entry."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.items():
-            names.setdefault(reason, []).append(name)
-        return {reason: _count_similar(names[reason]) for reason in REASONS if reason in names}
+        groups = {reason: [name for name in self if self[name] == reason] for reason in REASONS}
+        return {reason: _count_similar(names) for reason, names in groups.items() if names}
 
     def __str__(self) -> str:
         """Return one line for the user, or '' if no file is ignored."""
@@ -55,10 +53,9 @@ class IgnoredFiles(dict[str, str]):
 
 
 def _count_similar(names: Collection[str]) -> dict[str, int]:
-    patterns = [_make_pattern(name) for name in names]
-    counts = Counter(patterns)
-    pairs = zip(names, patterns, strict=True)
-    return dict(Counter(pattern if counts[pattern] > MAX_SIMILAR else name for name, pattern in pairs))
+    patterns = {name: _make_pattern(name) for name in names}
+    counts = Counter(patterns.values())
+    return dict(Counter(pattern if counts[pattern] > MAX_SIMILAR else name for name, pattern in patterns.items()))
 
 
 def _make_pattern(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -122,19 +122,14 @@ class Tables:
         self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[PromptRequest | ResultRow]:
         """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
-        notices = NoticeCounts()
-        for cells, error in self._read_cells(notices):
-            if error is None:
-                yield from make_requests(cells, rules, has_final_result)
-            else:
-                yield make_invalid(cells, error)
-        self._notice_counts = notices
+        return (item for item, _ in self.compare_rows(rules, [], has_final_result))
 
     def compare_rows(
         self, rules: RowRules, others: Sequence[RowRules], has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
-        """Yield the items of `read_rows`, each with the corresponding items under `others`, None if there is none."""
-        for cells, error in self._read_cells(NoticeCounts()):
+        """Yield the items of `read_rows`, each with the corresponding item under each of `others`, or None."""
+        notices = NoticeCounts()
+        for cells, error in self._read_cells(notices):
             if error is not None:
                 yield make_invalid(cells, error), [None for _ in others]
                 continue
@@ -143,6 +138,7 @@ class Tables:
             ]
             for item in make_requests(cells, rules, has_final_result):
                 yield item, [items.get(item.image_index) for items in other_items]
+        self._notice_counts = notices
 
     def _open_all(self, files: list[TableFile]) -> list[OpenTable | TableFile]:
         """Open all tables of a run. Raises TableError if the run must not start."""
@@ -253,8 +249,7 @@ def _reject_equal_ids(tables: list[OpenTable]) -> None:
 
 def _get_stamp(path: Path) -> tuple[int, int] | None:
     """Return the size and modification time of a file, or None if it no longer exists."""
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
+    return None

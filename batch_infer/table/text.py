@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from batch_infer.errors import TableError
-from batch_infer.table.base import Notice, RawRow, Reader, Scratch, TableFile, replace_surrogates
+from batch_infer.table.base import Notice, RawRow, Reader, Scratch, TableFile
+from batch_infer.table.fields import format_value
 from batch_infer.table.streams import open_bytes, open_text, read_lines
 
 NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-z][ =]?[0-9.]+(\s|$)")
@@ -16,9 +17,8 @@ NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-
 (`--ar 16:9`) and InvokeAI (`-s50`)."""
 LOOKS_LIKE_OPTIONS = (
     "lines of .txt that look like comments or options and are rendered word for word "
-    "(for parameters of a row use the columns of a .csv)"
+    "(to set parameters for a row, use columns of a .csv)"
 )
-MAX_SHOWN_CHARACTERS = 60
 
 
 def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
@@ -38,7 +38,4 @@ def _read_prompts(file: TableFile) -> Iterator[RawRow]:
 
 def _make_notice(prompt: str) -> Notice | None:
     """Return a notice about a line that other programs would not read as a plain prompt, else None."""
-    if not NOT_A_PROMPT.search(prompt):
-        return None
-    shown = prompt if len(prompt) <= MAX_SHOWN_CHARACTERS else f"{prompt[: MAX_SHOWN_CHARACTERS - 3]}..."
-    return Notice(LOOKS_LIKE_OPTIONS, replace_surrogates(repr(shown)))
+    return Notice(LOOKS_LIKE_OPTIONS, format_value(prompt, 60)) if NOT_A_PROMPT.search(prompt) else None

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Semaphore
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import pyarrow as pa
@@ -72,7 +71,7 @@ def commit_failed(
 
 
 class Committer(Generic[Stored]):
-    """Commits rows in order and in batches on a thread of its own, as soon as their images are stored.
+    """Commits rows in order and in batches, on its own thread, once their images are stored.
 
     As a context manager, it commits all added rows on exit. `add` or the exit raises the first error of storing or
     committing, and nothing is committed after that error.
@@ -88,7 +87,7 @@ class Committer(Generic[Stored]):
         self._running = self._thread.submit(self._run)
         return self
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._queue.put(None)
         self._thread.shutdown()
         if error is None or isinstance(error, BatchInferError):
