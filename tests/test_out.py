@@ -241,7 +241,7 @@ def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) ->
     ]
     for path in (*ours, *others):
         path.touch()
-    recovery.remove_temporary_files(out)
+    recovery.remove_leftovers(out)
     assert [path for path in (*ours, *others) if path.exists()] == others
     assert (out / "images/t-00000/a-0.png").exists()
 
@@ -252,19 +252,19 @@ def test_leftovers_on_a_larger_disk_are_removed_too(out: Path, tmp_path: Path) -
     (out / "images").symlink_to(tmp_path / "big disk")
     leftover = tmp_path / "big disk" / "t-00000" / ".tmp-0a1b2c3d-1-0123456789ab-a-0.png"
     leftover.touch()
-    recovery.remove_temporary_files(out)
+    recovery.remove_leftovers(out)
     assert not leftover.exists()
 
 
 def test_the_name_of_the_current_holder_is_kept(out: Path, holder: subprocess.Popen[str]) -> None:
-    recovery.remove_temporary_files(out)
+    recovery.remove_leftovers(out)
     assert f"process {holder.pid}," in (find_holder(out) or "")
     holder.kill()
     holder.wait()
-    recovery.remove_temporary_files(out)
+    recovery.remove_leftovers(out)
     assert not (out / ".holder").exists()
     with outdir.locked(out):
-        recovery.remove_temporary_files(out)
+        recovery.remove_leftovers(out)
         assert (out / ".holder").exists()
 
 
@@ -283,7 +283,7 @@ def test_sweeping_does_not_stat_every_file(tmp_path: Path, monkeypatch: pytest.M
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    recovery.remove_temporary_files(tmp_path)
+    recovery.remove_leftovers(tmp_path)
     assert len(calls) < 20
 
 

@@ -194,7 +194,7 @@ if __name__ == "__main__":
 """Run the command as a script, since it starts a process. Print the libraries that it loads and its peak memory."""
 
 
-def plan_in_process(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
+def plan_in_subprocess(table: Path, folder: Path) -> tuple[dict[str, Any], str, int]:
     """Run a plan in a separate process. Return its output, the rendering libraries it loads, and its peak in KiB."""
     script = folder / "planning.py"
     script.write_text(PLANNING)
@@ -218,7 +218,7 @@ def plan_in_process(table: Path, folder: Path) -> tuple[dict[str, Any], str, int
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_plan_imports_no_torch(table: Path, tmp_path: Path) -> None:
     """A separate process provides the facts that only torch knows."""
-    planned, loaded, _ = plan_in_process(table, tmp_path)
+    planned, loaded, _ = plan_in_subprocess(table, tmp_path)
     assert (planned["pending"], loaded) == (8, "[]")
 
 
@@ -235,7 +235,7 @@ def test_the_memory_of_a_plan_does_not_grow_with_the_table(tmp_path: Path, few: 
     for count in (few, many):
         rows = ([f"a red circle number {i}, " + "and more " * (i % 20), i % 7 + 1, "x"] for i in range(count))
         table = write_csv(tmp_path / f"{count}.csv", [["prompt", "num_inference_steps", "tag"], *rows])
-        planned, _, peak = plan_in_process(table, tmp_path)
+        planned, _, peak = plan_in_subprocess(table, tmp_path)
         assert (planned["rows"], planned["invalid"]) == (count, 0)
         peaks.append(peak)
     assert peaks[1] - peaks[0] < mib * 1024

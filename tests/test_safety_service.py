@@ -371,11 +371,11 @@ def test_a_warning_names_what_will_be_lost_first(
     assert runs.run(path, out, *SHARP, "--safety", "none", "--on-flagged", policy).code == 0
     before = runs.hashes(out)
 
-    def judge(*_: Any) -> None:
+    def die(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", judge)
+        patch.setattr("batch_infer.jobs.rescore.Rescorer.rescore", die)
         runs.command("rescore", out, "--safety", "checker")
     assert runs.hashes(out) == before
     done = runs.command("rescore", out, "--safety", "checker")

@@ -57,11 +57,11 @@ def test_leftovers_are_kept_if_a_folder_is_unreadable(
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=name):
-            recovery.remove_temporary_files(tmp_path)
+            recovery.remove_leftovers(tmp_path)
         if name == "manifest":
             with pytest.raises(StorageError, match=name):
                 recovery.recover(tmp_path)
-    recovery.remove_temporary_files(tmp_path)
+    recovery.remove_leftovers(tmp_path)
     assert not left.exists()
 
 

@@ -75,20 +75,10 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove a killed run's temporary files from OUT and restore the images that it set aside.
+    """Remove a killed run's temporary files and lock holder file from OUT, and restore the images that it set aside.
 
-    The caller holds the lock. Raises StorageError, DamagedPartError.
-    """
-    if backups := remove_temporary_files(out):
-        with Manifest(out).index() as index:
-            restore_images(out, backups, index)
-
-
-def remove_temporary_files(out: Path) -> list[str]:
-    """Remove a killed run's temporary files and lock holder file. Return the paths of images that the run set aside.
-
-    Paths are relative to OUT. The caller holds the lock, whose marker is kept. Links are not followed, except images/
-    and quarantine/. Raises StorageError.
+    The caller holds the lock, whose marker is kept. Links are not followed, except images/ and quarantine/. Raises
+    StorageError, DamagedPartError.
     """
     marker = marker_name()
     backups: list[str] = []
@@ -102,7 +92,9 @@ def remove_temporary_files(out: Path) -> list[str]:
         while folders:
             folders += _sweep(out, folders.pop(), is_leftover, backups)
         remove_stale_holder(out)
-    return backups
+    if backups:
+        with Manifest(out).index() as index:
+            restore_images(out, backups, index)
 
 
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:

@@ -149,8 +149,7 @@ class _RescoreExecution:
                 if stop():
                     raise StoppedError("stopped; results so far are kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
-                    rescorer.rescore(batch)
-                    rescorer.commit(self._tables.carried)
+                    rescorer.rescore(batch, self._tables.carried)
                 report(rescorer.counts)
 
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:

@@ -86,12 +86,12 @@ class Rescorer:
         self._written_paths: list[str] = []
         self._replaced_paths: list[str] = []
 
-    def rescore(self, results: Sequence[StoredResult]) -> None:
-        """Check the original images and apply the policy.
+    def rescore(self, results: Sequence[StoredResult], carried: pa.Schema) -> None:
+        """Check the original images, apply the policy, and commit. A kill at any time loses no image.
 
         A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again.
-        Otherwise its result is left to `run`. Raises ServiceError, SettingsError, StoppedError or StorageError without
-        changing any of these results.
+        Otherwise its result is left to `run`. If a check raises ServiceError, SettingsError or StoppedError, no result
+        is changed. Raises StorageError.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -109,16 +109,9 @@ class Rescorer:
                 self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
             elif row.status != "blocked":  # failed earlier, or the model refused it
                 self._add(result, row)
-
-    def commit(self, carried: pa.Schema) -> None:
-        """Publish new images, commit the rows, and remove images that no row names any more.
-
-        A kill at any time loses no image. Raises StorageError.
-        """
         written, replaced = self._written_paths, self._replaced_paths
         commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
-        for pending in (self._rows, written, replaced):
-            pending.clear()
+        self._rows, self._written_paths, self._replaced_paths = [], [], []
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove files under other names that a killed rescore wrote for a row that is already rescored."""
