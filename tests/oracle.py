@@ -40,16 +40,19 @@ def with_scheduler(pipe: Any, text: str) -> Any:
 def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
+    # Some pipelines have neither of these arguments.
+    negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
+    rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
     answer = pipe(
         request.prompt,
-        negative_prompt=request.negative_prompt,
         num_inference_steps=params.num_inference_steps,
         guidance_scale=params.guidance_scale,
-        guidance_rescale=params.guidance_rescale,
         height=params.height,
         width=params.width,
         generator=torch.Generator("cpu").manual_seed(request.seed),
         output_type="np",
+        **negative,
+        **rescale,
     )
     return (answer.images[0] * 255).round().astype(np.uint8), getattr(answer, "nsfw_content_detected", None)
 

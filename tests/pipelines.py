@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -35,7 +34,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from batch_infer.records import PromptRequest
 from tests.checkpoints import amend, make_tokenizer
 
 WIDTH = 16
@@ -156,22 +154,3 @@ def make_byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedToken
 def _save(pipeline: Any, folder: Path) -> Path:
     pipeline.save_pretrained(folder)
     return folder
-
-
-def call_diffusers(pipe: Any, request: PromptRequest) -> np.ndarray:
-    """Return the image (H, W, 3) uint8 that diffusers renders for one row."""
-    params = request.params
-    negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
-    rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
-    answer = pipe(
-        request.prompt,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        height=params.height,
-        width=params.width,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        output_type="np",
-        **negative,
-        **rescale,
-    )
-    return np.asarray((answer.images[0] * 255).round().astype(np.uint8))

@@ -100,9 +100,9 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27 * tried[-1])
-    assert plateau._grow(plateau.SLOTS, make, GPU)[0] == 16
+    assert plateau._search(plateau.SLOTS, make, GPU)[0] == 16
     assert tried == [2, 4, 8, 16, 32]
-    assert plateau._grow(plateau.SLOTS, make, CPU)[0] == 256
+    assert plateau._search(plateau.SLOTS, make, CPU)[0] == 256
 
 
 @pytest.mark.promises

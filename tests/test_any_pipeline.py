@@ -28,7 +28,8 @@ from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from tests.checkpoints import amend
-from tests.pipelines import SAVE_FUNCTIONS, call_diffusers, save_perturbed
+from tests.oracle import call_diffusers
+from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
 from tests.rendering import CPU, copy_folder, make_request, max_difference
 from tests.runs import CommandResult, assert_whole, command, hashes, results, run, run_json
 from tests.tables import write_csv
@@ -106,10 +107,10 @@ def render(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_look_as_in_single_calls(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
+def test_rows_match_single_calls(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
     rows = rows_of(name)
     rendered, pipe = render(models[name], rows), load_oracle(folders[name])
-    oracles = {request.id: call_diffusers(pipe, request) for request in rows}
+    oracles = {request.id: call_diffusers(pipe, request)[0] for request in rows}
     for one, oracle in oracles.items():
         assert rendered[one].pixels.shape == oracle.shape
         assert max_difference(rendered[one].pixels, oracle) <= 1
@@ -170,12 +171,12 @@ def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, Any
         assert batch_sizes == ([1, 1, 1] if name in ONE_BY_ONE else shared)
 
 
-def test_another_scheduler_looks_as_in_diffusers(folders: dict[str, Path]) -> None:
+def test_another_scheduler_matches_diffusers(folders: dict[str, Path]) -> None:
     text = "EulerDiscreteScheduler:use_karras_sigmas=true"
     request, pipe = row("pixart", "row", steps=4), load_oracle(folders["pixart"])
-    before = call_diffusers(pipe, request)
+    before = call_diffusers(pipe, request)[0]
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
-    oracle = call_diffusers(pipe, request)
+    oracle = call_diffusers(pipe, request)[0]
     pixels = render(load_model(folders["pixart"], text), [request])["row"].pixels
     assert max_difference(pixels, oracle) <= 1
     assert max_difference(before, oracle) > 2

@@ -361,7 +361,7 @@ def test_the_fingerprint_changes_with_the_weights(copy: Path, decidiffusion_fold
 
 
 @pytest.mark.promises
-def test_batched_rows_look_as_in_the_straight_line(model: Any, straight: StraightLine) -> None:
+def test_batched_rows_match_the_straight_line(model: Any, straight: StraightLine) -> None:
     """A value may rarely differ by 1 of 255. All rows differ, so the comparison detects swapped rows."""
     rendered = render(model, ROWS, slots=6, decode=2)
     oracles = {row.id: straight.render(row) for row in ROWS}

@@ -52,7 +52,7 @@ def test_the_card(lcm_folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 @pytest.mark.parametrize("kind", ["LatentConsistencyModelPipeline", "StableDiffusionPipeline"])
-def test_rows_look_as_in_both_pipelines(model: Any, lcm_folder: Path, kind: str) -> None:
+def test_rows_match_both_pipelines(model: Any, lcm_folder: Path, kind: str) -> None:
     pipe = load_pipeline(lcm_folder)
     if kind == "StableDiffusionPipeline":
         pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)

@@ -325,7 +325,7 @@ def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeyp
     import diffusers
 
     class NeedyScheduler:
-        """Like diffusers' placeholder of a class whose library is missing."""
+        """Like diffusers' placeholder for a class whose library is missing."""
 
         _backends = ("torch", "torchsde")
 

@@ -96,7 +96,7 @@ def folder(checkpoint: str, folders: dict[str, Path]) -> Path:
 
 
 @pytest.mark.parametrize(("checkpoint", "scheduler"), GRID)
-def test_batched_rows_look_like_single_ones(
+def test_batched_rows_match_single_rows(
     pipelines: Pipelines, families: Families, folder: Path, checkpoint: str, scheduler: str
 ) -> None:
     model = families[checkpoint]
@@ -106,7 +106,7 @@ def test_batched_rows_look_like_single_ones(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_long_rows_look_like_single_ones(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
+def test_long_rows_match_single_rows(pipelines: Pipelines, checkpoint: str, folder: Path, scheduler: str) -> None:
     assert_parity(with_scheduler(pipelines[checkpoint], scheduler), load_family(folder, scheduler), LONG)
 
 
@@ -127,7 +127,7 @@ def test_sizes_and_texts_with_the_checkpoints_own_scheduler(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_few_steps_look_as_in_diffusers(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
+def test_few_steps_match_diffusers(pipelines: Pipelines, sd1_folder: Path, steps: int) -> None:
     """PNDM's first steps are special, and its list of timesteps is longer than the count."""
     assert_parity(pipelines["sd1"], load_family(sd1_folder), (make_request("few", steps=steps, seed=steps),))
 

@@ -24,7 +24,7 @@ def render_in(dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.promises
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_near_single(dtype: torch.dtype, demo_folder: Path) -> None:
+def test_half_precision_is_close_to_single_precision(dtype: torch.dtype, demo_folder: Path) -> None:
     """The peak signal-to-noise ratio in dB is 10 log10(255^2 / mean squared error)."""
     single, half = render_in(torch.float32, demo_folder), render_in(dtype, demo_folder)
     for name, image in single.items():

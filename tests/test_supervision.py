@@ -214,10 +214,10 @@ def test_workers_are_not_killed_after_the_supervisor_was_suspended(tmp_path: Pat
     supervisor = make_supervisor(source, tmp_path)
     worker = source.handles[0]
     supervisor._handle(worker, ModelLoaded())
-    last_turn = supervisor._excuse_suspension(clock.now)
+    last_turn = supervisor._reset_after_suspension(clock.now)
     clock.now = 4000.0
     assert worker.overdue_seconds(source.timeouts) is not None
-    assert supervisor._excuse_suspension(last_turn) == 4000.0
+    assert supervisor._reset_after_suspension(last_turn) == 4000.0
     assert worker.overdue_seconds(source.timeouts) is None
 
 

@@ -80,15 +80,15 @@ def measure_rates(
     with explain_out_of_memory():
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
-        few = _choose_few_steps(card, FEW_STEPS)
-        _render(chain, card, size, few)  # the first call of a shape sets things up
-        short = min(_render(chain, card, size, few)[0] for _ in range(REPEATS))
-        more = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
-        many = _first_accepted(card, range(few + more, 1001))
-        long, images = min((_render(chain, card, size, many) for _ in range(REPEATS)), key=lambda timed: timed[0])
-    evaluations = {steps: int(count_evaluations(card, steps)) for steps in (few, many)}
-    tick = max(0.0, long - short) / (evaluations[many] - evaluations[few])
-    image = max(0.0, short - tick * evaluations[few]) / max(1, len(images))
+        few_steps = _choose_few_steps(card, FEW_STEPS)
+        _render(chain, card, size, few_steps)  # the first call of a shape sets things up
+        short = min(_render(chain, card, size, few_steps)[0] for _ in range(REPEATS))
+        more_steps = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
+        many_steps = _first_accepted(card, range(few_steps + more_steps, 1001))
+        long, images = min((_render(chain, card, size, many_steps) for _ in range(REPEATS)), key=lambda pair: pair[0])
+    few, many = (int(count_evaluations(card, steps)) for steps in (few_steps, many_steps))
+    tick = max(0.0, long - short) / (many - few)
+    image = max(0.0, short - tick * few) / max(1, len(images))
     encode_seconds, image_bytes = _encode(images, image_format)
     if compute.device == "cpu":  # rendering and encoding share the cores
         image += encode_seconds / compute.threads

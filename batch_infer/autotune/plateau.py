@@ -31,9 +31,9 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
-    slots, full_slots = _grow(SLOTS, lambda size: _make_tick(model, params, size), model.device)
+    slots, full_slots = _search(SLOTS, lambda size: _make_tick(model, params, size), model.device)
     sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
-    decode_batch, _ = _grow(sizes, lambda size: _make_decode(model, params, size), model.device)
+    decode_batch, _ = _search(sizes, lambda size: _make_decode(model, params, size), model.device)
     del full_slots  # the slots had to stay in memory while decoding was measured
     return Plateau(slots, decode_batch, utc_now())
 
@@ -49,11 +49,11 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
         rows = [request] * (size // params.slots)
         return lambda: model.render(rows, len(rows))
 
-    slots, _ = _grow(SLOTS, make_call, model.device)
+    slots, _ = _search(SLOTS, make_call, model.device)
     return Plateau(slots, max(1, min(DECODE_BATCHES[-2], slots // 2)), utc_now())
 
 
-def _grow(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
+def _search(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
     """Return the batch size at the plateau, and the last trial that fitted, which occupies memory until deleted."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

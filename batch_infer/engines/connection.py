@@ -96,8 +96,8 @@ class SupervisorConnection:
         """Render chunks until the supervisor has no more of them."""
 
         def report_commit(rows: Sequence[ResultRow]) -> None:
-            bare = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
-            self.send(messages.CommitReport(bare, worker.report()))
+            bare_rows = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
+            self.send(messages.CommitReport(bare_rows, worker.report()))
 
         while not self.stop():
             self.send(messages.WorkerIdle())
@@ -121,7 +121,7 @@ class SupervisorConnection:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyboardInterrupt):  # a launcher has stopped this rank before it rendered
+        if isinstance(error, KeyboardInterrupt):  # a launcher stops this rank before it renders
             self._is_done.set()
             self.send(messages.WorkerDone(None))
         elif error is not None and not isinstance(error, SystemExit):

@@ -83,7 +83,7 @@ class WorkerHandle:
         self.error: WorkerError | None = None
         self.inbox_event = Event()
         """Set when there may be messages to receive. Workers may share an event."""
-        self._last_sign = time.monotonic()
+        self._silent_since = time.monotonic()
         self._intervals: deque[float] = deque(maxlen=INTERVALS)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._inbox: SimpleQueue[FromWorker | None] = SimpleQueue()
@@ -124,12 +124,12 @@ class WorkerHandle:
             self.inbox_event.set()
 
     def record_heartbeat(self) -> None:
-        self._intervals.append(time.monotonic() - self._last_sign)
+        self._intervals.append(time.monotonic() - self._silent_since)
         self.reset_silence()
 
     def reset_silence(self) -> None:
         """Measure silence from now on."""
-        self._last_sign = time.monotonic()
+        self._silent_since = time.monotonic()
 
     def mark_busy(self) -> None:
         """Measure silence from now on, since the worker has something to do."""
@@ -140,7 +140,7 @@ class WorkerHandle:
         """Return the seconds since the last heartbeat if they exceed the timeout, else None."""
         if self.is_idle and not is_stopping:
             return None
-        silence = time.monotonic() - self._last_sign
+        silence = time.monotonic() - self._silent_since
         # The median ignores the few intervals in which a network was compiled.
         usual = median_low(self._intervals) if self._intervals else 0.0
         if is_stopping:

@@ -193,8 +193,7 @@ def join_launch(
     connection.send_bytes(encode(Hello(rank_info.rank)))
 
     def localize(settings: WorkerSettings) -> WorkerSettings:
-        theirs = settings.card
-        fingerprints = (theirs.fingerprint, theirs.scheduler_fingerprint)
+        fingerprints = (settings.card.fingerprint, settings.card.scheduler_fingerprint)
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
             message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
             raise ModelError(f"{message}; all ranks need the same files")

@@ -36,14 +36,14 @@ class Chunk:
 
 
 class Ledger:
-    """Hands out rows. Each row is unassigned, held by one worker, waiting to be retried, or committed."""
+    """Hands out rows. Each row is unassigned, assigned to one worker, waiting to be retried, or committed."""
 
     def __init__(self, requests: Iterable[PromptRequest], expected: int, workers: int) -> None:
         """`expected` is the approximate number of requests. It only affects how rows are divided among workers."""
         self._source = iter(requests)
         self._expected, self._workers = expected, max(1, workers)
         self._source_ended = False
-        self._held: dict[int, dict[Key, PromptRequest]] = {}
+        self._assigned: dict[int, dict[Key, PromptRequest]] = {}
         self._deaths: Counter[Key] = Counter()
         self._retries: deque[Chunk] = deque()
 
@@ -54,7 +54,7 @@ class Ledger:
     @property
     def is_done(self) -> bool:
         """Whether every row is committed."""
-        return self._source_ended and not self._retries and not any(self._held.values())
+        return self._source_ended and not self._retries and not any(self._assigned.values())
 
     def next_chunk(self, worker: int, loading: int = 0) -> Chunk | None:
         """Return the next rows for a worker, or None if there are none for it.
@@ -63,8 +63,8 @@ class Ledger:
         """
         count = max(1, min(CHUNK_ROWS, -(-self._expected // (2 * self._workers))))
         if loading and self._expected > 0:
-            share = -(-(self._expected + sum(map(len, self._held.values()))) // self._workers)
-            count = min(count, share - len(self._held.get(worker, ())))
+            share = -(-(self._expected + sum(map(len, self._assigned.values()))) // self._workers)
+            count = min(count, share - len(self._assigned.get(worker, ())))
             if count <= 0:
                 return None
         requests = tuple(islice(self._source, count))
@@ -77,25 +77,25 @@ class Ledger:
         return self._assign(worker, self._retries.popleft()) if self._retries else None
 
     def _assign(self, worker: int, chunk: Chunk) -> Chunk:
-        self._held.setdefault(worker, {}).update((request.key, request) for request in chunk.requests)
+        self._assigned.setdefault(worker, {}).update((request.key, request) for request in chunk.requests)
         return chunk
 
     def commit(self, keys: Iterable[Key]) -> set[Key]:
         """Record that rows are committed, by any worker, and return the keys that were not committed before."""
-        new = set()
+        new_keys = set()
         for key in keys:
-            for held in self._held.values():
-                if held.pop(key, None) is not None:
-                    new.add(key)
-        return new
+            for requests in self._assigned.values():
+                if requests.pop(key, None) is not None:
+                    new_keys.add(key)
+        return new_keys
 
     def release(self, worker: int) -> None:
         """Let other workers render the remaining rows of a worker that ended normally."""
-        self._retry(list(self._held.pop(worker, {}).values()), RETRY_ROWS)
+        self._retry(list(self._assigned.pop(worker, {}).values()), RETRY_ROWS)
 
     def record_death(self, worker: int) -> list[PromptRequest]:
         """Split the rows of a dead worker into smaller chunks to retry. Return the rows that have now failed."""
-        requests = list(self._held.pop(worker, {}).values())
+        requests = list(self._assigned.pop(worker, {}).values())
         self._deaths.update(request.key for request in requests)
         self._retry([request for request in requests if self._deaths[request.key] == 1], RETRY_ROWS)
         self._retry([request for request in requests if 1 < self._deaths[request.key] < MAX_DEATHS], 1)

@@ -55,7 +55,7 @@ class Supervisor:
             while self._workers:
                 if stop():
                     self._stop()
-                last_turn = self._excuse_suspension(last_turn)
+                last_turn = self._reset_after_suspension(last_turn)
                 for worker in self._source.arrivals():
                     self._add(worker)
                 self._inbox_event.wait(POLL_SECONDS)
@@ -69,7 +69,7 @@ class Supervisor:
         seconds = time.monotonic() - self._rendering_since if self._rendering_since is not None else 0.0
         return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
 
-    def _excuse_suspension(self, last_turn: float) -> float:
+    def _reset_after_suspension(self, last_turn: float) -> float:
         """Reset the silence of all workers if this process was suspended. Returns the time of this turn."""
         now = time.monotonic()
         if now - last_turn > SUSPENDED_SECONDS:
@@ -141,8 +141,9 @@ class Supervisor:
                 if self._is_stopping:
                     worker.reset_silence()
                 worker.report, self._failures[worker.rank] = report, 0
-                new = self._ledger.commit(row.key for row in rows)  # another worker may have committed a row before
-                self._on_commit([row for row in rows if row.key in new])
+                # Another worker may have committed some of the rows before.
+                new_keys = self._ledger.commit(row.key for row in rows)
+                self._on_commit([row for row in rows if row.key in new_keys])
             case messages.LogMessage():
                 message.handle()
             case messages.WorkerError():
@@ -230,12 +231,12 @@ class Supervisor:
         else:
             self._require_workers(worker, error)
 
-    def _require_workers(self, lost: WorkerHandle, error: Exception) -> None:
+    def _require_workers(self, worker: WorkerHandle, error: Exception) -> None:
         """Raise an error if a worker that is not started again was the last one."""
-        log.warning("worker %d is not started again; %d remain", lost.rank, len(self._workers))
+        log.warning("worker %d is not started again; %d remain", worker.rank, len(self._workers))
         if self._workers:
             return
-        if lost.error is not None and isinstance(error, WorkerCrashError):  # another run would hit the same bug
+        if worker.error is not None and isinstance(error, WorkerCrashError):  # another run would hit the same bug
             raise error
         raise WorkersLostError(f"no worker is left: the last one died ({last_line(error)})") from error
 

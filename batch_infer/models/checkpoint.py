@@ -116,7 +116,7 @@ def _make_card(
     has_checker = "safety_checker" in components
     return ModelCard(
         **{field.name: getattr(rules, field.name) for field in fields(rules)},
-        name=_shorten(settings.name) if settings.name else name,
+        name=_display_name(settings.name) if settings.name else name,
         path=path,
         revision=revision,
         variant=settings.variant,
@@ -132,7 +132,7 @@ def _make_card(
     )
 
 
-def _shorten(name: str) -> str:
+def _display_name(name: str) -> str:
     """Return a folder's name, a file's name without its suffix, or a repository's id."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_dir() else path.stem if path.is_file() else name

@@ -106,7 +106,7 @@ def _narrow(module: Any) -> Any:
 
 
 def _set_scheduler(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Set velocity prediction if the checkpoint contains a tensor `v_pred`."""
+    """Set velocity prediction if there is a tensor `v_pred`. Logs a warning for 2.x checkpoints without it."""
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
     if "v_pred" in shapes:

@@ -191,7 +191,7 @@ def _list_shards(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def hash_files(path: Path, components: Iterable[str], variant: str | None) -> str:
-    """Return a sha256 digest of the names and bytes of the components' loaded files. Raises ModelError."""
+    """Return a digest of the names and bytes of the components' loaded files. Raises ModelError."""
     hasher = hashlib.sha256()
     for component in sorted(components):
         files = sorted((path / component).glob("*"))
