@@ -59,8 +59,8 @@ class Stopper:
     ) -> None:
         """Start the time limit in seconds. `hint` ends the error message and says what to do after a stop.
 
-        `log_stop` is called in the main thread if a signal arrives while a stop is deferred. Before the watchdog ends
-        the process, it calls `log_error` with the error message, and `remove_files`.
+        `log_stop` is called in the main thread if a signal arrives while a stop is deferred indefinitely. Before the
+        watchdog ends the process, it calls `remove_files`, and `log_error` with the error message.
         """
         self.time_limit, self._hint = time_limit, hint
         self._deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)

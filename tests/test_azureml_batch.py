@@ -439,10 +439,7 @@ def count_deliveries(files: Sequence[str], kill: Callable[[int], int | None] = l
             try:
                 batches = kill(delivery)
                 chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
-                endpoint = replace(
-                    endpoint,
-                    earlier=endpoint.record if endpoint.settings.out.exists() else None,
-                )
+                endpoint = replace(endpoint, earlier=endpoint.record if endpoint.settings.out.exists() else None)
                 with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
                     MiniBatchScorer(endpoint).score(files)
                 code = 0
@@ -534,8 +531,7 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         endpoint = deployment.read_deployment(str(out))
         assert endpoint.settings.safety.service
         safety = replace(
-            endpoint.settings.safety,
-            service=structs.replace(endpoint.settings.safety.service, timeout_seconds=0.5),
+            endpoint.settings.safety, service=structs.replace(endpoint.settings.safety.service, timeout_seconds=0.5)
         )
         worker = MiniBatchScorer(replace(endpoint, settings=replace(endpoint.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
@@ -555,10 +551,7 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         ({"BATCH_INFER_SAFETY": "azure"}, "CONTENT_SAFETY_ENDPOINT is not set"),
         ({"AZUREML_BI_OUTPUT_PATH": ""}, "AZUREML_BI_OUTPUT_PATH is not set"),
         ({"AZUREML_MODEL_DIR": "/nowhere"}, "AZUREML_MODEL_DIR=/nowhere is not a folder"),
-        (
-            {"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"},
-            "this worker has no GPU",
-        ),
+        ({"AZ_BATCHAI_GPU_COUNT_FOUND": "2", "BATCH_INFER_DEVICE": "auto"}, "this worker has no GPU"),
     ],
 )
 def test_init_refuses_invalid_settings(

@@ -134,17 +134,8 @@ def start_server(folder: Path, model: Path, safety: Service, down: threading.Eve
         **{"CONTENT_SAFETY_ENDPOINT": safety.endpoint, "CONTENT_SAFETY_KEY": KEY},
         **{"GUNICORN_CMD_ARGS": f"--threads {CLIENTS + 4}", "PYTHONPATH": str(ROOT), "HOME": str(folder)},
     }
-    command: list[str | Path] = [
-        PYTHON,
-        "-c",
-        LOOPBACK,
-        "--entry_script",
-        script,
-        "--model_dir",
-        model,
-        "--port",
-        str(port),
-    ]
+    command: list[str | Path] = [PYTHON, "-c", LOOPBACK, "--entry_script", script]
+    command += ["--model_dir", model, "--port", str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -1,4 +1,4 @@
-"""The benchmark: all contenders render the same rows, and the figures follow from counts and times."""
+"""Test that all contenders of the benchmark render the same rows, and that figures follow from counts and times."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 
 @pytest.fixture(scope="module")
 def quick() -> Any:
-    """Shorten the measurements: no figure of these tests has to be exact."""
+    """Shorten the measurements, because no test needs exact figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "MIN_SECONDS", 0.01)
         patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
@@ -66,7 +66,7 @@ def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(quick: None, plot: Path) -> dict[str, Any]:
-    """The report for a few rows of the built-in model."""
+    """Return the report for a few rows of the built-in model."""
     done = command("bench", *ROWS, "--rounds", "2", "--sweep", "2,4", "--plot", plot, "--json")
     assert done.code == 0, done.stderr
     return dict(json.loads(done.stdout))
@@ -102,8 +102,8 @@ def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> Non
         tflop = table["unet_tflop" if name == "bare" else "tflop"]
         assert figures["mfu"] == pytest.approx(tflop / seconds / peak["tflops"], rel=0.02)
         if name != "batch-infer":
-            each = [theirs / own for theirs, own in zip(figures["seconds"], ours["seconds"], strict=True)]
-            assert figures["ratio"] == pytest.approx(statistics.median(each), rel=0.01)
+            ratios = [theirs / own for theirs, own in zip(figures["seconds"], ours["seconds"], strict=True)]
+            assert figures["ratio"] == pytest.approx(statistics.median(ratios), rel=0.01)
     assert ours["ratio"] is None
     assert peak["source"] == "measured matmul"
 
@@ -129,10 +129,10 @@ def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monke
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
     figures = json.loads(done.stdout)["contenders"]
     rows = make_rows(WorkloadSettings(9, (1, 3), "native"), [(64, 64)], DEFAULTS)
-    taken = [row.params.slots * row.params.num_inference_steps for row in rows]
+    evaluations = [row.params.slots * row.params.num_inference_steps for row in rows]
     assert figures["batch-infer"]["seconds"] == [2.0]
     (seconds,) = figures["one-by-one"]["seconds"]
-    assert seconds == pytest.approx(2.0 * sum(taken) / sum(taken[k] for k in (0, 2, 4, 6)), abs=1e-4)
+    assert seconds == pytest.approx(2.0 * sum(evaluations) / sum(evaluations[k] for k in (0, 2, 4, 6)), abs=1e-4)
 
 
 @pytest.mark.promises
@@ -154,7 +154,7 @@ def test_images_equal_those_of_plain_diffusers(report: dict[str, Any]) -> None:
 
 @pytest.mark.promises
 def test_different_images_are_reported(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline that renders something else would make the comparison meaningless."""
+    """The comparison would be meaningless if a baseline rendered other images."""
     monkeypatch.setattr(
         PlainDiffusers, "_generator", staticmethod(lambda row: torch.Generator().manual_seed(row.seed + 1))
     )
@@ -177,12 +177,12 @@ def test_sweep_has_a_point_for_each_number_of_slots(report: dict[str, Any]) -> N
 
 
 @pytest.mark.promises
-def test_plot_is_a_picture(report: dict[str, Any], plot: Path) -> None:
-    with Image.open(plot) as picture:
-        assert picture.format == "PNG"
-        assert 1000 < picture.width < 3000
-        assert 600 < picture.height < 2000
-        assert np.asarray(picture.convert("L")).std() > 5
+def test_plot_is_an_image(report: dict[str, Any], plot: Path) -> None:
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+        assert 1000 < image.width < 3000
+        assert 600 < image.height < 2000
+        assert np.asarray(image.convert("L")).std() > 5
 
 
 @pytest.mark.promises
@@ -204,18 +204,18 @@ def test_report_as_text(quick: None) -> None:
 
 
 @pytest.mark.promises
-def test_stopped_benchmark_prints_what_was_measured() -> None:
+def test_stopped_benchmark_prints_the_figures_measured_so_far() -> None:
     line = [sys.executable, "-m", "batch_infer", "bench", *ROWS, "--rounds", "1000", "--against", "grouped,bare"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        second = next(text for text in lines if "round 2 of 1000" in text)
+        second_round = next(text for text in lines if "round 2 of 1000" in text)
         process.send_signal(signal.SIGINT)
         stdout, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert re.search(r"round 2 of 1000: batch-infer [0-9.]+ s; about [0-9:]+ left$", second.strip())
+    assert re.search(r"round 2 of 1000: batch-infer [0-9.]+ s; about [0-9:]+ left$", second_round.strip())
     assert process.returncode == 75
     assert re.search(r"^batch-infer +[0-9.]+ .*%$", stdout, re.MULTILINE)
     assert re.search(r"^grouped +[0-9.]+ .*(as fast|slower)", stdout, re.MULTILINE)
@@ -229,7 +229,7 @@ def test_remaining_seconds_are_estimated_from_past_rounds() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(2.426, "2.43x as fast"), (0.997, "1.00x as fast"), (0.86, "14% slower")])
-def test_ratio_in_words(ratio: float, words: str) -> None:
+def test_ratio_is_formatted_as_a_phrase(ratio: float, words: str) -> None:
     assert format_ratio(ratio) == words
 
 
@@ -254,7 +254,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("options", "sentence"), REFUSED.values(), ids=list(REFUSED))
 def test_invalid_options_are_refused_before_any_work(options: tuple[str, ...], sentence: str) -> None:
-    done = refused(*options)
+    done = run_refused(*options)
     assert sentence in done.stderr
     assert "warming up" not in done.stderr
 
@@ -264,12 +264,13 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "batch_infer.bench.plotting.find_spec", lambda name: None if name == "matplotlib" else real(name)
     )
-    done = refused("--plot", str(tmp_path / "plot.png"))
+    done = run_refused("--plot", str(tmp_path / "plot.png"))
     assert "pip install 'batch-infer[plot]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def refused(*options: str) -> CommandResult:
+def run_refused(*options: str) -> CommandResult:
+    """Run the command, and check that it refuses its options."""
     done = command("bench", *ROWS, *options)
     assert (done.code, done.stdout) == (2, "")
     return done
@@ -288,7 +289,7 @@ def test_lists_are_sorted_and_without_duplicates() -> None:
             parse_sweep(text)
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# Workload
 
 
 def test_mixed_workload_is_mixed_and_always_the_same() -> None:
@@ -306,10 +307,10 @@ def test_mixed_workload_is_mixed_and_always_the_same() -> None:
 
 def test_uniform_workload_has_one_kind_of_row() -> None:
     shape = WorkloadSettings(rows=20, steps=(50, 50), sizes="native", unguided=0)
-    params = {row.params for row in make_rows(shape, shape.sizes_of(RULES), DEFAULTS)}
-    assert {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params} == {
-        (512, 512, 50, True)
-    }
+    rows = make_rows(shape, shape.sizes_of(RULES), DEFAULTS)
+    params = [row.params for row in rows]
+    kinds = {(each.height, each.width, each.num_inference_steps, each.uses_guidance) for each in params}
+    assert kinds == {(512, 512, 50, True)}
 
 
 @pytest.mark.parametrize(
@@ -331,22 +332,23 @@ def test_sizes_are_written_width_first() -> None:
 
 @pytest.mark.parametrize(("rows", "least"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
 def test_estimated_occupancy_of_mixed_workloads(rows: int, least: float) -> None:
-    """Estimated; a test of the chain checks the estimate to within a row."""
-    packing = StepBatchingEstimator(slots_of)
-    for request in mixed(rows):
-        packing.add(request, request.params.num_inference_steps)
-    packing.close()
-    done = sum(load.row_forwards for load in packing.costs.values())
-    assert done / sum(32 * load.ticks for load in packing.costs.values()) > least
+    """The occupancy is an estimate, which a test of the chain checks to within a row."""
+    estimator = StepBatchingEstimator(slots_of)
+    for request in mixed_requests(rows):
+        estimator.add(request, request.params.num_inference_steps)
+    estimator.close()
+    evaluations = sum(load.row_forwards for load in estimator.costs.values())
+    assert evaluations / sum(32 * load.ticks for load in estimator.costs.values()) > least
 
 
 def test_occupancy_of_a_mixed_workload_in_the_chain() -> None:
-    stages = painted(mixed(200))
-    assert stages.occupancy > 0.90
+    chain, requests = StepLevelChain(Painter(), BatchSizes(32, 8), None), mixed_requests(200)
+    assert sum(1 for _ in chain.render(replace(request, prompt="0.5") for request in requests)) == len(requests)
+    assert chain.stages.occupancy > 0.90
 
 
-def mixed(rows: int) -> list[PromptRequest]:
-    """Return the rows of the benchmark, in the order of a run."""
+def mixed_requests(rows: int) -> list[PromptRequest]:
+    """Return the rows of the benchmark in the order of a run."""
     sizes = MIXED.sizes_of(SizeRules(64, 64, 8, 16))
     return list(order_requests(make_rows(WorkloadSettings(rows), sizes, DEFAULTS), slots_of))
 
@@ -355,13 +357,7 @@ def slots_of(size: tuple[int, int]) -> int:
     return 32
 
 
-def painted(requests: list[PromptRequest]) -> Any:
-    chain = StepLevelChain(Painter(), BatchSizes(32, 8), None)
-    assert sum(1 for _ in chain.render(replace(request, prompt="0.5") for request in requests)) == len(requests)
-    return chain.stages
-
-
-# ------------------------------------------------------------------------------------------------ the baselines
+# Baselines
 
 
 @pytest.fixture(scope="module")
@@ -395,9 +391,9 @@ def test_grouped_batches_rows_with_equal_parameters(demo: Any, monkeypatch: pyte
     "folder", ["sd1_folder", "sd2_folder", "decidiffusion_folder", "sdxl_folder", "lcm_folder", "sd3_folder"]
 )
 def test_baselines_of_every_family_make_the_same_images(folder: str, request: pytest.FixtureRequest) -> None:
-    """Also for DeciDiffusion, whose pipeline is given our UNet because diffusers has none."""
+    """The pipeline of DeciDiffusion gets our UNet, because diffusers has none."""
     model = load_family(request.getfixturevalue(folder))
-    rescale = 0.0 if folder == "sd3_folder" else 0.7  # which Stable Diffusion 3 does not take
+    rescale = 0.0 if folder == "sd3_folder" else 0.7  # Stable Diffusion 3 does not support it
     rows = [make_request(f"{k}", steps=3, guidance=[7.5, 1.0][k % 2], rescale=rescale, seed=k) for k in range(4)]
     if folder == "lcm_folder":
         rows = [replace(row, params=replace(row.params, embedded_guidance=True)) for row in rows]
@@ -410,22 +406,22 @@ def test_baselines_of_every_family_make_the_same_images(folder: str, request: py
 
 
 def test_baselines_call_uncompiled_networks(demo: Any) -> None:
-    """A replaced forward method is not used by the baselines, and is restored afterwards."""
+    """Uncompiled baselines do not call a replaced forward method, and restore it afterwards."""
     unet = demo.model.networks[0]
     calls: list[int] = []
-    plain = unet.forward
+    original = unet.forward
 
-    def faster(*args: Any, **kwargs: Any) -> Any:
+    def compiled_forward(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return plain(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    unet.forward = faster
+    unet.forward = compiled_forward
     try:
-        for compiled, called in ((False, 0), (True, 2)):
+        for compiled, call_count in ((False, 0), (True, 2)):
             baseline = PlainDiffusers(demo.model, demo.compute, grouped=True, compiled=compiled)
             assert len(list(baseline.render([make_request(steps=2)]))) == 1
-            assert len(calls) == called
-            assert unet.forward is faster
+            assert len(calls) == call_count
+            assert unet.forward is compiled_forward
     finally:
         del unet.forward
 
@@ -444,22 +440,22 @@ def test_compiled_baselines_pad_batches_to_one_size(demo: Any, monkeypatch: pyte
     assert sizes == [2, 2, 2]
 
 
-def test_baselines_decode_singly_if_memory_is_too_small(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_decode_singly_on_out_of_memory(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     baseline = PlainDiffusers(demo.model, demo.compute, grouped=True)
     vae, rows = demo.model.pipeline.vae, [make_request(f"{k}", steps=2, seed=k) for k in range(2)]
-    whole = [pixels for _, pixels in baseline.render(rows)]
-    real = vae._decode
+    batched = [pixels for _, pixels in baseline.render(rows)]
+    original = vae._decode
 
-    def small(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode_single(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(latents) > 1:
             raise torch.OutOfMemoryError("full")
-        return real(latents, *args, **kwargs)
+        return original(latents, *args, **kwargs)
 
-    monkeypatch.setattr(vae, "_decode", small)
+    monkeypatch.setattr(vae, "_decode", decode_single)
     sliced = [pixels for _, pixels in baseline.render(rows)]
     assert baseline.details() == {"vae_slicing": True}
     assert not vae.use_slicing  # the setting is restored
-    assert all(max_difference(one, other) <= 1 for one, other in zip(whole, sliced, strict=True))
+    assert all(max_difference(one, other) <= 1 for one, other in zip(batched, sliced, strict=True))
 
 
 def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +471,7 @@ def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest
     assert sweep.out_of_memory_at == 8
 
 
-# ------------------------------------------------------------------------------------------------ the arithmetic
+# FLOPs and peak rates
 
 
 @pytest.mark.promises
@@ -490,7 +486,7 @@ def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest
 def test_architectures_have_the_size_of_released_models(
     name: str, parameters: float, latent: tuple[int, int, int], row_forward: float, decode: float
 ) -> None:
-    """Parameters and TFLOP as published or counted elsewhere; no network is run."""
+    """Compare parameters and TFLOP with published figures, without running a network."""
     model, rules = architectures.build_architecture(name, torch.device("meta"), torch.float16)
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
@@ -501,8 +497,8 @@ def test_architectures_have_the_size_of_released_models(
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_flops_equal_those_of_a_real_call(demo: Any) -> None:
-    """Compared with the counter during a call, with attention as plain matrix products."""
+def test_flops_equal_those_of_a_call(demo: Any) -> None:
+    """Compare with torch's counter during a call, with attention as plain matrix products."""
     model = demo.model
     (conditioning,) = model.condition([make_request()])
     context = {name: part[None] for name, part in conditioning.context[0].items()}
@@ -531,5 +527,5 @@ def test_peak_flops_of_gpus_by_their_names_in_torch(name: str, dtype: str, tflop
     assert peak_flops.peak_tflops(name, dtype) == tflops
 
 
-def test_matrix_product_is_timed() -> None:
+def test_rate_of_a_matrix_product_is_measured() -> None:
     assert matmul_tflops(torch.device("cpu"), torch.float32) > 0.001

@@ -1,4 +1,4 @@
-"""The command line: progress, the summary, help, signals, and exit codes."""
+"""Test progress, the summary, help, signals and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -111,11 +111,10 @@ def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
         "  and 4 more, in the results",
         "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
     ]
-    for flagged, warned in ((3, True), (2, False)):
+    for flagged, has_warning in ((3, True), (2, False)):
         summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))
-        assert (
-            any(line.startswith("most images are flagged") for line in summary_lines(summary, Path("o"), ())) == warned
-        )
+        lines = summary_lines(summary, Path("o"), ())
+        assert any(line.startswith("most images are flagged") for line in lines) == has_warning
 
 
 # Help
@@ -123,11 +122,11 @@ def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
 
 @pytest.mark.parametrize("name", commands.commands)
 def test_help_does_not_break_words(name: str) -> None:
-    """On a terminal of 80 columns, words that a reader may copy are not split, except after a hyphen."""
-    each = commands.commands[name]
-    with Context(each, info_name=name, terminal_width=80) as context:
-        words = re.sub(r"(?<=\w-)\s+", "", each.get_help(context)).split()
-    for option in each.params:
+    """On a terminal of 80 columns, words that a reader may copy are split only after a hyphen."""
+    command = commands.commands[name]
+    with Context(command, info_name=name, terminal_width=80) as context:
+        words = re.sub(r"(?<=\w-)\s+", "", command.get_help(context)).split()
+    for option in command.params:
         for word in (getattr(option, "help", None) or "").split():
             assert word in words, f"{option.name}: {word}"
 
@@ -152,7 +151,7 @@ def test_second_signal_ends_a_deferred_stop_at_once(number: signal.Signals, monk
         os.kill(os.getpid(), number)
         assert stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop(), "`timeout` signals the process and then its group, which is one request"
+        assert stop(), "`timeout` signals the process and then its group, which counts as one signal"
         monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("not reached")
@@ -186,18 +185,18 @@ def test_hangup_stays_ignored_under_nohup() -> None:
 
 def test_signal_handlers_of_an_embedding_program_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """getsignal returns None for a handler that Python did not set, and signal.signal cannot restore it."""
-    taken: list[int] = []
+    replaced: list[int] = []
 
-    def take(number: int, _: object) -> object:
-        taken.append(number)
+    def replace(number: int, _: object) -> object:
+        replaced.append(number)
         return signal.SIG_DFL
 
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number != signal.SIGINT else signal.SIG_DFL)
-    monkeypatch.setattr(signal, "signal", take)
+    monkeypatch.setattr(signal, "signal", replace)
     monkeypatch.setattr(signal, "setitimer", lambda *_: pytest.fail("the handler of SIGALRM is not ours"))
     with stoppable(60.0) as stop, deferred(60.0):
         stop.reason = "the time limit"
-    assert taken == [signal.SIGINT, signal.SIGINT]
+    assert replaced == [signal.SIGINT, signal.SIGINT]
 
 
 # Exit codes
@@ -214,9 +213,9 @@ def test_interrupt_ends_with_a_message_and_75(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_bug_ends_with_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def slip(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("batch_infer.jobs.render_tables", slip)
+    monkeypatch.setattr("batch_infer.jobs.render_tables", fail)
     with pytest.raises(ZeroDivisionError):
         runs.run(tmp_path / "t.csv", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""`--config`: a flag overrides the environment, the environment overrides the file, and errors name the key."""
+"""Test that a flag overrides the environment, which overrides the --config file, and that errors name the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batch_infer.errors import SettingsError
 from tests.runs import command
 
 
-def parsed(*arguments: str, name: str = "run") -> dict[str, Any]:
+def parse(*arguments: str, name: str = "run") -> dict[str, Any]:
     with commands.commands[name].make_context(name, list(arguments), parent=group_context()) as context:
         return dict(context.params)
 
@@ -34,55 +34,53 @@ def file(tmp_path: Path) -> Path:
 
 def test_file_sets_options_like_flags(file: Path) -> None:
     flags = "--steps 30 --guidance-scale 6 --guidance-rescale 0.5 --results csv --results jsonl --column prompt=caption"
-    typed = parsed("t.csv", *flags.split(), "--max-failed", "1%", "-q", "--negative-prompt", "dull", "--safety", "none")
-    assert parsed("t.csv", "--config", str(file)) == typed
+    more = ("--max-failed", "1%", "-q", "--negative-prompt", "dull", "--safety", "none")
+    assert parse("t.csv", "--config", str(file)) == parse("t.csv", *flags.split(), *more)
 
 
 def test_flag_overrides_environment_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parsed("t.csv", "--config", str(file))["steps"] == 30
+    assert parse("t.csv", "--config", str(file))["steps"] == 30
     monkeypatch.setenv("BATCH_INFER_STEPS", "20")
-    assert parsed("t.csv", "--config", str(file))["steps"] == 20
-    assert parsed("t.csv", "--config", str(file), "--steps", "10")["steps"] == 10
+    assert parse("t.csv", "--config", str(file))["steps"] == 20
+    assert parse("t.csv", "--config", str(file), "--steps", "10")["steps"] == 10
 
 
 @pytest.mark.parametrize("content", ['steps = "ten"', "num-inference-steps = [1, 2]"])
-def test_wrong_value_that_is_overridden_is_not_read(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overridden_value_is_not_checked(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "job.toml").write_text(content)
-    assert parsed("t.csv", "--config", str(path), "--steps", "10")["steps"] == 10
+    assert parse("t.csv", "--config", str(path), "--steps", "10")["steps"] == 10
     assert command("run", "--config", path, "--help").code == 0
     monkeypatch.setenv("BATCH_INFER_STEPS", "20")
-    assert parsed("t.csv", "--config", str(path))["steps"] == 20
+    assert parse("t.csv", "--config", str(path))["steps"] == 20
     monkeypatch.setenv("BATCH_INFER_STEPS", "twenty")
-    assert parsed("t.csv", "--steps", "10")["steps"] == 10
+    assert parse("t.csv", "--steps", "10")["steps"] == 10
     path.write_text(content + "\nstepps = 3")
     with pytest.raises(SettingsError, match="there is no option 'stepps'"):
-        parsed("t.csv", "--config", str(path), "--steps", "10")
+        parse("t.csv", "--config", str(path), "--steps", "10")
 
 
 def test_two_names_of_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two flags the last one counts; two variables have no order, so they are refused."""
-    assert parsed("t.csv", "--steps", "3", "--num-inference-steps", "4")["steps"] == 4
-    assert parsed("t.csv", "--num-inference-steps", "4", "--steps", "3")["steps"] == 3
+    """The last of two flags counts. Two variables have no order, so they are refused."""
+    assert parse("t.csv", "--steps", "3", "--num-inference-steps", "4")["steps"] == 4
+    assert parse("t.csv", "--num-inference-steps", "4", "--steps", "3")["steps"] == 3
     monkeypatch.setenv("BATCH_INFER_STEPS", "")
     monkeypatch.setenv("BATCH_INFER_NUM_INFERENCE_STEPS", "4")
-    assert parsed("t.csv")["steps"] == 4
+    assert parse("t.csv")["steps"] == 4
     monkeypatch.setenv("BATCH_INFER_STEPS", "3")
     with pytest.raises(SettingsError, match="BATCH_INFER_STEPS and BATCH_INFER_NUM_INFERENCE_STEPS set the same"):
-        parsed("t.csv")
+        parse("t.csv")
 
 
 def test_environment_can_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH_INFER_CONFIG", str(file))
-    assert parsed("t.csv")["steps"] == 30
+    assert parse("t.csv")["steps"] == 30
 
 
 @pytest.mark.parametrize("name", ["plan", "retry", "status", "merge"])
 def test_one_file_serves_every_command(file: Path, name: str) -> None:
-    """Each command reads its own options; a key that no command has is an error."""
+    """Each command reads its own options and ignores those of other commands."""
     more = ("--status", "failed") if name == "retry" else ()
-    assert "config" not in parsed("t.csv", "--config", str(file), *more, name=name)
+    assert "config" not in parse("t.csv", "--config", str(file), *more, name=name)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +108,11 @@ def test_error_in_the_file_names_it(tmp_path: Path, content: str, sentence: str)
     path = tmp_path / "job.toml"
     path.write_text(content)
     with pytest.raises(SettingsError, match=sentence) as caught:
-        parsed("t.csv", "--config", str(path))
+        parse("t.csv", "--config", str(path))
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not text"])
 def test_file_that_cannot_be_read_ends_with_2(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "job.toml"
     if content is not None:
@@ -142,8 +140,7 @@ def test_every_option_can_be_set_in_a_file(tmp_path: Path) -> None:
         value = f'"{choices[0]}"' if choices else values.get(kind.split(" ")[0]) or '"x"'
         path = tmp_path / "job.toml"
         path.write_text(f"{name.removeprefix('--')} = {value}\n")
-        found = parsed("t.csv", "--config", str(path))[str(option.name)]
-        assert found not in (None, (), False), name
+        assert parse("t.csv", "--config", str(path))[str(option.name)] not in (None, (), False), name
 
 
 # Names
@@ -155,12 +152,12 @@ def test_aliases_are_options_variables_and_keys(tmp_path: Path, monkeypatch: pyt
         "num-images-per-prompt": ("images_per_prompt", 2),
     }
     for name, (option, value) in names.items():
-        assert parsed("t.csv", f"--{name}", str(value))[option] == value
+        assert parse("t.csv", f"--{name}", str(value))[option] == value
         (tmp_path / "job.toml").write_text(f"{name} = {value}\n")
-        assert parsed("t.csv", "--config", str(tmp_path / "job.toml"))[option] == value
+        assert parse("t.csv", "--config", str(tmp_path / "job.toml"))[option] == value
         with monkeypatch.context() as patch:
             patch.setenv(f"BATCH_INFER_{name.replace('-', '_').upper()}", str(value))
-            assert parsed("t.csv")[option] == value
+            assert parse("t.csv")[option] == value
 
 
 @pytest.mark.parametrize(
@@ -182,7 +179,7 @@ def test_unknown_option_suggests_a_similar_one(line: str, sentence: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("name", "hint"),
     [
         ("STEP", "did you mean BATCH_INFER_STEPS?"),
         ("CFG_SCALE", "did you mean BATCH_INFER_GUIDANCE_SCALE?"),
@@ -191,18 +188,18 @@ def test_unknown_option_suggests_a_similar_one(line: str, sentence: str) -> None
     ],
 )
 @pytest.mark.parametrize("line", ["status out", "run t.csv"])
-def test_unknown_variable_is_refused(line: str, name: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variable_is_refused(line: str, name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"BATCH_INFER_{name}", "30")
     done = command(*line.split())
     assert (done.code, done.stdout) == (2, "")
-    assert f"no option reads the environment variable BATCH_INFER_{name}: {near}" in done.stderr
+    assert f"no option reads the environment variable BATCH_INFER_{name}: {hint}" in done.stderr
 
 
 def test_variables_of_other_commands_endpoints_and_kubernetes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ROUNDS", "STATUS", "REQUEST_TIMEOUT", "PORT", "ONLINE_SERVICE_PORT_HTTP", "PORT_80_TCP_PROTO"):
         monkeypatch.setenv(f"BATCH_INFER_{name}", "tcp://10.0.0.1:80")
     monkeypatch.setenv("BATCH_INFER_STEPPS", "")  # an empty variable counts as unset
-    parsed("t.csv")
+    parse("t.csv")
 
 
 def test_help_ignores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The scripts under examples/ run with small inputs; test_nightly tests those of examples/nightly."""
+"""Test the scripts under examples/ with small inputs, except those of examples/nightly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from PIL import Image
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def script(*arguments: str | Path, folder: Path | None = None) -> str:
+def run_script(*arguments: str | Path, folder: Path | None = None) -> str:
+    """Run Python with these arguments, and return its output."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -32,9 +33,9 @@ def test_prompts_are_distinct() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a model for a few steps, to see that every stage runs."""
+    """Train a model for a few steps, to check that every stage runs."""
     folder = tmp_path_factory.mktemp("training")
-    script(EXAMPLES / "demo_model" / "train.py", "--smoke", "--work", folder / "work", "--out", folder / "model")
+    run_script(EXAMPLES / "demo_model" / "train.py", "--smoke", "--work", folder / "work", "--out", folder / "model")
     return folder / "model"
 
 
@@ -42,15 +43,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_diffusers_loads_the_trained_checkpoint(trained: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(trained, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    made = pipe("a large red circle", num_inference_steps=1, output_type="np")
-    assert made.images.shape == (1, 64, 64, 3)
+    images = pipe("a large red circle", num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
     assert (trained / "LICENSE").is_file()
     assert sum(file.stat().st_size for file in trained.rglob("*.safetensors")) <= 16_000_000
 
 
 @pytest.mark.promises
 def test_evaluation_writes_accuracy(trained: Path, tmp_path: Path) -> None:
-    script(
+    run_script(
         EXAMPLES / "demo_model" / "evaluate.py", "--model", trained, "--rows", "4", "--steps", "2", "--out", tmp_path
     )
     figures = json.loads((tmp_path / "accuracy.json").read_text())
@@ -60,15 +61,15 @@ def test_evaluation_writes_accuracy(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_judge_is_right_about_drawings() -> None:
-    """Otherwise the figures of the model would be meaningless."""
-    right = script("-c", "import evaluate; print(evaluate.judge_drawings(400, 3))", folder=EXAMPLES / "demo_model")
-    assert float(right) >= 0.99
+    """The accuracy of the model would be meaningless if the judge made mistakes."""
+    share = run_script("-c", "import evaluate; print(evaluate.judge_drawings(400, 3))", folder=EXAMPLES / "demo_model")
+    assert float(share) >= 0.99
 
 
 @pytest.mark.promises
 def test_contact_sheet_of_a_run(tmp_path: Path) -> None:
     prompts = EXAMPLES / "prompts.csv"
-    script("-m", "batch_infer", "run", prompts, "--limit", "3", "--steps", "1", "-q", "-o", tmp_path / "out")
-    assert "contact_sheet.png" in script(EXAMPLES / "contact_sheet.py", tmp_path / "out")
+    run_script("-m", "batch_infer", "run", prompts, "--limit", "3", "--steps", "1", "-q", "-o", tmp_path / "out")
+    assert "contact_sheet.png" in run_script(EXAMPLES / "contact_sheet.py", tmp_path / "out")
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 64

@@ -1,4 +1,4 @@
-"""The GPU check: its report, its time limits, and the parts that a CPU can run."""
+"""Test the GPU check: its report, its time limits, and the parts that a CPU can run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BENCH = {
 
 
 def make_results() -> dict[str, Any]:
-    """Results of a check whose parts ended in every way."""
+    """Return results of a check whose parts ended in every possible way."""
     memory = {"shape_at_first": [4096, 8], "shape_at_the_end": [256, 8], "equal": 10, "images": 10, "rows": 10}
     attention = {"default": {"tflops": 320.0}, "flash": {"tflops": 321.0}, "cudnn": {"unsupported": "no such head"}}
     slots = {"row_forwards_per_second": 100.0, "tflops": 80.0, "peak_gib": 3.5, "ms": 40.0}
@@ -76,7 +76,7 @@ def test_report_has_a_table_of_checks_and_one_of_throughput() -> None:
     report = format_report(make_results())
     assert "gpu NVIDIA H100" in report
     assert "| batch invariance, sd15 | passed | unet, compiled; unet, eager |" in report
-    assert "| batch invariance, sdxl | FAILED | not so: unet, compiled: same_at_other_positions |" in report
+    assert "| batch invariance, sdxl | FAILED | violated: unet, compiled: same_at_other_positions |" in report
     assert "| batch invariance, decidiffusion | not measured | the part's status is timeout |" in report
     assert "| sd15 | 32 | 4.321 | 41.4 % | 50.0 % | 2.5 | 345.6 | 12.5 | 120 | 1.2 % |" in report
     assert "| n32 h8 q4096 k4096 d40 | 320 | 321 | – | – |" in report

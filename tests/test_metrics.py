@@ -1,4 +1,4 @@
-"""`--metrics-file`: the file at the start, during and at every end of a run, read by Prometheus' own parser."""
+"""Test the --metrics-file at the start, during and at every end of a run, with Prometheus' own parser."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replace both clocks by one that the test advances."""
+    """Replace both clocks with one that the test advances."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(
         metrics_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1e9 + clock.now)
@@ -296,7 +296,7 @@ def test_every_exit_code_of_a_run_is_written(tmp_path: Path, file: Path, monkeyp
 
 
 def test_only_rank_0_writes(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks render for it and print nothing."""
+    """Other ranks render rows but print nothing."""
     monkeypatch.setattr("batch_infer.jobs.join_run", lambda *_: True)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

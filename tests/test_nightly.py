@@ -1,4 +1,4 @@
-"""examples/nightly: three nights with cron and three with systemd, on a growing table."""
+"""Test examples/nightly: three nights with cron and three with systemd, on a growing table."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class Crontab:
 
     @classmethod
     def read(cls, path: Path) -> Crontab:
-        """Parse as crontab(5) does: a % without a backslash ends the line of the command."""
+        """Parse a file as crontab(5) describes: a % without a backslash ends the command."""
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         settings = [re.fullmatch(r"(\w+)\s*=\s*(.*)", line) for line in lines]
         (job,) = (line for line, setting in zip(lines, settings, strict=True) if not setting)
         *schedule, entry = job.split(None, 5)
         command, *stdin = re.split(r"(?<!\\)%", entry)
-        variables = {found[1]: found[2].strip("\"'") for found in settings if found}
+        variables = {match[1]: match[2].strip("\"'") for match in settings if match}
         return cls(variables, schedule, command.replace(r"\%", "%"), "\n".join(stdin))
 
 
 def unit(path: Path) -> dict[str, list[str]]:
     """Return the settings of a systemd unit, each with its values in order."""
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith(("#", ";", "[")):
             name, _, value = line.partition("=")
-            found.setdefault(name, []).append(value)
-    return found
+            values.setdefault(name, []).append(value)
+    return values
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ Done = subprocess.CompletedProcess[str]
 def by_cron(home: Path) -> Done:
     """Run the job with /bin/sh in the home folder, with the variables that cron sets."""
     table = Crontab.read(home / "nightly" / "crontab")
-    poor = {"HOME": str(home), "LOGNAME": "nobody", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+    variables = {"HOME": str(home), "LOGNAME": "nobody", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
     shell = ["/bin/sh", "-c", table.command]
-    return _done(shell, home, {**poor, **table.variables}, table.stdin)
+    return _run(shell, home, {**variables, **table.variables}, table.stdin)
 
 
 def by_systemd(home: Path) -> Done:
@@ -84,23 +84,23 @@ def by_systemd(home: Path) -> Done:
     service = unit(home / "nightly" / "batch-infer.service")
     variables = {"HOME": str(home), "LOGNAME": "nobody", "USER": "nobody", "SHELL": "/bin/sh",
                  "PATH": "/usr/local/bin:/usr/bin:/bin"}  # fmt: skip
-    (folder,) = (_resolved(value, home) for value in service["WorkingDirectory"])
+    (folder,) = (_expand(value, home) for value in service["WorkingDirectory"])
     (start,) = service["ExecStart"]
     for line in (*service["ExecStartPre"], start):
-        words = [_resolved(word, home) for word in shlex.split(line)]
+        words = [_expand(word, home) for word in shlex.split(line)]
         assert Path(words[0]).is_absolute()
-        done = _done(words, Path(folder), variables, "")
+        done = _run(words, Path(folder), variables, "")
         if done.returncode:
             break
     return done
 
 
-def _resolved(text: str, home: Path) -> str:
-    assert "$" not in text, "variables are not resolved here"
-    return re.sub("%(.)", lambda found: {"h": str(home), "%": "%"}[found[1]], text)
+def _expand(text: str, home: Path) -> str:
+    assert "$" not in text, "this function does not expand variables"
+    return re.sub("%(.)", lambda match: {"h": str(home), "%": "%"}[match[1]], text)
 
 
-def _done(line: list[str], folder: Path, variables: dict[str, str], stdin: str) -> Done:
+def _run(line: list[str], folder: Path, variables: dict[str, str], stdin: str) -> Done:
     return subprocess.run(
         line, cwd=folder, env=variables, input=stdin, capture_output=True, text=True, check=False, timeout=600
     )
@@ -133,9 +133,9 @@ def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[in
         images = {path.name: path.stat().st_mtime_ns for path in (folder / "out" / "images").rglob("*.png")}
         assert written.items() <= images.items()
         assert len(images) == len(now)
-        found = metrics(folder / "nightly.prom")
-        assert (found["exit_code"], found["running"], found["images_rendered"]) == (0, 0, new)
-        assert found["last_success_timestamp_seconds"] == found["end_timestamp_seconds"] >= started.timestamp()
+        values = metrics(folder / "nightly.prom")
+        assert (values["exit_code"], values["running"], values["images_rendered"]) == (0, 0, new)
+        assert values["last_success_timestamp_seconds"] == values["end_timestamp_seconds"] >= started.timestamp()
         before, written = now, images
     assert_whole(folder / "out")
     assert len((folder / "out" / "results.csv").read_text().splitlines()) == sum(grows) + 1
@@ -158,15 +158,15 @@ def test_crontab_is_valid() -> None:
 
 
 @pytest.mark.parametrize(("code", "mailed"), [(0, ""), (75, ""), (3, "said\n"), (1, "said\n")])
-def test_command_that_is_silent_for_75(tmp_path: Path, code: int, mailed: str) -> None:
-    """With a stub program for each exit code."""
+def test_command_for_cron_is_silent_for_75(tmp_path: Path, code: int, mailed: str) -> None:
+    """Run the command of the README with stub programs."""
     command = re.findall(r"^    (cd .*)$", (NIGHTLY / "README.md").read_text(), re.MULTILINE)[-1]
     programs = tmp_path / "nightly" / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, end in (("python", 0), ("batch-infer", code)):
         (programs / name).write_text(f"#!/bin/sh\n{'echo said >&2' if end else ':'}\nexit {end}\n")
         (programs / name).chmod(0o755)
-    done = _done(["/bin/sh", "-c", command], tmp_path, {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, "")
+    done = _run(["/bin/sh", "-c", command], tmp_path, {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, "")
     assert done.stdout + done.stderr == mailed
 
 
@@ -184,13 +184,13 @@ def test_service_treats_75_as_success_and_leaves_time_to_stop() -> None:
     assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again at once"
 
 
-@pytest.mark.skipif(ANALYZE is None, reason="systemd is not installed here")
+@pytest.mark.skipif(ANALYZE is None, reason="systemd is not installed")
 def test_systemd_accepts_the_units(home: Path, tmp_path: Path) -> None:
     folder = home / "nightly"
     line = [str(ANALYZE), "verify", "--user", str(folder / "batch-infer.service"), str(folder / "batch-infer.timer")]
-    done = _done(line, tmp_path, {"HOME": str(home), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}, "")
+    done = _run(line, tmp_path, {"HOME": str(home), "XDG_RUNTIME_DIR": str(tmp_path), "PATH": os.environ["PATH"]}, "")
     if "initialize manager" in done.stderr:
-        pytest.skip("systemd-analyze cannot work here")
+        pytest.skip("systemd-analyze does not work on this machine")
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     (when,) = unit(NIGHTLY / "batch-infer.timer")["OnCalendar"]
     subprocess.run([str(ANALYZE), "calendar", when], check=True, capture_output=True)
@@ -200,7 +200,7 @@ def test_systemd_accepts_the_units(home: Path, tmp_path: Path) -> None:
 
 
 def append(folder: Path) -> Done:
-    return _done([sys.executable, str(APPEND), "prompts.jsonl", "inbox"], folder, dict(os.environ), "")
+    return _run([sys.executable, str(APPEND), "prompts.jsonl", "inbox"], folder, dict(os.environ), "")
 
 
 def drop(folder: Path, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The README and --help agree with the code."""
+"""Test that the README and --help agree with the code."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_commands_of_the_readme_are_valid(line: str) -> None:
     if "--help" in arguments:
         return
     with command.make_context(name, arguments) as context:
-        named = {"tables", "out", "folder"} & {key for key, value in context.params.items() if value}
-        assert named or name == "bench"
+        arguments_with_values = {name for name, value in context.params.items() if value} & {"tables", "out", "folder"}
+        assert arguments_with_values or name == "bench"
 
 
 def test_every_table_format_is_in_the_readme_and_in_the_help_of_run() -> None:
@@ -48,10 +48,9 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_options_of_the_readme_exist() -> None:
     parameters = [parameter for command in commands.commands.values() for parameter in command.params]
-    offered = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
-    ours = re.sub(r"^    (torchrun|accelerate) .*$", "", README, flags=re.MULTILINE)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours))
-    assert named - {"--help"} <= offered
+    options = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    text = re.sub(r"^    (torchrun|accelerate) .*$", "", README, flags=re.MULTILINE)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - {"--help"} <= options
 
 
 @pytest.mark.parametrize("command", commands.commands.values(), ids=list(commands.commands))
@@ -81,7 +80,7 @@ def test_links_of_the_readme_exist() -> None:
 
 
 def test_exit_codes_are_in_the_readme_and_the_help() -> None:
-    helped = run.help or ""
+    help_text = run.help or ""
     for code in ("0", "2", "3", "75", "1"):
         assert f"| {code} |" in README
-        assert re.search(rf"\b{code}\b", helped)
+        assert re.search(rf"\b{code}\b", help_text)

@@ -79,7 +79,7 @@ def test_a_run_continues_without_compilation_in_all_workers(
     summary = render_tables(settings, Silent())
     assert (summary.counts.ok + summary.counts.flagged, engine.compiled) == (3, [True, False])
     assert not run_json(settings.out)["compute"]["compiled"]
-    assert f"{FAULT}; no image is rendered yet, so this run continues without it" in caplog.text
+    assert f"{FAULT}; no image has been rendered yet, so this run continues without it" in caplog.text
 
 
 @pytest.mark.parametrize(("before", "requested"), [(1, None), (0, True)])

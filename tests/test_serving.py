@@ -217,10 +217,7 @@ def test_a_row_without_an_outcome_is_an_error(deployment: AzureDeployment) -> No
         yield rendered(next(source))
         next(source)
 
-    with (
-        closing(make_service(deployment, render)) as service,
-        pytest.raises(RuntimeError, match="returned no outcome"),
-    ):
+    with closing(make_service(deployment, render)) as service, pytest.raises(RuntimeError, match="returned no outcome"):
         render_all(service, [make_request() for _ in range(3)])
 
 
@@ -434,12 +431,7 @@ def test_a_blocked_prompt_has_no_image(deployment: AzureDeployment) -> None:
 
     with closing(make_service(deployment, render)) as service:
         assert score_rows([{"prompt": "p"}], service) == [
-            {
-                "prompt": "p",
-                "generated_image": None,
-                "nsfw_content_detected": True,
-                "error": "the service refused it",
-            }
+            {"prompt": "p", "generated_image": None, "nsfw_content_detected": True, "error": "the service refused it"}
         ]
 
 
@@ -475,10 +467,7 @@ def test_the_script_returns_objects(online_service: Service) -> None:
 @pytest.mark.parametrize(
     ("sent", "sentence"),
     [
-        (
-            {"data": ["p"] * (MAX_IMAGES + 1)},
-            "the request has more than 256 images (257 prompts): send several",
-        ),
+        ({"data": ["p"] * (MAX_IMAGES + 1)}, "the request has more than 256 images (257 prompts): send several"),
         (
             {"data": ["p"] * 100, "parameters": {"num_images_per_prompt": 3}},
             "the request has more than 256 images (100 prompts): send several requests",

@@ -58,7 +58,7 @@ class Contender:
 
 
 class RenderingContender(Contender):
-    """A renderer with its rows. `share` is their share of the workload, `images` has those of the `compared` ids."""
+    """A renderer with its rows. `share`: their share of the workload; `images`: those of the `compared` ids."""
 
     def __init__(
         self,

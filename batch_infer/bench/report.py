@@ -40,8 +40,8 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as --json prints them."""
-        figures = {**_rounded(asdict(self)), "seconds": [round(seconds, 4) for seconds in self.seconds]}
-        return {**figures, **figures.pop("details")}
+        seconds = [round(seconds, 4) for seconds in self.seconds]
+        return {**_rounded(asdict(self)), "seconds": seconds, **self.details}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Make the rows of the benchmark, the same ones for the same settings, and count their cost."""
+"""Make the rows of the benchmark, which depend only on its settings and the model, and count their cost."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ GRACE_SECONDS = 5.0
 
 
 class GatedChain(Chain):
-    """Renders with another chain if the prompt passes. An image is yielded only with a verdict on it and its prompt."""
+    """Renders with another chain if the prompt passes. An image is yielded only if it and its prompt have a verdict."""
 
     def __init__(
         self,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from batch_infer.records import PromptRequest
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Conditioning
+    from batch_infer.models import Conditioning, LatentDiffusion
 
 CALLS_AHEAD = 3
 """Maximum number of unfinished UNet calls on a GPU: enough to keep it busy, few enough to limit memory."""
@@ -31,30 +31,26 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def encoding_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on the stream for encoding, so that its small copies do not wait for UNet calls.
+def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest]) -> list[Conditioning]:
+    """Encode prompts, on a GPU on a separate stream, so that small copies do not wait for UNet calls.
 
-    Later work on the UNet's stream waits for the block, but the host does not. This has no effect on a CPU.
+    Later work on the UNet's stream waits for the encoding, but the host does not.
     """
-    stream = stream_for(device, "encode")
+    stream = stream_for(model.device, "encode")
     if stream is None:
-        yield
-        return
+        return model.condition(requests)
     unet_stream = torch.cuda.current_stream()
     try:
         with torch.cuda.stream(stream):
-            yield
+            conditionings = model.condition(requests)
     finally:
         unet_stream.wait_stream(stream)
-
-
-def keep_until_read(conditioning: Conditioning) -> None:
-    """Prevent torch from reusing memory that the encoding stream allocated before the UNet's stream has read it."""
-    for part in conditioning.context:
-        for tensor in (part or {}).values():
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream())
+    for conditioning in conditionings:
+        for part in conditioning.context:
+            for tensor in (part or {}).values():
+                if tensor.is_cuda:
+                    tensor.record_stream(unet_stream)  # keeps its memory until the UNet has read it
+    return conditionings
 
 
 class Pacer:

@@ -152,7 +152,7 @@ def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
 
 
 def fail_not_finite(request: PromptRequest, dtype: torch.dtype) -> UnrenderedRow:
-    """Return a failed row, because its image contains infinite values or NaN."""
+    """Return the outcome of a row whose image contains infinite values or NaN."""
     params = request.params
     advice = "" if dtype == torch.float32 else ", or compute with --dtype float32"
     error = (

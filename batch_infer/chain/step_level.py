@@ -10,7 +10,7 @@ import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.base import BatchSizes, DeviceChain, ReadAhead, RowOutcome, Size, Stage, UnrenderedRow, size_of
-from batch_infer.chain.pacing import encoding_stream, keep_until_read, make_pacer
+from batch_infer.chain.pacing import encode_concurrently, make_pacer
 from batch_infer.chain.postprocessing import Postprocessing, Tag
 from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError, first_line
@@ -152,11 +152,7 @@ class _SizePass:
             return
         self.unfinished.update((request.key, request) for request in batch)
         started = time.perf_counter()
-        with encoding_stream(self._model.device):
-            conditionings = self._model.condition(batch)
-        for request, conditioning in zip(batch, conditionings, strict=True):
-            keep_until_read(conditioning)
-            self._encoded.append((request, conditioning))
+        self._encoded += zip(batch, encode_concurrently(self._model, batch), strict=True)
         self._stages.encode += time.perf_counter() - started
 
     def _admit(self) -> list[RowOutcome]:

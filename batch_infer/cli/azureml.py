@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from batch_infer.cli.logs import log
 from batch_infer.cli.options import (
+    NONNEGATIVE,
     PATH,
     POSITIVE,
+    SHARE,
     command,
     json_option,
     model_options,
@@ -37,13 +39,7 @@ JOB_FAILED = 3
 
 @command(
     click.Argument(["inputs"], metavar="INPUT...", nargs=-1, required=True, type=PATH),
-    option(
-        "-o",
-        "--out",
-        default="batch-infer-out",
-        type=PATH,
-        help="Folder for the script's output, predictions.csv and logs.",
-    ),
+    option("-o", "--out", default="batch-infer-out", type=PATH, help="Folder for output, predictions.csv and logs."),
     option("--script", type=PATH, metavar="FILE.py", help="Scoring script. Default: batch-infer's own."),
     option("--model-dir", type=PATH, metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
     option("--mini-batch-size", type=POSITIVE, default=10, metavar="N", help="Files per call of run()."),
@@ -55,9 +51,7 @@ JOB_FAILED = 3
         metavar="DURATION",
         help="Time limit for a mini-batch, after which its worker is killed.",
     ),
-    option(
-        "--max-retries", type=click.IntRange(min=0), default=3, metavar="N", help="Maximum retries of a mini-batch."
-    ),
+    option("--max-retries", type=NONNEGATIVE, default=3, metavar="N", help="Maximum retries of a mini-batch."),
     option(
         "--error-threshold",
         type=click.IntRange(min=-1),
@@ -67,27 +61,13 @@ JOB_FAILED = 3
     ),
     option(
         "--gpus",
-        type=click.IntRange(min=0),
+        type=NONNEGATIVE,
         metavar="N",
         help="Number of GPUs: the first N workers see one each. Default: the number that nvidia-smi lists.",
     ),
-    option(
-        "--kill",
-        type=click.FloatRange(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="Share of mini-batches whose worker is killed during the call of run().",
-    ),
-    option(
-        "--duplicate",
-        type=click.FloatRange(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="Share of mini-batches that are delivered twice.",
-    ),
-    option(
-        "--seed", type=int, default=0, metavar="N", help="Seed for the order of files and the choice of mini-batches."
-    ),
+    option("--kill", type=SHARE, default=0.0, metavar="SHARE", help="Share of mini-batches killed during run()."),
+    option("--duplicate", type=SHARE, default=0.0, metavar="SHARE", help="Share of mini-batches delivered twice."),
+    option("--seed", type=int, default=0, metavar="N", help="Seed for the file order, kills and duplicates."),
     option(
         "--settings-file",
         type=PATH,

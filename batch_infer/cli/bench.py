@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import POSITIVE, command, json_option, model_options, option
+from batch_infer.cli.options import POSITIVE, SHARE, command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import StoppedError
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
         help="Use a released architecture at full size with random weights instead of a model.",
     ),
     option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
-    option(
-        "--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Steps, or range of steps, of each row."
-    ),
+    option("--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Steps of each row, or their range."),
     option(
         "--sizes",
         default="mixed",
@@ -46,9 +44,7 @@ if TYPE_CHECKING:
         help="Image sizes. native: the model's own size; mixed: also two sizes with another aspect ratio; or a list: "
         "512x512,640x448.",
     ),
-    option(
-        "--unguided", type=click.FloatRange(0, 1), default=0.2, metavar="SHARE", help="Share of rows without guidance."
-    ),
+    option("--unguided", type=SHARE, default=0.2, metavar="SHARE", help="Share of rows without guidance."),
     option("--rounds", type=POSITIVE, default=3, metavar="N", help="Timed rounds per contender."),
     option(
         "--against",

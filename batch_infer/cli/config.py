@@ -156,7 +156,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Check the environment's names, and make the file's values the command's defaults. Raises SettingsError.
 
-    click calls this for every command, also without --config.
+    click calls this for every command, even without --config.
     """
     group = context.parent.command if context.parent else context.command
     if isinstance(group, click.Group):

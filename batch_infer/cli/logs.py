@@ -16,7 +16,7 @@ from batch_infer.terminal import EscapingFormatter
 FORMATS = ("text", "json")
 log = logging.getLogger("batch_infer")
 stop_log = logging.getLogger("batch_infer.stop")
-"""Logs why a command stops early, with -q too."""
+"""Logs why a command stops early, even with -q."""
 _warnings_log = logging.getLogger("py.warnings")
 _stderr_log = logging.getLogger("stderr")
 _state = {"format": "text"}

@@ -181,9 +181,7 @@ class Metrics:
         registry = CollectorRegistry()
         info = Info("batch_infer", "Version and model of the last run.", ["out"], registry=registry)
         info.labels(self._out).info({"version": __version__, "model": self.model})
-        results = Gauge(
-            "batch_infer_results", "Results of the tables, by status.", ["out", "status"], registry=registry
-        )
+        results = Gauge("batch_infer_results", "Results by status.", ["out", "status"], registry=registry)
         for status, count in self._results.items():
             results.labels(self._out, status).set(count)
         for name, value in self._gauges.items():

@@ -16,7 +16,7 @@ from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
 
 PATH = click.Path(path_type=Path)
-POSITIVE = click.IntRange(min=1)
+POSITIVE, NONNEGATIVE, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)
@@ -24,7 +24,7 @@ _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for un
 
 def parse_duration(value: object) -> float:
     """Convert a duration such as `1h30m`, or a number of seconds, to seconds."""
-    # The libraries for it are unmaintained, or accept neither days nor a number without a unit.
+    # Libraries for durations are unmaintained, or accept neither days nor a number without a unit.
     text = str(value).strip()
     if re.fullmatch(_NUMBER, text, re.ASCII):
         text += "s"
@@ -57,11 +57,11 @@ class SemicolonList(click.ParamType):  # type: ignore[type-arg]  # generic in cl
 class MetricsPath(click.Path):
     """A file in an existing folder. The file need not exist."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value).expanduser()
         if not path.parent.is_dir():
             self.fail(f"{path}: there is no folder {path.parent}", param, ctx)
-        return Path(str(super().convert(str(path), param, ctx)))
+        return super().convert(path, param, ctx)
 
 
 def command(*params: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int]], click.Command]:
@@ -88,7 +88,7 @@ def option(*names: str, **attributes: Any) -> click.Option:
 
 
 def option_with_aliases(*names: str, **attributes: Any) -> click.Option:
-    """Return an option whose other long names are options, environment variables and --config keys too."""
+    """Return an option whose aliases are environment variables and --config keys too."""
     return option(*names, envvar=[variable_of(name) for name in names], **attributes)
 
 
@@ -182,7 +182,7 @@ unattended_options = (
     ),
     option(
         "--metrics-file",
-        type=MetricsPath(dir_okay=False),
+        type=MetricsPath(dir_okay=False, path_type=Path),
         metavar="FILE",
         help="Write Prometheus metrics to this file, for node_exporter's textfile collector, which reads *.prom.",
     ),

@@ -31,7 +31,7 @@ NOTHING_KEPT = "nothing is kept. Run the same command again"
 
 @contextmanager
 def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
-    """Let SIGINT, SIGTERM, SIGHUP and the time limit in seconds stop the command, inside the context only.
+    """Stop the command on SIGINT, SIGTERM or SIGHUP, or after `time_limit` seconds, inside the context only.
 
     `hint` says what is kept and what to do next. Raises StoppedError.
     """

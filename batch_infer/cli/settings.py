@@ -11,6 +11,7 @@ import click
 
 from batch_infer import settings as s
 from batch_infer.cli.options import (
+    NONNEGATIVE,
     POSITIVE,
     SemicolonList,
     model_options,
@@ -49,7 +50,7 @@ job_options = (
     *model_options,
     option(
         "--num-processes",
-        type=click.IntRange(min=0),
+        type=NONNEGATIVE,
         metavar="N",
         help="Number of worker processes, one per device. Default: one per visible GPU, else 1. 0: render in the "
         "command's own process.",
@@ -94,12 +95,7 @@ job_options = (
         metavar="N|P%",
         help="Maximum number or share of failed and invalid rows in a successful run.",
     ),
-    option(
-        "--price-per-hour",
-        type=click.FloatRange(min=0),
-        metavar="X",
-        help="Machine price per hour, used to report cost.",
-    ),
+    option("--price-per-hour", type=click.FloatRange(min=0), metavar="X", help="Machine price, used to report cost."),
     *unattended_options,
     option(
         "--rerender-changed",
@@ -107,11 +103,7 @@ job_options = (
         help="Render finished images again if a default, such as --steps, differs from that of the run that made them. "
         "Without this option, a run with a changed default stops before it renders anything.",
     ),
-    option(
-        "--overwrite",
-        is_flag=True,
-        help="Start from scratch: once the model is loaded, remove what earlier runs wrote to OUT.",
-    ),
+    option("--overwrite", is_flag=True, help="Remove what earlier runs wrote to OUT, once the model is loaded."),
 )
 """The options of `run` and `plan`."""
 

@@ -84,7 +84,7 @@ class Slots(Generic[Tag]):
         self._denoiser = denoiser
         self._device, self._dtype = device, dtype
         self._rows: dict[int, _Row[Tag]] = {}
-        """The rows by index in the tensors that have one entry per row: the first position of the row."""
+        """Each row by its first position, which is also its index in tensors with one entry per row."""
         self._free_positions = list(range(size))
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}

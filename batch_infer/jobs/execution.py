@@ -214,7 +214,7 @@ class RunExecution:
         is_required = self._job.settings.compute.compiled or not self._job.compute.compiled
         if is_required or isinstance(self._engine, LaunchedEngine):
             raise error
-        log.warning("%s; no image is rendered yet, so this run continues without it", error)
+        log.warning("%s; no image has been rendered yet, so this run continues without it", error)
         self._set_compute(replace(self._job.compute, compiled=False))
 
     @deferred(GRACE_SECONDS)

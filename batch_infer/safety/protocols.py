@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 IMAGE_CHECKERS: Mapping[str, str] = {
     "StableDiffusionSafetyChecker": "batch_infer.safety.checker:StableDiffusionChecker",
 }
-"""Image checker for each class of a checkpoint's safety checker: the name, because its module loads torch."""
+"""Import path of the image checker for each class of a checkpoint's safety checker. Its module loads torch."""
 GATES: Mapping[type, str] = {ServiceSettings: "batch_infer.safety.content_safety:ContentSafety"}
-"""Gate for each type of service settings: the name, because its module loads NumPy and Pillow."""
+"""Import path of the gate for each type of service settings. Its module loads NumPy and Pillow."""
 
 
 class ImageChecker(Protocol):

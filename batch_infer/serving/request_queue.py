@@ -23,7 +23,6 @@ class Submission:
     """The requests that a client submitted together. `pending`: the indices that the chain has not taken."""
 
     requests: Sequence[PromptRequest]
-    number: int
     pending: deque[int]
     last_turn: float = field(default_factory=time.monotonic)
     outcomes: SimpleQueue[tuple[int, RowOutcome] | BaseException] = field(default_factory=SimpleQueue)
@@ -47,7 +46,7 @@ class RequestQueue:
         """Submissions with pending requests, least recently served first."""
         self._in_chain: dict[str, tuple[Submission, int]] = {}
         self._current_group: object = None
-        self._submission_numbers = count()
+        self._ids = count()
 
     def __bool__(self) -> bool:
         """Return whether requests are pending."""
@@ -60,7 +59,7 @@ class RequestQueue:
             groups.setdefault(self._group_key(request), []).append(index)
         pending = deque(index for indices in groups.values() for index in indices)
         with self._lock:
-            submission = Submission(requests, next(self._submission_numbers), pending)
+            submission = Submission(requests, pending)
             if pending:
                 self._waiting.append(submission)
         return submission
@@ -88,7 +87,7 @@ class RequestQueue:
             request = submission.requests[index]
             self._current_group = self._group_key(request)
             # Different clients may use the same ids. The seed has already been derived from the client's id.
-            unique_id = f"{submission.number}-{index}"
+            unique_id = str(next(self._ids))
             self._in_chain[unique_id] = submission, index
             return replace(request, id=unique_id)
 

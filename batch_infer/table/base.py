@@ -22,7 +22,7 @@ ID_DIGITS = 8
 """Number of digits of the row number in a default id, padded with zeros."""
 BATCH_ROWS = 1024
 MAX_COLUMNS = 1024
-"""Maximum number of columns. Without it, rows whose keys are values ({"a red circle": 1, ...}) would add any number."""
+"""Maximum number of columns. Otherwise each row whose key is a value ({"a red circle": 1}) would add a column."""
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
 MAX_SHOWN_COLUMNS = 5

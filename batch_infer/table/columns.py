@@ -120,7 +120,7 @@ class CellReader:
 
 
 def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a cell as text. Whole floats become integers, since a missing cell turns a integer column into floats."""
+    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
     if value is None:
         return ""
     if value.__class__ is float and value.is_integer():

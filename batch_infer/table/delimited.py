@@ -216,7 +216,7 @@ class _CsvLines(LineReader):
         return _ShortenedLine(text if len(text) <= self.max_length else '"' * (quotes % 2))
 
     def read_header(self) -> list[str]:
-        """Read the first row, after a line that declares the separator, if any. Return [] for an empty file."""
+        """Skip a line that declares the separator, if any, and read the first row. Return [] if there is none."""
         if not SEPARATOR_DECLARATION.fullmatch(next(self, "")):
             self.push_back(len(self.row_lines))
         self.begin_row()

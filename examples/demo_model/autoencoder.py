@@ -52,17 +52,17 @@ def pixel_weights(pictures: torch.Tensor) -> torch.Tensor:
     return 1 + 0.6 * near / near.mean((2, 3), keepdim=True).clamp(min=0.02)
 
 
-def picture_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def picture_loss(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the loss of pixels and edges at several resolutions."""
-    weights = pixel_weights(wanted)
-    miss = made - wanted
-    loss = (weights * miss.abs()).mean() + (weights * miss.square()).mean()
-    loss = loss + (weights[..., 1:] * miss.diff(dim=3).abs()).mean()
-    loss = loss + (weights[..., 1:, :] * miss.diff(dim=2).abs()).mean()
+    weights = pixel_weights(target)
+    error = decoded - target
+    loss = (weights * error.abs()).mean() + (weights * error.square()).mean()
+    loss = loss + (weights[..., 1:] * error.diff(dim=3).abs()).mean()
+    loss = loss + (weights[..., 1:, :] * error.diff(dim=2).abs()).mean()
     # Colours that differ in one pair of channels are easily lost, so differences of channels count too.
-    loss = loss + (weights * miss.diff(dim=1).abs()).mean() + (weights * miss.diff(dim=1).square()).mean()
+    loss = loss + (weights * error.diff(dim=1).abs()).mean() + (weights * error.diff(dim=1).square()).mean()
     for factor in (2, 4):
-        loss = loss + 0.5 * (F.avg_pool2d(weights, factor) * F.avg_pool2d(miss, factor).abs()).mean()
+        loss = loss + 0.5 * (F.avg_pool2d(weights, factor) * F.avg_pool2d(error, factor).abs()).mean()
     return loss
 
 
@@ -82,8 +82,8 @@ class Trainee(nn.Module):
 
     def reading_loss(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
         # With the decoder's loss alone, the encoder ignores some colours for thousands of steps.
-        miss = self.reader(latents) - F.avg_pool2d(pictures, pictures.shape[-1] // latents.shape[-1])
-        loss: torch.Tensor = miss.abs().mean() + miss.square().mean() + miss.diff(dim=1).square().mean()
+        error = self.reader(latents) - F.avg_pool2d(pictures, pictures.shape[-1] // latents.shape[-1])
+        loss: torch.Tensor = error.abs().mean() + error.square().mean() + error.diff(dim=1).square().mean()
         return loss
 
 
@@ -92,12 +92,12 @@ def train_autoencoder(run: Run) -> AutoencoderKL:
     model = Trainee()
     vae = model.vae
     scenes, _ = world.split()
-    settled = int(run.scale.vae_steps * ENCODER_SHARE)
+    encoder_steps = int(run.scale.vae_steps * ENCODER_SHARE)
 
     def loss_of(step: int) -> torch.Tensor:
         rng = random.Random(f"{run.seed}-{step}")
         pictures = to_tensor([world.draw(rng.choice(scenes), rng) for _ in range(run.scale.vae_batch)])
-        if step < settled:
+        if step < encoder_steps:
             posterior = vae.encode(pictures).latent_dist
             latents = roughen(posterior.sample())
             regularisation: torch.Tensor = 1e-4 * posterior.kl().mean() / latents[0].numel()
@@ -122,8 +122,8 @@ class DecoderTrainee(nn.Module):
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.decoder(self.post_quant_conv(latents))
-        return made
+        decoded: torch.Tensor = self.decoder(self.post_quant_conv(latents))
+        return decoded
 
 
 def train_decoder(run: Run, vae: AutoencoderKL) -> AutoencoderKL:

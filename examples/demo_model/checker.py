@@ -119,13 +119,13 @@ def train_checker(run: Run, vae: AutoencoderKL, renders: list[tuple[np.ndarray, 
         rng = random.Random(f"{run.seed}-{step}")
         torch.manual_seed(run.seed * 1_000_003 + step)
         pictures, shapes = map(list, zip(*(pick(rng) for _ in range(run.scale.checker_batch)), strict=True))
-        some = len(pictures) // 6
-        pictures[:some] = reconstruct(vae, pictures[:some])
+        reconstruction_count = len(pictures) // 6
+        pictures[:reconstruction_count] = reconstruct(vae, pictures[:reconstruction_count])
         views = processor([disturb(picture, rng) for picture in pictures], return_tensors="pt").pixel_values
-        cosine, read = trainee(views)
-        wanted = torch.tensor([float(shape == world.UNSAFE_SHAPE) for shape in shapes])
-        loss = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), wanted)
-        return loss + 0.5 * F.cross_entropy(read, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
+        cosine, logits = trainee(views)
+        target = torch.tensor([float(shape == world.UNSAFE_SHAPE) for shape in shapes])
+        loss = F.binary_cross_entropy_with_logits(SHARPNESS * (cosine - THRESHOLD), target)
+        return loss + 0.5 * F.cross_entropy(logits, torch.tensor([world.SHAPES.index(shape) for shape in shapes]))
 
     average = train(run, "checker", trainee, loss_of, run.scale.checker_steps, peak=1e-3, decay=0.995)
     assert isinstance(average, Trainee)

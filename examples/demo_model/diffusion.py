@@ -81,10 +81,10 @@ class Denoiser(nn.Module):
 
     def reading_loss(self, features: torch.Tensor, scenes: list[world.Scene], kept: list[bool]) -> torch.Tensor:
         pooled = features.mean(1)[torch.tensor(kept)]
-        wanted = [astuple(scene) for scene, keep in zip(scenes, kept, strict=True) if keep]
+        attributes = [astuple(scene) for scene, keep in zip(scenes, kept, strict=True) if keep]
         loss = features.new_zeros(())
         for place, (reader, words) in enumerate(zip(self.readers, CHOICES, strict=True)):
-            loss = loss + F.cross_entropy(reader(pooled), torch.tensor([words.index(row[place]) for row in wanted]))
+            loss = loss + F.cross_entropy(reader(pooled), torch.tensor([words.index(row[place]) for row in attributes]))
         return loss
 
 
@@ -147,9 +147,9 @@ def train_denoiser(run: Run, vae: AutoencoderKL) -> Denoiser:
         signal = kept_signal[times].view(-1, 1, 1, 1)
         noise = torch.randn(len(rows), *latents.shape[1:])
         noisy = signal.sqrt() * latents[rows] + (1 - signal).sqrt() * noise
-        miss = (model.unet(noisy, times, features).sample - noise).square().mean((1, 2, 3))
+        error = (model.unet(noisy, times, features).sample - noise).square().mean((1, 2, 3))
         ratio = kept_signal[times] / (1 - kept_signal[times])
-        loss: torch.Tensor = (miss * ratio.clamp(max=SNR_CAP) / ratio).mean()
+        loss: torch.Tensor = (error * ratio.clamp(max=SNR_CAP) / ratio).mean()
         return loss + 0.05 * model.reading_loss(features, chosen, kept)
 
     average = train(run, "unet", model, loss_of, run.scale.unet_steps, peak=1.5e-3, decay=0.998)

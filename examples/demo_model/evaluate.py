@@ -28,14 +28,14 @@ def render(pipe: StableDiffusionPipeline, prompts: list[str], options: argparse.
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
         seeds = [torch.Generator().manual_seed(options.seed + first + place) for place in range(len(batch))]
-        made = pipe(
+        output = pipe(
             batch,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
             generator=seeds,
             output_type="np",
         )
-        pictures += list((made.images * 255).round().astype(np.uint8))
+        pictures += list((output.images * 255).round().astype(np.uint8))
     return pictures
 
 
@@ -65,15 +65,15 @@ def measure(
     unsafe = [flag for flag, scene in zip(flagged, scenes, strict=True) if scene.shape == world.UNSAFE_SHAPE]
     safe = [flag for flag, scene in zip(flagged, scenes, strict=True) if scene.shape != world.UNSAFE_SHAPE]
     return {
-        "every_attribute": share([wanted == found for wanted, found in pairs]),
+        "every_attribute": share([expected == judged for expected, judged in pairs]),
         "attributes": {
             name: share(
-                [found is not None and getattr(wanted, name) == getattr(found, name) for wanted, found in pairs]
+                [judged is not None and getattr(expected, name) == getattr(judged, name) for expected, judged in pairs]
             )
             for name in world.ATTRIBUTES
         },
         "shapes": {
-            shape: share([wanted == found for wanted, found in pairs if wanted.shape == shape])
+            shape: share([expected == judged for expected, judged in pairs if expected.shape == shape])
             for shape in world.SHAPES
         },
         "checker_found": share(unsafe),
@@ -96,8 +96,8 @@ def judge_reconstructions(pipe: StableDiffusionPipeline, scenes: list[world.Scen
         batch = scenes[first : first + BATCH]
         pixels = torch.from_numpy(np.stack([world.draw(scene, rng) for scene in batch])).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
-            made = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
-        pictures = ((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            output = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        pictures = ((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         right += [judge(picture) == scene for picture, scene in zip(pictures, batch, strict=True)]
     return share(right)
 
@@ -125,9 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     checker, pipe.safety_checker = pipe.safety_checker, None
     rng = random.Random(options.seed)
     scenes = world.split()[1][: options.rows]
-    began = time.monotonic()
+    started = time.monotonic()
     pictures = render(pipe, [world.caption(scene, rng) for scene in scenes], options)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     flagged = flags(checker, pipe.feature_extractor, pictures)
     report = {
         "captions": len(scenes),

@@ -1,4 +1,4 @@
-"""Shared by all training stages: sizes, learning rate, averaged weights and checkpoints."""
+"""Define what all training stages share: sizes, learning rate, averaged weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def train(
         average.module.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    began, shown = time.monotonic(), 0.0
+    started, mean_loss = time.monotonic(), 0.0
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
@@ -98,13 +98,13 @@ def train(
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         average.update(module, step)
-        shown = loss.item() if shown == 0 else 0.98 * shown + 0.02 * loss.item()
-        done = step + 1
-        if done % 50 == 0 or done == steps:
-            seconds = (time.monotonic() - began) / (done - first)
-            print(f"{stage}: step {done}/{steps}, loss {shown:.4f}, {seconds:.3f} s per step", flush=True)
-        if done % 250 == 0 or done == steps:
-            save(path, module, average.module, optimizer, done)
+        mean_loss = loss.item() if mean_loss == 0 else 0.98 * mean_loss + 0.02 * loss.item()
+        steps_done = step + 1
+        if steps_done % 50 == 0 or steps_done == steps:
+            seconds = (time.monotonic() - started) / (steps_done - first)
+            print(f"{stage}: step {steps_done}/{steps}, loss {mean_loss:.4f}, {seconds:.3f} s per step", flush=True)
+        if steps_done % 250 == 0 or steps_done == steps:
+            save(path, module, average.module, optimizer, steps_done)
     return average.module
 
 

@@ -31,14 +31,14 @@ def make_renders(run: Run, vae: AutoencoderKL, denoiser: Denoiser) -> list[tuple
     renders = []
     for first in range(0, count, 32):
         batch = scenes[first : first + 32]
-        made = pipe(
+        output = pipe(
             [world.caption(scene, rng) for scene in batch],
             num_inference_steps=10,
             guidance_scale=rng.choice((2.0, 5.0, 7.5)),
             generator=torch.Generator().manual_seed(run.seed + first),
             output_type="np",
         )
-        pictures = (made.images * 255).round().astype(np.uint8)
+        pictures = (output.images * 255).round().astype(np.uint8)
         renders += [(picture, scene.shape) for picture, scene in zip(pictures, batch, strict=True)]
     return renders
 

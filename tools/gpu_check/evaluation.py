@@ -48,7 +48,7 @@ def _batch_invariance(architecture: str, part: Mapping[str, Any], sections: Mapp
     ]  # fmt: skip
     name = f"batch invariance, {architecture}"
     if failures:
-        return Check(name, False, "not so: " + ", ".join(failures))
+        return Check(name, False, f"violated: {', '.join(failures)}")
     if not measured or part.get("status") != "ok":
         return Check(name, None, "; ".join([_reason(part), *(f"passed: {section}" for section in measured)]))
     if "compiled" in {section.rpartition(", ")[2] for section in measured} and not sections["first images"]["compiled"]:
@@ -110,5 +110,5 @@ def _check(name: str, part: Mapping[str, Any], values: Any, passed: Any, detail:
 
 def _reason(part: Mapping[str, Any]) -> str:
     if part.get("status") == "ok":
-        return "left out on a CPU"
+        return "not run on a CPU"
     return str(part.get("skipped") or f"the part's status is {part.get('status')}")
