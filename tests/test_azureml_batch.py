@@ -112,7 +112,7 @@ def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
     assert outcomes["good-00000001"] == ("invalid", "the prompt is empty")
     assert outcomes["empty-00000000"] == ("invalid", "empty.csv is empty")
     assert "no such file" in outcomes["missing-00000000"][1]
-    assert "unknown ending .docx" in outcomes["notes-00000000"][1]
+    assert "unknown file extension .docx" in outcomes["notes-00000000"][1]
     notes = {row["id"]: json.loads(row["carried"])["note"] for row in results.to_dict("records")}
     assert [note for note in notes.values() if note is not None] == ["a", "b", "7"]
     assert set(results["source_file"]) == {"good.csv", *names}

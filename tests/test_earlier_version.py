@@ -280,6 +280,32 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             "the row's carried cells exceed 1048576 bytes in total: dropped 'a' of 2000000 bytes",
             "the carried cells of a row may be 1048576 bytes together: left out 'a' of 2000000 bytes",
         ),
+        (
+            "line 2 has 4 cells, but the header has 2; quote cells that contain commas",
+            "line 2 has 4 cells where the header names 2; quote cells that hold commas",
+        ),
+        (
+            "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
+            "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
+        ),
+        (
+            "the id has 10001 characters; the maximum is 10000",
+            "the id has 10001 characters, and 10000 are the most",
+        ),
+        (
+            "t.csv has 1025 columns; the maximum is 1024: leave out some",
+            "t.csv has 1025 columns, and 1024 are the most: leave out some",
+        ),
+        (
+            "a.docx: unknown file extension .docx; a table ends in .csv",
+            "a.docx: unknown ending .docx; a table ends in .csv",
+        ),
+        (
+            't.json is not a supported table: a .json file contains [{"prompt": ...}, ...], ["a prompt", ...] or '
+            '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt per line',
+            't.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
+            '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line',
+        ),
         ("the prompt is empty", "the prompt is empty"),
     ],
 )

@@ -121,9 +121,10 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
         ("missing.csv", "missing.csv: no such file or folder"),
         (
             "notes.md",
-            "notes.md: unknown ending .md; a table ends in .csv, .tsv, .*, also with .gz, .bz2, .xz or .zst after it",
+            "notes.md: unknown file extension .md; a table ends in .csv, .tsv, .*, "
+            "also with .gz, .bz2, .xz or .zst after it",
         ),
-        ("Makefile", r"Makefile: unknown ending \(none\)"),
+        ("Makefile", r"Makefile: unknown file extension \(none\)"),
         ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
         ("missing/**/*.csv", "the glob matches no table"),
@@ -565,7 +566,7 @@ def test_a_long_prompt() -> None:
         pytest.param(b"caf\xe9,1,z", "column 'prompt' is not UTF-8: save the table as UTF-8", id="Latin-1 prompt"),
         pytest.param(b"y,1,caf\xe9", "column 'n' is not UTF-8: save the table as UTF-8", id="Latin-1 carried"),
         pytest.param(b"\xed\xa0\x80,1,z", "column 'prompt' is not UTF-8", id="a surrogate in UTF-8"),
-        pytest.param(b"y,1,z,more", "line 3 has 4 cells where the header names 3", id="too many cells"),
+        pytest.param(b"y,1,z,more", "line 3 has 4 cells, but the header has 3", id="too many cells"),
         pytest.param(b'"y"y,1,z', "line 3 cannot be read as CSV", id="text after a quote"),
         pytest.param(b"a\0b,1,z", "NUL", id="NUL"),
         pytest.param(b",1,z", "the prompt is empty", id="no prompt"),

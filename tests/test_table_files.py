@@ -84,7 +84,7 @@ def test_every_argument_without_a_table_is_reported() -> None:
         (
             "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
-            "notes.md: unknown ending .md; a table ends in .csv, ",
+            "notes.md: unknown file extension .md; a table ends in .csv, ",
             "empty: the folder holds no table (.csv, ",
             "none/*.csv: the glob matches no table (",
             "no://a.csv cannot be opened: Protocol not known: no",
@@ -545,7 +545,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
         ("memory://t/missing.csv", "memory://t/missing.csv: no such file or folder"),
         ("memory://t/*.tsv", "memory://t/*.tsv: the glob matches no table (.csv, "),
         ("memory://t/empty", "memory://t/empty: the folder holds no table (.csv, "),
-        ("memory://t/notes.md", "memory://t/notes.md: unknown ending .md; a table ends in .csv"),
+        ("memory://t/notes.md", "memory://t/notes.md: unknown file extension .md; a table ends in .csv"),
         ("nothing://t/a.csv", "nothing://t/a.csv cannot be opened: Protocol not known: nothing"),
         ("s3://bucket/a.csv", "s3://bucket/a.csv: reading s3:// needs s3fs: pip install 'batch-infer[s3]'"),
         ("gs://bucket/a.csv", "gs://bucket/a.csv: reading gs:// needs gcsfs: pip install 'batch-infer[gs]'"),
@@ -553,7 +553,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
             "abfss://c@account/a.csv",
             "abfss://c@account/a.csv: reading abfss:// needs adlfs: pip install 'batch-infer[abf",
         ),
-        ("https://", "https://: unknown ending (none)"),
+        ("https://", "https://: unknown file extension (none)"),
         ("https://user:secret@/a.csv?sig=secret", "https:///a.csv cannot be opened: "),
     ],
 )
@@ -830,7 +830,7 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
         ("500/t.csv", RetryableError, "could not fetch {url}: HTTP 500 Internal Server Error; run again"),
         ("429/t.csv", RetryableError, "could not fetch {url}: HTTP 429 Too Many Requests; run again"),
         ("short/t.csv", RetryableError, "could not fetch {url}: "),
-        ("folder/", TableError, "{url}: unknown ending (none)"),
+        ("folder/", TableError, "{url}: unknown file extension (none)"),
         ("*.csv", TableError, "{url}: no such file or folder"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_header_without_prompts_is_refused_with_its_columns() -> None:
 
 def test_too_many_cells_with_another_separator() -> None:
     assert error_of(write("t.csv", "prompt;seed\na; b;1;2\n")) == (
-        "line 2 has 4 cells where the header names 2; quote cells that hold semicolons"
+        "line 2 has 4 cells, but the header has 2; quote cells that contain semicolons"
     )
 
 
@@ -282,7 +282,7 @@ def test_the_first_line_may_declare_the_separator(first: str, end: str) -> None:
         assert isinstance(first_row, PromptRequest)
         assert (first_row.prompt, first_row.carried, first_row.source.line) == ("x", {"tag": "1"}, 3)
         assert (second.prompt, second.carried) == (f"y{mark}", {"tag": "2"})
-        assert (errors_of([bad])[0] or "").startswith("line 5 has 4 cells where the header names 2; quote cells that")
+        assert (errors_of([bad])[0] or "").startswith("line 5 has 4 cells, but the header has 2; quote cells that")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
@@ -350,7 +350,7 @@ def test_empty_cells_beyond_the_header_are_ignored() -> None:
     first, second, third = read(write("t.csv", "prompt\nx,,,\ny\nz,,1\n"))
     assert isinstance(first, PromptRequest)
     assert isinstance(second, PromptRequest)
-    assert errors_of([third]) == ["line 4 has 3 cells where the header names 1; quote cells that hold commas"]
+    assert errors_of([third]) == ["line 4 has 3 cells, but the header has 1; quote cells that contain commas"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
@@ -820,8 +820,8 @@ def test_a_document_that_breaks_off_gives_the_rows_before(content: str, rows: in
 )
 def test_other_documents_are_refused_with_the_accepted_forms(content: str) -> None:
     refusal = refusal_of(write("t.json", content))
-    assert refusal.startswith('t.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or {"input')
-    assert refusal.endswith("or one object with a prompt a line")
+    assert refusal.startswith('t.json is not a supported table: a .json file contains [{"prompt": ...}, ...], ["a ')
+    assert refusal.endswith("or one object with a prompt per line")
 
 
 @pytest.mark.parametrize(
@@ -1018,9 +1018,9 @@ def test_cells_have_a_size_limit(suffix: str, text: str) -> None:
     assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
     assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
     assert [item.error for item in bad if isinstance(item, ResultRow)] == [
-        "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
-        "the negative_prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
-        "the id has 10001 characters, and 10000 are the most",
+        "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
+        "the negative_prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
+        "the id has 10001 characters; the maximum is 10000",
         "the row's carried cells exceed 1048576 bytes in total: dropped 'tag' of 2000000 bytes",
     ]
     assert all(len(item.prompt or "") <= 10_000 for item in bad)
@@ -1036,5 +1036,5 @@ def test_values_in_a_struct_count_towards_its_size() -> None:
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_with_too_many_columns_is_refused(suffix: str) -> None:
     table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x", **{f"column {i}": "y" for i in range(1024)}}]))
-    with pytest.raises(TableError, match="^t.* has 1025 columns, and 1024 are the most: leave out some$"):
+    with pytest.raises(TableError, match="^t.* has 1025 columns; the maximum is 1024: leave out some$"):
         read(table)

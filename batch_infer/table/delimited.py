@@ -160,8 +160,8 @@ class _DelimitedRows:
         if len(cells) > width and any(cells[width:]):
             separators = SEPARATORS.get(self.separator, repr(self.separator))
             error = (
-                f"{_format_lines(first, last)} has {len(cells)} cells where the header names {width}; "
-                f"quote cells that hold {separators}"
+                f"{_format_lines(first, last)} has {len(cells)} cells, but the header has {width}; "
+                f"quote cells that contain {separators}"
             )
         elif len(cells) < width:  # some spreadsheets omit empty cells at the end of a row
             notice = make_short_row_notice(len(cells), self.header)

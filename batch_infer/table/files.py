@@ -101,7 +101,7 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
     parts = parse_name(relative)
     if parts is None:
         raise TableError(
-            f"{name}: unknown ending {Path(relative).suffix or '(none)'}; a table ends in {TABLE_SUFFIXES}"
+            f"{name}: unknown file extension {Path(relative).suffix or '(none)'}; a table ends in {TABLE_SUFFIXES}"
         )
     return TableFile(path, name, *parts, **options)
 

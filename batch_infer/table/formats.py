@@ -77,7 +77,7 @@ def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader
     if not reader.schema.names:
         raise TableError(f"{file.name} is empty")
     if (count := len(reader.schema.names)) > MAX_COLUMNS:
-        raise TableError(f"{file.name} has {count} columns, and {MAX_COLUMNS} are the most: leave out some")
+        raise TableError(f"{file.name} has {count} columns; the maximum is {MAX_COLUMNS}: leave out some")
     return reader
 
 

@@ -65,7 +65,7 @@ class Ids:
         if isinstance(value, (list, dict)):
             return None, f"the id is not text but {type(value).__name__}"
         if len(name) > MAX_TEXT_LENGTH:
-            return None, f"the id has {len(name)} characters, and {MAX_TEXT_LENGTH} are the most"
+            return None, f"the id has {len(name)} characters; the maximum is {MAX_TEXT_LENGTH}"
         if "\0" in name:
             return None, "the id holds a NUL byte"
         if error := find_encoding_error(name):

@@ -26,8 +26,8 @@ from batch_infer.table.scanner import Scanner
 from batch_infer.table.streams import BUFFER, open_bytes
 
 ACCEPTED_FORMS = (
-    'a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
-    '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line'
+    'a .json file contains [{"prompt": ...}, ...], ["a prompt", ...] or '
+    '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt per line'
 )
 PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
 """Matches the start of an Azure payload on one line."""
@@ -115,7 +115,7 @@ def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, d
             case "":
                 raise TableError(f"{file.name} is empty")
             case _:
-                raise TableError(f"{file.name} is no table: {ACCEPTED_FORMS}")
+                raise TableError(f"{file.name} is not a supported table: {ACCEPTED_FORMS}")
 
 
 def _read_payload_format(
@@ -140,9 +140,8 @@ def _read_payload_format(
     except RowError as exc:
         raise TableError(f"{file.name} cannot be read: its columns or parameters: {exc}") from exc
     if not has_rows or (error and not document.columns):
-        raise TableError(
-            f"{file.name} cannot be read: {error}" if error else f"{file.name} is no table: {ACCEPTED_FORMS}"
-        )
+        reason = f"cannot be read: {error}" if error else f"is not a supported table: {ACCEPTED_FORMS}"
+        raise TableError(f"{file.name} {reason}")
     if not all(map(is_utf8, (*document.columns, *document.parameters))):
         raise TableError(f"{file.name} has a column whose name is not UTF-8; save it as UTF-8")
     return document if document.columns else replace(document, columns=(prompt_column,)), renamed

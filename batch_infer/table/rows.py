@@ -21,6 +21,17 @@ EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
     (re.compile(r"it is not JSON: "), "it is no JSON: "),
     (re.compile(r" cells, but the number of columns is (\d+)"), r" cells where columns names \1"),
+    (
+        re.compile(r" cells, but the header has (\d+); quote cells that contain "),
+        r" cells where the header names \1; quote cells that hold ",
+    ),
+    (re.compile(r" (characters|columns); the maximum is (\d+)"), r" \1, and \2 are the most"),
+    (re.compile(r" \(a model reads about 75 words\)"), ": a model reads some 75 words"),
+    (re.compile(r": unknown file extension (.+); a table ends in "), r": unknown ending \1; a table ends in "),
+    (
+        re.compile(r" is not a supported table: a \.json file contains (.+), or one object with a prompt per line"),
+        r" is no table: a .json holds \1, or one object with a prompt a line",
+    ),
     (re.compile(r"('.+'|\".+\") instead of (.+)"), r"\1 stands where \2 should"),
     (re.compile(r"('.+'|\".+\") after its end"), r"\1 stands after its end"),
     (
@@ -203,7 +214,7 @@ def derive_seed(seed: int, row_id: str) -> int:
 def _check_lengths(values: Mapping[str, Any]) -> list[str]:
     """Return error messages for texts of a row that are too long."""
     return [
-        f"the {field} has {len(text)} characters, and {MAX_TEXT_LENGTH} are the most: a model reads some 75 words"
+        f"the {field} has {len(text)} characters; the maximum is {MAX_TEXT_LENGTH} (a model reads about 75 words)"
         for field in ("prompt", "negative_prompt")
         if len(text := values[field] or "") > MAX_TEXT_LENGTH
     ]
