@@ -96,7 +96,7 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Prepare for loading a model inside the context, and explain errors of the device's memory and current folder.
+    """Load a model inside the context, and explain its errors. Leaves the current folder first if it was removed.
 
     Raises StorageError if the folder is removed during loading, and SettingsError if the device's memory is too small.
     """
@@ -115,7 +115,7 @@ def loading() -> Iterator[None]:
 
 
 def select_gpu(spec: WorkerSpec) -> None:
-    """Hide other GPUs and the launcher from torch and accelerate. For GPU 0, all stay visible: torch uses the first."""
+    """Hide the launcher and, unless `gpu` is 0, other GPUs from torch and accelerate. They use GPU 0 by default."""
     for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
     if spec.gpu and spec.requested_device != "cpu":

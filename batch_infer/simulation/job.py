@@ -27,8 +27,8 @@ Report = Callable[[SimulationOutcome], None]
 def simulate(settings: SimulationSettings, report: Report = lambda outcome: None) -> SimulationOutcome:
     """Run a scoring script on files as a batch endpoint does. Return the outcome, whose `fault` says if the job failed.
 
-    Calls `report` with the outcome so far at the start and whenever it changes. Raises SettingsError, TableError,
-    StorageError.
+    Calls `report` with the outcome so far at the start, after each run of a mini-batch, and at the end. Raises
+    SettingsError, TableError, StorageError.
     """
     settings.check()
     files = find_files(settings.inputs)

@@ -68,8 +68,8 @@ def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
 class MiniBatchState:
     """The progress of a mini-batch.
 
-    `open_deliveries` counts deliveries that are waiting or running. `rows` is the number of rows of the first run that
-    returned, or None.
+    `open_deliveries` counts deliveries that are waiting or running. `rows` is the number of rows that the first
+    successful call of run() returned, or None before that.
     """
 
     mini_batch: MiniBatch
@@ -130,7 +130,7 @@ class DeliveryQueue:
 class KillSchedule:
     """Schedules kills of a share of the mini-batches, once each, at a random time within the durations measured so far.
 
-    If a run ends before its kill, the caller increases `remaining`, so that another delivery is killed instead.
+    If a run ends before its kill, the caller increases `remaining`, so that another delivery can be killed instead.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
