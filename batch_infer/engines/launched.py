@@ -53,8 +53,8 @@ log = logging.getLogger("batch_infer")
 class RankInfo:
     """The rank of this process under a launcher, among all ranks and among those of its machine.
 
-    `master_address` is the address of rank 0's machine. `launch_id` is the same on all ranks of a launch,
-    and usually differs between launches.
+    `master_address` is the address of rank 0's machine. `launch_id` is the same on all ranks of a launch, and usually
+    differs between launches.
     """
 
     rank: int

@@ -50,7 +50,7 @@ class WorkerIdle(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """The worker has just checked for a stop, so it does not hang."""
+    """The worker has just checked for a stop, so it is not hanging."""
 
 
 class CommitReport(msgspec.Struct, tag=True, frozen=True):
