@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def prefetch_first(items: Iterable[Item]) -> Iterator[Item]:
-    """Fetch the first item, and return an iterator over all items. Fetching may take minutes: sorting reads all tables."""
+    """Fetch the first item, and return an iterator over all items. It may take minutes: sorting reads all tables."""
     source = iter(items)
     return chain(list(islice(source, 1)), source)
 
