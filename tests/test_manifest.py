@@ -212,7 +212,7 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
         pq.write_table(pa.table({"prompt": ["no part"]}), part)
     else:
         part.write_bytes(content)
-    sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again: that sets it aside"
+    sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again to set it aside"
     with pytest.raises(DamagedPartError, match=sentence) as error:
         manifest.index()
     assert error.value.part == part
