@@ -53,9 +53,9 @@ DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 def quick() -> Any:
     """Shorten the measurements, because no test needs exact figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "MIN_SECONDS", 0.01)
+        patch.setattr(contenders, "TARGET_SECONDS", 0.01)
         patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
-        patch.setattr("batch_infer.bench.comparison.SAMPLE", SAMPLED)
+        patch.setattr("batch_infer.bench.comparison.SAMPLE_ROWS", SAMPLED)
         yield
 
 

@@ -109,7 +109,7 @@ def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
         "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
         *(f"  {line}" for line in bad),
         "  and 4 more, in the results",
-        "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
+        "all images are flagged: check the prompts, or render into another --out with --on-flagged keep",
     ]
     for flagged, has_warning in ((3, True), (2, False)):
         summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))

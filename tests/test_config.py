@@ -1,4 +1,4 @@
-"""Test that a flag overrides the environment, which overrides the --config file, and that errors name the key."""
+"""Test options from flags, environment variables and the --config file, their precedence and their errors."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
 def test_error_in_the_file_names_it(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "job.toml"
     path.write_text(content)
-    with pytest.raises(SettingsError, match=sentence) as caught:
+    with pytest.raises(SettingsError, match=sentence) as exc_info:
         parse("t.csv", "--config", str(path))
-    assert str(path) in str(caught.value)
+    assert str(path) in str(exc_info.value)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not text"])

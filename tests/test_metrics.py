@@ -224,7 +224,7 @@ def test_file_name_without_prom_causes_a_warning(tmp_path: Path, caplog: pytest.
         with Metrics(tmp_path / name, "/out"):
             pass
         assert read(tmp_path / name, "/out")["exit_code"] == 1
-    message = "node_exporter's textfile collector reads only *.prom, and not"
+    message = "node_exporter's textfile collector reads only *.prom files, so it ignores"
     assert [record.message for record in caplog.records] == [f"{message} {tmp_path / name}" for name in ("m.tmp", "m")]
 
 
