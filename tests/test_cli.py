@@ -102,7 +102,7 @@ def test_summary_lists_counts_and_files() -> None:
     ]
 
 
-def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
+def test_summary_names_bad_rows_and_warns_about_flagged_images() -> None:
     bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
     counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
     assert list(summary_lines(Summary(counts), Path("o"), ()))[:5] == [

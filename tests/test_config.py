@@ -38,7 +38,7 @@ def test_file_sets_options_like_flags(file: Path) -> None:
     assert parse("t.csv", "--config", str(file)) == parse("t.csv", *flags.split(), *more)
 
 
-def test_flag_overrides_environment_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_overrides_environment_which_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("t.csv", "--config", str(file))["steps"] == 30
     monkeypatch.setenv("BATCH_INFER_STEPS", "20")
     assert parse("t.csv", "--config", str(file))["steps"] == 20
