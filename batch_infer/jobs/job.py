@@ -105,12 +105,14 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
     return card
 
 
-def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
+def prepare(
+    settings: RunSettings, existing: Mapping[str, Any] | None, tables: Tables, card: ModelCard, device: Device
+) -> Job:
     """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError.
 
-    If an earlier --overwrite was stopped before OUT was empty, the job finishes it.
+    `existing` is the content of run.json. If an earlier --overwrite was stopped before OUT was empty, the job finishes
+    it.
     """
-    existing = outdir.read_run(settings.out)
     if existing and existing.get(outdir.CLEARING):
         settings = replace(settings, overwrite=True)
     outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)

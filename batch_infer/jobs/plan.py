@@ -10,6 +10,7 @@ from typing import Any
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
+from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
 from batch_infer.jobs.job import (
     Job,
@@ -90,10 +91,11 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     """Return what `run` would do, and call `report` with every invalid row. Raises the UsageErrors of `run`."""
     end_unguarded_process()
     settings = make_paths_absolute(settings)
+    existing = outdir.read_run(settings.out)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.inspect_pipeline)
         device = probe.detect_device(settings.model.device)
-        job = prepare(settings, tables, card, device)
+        job = prepare(settings, existing, tables, card, device)
         with ManifestIndex([]) if job.settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
 
