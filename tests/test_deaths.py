@@ -201,7 +201,7 @@ def test_rows_of_a_damaged_part_are_rendered_again(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-100])
     refused = command("merge", out)
     assert refused.code == 2
-    assert "run again: that sets it aside" in refused.stderr
+    assert "run again to set it aside" in refused.stderr
     done = run(table, out, "--slots", "16")
     assert done.code == 0, done.stderr
     assert without_bookkeeping(out) == expected
