@@ -31,7 +31,7 @@ LISTING = {
     "up_blocks.1": "R(1920>640) T R(1280>640) T R(960>640) T",
     "up_blocks.2": "R(960>320) R(640>320) R(640>320)",
 }
-"""The published layers: R is a resnet with its input>output channels, T a transformer. Tiny models have the same order."""
+"""The published layers: R is a resnet with its channels, T a transformer. Tiny models have the same order."""
 DOWN, UP = ("down_blocks.0", "down_blocks.1", "down_blocks.2"), ("up_blocks.0", "up_blocks.1", "up_blocks.2")
 TRAINED_STEPS = 1000
 

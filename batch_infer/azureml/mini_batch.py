@@ -178,10 +178,8 @@ class MiniBatchScorer:
     def _open_job(self, folder: FolderFiles, names: Sequence[str]) -> Iterator[Job]:
         deployment = self._deployment
         settings = replace(deployment.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
-        shared_folder = SharedFolder(
-            folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder)
-        )
-        with Tables(settings, SCHEMA.names, shared_folder) as tables:
+        shared = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
+        with Tables(settings, SCHEMA.names, shared) as tables:
             yield Job(
                 deployment.settings, tables, deployment.card, deployment.compute, deployment.record, deployment.earlier,
                 deployment.rules,

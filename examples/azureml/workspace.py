@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, endpoint: str) -> None:
     parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model in the workspace")
     parser.add_argument("--register", type=Path, metavar="DIR", help=f"first register this folder as {MODEL}")
     parser.add_argument("--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety")
-    parser.add_argument("--subscription", help="this option and the next two are used only with --workspace")
-    parser.add_argument("--resource-group")
+    parser.add_argument("--subscription", help="used only with --workspace")
+    parser.add_argument("--resource-group", help="used only with --workspace")
     parser.add_argument("--workspace", help="default: the workspace in config.json, in this folder or a parent")
     parser.add_argument("--dry-run", action="store_true", help="print the YAML of all resources without connecting")
 
