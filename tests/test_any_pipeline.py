@@ -446,9 +446,9 @@ def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path, c
     copy = copy_folder(folders["flux"], tmp_path)
     damage, reason = FAULTS[case]
     damage(copy)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(copy)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
