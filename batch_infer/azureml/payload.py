@@ -32,7 +32,7 @@ class TooManyImagesError(TableError):
 
 
 class Payload(NamedTuple):
-    """The cells of each row by column, and the request-level parameters, which are already in the rows."""
+    """The cells of each row by column, and the request-level parameters, which the rows already contain."""
 
     rows: list[dict[str, Any]]
     parameters: dict[str, Any]
