@@ -125,7 +125,7 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
             "also with .gz, .bz2, .xz or .zst after it",
         ),
         ("Makefile", r"Makefile: unknown file extension \(none\)"),
-        ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
+        ("empty", r"empty: the folder contains no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
         ("missing/**/*.csv", "the glob matches no table"),
     ],
@@ -501,7 +501,7 @@ def test_image_k_has_seed_plus_k() -> None:
 
 
 def test_seeds_that_would_overflow_are_refused() -> None:
-    assert "leaves no room for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
+    assert "is too large for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
 
 
 def test_a_fingerprint_covers_only_what_determines_the_image() -> None:
@@ -932,10 +932,10 @@ def test_a_missing_number_takes_the_default(cell: str) -> None:
 @pytest.mark.parametrize(
     ("cells", "sentence"),
     [
-        ({"id": "a\0b"}, "the id holds a NUL byte"),
-        ({"id": "a\ud83d"}, "the id holds a lone surrogate, which is half a character: write whole characters"),
-        ({"prompt": "a\ud83d"}, "column 'prompt' holds a lone surrogate"),
-        ({"tag": "a\ud83d"}, "column 'tag' holds a lone surrogate"),
+        ({"id": "a\0b"}, "the id contains a NUL byte"),
+        ({"id": "a\ud83d"}, "the id contains a lone surrogate, which is half a character: write whole characters"),
+        ({"prompt": "a\ud83d"}, "column 'prompt' contains a lone surrogate"),
+        ({"tag": "a\ud83d"}, "column 'tag' contains a lone surrogate"),
     ],
     ids=str,
 )

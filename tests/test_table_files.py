@@ -85,7 +85,7 @@ def test_every_argument_without_a_table_is_reported() -> None:
             "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
             "notes.md: unknown file extension .md; a table ends in .csv, ",
-            "empty: the folder holds no table (.csv, ",
+            "empty: the folder contains no table (.csv, ",
             "none/*.csv: the glob matches no table (",
             "no://a.csv cannot be opened: Protocol not known: no",
         ),
@@ -256,7 +256,7 @@ def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPat
         assert str(tables.ignored_files) == "as links to folders: t/linked/"
         assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
         assert tables.unreadable_files == {
-            "t/broken.csv": "t/broken.csv: the link leads to no file",
+            "t/broken.csv": "t/broken.csv: the target of the link does not exist",
             "t/closed": "t/closed: Permission denied",
         }
     assert refusal_of("t/closed") == "t/closed: Permission denied"
@@ -544,7 +544,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
     [
         ("memory://t/missing.csv", "memory://t/missing.csv: no such file or folder"),
         ("memory://t/*.tsv", "memory://t/*.tsv: the glob matches no table (.csv, "),
-        ("memory://t/empty", "memory://t/empty: the folder holds no table (.csv, "),
+        ("memory://t/empty", "memory://t/empty: the folder contains no table (.csv, "),
         ("memory://t/notes.md", "memory://t/notes.md: unknown file extension .md; a table ends in .csv"),
         ("nothing://t/a.csv", "nothing://t/a.csv cannot be opened: Protocol not known: nothing"),
         ("s3://bucket/a.csv", "s3://bucket/a.csv: reading s3:// needs s3fs: pip install 'batch-infer[s3]'"),

@@ -323,7 +323,7 @@ def test_comments_and_options_in_plain_text_are_rendered_with_a_notice(line: str
         zip(prompts, (2, 3, 4), strict=True)
     )
     (notice,) = notices_of(table)
-    assert notice.startswith("lines of .txt that look like comments or options and are rendered word for word (")
+    assert notice.startswith("lines of .txt files that look like comments or options and are rendered word for word (")
     assert notice.endswith(f"): 1 (first: t.txt, line 3: {line!r})")
 
 
@@ -507,11 +507,13 @@ def test_blank_lines_and_key_order_do_not_matter() -> None:
         pytest.param(b'{"prompt": ' + b"9" * 5000 + b"}", "line 3 is not JSON that can be read", id="endless number"),
         pytest.param(b'{"prompt": ["y"]}', "prompt \"['y']\" is not text but list", id="a list for a prompt"),
         pytest.param(b'{"prompt": 7}', "prompt '7' is not text but int", id="a number for a prompt"),
-        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' holds a lone surrogate", id="half a letter"),
+        pytest.param(b'{"prompt": "\\ud83d"}', "column 'prompt' contains a lone surrogate", id="half a letter"),
         pytest.param(
             b'{"prompt": "y", "\\ud83d": 1}', "line 3 has a column that the table cannot have", id="half a name"
         ),
-        pytest.param(b'{"prompt": "y", "id": ["a"]}', "the id is not text but list", id="a list for an id"),
+        pytest.param(
+            b'{"prompt": "y", "id": ["a"]}', "the id must be text or a number, not a list", id="a list for an id"
+        ),
         pytest.param(b'{"seed": 3}', "the prompt is empty", id="no prompt"),
         pytest.param(b'{"prompt": null}', "the prompt is empty", id="null"),
         pytest.param(b'{"prompt": "y", "seed": true}', "seed 'True' is not a whole number", id="a boolean"),
@@ -634,8 +636,8 @@ def test_the_first_line_determines_whether_a_file_is_a_batch_file() -> None:
     lines = [batch_line("a", prompt="x"), {"prompt": "y"}, {"custom_id": "c", "body": "z"}]
     assert errors_of(read(write("t.jsonl", in_format("jsonl", lines)))) == [
         None,
-        "line 2 has no custom_id and body, as the first line has",
-        "line 3 has no custom_id and body, as the first line has",
+        "line 2 has no custom_id and body, unlike the first line",
+        "line 3 has no custom_id and body, unlike the first line",
     ]
     rows = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
     assert errors_of(rows) == [None, "the prompt is empty"]
