@@ -171,7 +171,7 @@ def test_two_files_with_the_same_stem_are_accepted_with_ids() -> None:
     assert [request.id for request in read_requests(*tables)] == ["x", "y"]
 
 
-def test_files_of_different_folders_have_different_default_ids() -> None:
+def test_paths_that_differ_only_in_a_slash_or_hyphen_are_refused() -> None:
     write_csv(Path("t/a/b.csv"), [["prompt"], ["1"]])
     write_csv(Path("t/a-b.csv"), [["prompt"], ["2"]])
     with pytest.raises(TableError, match="same ids"):
@@ -324,7 +324,7 @@ def test_files_with_different_columns_share_one_schema() -> None:
 def test_types_that_differ_between_files_have_a_common_type(
     first: pa.Array, second: pa.Array, common: pa.DataType
 ) -> None:
-    """The common type represents all values, as text if necessary: a carried column never ends a run."""
+    """The common type can represent all values, and is text if necessary: no carried column makes a run fail."""
     for name, array, other in (("a", first, second), ("b", second, first)):
         write_parquet(Path(name, "a.parquet"), prompt=["x"], column=array)
         write_parquet(Path(name, "b.parquet"), prompt=["y"], column=other)
@@ -408,12 +408,12 @@ def test_whole_numbers_of_any_type(value: Any) -> None:
 
 WHOLE = ("seed", "height", "width", "num_inference_steps", "num_images_per_prompt")
 REAL = ("guidance_scale", "guidance_rescale")
-NO_NUMBERS = ["ten", "-nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", "1e99999999999999999999"]
+NOT_NUMBERS = ["ten", "-nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", "1e99999999999999999999"]
 NOT_WHOLE = ["2.5", "1e-3", "1e-999999999", "0.1" + 100 * "0" + "1", 40 * "9" + ".5"]
 OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000 * "9"]
 
 
-@pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
 def test_invalid_whole_numbers(field: str, text: str) -> None:
     """The error names the column, shows the start of the cell and says what is wrong."""
@@ -423,7 +423,7 @@ def test_invalid_whole_numbers(field: str, text: str) -> None:
         assert "within" in error
 
 
-@pytest.mark.parametrize("text", [*NO_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", REAL)
 def test_invalid_real_numbers(field: str, text: str) -> None:
     error = error_of(one_row(**{field: text}))
@@ -555,7 +555,7 @@ def test_newlines_commas_and_quotes_in_prompts() -> None:
     assert [request.prompt for request in read_requests(table)] == prompts
 
 
-def test_a_long_prompt() -> None:
+def test_a_long_prompt_is_read_in_full() -> None:
     prompt = "word " * 2_000
     assert read_requests(write_csv(Path("t.csv"), [["prompt"], [prompt]]))[0].prompt == prompt
 
@@ -754,7 +754,7 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
 
 
 UNREADABLE = Path("/proc/self/mem")
-"""A file that cannot be read: its first byte raises EIO."""
+"""A file that can be opened, but reading its first byte raises EIO."""
 
 
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="only Linux has a file that raises EIO")

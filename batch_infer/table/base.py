@@ -44,7 +44,7 @@ _PATH_ERRNOS = {
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read, or a file or argument that cannot be read. In that case, `error` says why.
+    """A file to read. If `error` is set, it says why this file or argument cannot be read.
 
     `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, usually the path
     relative to the argument, with `-` for `/` and without suffixes. `compression` is a suffix such as `.gz`, or ''.
@@ -227,7 +227,7 @@ def find_encoding_error(text: str) -> str | None:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, and so bytes that were not UTF-8, with U+FFFD, so that results can store the text."""
+    """Replace lone surrogates (usually bytes that were not UTF-8) with U+FFFD, so that results can store the text."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # a surrogate that does not represent a byte

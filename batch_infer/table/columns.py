@@ -42,7 +42,7 @@ SYNONYMS = {
     "guidance_rescale": ("rescale", "cfgrescale"),
     "num_images_per_prompt": ("n", "numimages", "nimages", "imagesperprompt", "numsamples", "nsamples", "numoutputs"),
 }
-"""Names that other tools use for the fields, as returned by `_normalize`."""
+"""Names that other tools use for the fields, in the form that `_normalize` returns."""
 MIN_SIMILARITY = 0.8
 """Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
 MIN_FUZZY_LENGTH = 5
@@ -140,7 +140,7 @@ def _drop_largest(cells: dict[str, Any]) -> str:
 
 
 def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
-    """Return the schema of the carried columns, and a warning for each column whose different types become text.
+    """Return the schema of the carried columns, and a warning for each column that is text because its types differ.
 
     Also set the result names in each table's `carried`. Ignoring case, they are unique and not in `result_columns`. The
     type of a column can represent its values in all files.

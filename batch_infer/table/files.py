@@ -97,7 +97,10 @@ def _copy_stdin(scratch: Scratch) -> TableFile:
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. Raises TableError if `relative`, its path in the argument, has no table suffix."""
+    """Return the file at `path`. `relative` is its path relative to the argument.
+
+    Raises TableError if `relative` has no table suffix.
+    """
     parts = parse_name(relative)
     if parts is None:
         raise TableError(
@@ -211,7 +214,7 @@ class _LocalFolder:
                         self._unreadable.append(error)
 
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. Ignored folders are not, since they may contain millions of images."""
+        """Return whether to list a folder. An ignored folder may contain millions of images, so it is skipped."""
         if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():

@@ -50,7 +50,7 @@ _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMP
 
 
 def parse_name(relative: str) -> tuple[str, str, str] | None:
-    """Return the stem for default ids, the format and the compression of a path, or None if it is not a table."""
+    """Return a path's stem for default ids, format and compression, or None if it has no table suffix."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None

@@ -90,8 +90,8 @@ def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
     if not columns.issuperset(row.cells):
         unknown = replace_surrogates(next(name for name in row.cells if name not in columns))
         error = (
-            f"has a column that the table cannot have, {unknown[:40]!r}: "
-            f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
+            f"has an unsupported column {unknown[:40]!r}: "
+            f"its name is not UTF-8, or the table already has {MAX_COLUMNS} columns"
         )
     elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
         error = f"is nested too deeply, in {deep[0]!r}"

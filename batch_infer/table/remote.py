@@ -48,7 +48,7 @@ class RemoteListing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """A file, folder or glob at a URL, which may contain a secret. `system` and `path` are fsspec's."""
+    """A file, folder or glob at a URL. The URL may contain a secret. `path` is the path in fsspec's `system`."""
 
     system: Any
     path: str

@@ -15,7 +15,7 @@ from batch_infer.table.base import find_encoding_error, is_utf8, make_default_id
 from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, format_id, format_value, read_fields
 
 REQUEST_STEM = "request"
-"""Replaces the file name in the source and the default id of a row that does not come from a file."""
+"""File name used in the sources and default ids of rows that do not come from a file."""
 
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
@@ -51,6 +51,12 @@ EARLIER_WORDINGS = (
         "has no custom_id and body, as the first line has",
     ),
     (re.compile(r": the target of the link does not exist"), ": the link leads to no file"),
+    (
+        re.compile(
+            r"has an unsupported column ('.+?'|\".+?\"): its name is not UTF-8, or the table already has (\d+) columns"
+        ),
+        r"has a column that the table cannot have, \1: it is not UTF-8, or there are \2 before it",
+    ),
 )
 """Patterns of errors, and their wording in earlier versions.
 

@@ -64,7 +64,7 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads the content of a compressed file. Returns all data before any damage, and then raises OSError."""
+    """Reads the content of a compressed file. Returns the data before any damage, and then raises OSError."""
 
     def __init__(self, raw: BinaryIO, suffix: str) -> None:
         self._raw, self._name = raw, COMPRESSIONS[suffix].name
@@ -105,7 +105,7 @@ def open_decompressed(file: TableFile) -> io.BufferedReader:
 
 
 def open_bytes(file: TableFile) -> io.BufferedReader:
-    """Open a text file for reading its bytes after a byte order mark. Raises OSError, and TableError for UTF-16."""
+    """Open a text file for reading its bytes after any byte order mark. Raises OSError, and TableError for UTF-16."""
     with ExitStack() as stack:
         stream = stack.enter_context(open_decompressed(file))
         start = stream.peek(4)

@@ -101,7 +101,7 @@ class Tables:
 
     @property
     def local_paths(self) -> list[Path]:
-        """Absolute paths of the tables that are local files of the user."""
+        """Absolute paths of the user's local tables."""
         return list(self._stamps)
 
     @property
@@ -115,7 +115,7 @@ class Tables:
         return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
 
     def changed_files(self) -> list[str]:
-        """Return the user's local files that changed since they were opened."""
+        """Return the paths of local tables that changed since they were opened."""
         return [str(path) for path, stamp in self._stamps.items() if _get_stamp(path) != stamp]
 
     def read_rows(

@@ -29,7 +29,7 @@ def is_http(argument: str) -> bool:
 
 
 def redact_url(argument: str) -> str:
-    """Remove the query, the password and usually the user, which is often a token, from each link of a URL.
+    """Remove the query, the password and usually the user, which is often a token, from a URL or the links of a chain.
 
     Names, ids and messages contain only redacted arguments.
     """
@@ -67,7 +67,7 @@ def split_chain(url: str) -> tuple[str, str, str]:
 
 
 def split_query(link: str) -> tuple[str, str]:
-    """Split a link of a chain into the part before its query, and the query with its `?`."""
+    """Split a link of a chain into the part before its query, and the rest."""
     head = re.split("[?#]", link, maxsplit=1)[0] if is_http(link) else QUERY.sub("", link)
     return head, link[len(head) :]
 
