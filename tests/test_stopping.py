@@ -171,7 +171,7 @@ def test_a_signal_stops_a_plan(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OUT whose manifest has 300,000 rows."""
+    """Create an OUT whose manifest has 300,000 rows."""
     out = tmp_path_factory.mktemp("large_out") / "out"
     (out / "manifest").mkdir(parents=True)
     row = ResultRow(

@@ -37,7 +37,7 @@ TABLE_READS = 3
 
 @dataclass(slots=True)
 class SizePlan:
-    """Cost of all images of one size. `seconds` is device time."""
+    """Cost of all pending images of one size. `seconds` is device time."""
 
     height: int
     width: int
@@ -49,13 +49,13 @@ class SizePlan:
 
 
 class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
-    """What a run would do. Fields count results (one per image) unless their name says rows.
+    """What a run would do.
 
-    `seconds` is the duration of the whole command. In `sizes` it is device time, which the `processes` share.
-    `truncated` counts rows whose prompt is too long for the model, or is None if only its pipeline can count tokens.
-    `reasons` counts pending results by reason, `changes` names the options that changed, and `refusal` is the error
-    with which the run would stop. `files` maps each table to its number of rows. `left_out` counts the ignored files of
-    folders and globs by reason and name.
+    `total`, `invalid`, `finished` and `pending` count results, one per image. `seconds` is the estimated duration of
+    `run`. In `sizes`, it is device time, which the `processes` share. `truncated` counts rows whose prompt is too long
+    for the model, or is None if only its pipeline can count tokens. `reasons` counts pending results by reason,
+    `changes` names the options that changed, and `refusal` is the error with which `run` would refuse to start. `files`
+    maps each table to its number of rows. `left_out` counts the ignored files of folders and globs by reason and name.
     """
 
     rows: int = 0
