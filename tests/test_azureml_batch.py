@@ -716,7 +716,10 @@ def test_a_row_that_kills_its_worker_in_a_simulated_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_thousand_prompts_in_forty_files(tmp_path: Path, seed: int) -> None:
     outcome = simulated(tmp_path, 40, 25, workers=3, mini_batch_size=3, kill=0.2, duplicate=0.1, seed=seed)
-    assert outcome.kills >= 2 and outcome.duplicates >= 1 and outcome.failed_files == 0
+    assert outcome.kills + outcome.kills_missed == 3  # of 14 mini-batches; a kill may come too late
+    assert outcome.kills >= 1
+    assert outcome.duplicates >= 1
+    assert outcome.failed_files == 0
     assert_accounted_for(tmp_path, 1000)
 
 

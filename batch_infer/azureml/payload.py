@@ -13,7 +13,7 @@ from batch_infer.table import DocumentFormat, is_too_deep, parse_element, parse_
 
 SAMPLE = '{"input_data": {"columns": ["prompt"], "data": ["a prompt"]}}'
 PARAMETER_KEYS = ("parameters", "params")
-"""Azure ML's model catalog documents `input_data.parameters`, MLflow's scoring server `params` next to the data
+"""Azure ML's model catalog documents `input_data.parameters`, and MLflow's scoring server `params` next to the data
 (https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/)."""
 _KEYS = ("input_data", *PARAMETER_KEYS)
 _INPUT_KEYS = ("columns", "data", "index", *PARAMETER_KEYS)
@@ -59,7 +59,7 @@ def read_payload(text: str | bytes, columns: Mapping[str, str] | None = None) ->
 
 def _parse_json(text: str | bytes) -> Mapping[str, Any]:
     if isinstance(text, str):
-        text = text.removeprefix("\ufeff")  # json removes it from bytes
+        text = text.removeprefix("\ufeff")  # a byte order mark, which json removes only from bytes
     if not text.strip():  # the server also passes a form as an empty text
         raise TableError(f"the request is empty, or its Content-Type is not application/json: send {SAMPLE}")
     try:
