@@ -501,7 +501,7 @@ def test_a_run_accounts_for_every_row(table: Path, tmp_path: Path, folders: dict
         ("a", "ok"), ("a", "ok"), ("b", "ok"), ("c", "ok"), ("d", "invalid"), ("e", "invalid"), ("f", "ok"),
     ]  # fmt: skip
     errors = {item["id"]: item["error"] for item in rows if item["error"]}
-    assert errors["d"] == "negative_prompt 'green' is given, and this model takes none"
+    assert errors["d"] == "negative_prompt 'green' is given, but this model does not support it"
     assert "width 65 is not a multiple of 16" in errors["e"]
     rendered_rows = [item for item in rows if item["status"] == "ok"]
     assert {item["scheduler"] for item in rendered_rows} == {"FlowMatchEulerDiscreteScheduler"}
@@ -543,8 +543,8 @@ def test_a_plan_matches_the_run(table: Path, tmp_path: Path, folders: dict[str, 
 
 def test_unsupported_options_are_refused(table: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     for options, message in {
-        ("--negative-prompt", "green"): "negative_prompt 'green' is given, and this model takes none",
-        ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, and this model takes none",
+        ("--negative-prompt", "green"): "negative_prompt 'green' is given, but this model does not support it",
+        ("--guidance-rescale", "0.7"): "guidance_rescale '0.7' is given, but this model does not support it",
     }.items():
         result = flux_run(table, tmp_path / "out", folders, *options)
         assert result.code == 2

@@ -107,4 +107,4 @@ def test_an_unsupported_negative_prompt_is_reported(lcm_folder: Path, tmp_path: 
     assert run(table, out, "--model", lcm_folder, "--steps", "4").code == 3
     rows = {row["id"]: row for row in results(out)}
     assert (rows["a"]["status"], rows["b"]["status"]) == ("ok", "invalid")
-    assert rows["b"]["error"] == "negative_prompt 'green' is given, and this model takes none"
+    assert rows["b"]["error"] == "negative_prompt 'green' is given, but this model does not support it"

@@ -396,9 +396,9 @@ def test_images_and_invalid_rows_are_in_order(dummy_service: Service) -> None:
         "seed 'ten' is not a whole number; width 60 is not a multiple of 8; the nearest is 64",
         "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
         "the negative_prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
-        "the id is not text but list",
+        "the id must be text or a number, not a list",
         9,
-        "the prompt holds a lone surrogate, which is half a character: send whole ones",
+        "the prompt contains a lone surrogate, which is half a character: send whole characters",
     ]
     assert [row["prompt"] for row in objects] == ["p", "p", None, "p", "p" * 10_000, "p", "p", "p", "p \ufffd"]
     assert {len(row) for row in objects if row["generated_image"]} == {3}
