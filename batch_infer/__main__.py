@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open os.devnull for closed standard streams. Otherwise the next files would get their descriptors."""
+    """Open os.devnull for closed standard streams. Otherwise files opened later would get their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -1,4 +1,7 @@
-"""Define the exceptions of batch-infer. Any other uncaught exception is a bug: exit code 1 with a traceback."""
+"""Define the exceptions of batch-infer.
+
+Any other uncaught exception is a bug and ends the command with a traceback and exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from pathlib import Path
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -18,12 +21,12 @@ class BatchInferError(Exception):
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return an error of this class with the message of an error in another process."""
+        """Return an error of this class with the text of an error from another process."""
         return cls(text)
 
 
 class UsageError(BatchInferError):
-    """Nothing was rendered: the command or its settings must change."""
+    """The command cannot succeed until its options, its input or OUT changes."""
 
     exit_code = 2
 
@@ -33,11 +36,14 @@ class SettingsError(UsageError):
 
 
 class CompilationError(SettingsError):
-    """torch.compile failed. `run` continues without it unless --compile was given."""
+    """torch.compile failed.
+
+    `run` continues without it unless --compile was given, OUT already contains images, or a launcher started the run.
+    """
 
 
 class TableError(UsageError):
-    """No table can be read."""
+    """A table or request cannot be read."""
 
 
 class ModelError(UsageError):
@@ -53,11 +59,11 @@ class DamagedPartError(UsageError):
 
     @classmethod
     def from_text(cls, text: str) -> BatchInferError:
-        """Return a plain UsageError, since the text alone does not give `part`."""
+        """Return a plain UsageError, since `part` cannot be restored from the text."""
         return UsageError(text)
 
     def __str__(self) -> str:
-        return f"{self.part} is damaged ({self.reason}); run again: that sets it aside and renders its rows again"
+        return f"{self.part} is damaged ({self.reason}); run again to set it aside and render its rows again"
 
 
 class NewerPartError(UsageError):
@@ -65,21 +71,21 @@ class NewerPartError(UsageError):
 
 
 class RetryableError(BatchInferError):
-    """Run the same command again to continue."""
+    """Base class of errors after which the same command can be run again to continue."""
 
     exit_code = 75
 
 
 class LockedError(RetryableError):
-    """Another run has locked OUT."""
+    """Another process has locked OUT."""
 
 
 class StorageError(RetryableError):
-    """OUT or the temporary folder cannot be read or written."""
+    """A file or folder cannot be read or written, for example because the disk is full."""
 
 
 class ServiceError(RetryableError):
-    """A network service does not respond."""
+    """A network service fails or does not respond."""
 
 
 class StoppedError(RetryableError):
@@ -87,8 +93,8 @@ class StoppedError(RetryableError):
 
 
 class RowError(BatchInferError):
-    """An error in one row sets the row's status and never ends a run."""
+    """A single row cannot be processed. The error determines the row's status and never ends a run."""
 
 
 class FailedRowError(RowError):
-    """A row failed for an unknown reason and is retried."""
+    """A row failed, perhaps only temporarily, so later runs retry it."""

@@ -1,4 +1,4 @@
-"""Defer imports from modules that load torch until the names are first used."""
+"""Defer imports from modules that are slow to load until the names are first used."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MAX_ATTEMPTS = 3
 
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _DUPLICATE_SUFFIX = re.compile(r"#\d+$")
-"""Suffix of the second table with the same name, as in `t.csv#2`. No table's own name ends this way."""
+"""Suffix that distinguishes tables with the same name, as in `t.csv#2`. No table's own name ends this way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +41,24 @@ class SamplingParams:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether classifier-free guidance (Ho & Salimans, arXiv 2207.12598) is on: above 1, as in diffusers."""
+        """Whether classifier-free guidance (Ho & Salimans, arXiv 2207.12598) is used.
+
+        As in diffusers, a guidance scale of at most 1 disables it.
+        """
         return self.guidance_scale > 1.0 and not self.embedded_guidance
 
     @property
     def slots(self) -> int:
-        """Batch elements per denoiser call. Guidance needs an unconditional and a conditional element."""
+        """Number of batch elements per denoiser call. Guidance needs an unconditional and a conditional element."""
         return 2 if self.uses_guidance else 1
 
 
 class SizeRules(
     msgspec.Struct, frozen=True, rename={"side_multiple": "factor", "min_side": "smallest", "model_max_side": "most"}
 ):
-    """Image sizes that a model accepts, in pixels. `model_max_side` is the model's own limit.
+    """Image sizes that a model accepts, in pixels. `model_max_side` is the model's own limit, if any.
 
-    run.json stores these fields, some under an earlier name.
+    run.json stores these fields, some of them under an older name.
     """
 
     native_height: int
@@ -73,7 +76,7 @@ class SizeRules(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Location of a row: the file as named by the user, the row from 0 and, in text formats, the line from 1."""
+    """Location of a row: its file, its row number from 0 and, in text formats, its line number from 1."""
 
     file: str
     row: int
@@ -85,7 +88,7 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """File name without its folder, `#2`, compression suffix and format suffix."""
+        """File name without its folder, and without the suffixes for duplicates (`#2`), compression and format."""
         path = PurePosixPath(_DUPLICATE_SUFFIX.sub("", self.file))
         return (path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem
 
@@ -94,8 +97,9 @@ class Source:
 class PromptRequest:
     """Request for one image, with everything that determines its pixels except the run's settings.
 
-    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt. With
-    `id_collides` or `stem_collides`, an earlier row's id or the stem of its file differs only by case.
+    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
+    `id_collides` and `stem_collides` say whether the id or file stem of an earlier row differs from this row's only by
+    case.
     """
 
     id: str
@@ -128,7 +132,7 @@ class PromptRequest:
 class Verdict:
     """Result of a safety check of an image or prompt.
 
-    `nsfw` is None if nothing was checked. `reason` explains in one sentence why the content is unsafe.
+    `nsfw` is None if nothing was checked. `reason` explains why the content is unsafe.
     """
 
     nsfw: bool | None = None
@@ -168,7 +172,8 @@ class ResultRow:
     """One row of a manifest part and of results.*. The fields declare the result columns in order.
 
     The manifest derives its Arrow schema from the fields. A new column needs `metadata={"since": VERSION}` with the
-    next version of the manifest format. `carried` and `line`, the source's line number, are not result columns.
+    next version of the manifest format. Two fields are not result columns: `line`, the source's line number, and
+    `carried`, whose cells are separate columns of results.*.
     """
 
     id: str
@@ -215,7 +220,7 @@ class ResultRow:
 
 RESULT_COLUMNS = tuple(column for column in fields(ResultRow) if column.name not in ("carried", "line"))
 BOOKKEEPING: frozenset[str] = frozenset({"slots", "seconds", "attempt", "worker", "finished_at"})
-"""The only columns that may differ between two runs of the same work."""
+"""The only columns that may differ between two runs with the same input and settings on one machine."""
 
 
 def digest(value: Any) -> str:

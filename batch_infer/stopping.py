@@ -2,7 +2,7 @@
 
 Killing a command at any moment loses no committed work, so a stop raises StopRequested in the main thread immediately.
 Code inside `deferred` checks for a stop itself and finishes its work. A watchdog thread ends the process if the main
-thread is inside a library that neither returns nor lets an exception through.
+thread is inside a library that neither returns nor lets the exception through.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from batch_infer.errors import StoppedError
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 3.0
-"""Seconds to merge results after a stop."""
+"""Seconds in which a command may finish its work after a stop, for example merge results."""
 END_SECONDS = 1.5
 """Seconds to wait for an interrupted process to exit before the watchdog ends it."""
 REPEAT_SECONDS = 0.5
-"""Seconds within which signals count once: `timeout` signals a process and then its group."""
+"""Signals within this many seconds count as one, because `timeout` signals a process and then its group."""
 TICK_SECONDS = 0.1
 _ALARM = getattr(signal, "SIGALRM", None)
 TIME_LIMIT = "the time limit"
@@ -39,7 +39,7 @@ class StopRequested(KeyboardInterrupt):
 
 
 class Stopper:
-    """Report whether to stop, and interrupt the main thread unless the stop is deferred.
+    """Reports whether to stop, and interrupts the main thread unless the stop is deferred.
 
     `reason` is None until a stop is requested, then the name of a signal or TIME_LIMIT. Only one Stopper may be active
     at a time, on the main thread.
@@ -57,7 +57,7 @@ class Stopper:
         log_error: Callable[[str], object],
         remove_files: Callable[[], object],
     ) -> None:
-        """Start the time limit in seconds. `hint` ends the error message and says what to do after a stop.
+        """Start the time limit, in seconds. `hint` ends the error message and says what to do after a stop.
 
         `log_stop` is called in the main thread if a signal arrives while a stop is deferred indefinitely. Before the
         watchdog ends the process, it calls `remove_files`, and `log_error` with the error message.
@@ -66,7 +66,7 @@ class Stopper:
         self._deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
         self._log_stop, self._log_error, self._remove_files = log_stop, log_error, remove_files
         self._grace = 0.0
-        """Seconds by which a stop is currently deferred."""
+        """Seconds by which a stop at this moment is deferred."""
         self._has_timer = self._interrupted = False
         self._first_signal_time: float | None = None
         self._previous_handlers: dict[int, Any] = {}
@@ -212,7 +212,8 @@ def _signal_name(number: int) -> str:
 def deferred(seconds: float = math.inf) -> Iterator[None]:
     """Defer a stop inside the context, where code checks for it, by at most this many seconds.
 
-    After a stop, the code after the context has GRACE_SECONDS. Without an active Stopper, this does nothing.
+    If a stop was requested, the code after the context has up to GRACE_SECONDS to finish. Without an active Stopper,
+    this does nothing.
     """
     with nullcontext() if Stopper.active is None else Stopper.active.deferring(seconds):
         yield

@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Format each record as one line, followed by its traceback with line breaks."""
+    """Formats each record as one line, followed by its traceback, whose line breaks are kept."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape_controls(record.message)
@@ -48,7 +48,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def never_fail_to_encode(stream: object) -> None:
-    """Make a text stream write ASCII for unsupported characters instead of raising UnicodeEncodeError."""
+    """Make a text stream replace unsupported characters with ASCII instead of raising UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
         codecs.register_error(_ERROR_HANDLER, _as_ascii)
         stream.reconfigure(errors=_ERROR_HANDLER)

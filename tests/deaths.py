@@ -51,7 +51,7 @@ class Killer:
     killed: list[str] = field(default_factory=list)
 
     def kill(self, times: int) -> None:
-        """Start runs until `times` kills are done."""
+        """Start runs until this many kills have been made."""
         while len(self.killed) < times:
             with self._run() as process:
                 while len(self.killed) < times and self._wait_for_part(process):
@@ -80,7 +80,7 @@ class Killer:
         return target == "worker"
 
     def _wait_for_part(self, run: subprocess.Popen[str]) -> bool:
-        """Wait for the next part. Returns False if the run ends first."""
+        """Wait for the next part. Return False if the run ends first."""
         before = self._parts()
         return eventually(lambda: self._parts() > before or run.poll() is not None) and run.poll() is None
 

@@ -56,7 +56,7 @@ class DummyChain(DeviceChain):
 
 
 def _execute(prompt: str) -> None:
-    """Carry out the command in a prompt, such as to kill this process."""
+    """Execute the command in a prompt, for example kill this process."""
     match prompt.split():
         case ["die", "by", name]:
             os.kill(os.getpid(), getattr(signal, name))
@@ -91,7 +91,7 @@ def load_together(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]
 
 
 def load_waiting(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Return a chain that, like a GPU, needs time for a batch of rows but no CPU time."""
+    """Return a chain that, like one on a GPU, takes time for a batch of rows but no CPU time."""
     return DummyChain(stop, seconds=BATCH_SECONDS)
 
 
@@ -110,7 +110,7 @@ def load_broken(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) 
 
 
 def load_dying_once(card: Any, compute: Any, safety: Any, stop: Callable[[], bool]) -> Any:
-    """Kill the first process that loads, and leave the file named by the environment variable DIED."""
+    """Kill the first process that loads, and create the file that the environment variable DIED names."""
     died = Path(os.environ["DIED"])
     if not died.exists():
         died.touch()

@@ -1,4 +1,4 @@
-"""A task rendered by local worker processes with a dummy chain."""
+"""Render a task in local worker processes with a dummy chain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_TIMEOUTS = Timeouts()
 
 @dataclass
 class EngineRun:
-    """A task, and the rows that the engine reports as committed."""
+    """Runs a task, and collects the rows that the engine reports as committed."""
 
     out: Path
     prompts: Sequence[str]

@@ -1,4 +1,4 @@
-"""The throughput plateau: the batch sizes beyond which a device is no faster, measured once and kept."""
+"""Test the search for the throughput plateau, and that its result is cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
 
 
 class FakeDevice(Painter):
-    """A UNet call takes a fixed time for up to `wide` rows, and proportionally longer for more. So does a decode."""
+    """A UNet call takes a fixed time for up to `wide` batch elements, and proportionally longer for more.
+
+    A decoder call takes a fixed time for up to two images.
+    """
 
     def __init__(self, wide: int, clock: Clock) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that only the devices of these tests advance."""
+    """Return a clock that only the devices of these tests advance."""
     clock = Clock()
     monkeypatch.setattr(plateau, "time", clock)
     return clock

@@ -1,4 +1,4 @@
-"""Test the simulated batch endpoint with scripts that succeed, fail, hang and die."""
+"""Test the simulated batch endpoint with scripts that succeed, fail, hang and crash."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def contains(name, word):
 def init():
     note("inits", os.getpid())
 
-def meet(workers):  # waits until this many workers have called it as often as this worker
+def meet(workers):  # waits until this many workers have called it at least as often as this one
     note("meetings", os.getpid())
     while True:
         pids = (OUT / "meetings").read_text().split()
@@ -51,7 +51,7 @@ def meet(workers):  # waits until this many workers have called it as often as t
             return
         time.sleep(0.01)
 """
-"""The start of each script. Scripts report to the tests through files in OUT."""
+"""The first part of each script. Scripts report to the tests through files in OUT."""
 NAMES = """
 def run(mini_batch):
     return [Path(path).name for path in mini_batch]
@@ -178,7 +178,7 @@ def test_a_worker_has_a_temporary_folder_and_a_log(tmp_path: Path) -> None:
     assert [log.count(f"written on {name}") for log in logs for name in ("stdout", "stderr")] == [2, 2, 2, 2]
 
 
-def test_a_script_has_modules_in_its_folder_and_variables_but_no_other_imports(tmp_path: Path) -> None:
+def test_a_script_can_import_from_its_folder_and_has_variables_but_no_other_modules(tmp_path: Path) -> None:
     body = """
     import neighbour
 
@@ -222,7 +222,7 @@ def test_shutdown_is_called_once_in_each_worker(tmp_path: Path) -> None:
     assert sorted(notes(tmp_path, "shutdowns")) == sorted(notes(tmp_path, "inits"))
 
 
-def test_a_failing_shutdown_is_logged_but_fails_no_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_shutdown_is_logged_and_the_job_succeeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     outcome = run(tmp_path, NAMES + "\ndef shutdown():\n    raise ValueError('at the end')\n", files=1)
     assert (outcome.fault, outcome.succeeded) == (None, 1)
     assert "worker 0 did not shut down cleanly" in caplog.text
@@ -373,7 +373,7 @@ def test_a_worker_that_dies_is_replaced_and_its_mini_batch_retried(
 
 
 def test_a_worker_is_killed_on_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job's clock jumps by an hour at every reading while the mini-batch hangs.
+    """The job's clock jumps by an hour each time it is read while the mini-batch hangs.
 
     A single jump would not be enough: the mini-batch may already hang at the first reading.
     """
@@ -406,7 +406,7 @@ def test_a_worker_is_killed_on_timeout(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("threshold", "fails"), [(-1, False), (2, False), (1, True), (0, True)])
 def test_the_job_fails_above_the_error_threshold(tmp_path: Path, threshold: int, fails: bool) -> None:
-    """A mini-batch of three files that returns two rows has lost a file. If it raises, it has lost all of them."""
+    """A mini-batch of three files that returns two rows counts as one failed file. If it raises, all files fail."""
     body = """
     def run(mini_batch):
         if len(mini_batch) == 1:
@@ -459,7 +459,7 @@ def run(mini_batch):
 
 @pytest.fixture
 def _kills_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mini-batch of DOOMED waits for its kill, so that no kill comes too late."""
+    """Let a mini-batch of DOOMED wait for its kill, so that no kill comes too late."""
     assign = KillSchedule.assign
 
     def assign_and_report(self: KillSchedule, mini_batch: MiniBatch, *, is_new: bool) -> float | None:
@@ -575,7 +575,7 @@ def run(mini_batch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_and_their_folders_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+def test_workers_end_and_their_folders_are_removed_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
     inputs, script = write_files(tmp_path / "in", 2), write_script(tmp_path, HANGING)
     command = [sys.executable, "-m", "batch_infer", "azureml-simulate", str(inputs), "--out", str(tmp_path / "out"),
             "--script", str(script), "--gpus", "0", "--workers", "2", "--mini-batch-size", "1"]  # fmt: skip

@@ -53,9 +53,9 @@ DEFAULTS = SamplingParams(512, 512, 50, 7.5, 0.0)
 def quick() -> Any:
     """Shorten the measurements, because no test needs exact figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "MIN_SECONDS", 0.01)
+        patch.setattr(contenders, "TARGET_SECONDS", 0.01)
         patch.setattr(contenders, "MATMUL_SIDE", {"cpu": 256})
-        patch.setattr("batch_infer.bench.comparison.SAMPLE", SAMPLED)
+        patch.setattr("batch_infer.bench.comparison.SAMPLE_ROWS", SAMPLED)
         yield
 
 
@@ -136,7 +136,7 @@ def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monke
 
 
 @pytest.mark.promises
-def test_bare_unet_computes_the_evaluations_at_its_own_rate(report: dict[str, Any]) -> None:
+def test_time_of_the_bare_unet_follows_from_its_rates(report: dict[str, Any]) -> None:
     figures = report["contenders"]["bare"]
     rates = figures["row_forwards_per_second"]
     seconds = sum(
@@ -253,7 +253,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "sentence"), REFUSED.values(), ids=list(REFUSED))
-def test_invalid_options_are_refused_before_any_work(options: tuple[str, ...], sentence: str) -> None:
+def test_invalid_options_are_refused_before_anything_is_rendered(options: tuple[str, ...], sentence: str) -> None:
     done = run_refused(*options)
     assert sentence in done.stderr
     assert "warming up" not in done.stderr
@@ -330,15 +330,15 @@ def test_sizes_are_written_width_first() -> None:
     assert WorkloadSettings(sizes="640x448, 512x512").sizes_of(RULES) == ((448, 640), (512, 512))
 
 
-@pytest.mark.parametrize(("rows", "least"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
-def test_estimated_occupancy_of_mixed_workloads(rows: int, least: float) -> None:
+@pytest.mark.parametrize(("rows", "min_occupancy"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
+def test_estimated_occupancy_of_mixed_workloads(rows: int, min_occupancy: float) -> None:
     """The occupancy is an estimate, which a test of the chain checks to within a row."""
     estimator = StepBatchingEstimator(slots_of)
     for request in mixed_requests(rows):
         estimator.add(request, request.params.num_inference_steps)
     estimator.close()
-    evaluations = sum(load.row_forwards for load in estimator.costs.values())
-    assert evaluations / sum(32 * load.ticks for load in estimator.costs.values()) > least
+    evaluations = sum(cost.row_forwards for cost in estimator.costs.values())
+    assert evaluations / sum(32 * cost.ticks for cost in estimator.costs.values()) > min_occupancy
 
 
 def test_occupancy_of_a_mixed_workload_in_the_chain() -> None:
@@ -381,7 +381,7 @@ def test_grouped_batches_rows_with_equal_parameters(demo: Any, monkeypatch: pyte
     monkeypatch.setattr(baseline, "_render", render)
     rows = [make_request(f"{k}", steps=2 + k % 2, guidance=[7.5, 1.0][k // 5], seed=k) for k in range(10)]
     assert sorted(row.id for row, _ in baseline.render(rows)) == [row.id for row in rows]
-    assert sorted(map(len, calls)) == [1, 2, 2, 2, 3]  # 3 and 2 with guidance, two to a call; 2 and 3 without
+    assert sorted(map(len, calls)) == [1, 2, 2, 2, 3]  # 3 and 2 rows with guidance, at most 2 per call; 2 and 3 without
     for call in calls:
         assert len({(row.params, size_of(row)) for row in call}) == 1
         assert len(call) * call[0].params.slots <= 4

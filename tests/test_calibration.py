@@ -1,4 +1,4 @@
-"""The calibration cache: values are loaded only under their own conditions, and damaged files are ignored."""
+"""Test that the calibration cache loads values only under their own conditions, and ignores damaged files."""
 
 from __future__ import annotations
 

@@ -102,14 +102,14 @@ def test_summary_lists_counts_and_files() -> None:
     ]
 
 
-def test_summary_names_bad_rows_and_warns_of_flagged_images() -> None:
+def test_summary_names_bad_rows_and_warns_about_flagged_images() -> None:
     bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
     counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
     assert list(summary_lines(Summary(counts), Path("o"), ()))[:5] == [
         "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
         *(f"  {line}" for line in bad),
         "  and 4 more, in the results",
-        "all images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)",
+        "all images are flagged: check the prompts, or render into another --out with --on-flagged keep",
     ]
     for flagged, has_warning in ((3, True), (2, False)):
         summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))

@@ -1,4 +1,4 @@
-"""The committer: when rows are committed, and how storage errors are raised."""
+"""Test when the committer commits rows, and how it raises storage errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batch_infer.worker import committing
 from batch_infer.worker.committing import Committer
 
 TIMEOUT = 60.0
-"""Seconds that a test waits for another thread."""
+"""Maximum number of seconds that a test waits for another thread."""
 
 
 def done(value: int) -> Callable[[], Future[int]]:
@@ -26,7 +26,7 @@ def batches() -> SimpleQueue[list[int]]:
     return SimpleQueue()
 
 
-def test_rows_are_committed_by_age_if_no_other_row_follows(
+def test_rows_are_committed_after_a_while_if_no_other_row_follows(
     batches: SimpleQueue[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committing, "COMMIT_SECONDS", 0.01)

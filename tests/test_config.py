@@ -1,4 +1,4 @@
-"""Test that a flag overrides the environment, which overrides the --config file, and that errors name the key."""
+"""Test options from flags, environment variables and the --config file, their precedence and their errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_file_sets_options_like_flags(file: Path) -> None:
     assert parse("t.csv", "--config", str(file)) == parse("t.csv", *flags.split(), *more)
 
 
-def test_flag_overrides_environment_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_overrides_environment_which_overrides_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("t.csv", "--config", str(file))["steps"] == 30
     monkeypatch.setenv("BATCH_INFER_STEPS", "20")
     assert parse("t.csv", "--config", str(file))["steps"] == 20
@@ -107,9 +107,9 @@ def test_one_file_serves_every_command(file: Path, name: str) -> None:
 def test_error_in_the_file_names_it(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "job.toml"
     path.write_text(content)
-    with pytest.raises(SettingsError, match=sentence) as caught:
+    with pytest.raises(SettingsError, match=sentence) as exc_info:
         parse("t.csv", "--config", str(path))
-    assert str(path) in str(caught.value)
+    assert str(path) in str(exc_info.value)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not text"])

@@ -1,4 +1,4 @@
-"""Kills and signals: the same command then completes the run, with the images of an undisturbed run."""
+"""Test that the same command completes a run after kills and signals, with the images of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.runs import assert_whole, command, hashes, images, results, run, run_
 from tests.tables import write_csv
 
 SEED = int(os.environ.get("SEED", "0"))
-"""Seed of all random choices. The environment variable SEED overrides it."""
+"""Seed of all random choices, which the environment variable SEED can set."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -103,7 +103,7 @@ def test_output_of_libraries_in_a_worker_goes_to_its_log(tmp_path: Path) -> None
     assert all(word in logs for word in ("on stdout", "on stderr", "by C", "old settings", "advice"))
 
 
-def many(folder: Path) -> Path:
+def write_many_prompts(folder: Path) -> Path:
     return write_csv(folder / "many.csv", [["prompt"], *(["a red circle"] for _ in range(3000))])
 
 
@@ -112,7 +112,7 @@ def many(folder: Path) -> Path:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> None:
     """systemd and terminals signal each process of the group. Finished rows are committed."""
-    table, out = many(tmp_path), tmp_path / "out"
+    table, out = write_many_prompts(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         os.killpg(process.pid, number)
@@ -127,7 +127,7 @@ def test_a_signal_to_all_processes_stops_a_run(tmp_path: Path, number: int) -> N
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_while_workers_start_stops_a_run(tmp_path: Path, number: int) -> None:
-    table, out = many(tmp_path), tmp_path / "out"
+    table, out = write_many_prompts(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY), session=True) as process:
         assert eventually(lambda: bool(workers_of(process.pid)))
         os.killpg(process.pid, number)
@@ -139,7 +139,7 @@ def test_a_signal_to_all_processes_while_workers_start_stops_a_run(tmp_path: Pat
 
 @pytest.mark.promises
 def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -> None:
-    table, out = many(tmp_path), tmp_path / "out"
+    table, out = write_many_prompts(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         workers = workers_of(process.pid)
@@ -159,7 +159,7 @@ def test_a_second_interrupt_ends_a_run_and_its_workers_at_once(tmp_path: Path) -
 
 @pytest.mark.promises
 def test_a_removed_out_ends_the_run_and_is_not_created_again(tmp_path: Path) -> None:
-    table, out = many(tmp_path), tmp_path / "out"
+    table, out = write_many_prompts(tmp_path), tmp_path / "out"
     with start(table, out, program=("-c", DUMMY)) as process:
         assert eventually(lambda: any((out / "manifest").glob("part-*")))
         out.rename(tmp_path / "elsewhere")
@@ -172,7 +172,7 @@ def test_a_removed_out_ends_the_run_and_is_not_created_again(tmp_path: Path) -> 
 
 @pytest.mark.promises
 def test_a_run_repairs_parts_and_images_that_a_crash_has_damaged(tmp_path: Path) -> None:
-    """A truncated image, a missing one, a part that is not Parquet, and a temporary file."""
+    """An image is truncated, another is missing, a part is not Parquet, and a temporary file is left over."""
     table, out = write_prompts(tmp_path, 24), tmp_path / "out"
     expected = render_undisturbed(table, out)
     shutil.copytree(out, tmp_path / "reference")
@@ -201,7 +201,7 @@ def test_rows_of_a_damaged_part_are_rendered_again(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-100])
     refused = command("merge", out)
     assert refused.code == 2
-    assert "run again: that sets it aside" in refused.stderr
+    assert "run again to set it aside" in refused.stderr
     done = run(table, out, "--slots", "16")
     assert done.code == 0, done.stderr
     assert without_bookkeeping(out) == expected

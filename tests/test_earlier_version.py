@@ -1,4 +1,4 @@
-"""An OUT of an earlier version can be continued, merged, rescored and retried, and nothing is rendered again."""
+"""Test that an OUT of an earlier version can be continued, merged, rescored and retried without rendering again."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.tables import write_csv
 
 DATA = Path(__file__).parent / "data" / "earlier_version"
 COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
+SHORT_RUN = ("--steps", "2", "--on-flagged", "keep")
 FORMATS = {"blank": "jpeg", "blur": "webp", "quarantine": "png", "drop": "png"}
 OPTIONS = {
     "keep": ("keep.csv", "--steps", "12", "--images-per-prompt", "2", "--on-flagged", "keep", "--results", "csv"),
@@ -32,16 +33,16 @@ OPTIONS = {
     **{policy: ("flagged.csv", "--guidance-scale", "5", "--on-flagged", policy, "--image-format", image_format)
        for policy, image_format in FORMATS.items()},
 }  # fmt: skip
-"""The table and the options of each folder."""
-CODES = {"keep": 3}
-"""Exit codes of runs other than 0: one row of `keep` is invalid."""
+"""The table and options of the run in each folder."""
+EXIT_CODES = {"keep": 3}
+"""Exit codes other than 0. One row of `keep` is invalid."""
 
 every_run = pytest.mark.parametrize("name", OPTIONS)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of all folders as the working folder. Its run.json files contain the new paths of the tables."""
+    """Copy all folders to a new working folder, and set the paths of the tables in their run.json files."""
     folder = tmp_path / "earlier"
     shutil.copytree(DATA, folder)
     for path in folder.glob("*/run.json"):
@@ -51,18 +52,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(folder: Path, name: str, *options: str) -> CommandResult:
-    table, *own = OPTIONS[name]
-    return command("run", table, "-o", folder / name, *COMPUTE, *own, *options)
+    table, *run_options = OPTIONS[name]
+    return command("run", table, "-o", folder / name, *COMPUTE, *run_options, *options)
 
 
-def rendered(done: CommandResult, code: int = 0) -> int:
-    """Return how many images the command has rendered."""
-    assert done.code == code, done.stderr
-    return int(json.loads(done.stdout)["rendered"])
+def count_rendered(result: CommandResult, code: int = 0) -> int:
+    """Return how many images the command rendered, after checking its exit code."""
+    assert result.code == code, result.stderr
+    return int(json.loads(result.stdout)["rendered"])
 
 
-def committed(out: Path) -> dict[Key, dict[str, Any]]:
-    """Return the results in the parts of an OUT without bookkeeping, where no key has two."""
+def read_parts(out: Path) -> dict[Key, dict[str, Any]]:
+    """Return the rows of all manifest parts in OUT by key, after checking that no key occurs twice."""
     rows: dict[Key, dict[str, Any]] = {}
     for part in (out / "manifest").glob("part-*.parquet"):
         for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
@@ -70,8 +71,8 @@ def committed(out: Path) -> dict[Key, dict[str, Any]]:
     return rows
 
 
-def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
-    """Check that results.parquet has the result columns of all rows as in the parts, and that the images match."""
+def assert_unchanged(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None:
+    """Check that results.parquet contains the earlier rows, except bookkeeping, and that the images match them."""
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     assert rows.keys() == before.keys()
     for key, row in before.items():
@@ -82,7 +83,7 @@ def assert_as_before(out: Path, before: Mapping[Key, Mapping[str, Any]]) -> None
     assert_whole(out)
 
 
-def forget_end(out: Path) -> None:
+def undo_end(out: Path) -> None:
     """Turn a finished run into one that was killed just before its end."""
     (out / "run.json").write_text(json.dumps({**run_json(out), "finished_at": None, "summary": None}))
     (out / ".tmp-0123abcd-1-0123456789ab-results.parquet").write_bytes(b"half")
@@ -90,26 +91,26 @@ def forget_end(out: Path) -> None:
 
 @every_run
 def test_a_finished_run_is_continued(folder: Path, name: str) -> None:
-    before = committed(folder / name)
-    assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
-    assert_as_before(folder / name, before)
+    before = read_parts(folder / name)
+    assert count_rendered(run(folder, name, "--json"), EXIT_CODES.get(name, 0)) == 0
+    assert_unchanged(folder / name, before)
 
 
 @pytest.mark.parametrize("name", ["keep", "quarantine"])
 def test_a_killed_run_is_continued(folder: Path, name: str) -> None:
-    before = committed(folder / name)
-    forget_end(folder / name)
+    before = read_parts(folder / name)
+    undo_end(folder / name)
     report = json.loads(command("status", folder / name, "--json").stdout)
     assert (report["state"], report["left"]) == ("stopped", 0)
-    assert rendered(run(folder, name, "--json"), CODES.get(name, 0)) == 0
-    assert_as_before(folder / name, before)
+    assert count_rendered(run(folder, name, "--json"), EXIT_CODES.get(name, 0)) == 0
+    assert_unchanged(folder / name, before)
 
 
 def test_only_the_new_row_of_a_longer_table_is_rendered(folder: Path) -> None:
-    out, before = folder / "keep", committed(folder / "keep")
+    out, before = folder / "keep", read_parts(folder / "keep")
     with (folder / "keep.csv").open("a") as table:
         table.write("a large red disc,,,,,new,5,1\n")
-    assert rendered(run(folder, "keep", "--json"), 3) == 2
+    assert count_rendered(run(folder, "keep", "--json"), 3) == 2
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     assert rows.keys() - before.keys() == {("keep-00000004", 0), ("keep-00000004", 1)}
     assert all(rows[key]["sha256"] == row["sha256"] for key, row in before.items())
@@ -119,32 +120,32 @@ def test_only_the_new_row_of_a_longer_table_is_rendered(folder: Path) -> None:
 @every_run
 @pytest.mark.parametrize("has_tables", [True, False])
 def test_an_out_of_an_earlier_version_is_merged(folder: Path, name: str, has_tables: bool) -> None:
-    before = committed(folder / name)
+    before = read_parts(folder / name)
     if not has_tables:
         for table in ("keep.csv", "flagged.csv"):
             (folder / table).unlink()
         shutil.rmtree(folder / "shards")
     assert command("merge", folder / name, "-q").code == 0
-    assert_as_before(folder / name, before)
+    assert_unchanged(folder / name, before)
 
 
 @every_run
 def test_status_counts_the_results_of_an_earlier_version(folder: Path, name: str) -> None:
     report = json.loads(command("status", folder / name, "--json").stdout)
     assert (report["state"], report["left"]) == ("finished", 0)
-    counts = Counter(row["status"] for row in committed(folder / name).values())
+    counts = Counter(row["status"] for row in read_parts(folder / name).values())
     assert report["counts"] == {status: counts[status] for status in report["counts"]}
 
 
 @every_run
 def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, name: str) -> None:
-    """The checkers may be others or the same. No image is lost, and the run can be continued."""
-    out, before = folder / name, committed(folder / name)
+    """The checkers may differ from those of the run. No image is lost, and the run can be continued."""
+    out, before = folder / name, read_parts(folder / name)
     checks = ("--safety", "checker", "--on-flagged", name if name in FORMATS else "keep")
-    policy = checks[2:] if name == "carried" else ()  # the other runs keep their policy
-    done = command("rescore", out, *checks[:2], *policy, "--json")
-    assert (done.code, json.loads(done.stdout)["failed"]) == (0, 0), done.stderr
-    assert rendered(run(folder, name, *checks, "--json"), CODES.get(name, 0)) == 0
+    policy = checks[2:] if name == "carried" else ()  # the other runs keep theirs
+    result = command("rescore", out, *checks[:2], *policy, "--json")
+    assert (result.code, json.loads(result.stdout)["failed"]) == (0, 0), result.stderr
+    assert count_rendered(run(folder, name, *checks, "--json"), EXIT_CODES.get(name, 0)) == 0
     rows = {(row["id"], row["image_index"]): row for row in results(out)}
     flagged = [key for key, row in rows.items() if row["status"] == "flagged"]
     if name != "carried":
@@ -155,44 +156,44 @@ def test_an_out_of_an_earlier_version_is_rescored_and_continued(folder: Path, na
 
 
 @every_run
-def test_retry_renders_only_missing_images(folder: Path, name: str) -> None:
-    before = committed(folder / name)
-    done = command("retry", folder / name, "--status", "failed", "--status", "missing", "--json")
-    assert rendered(done, CODES.get(name, 0)) == 0
-    assert_as_before(folder / name, before)
+def test_retry_renders_nothing_if_no_image_is_missing(folder: Path, name: str) -> None:
+    before = read_parts(folder / name)
+    result = command("retry", folder / name, "--status", "failed", "--status", "missing", "--json")
+    assert count_rendered(result, EXIT_CODES.get(name, 0)) == 0
+    assert_unchanged(folder / name, before)
 
 
 @pytest.mark.parametrize("name", ["keep", "carried"])
 def test_missing_images_are_rendered_identically(folder: Path, name: str) -> None:
-    """Seeds, sizes and settings are those of the earlier version. Another machine may differ in the last bit."""
+    """Seeds, sizes and settings are those of the earlier version. On another machine, the last bit may differ."""
     out = folder / name
     before = {path: np.asarray(Image.open(out / path)).astype(int) for path in images(out)}
     for path in before:
         (out / path).unlink()
-    done = command("retry", out, "--status", "missing", "--json")
-    assert rendered(done, CODES.get(name, 0)) == len(before)
+    result = command("retry", out, "--status", "missing", "--json")
+    assert count_rendered(result, EXIT_CODES.get(name, 0)) == len(before)
     assert images(out) == before.keys()
-    most = {"keep": 1, "carried": 40}[name]  # WebP loses some
+    max_difference = {"keep": 1, "carried": 40}[name]  # WebP is lossy
     for path, pixels in before.items():
-        assert np.abs(np.asarray(Image.open(out / path)).astype(int) - pixels).max() <= most
+        assert np.abs(np.asarray(Image.open(out / path)).astype(int) - pixels).max() <= max_difference
     assert_whole(out)
 
 
 def test_a_killed_rescore_is_continued(folder: Path) -> None:
-    """Its first image is already rescored."""
+    """The killed rescore had finished its first image."""
     out = folder / "rescoring"
     assert json.loads(command("status", out, "--json").stdout)["state"] == "rescoring"
     hashes = {hashlib.sha256((out / path).read_bytes()).hexdigest() for path in images(out)}
-    done = command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
-    report = json.loads(done.stdout)
-    assert (done.code, report["judged"], report["failed"]) == (0, 1, 0), done.stderr
+    result = command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
+    report = json.loads(result.stdout)
+    assert (result.code, report["judged"], report["failed"]) == (0, 1, 0), result.stderr
     assert {row["id"]: row["status"] for row in results(out)} == {"cross": "flagged", "Blue Square": "ok"}
     assert {row["sha256"] for row in results(out)} == hashes
     assert_whole(out)
 
 
 def test_the_output_of_an_endpoint_is_continued_and_merged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, before = folder / "endpoint", committed(folder / "endpoint")
+    out, before = folder / "endpoint", read_parts(folder / "endpoint")
     options = {"SLOTS": "8", "THREADS": "1", "DEVICE": "cpu", "GUIDANCE_SCALE": "5", "IMAGE_FORMAT": "webp"}
     for name, value in {**options, "ON_FLAGGED": "keep"}.items():
         monkeypatch.setenv(f"BATCH_INFER_{name}", value)
@@ -209,12 +210,12 @@ def test_the_output_of_an_endpoint_is_continued_and_merged(folder: Path, monkeyp
     assert sorted((out / "manifest").iterdir()) == parts
     assert set(scored["sha256"]) == {row["sha256"] for row in before.values()}
     assert command("merge", out, "-q").code == 0
-    assert_as_before(out, before)
+    assert_unchanged(out, before)
 
 
 @pytest.fixture
 def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The OUT and the table of a version without limits for texts and carried cells."""
+    """Return an OUT that was made without limits for texts and carried cells. One long row is new in its table."""
     table, out = tmp_path / "t.csv", tmp_path / "out"
     rows = [["prompt", "negative_prompt", "note", "num_images_per_prompt"], ["a red disc", "", "", ""]]
     rows += [["a red disc" + " " * 10_000, "", "", "2"], ["a disc", "x" * 10_001, "", ""]]
@@ -222,25 +223,22 @@ def unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr("batch_infer.table.rows.MAX_TEXT_LENGTH", 1 << 30)
         patch.setattr("batch_infer.table.columns.MAX_CARRIED_BYTES", 1 << 30)
-        assert command("run", table, "-o", out, *COMPUTE, *BRIEF).code == 0
+        assert command("run", table, "-o", out, *COMPUTE, *SHORT_RUN).code == 0
     with table.open("a") as stream:
         stream.write("z" * 10_001 + ",,,\n")
     return out
 
 
-BRIEF = ("--steps", "2", "--on-flagged", "keep")
-
-
 def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
-    """Every command keeps it, but a new row of this size is invalid."""
+    """Every command keeps its images, but a new row of this size is invalid."""
     out, table = unlimited, unlimited.with_name("t.csv")
-    before = committed(out)
+    before = read_parts(out)
     for line in (
-        ("run", table, "-o", out, *COMPUTE, *BRIEF),
+        ("run", table, "-o", out, *COMPUTE, *SHORT_RUN),
         ("merge", out),
         ("retry", out, "--status", "missing", "--status", "failed"),
         ("rescore", out, "--safety", "checker", "--on-flagged", "quarantine"),
-        ("run", table, "-o", out, *COMPUTE, *BRIEF[:2], "--on-flagged", "quarantine"),
+        ("run", table, "-o", out, *COMPUTE, *SHORT_RUN[:2], "--on-flagged", "quarantine"),
     ):
         assert command(*line).code in (0, 3), line
         rows = {(row["id"], row["image_index"]): row for row in results(out)}
@@ -248,7 +246,7 @@ def test_a_finished_row_over_the_size_limit_is_kept(unlimited: Path) -> None:
         assert {key: row["sha256"] for key, row in rows.items()} == {key: row["sha256"] for key, row in before.items()}
         assert {row["status"] for row in rows.values()} <= {"ok", "flagged"}
     assert_whole(out)
-    plan = json.loads(command("plan", table, "-o", out, *COMPUTE, *BRIEF[:2], "--json").stdout)
+    plan = json.loads(command("plan", table, "-o", out, *COMPUTE, *SHORT_RUN[:2], "--json").stdout)
     assert (plan["done"], plan["pending"], plan["invalid"]) == (5, 0, 1)
 
 
@@ -258,7 +256,7 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
     other = ("run", table, "-o", out, *COMPUTE, "--steps", "3", "--on-flagged", "keep")
     refused = command(*other)
     assert refused.code == 2 and "finished images in" in refused.stderr
-    assert rendered(command(*other, "--rerender-changed", "--json"), 3) == 1
+    assert count_rendered(command(*other, "--rerender-changed", "--json"), 3) == 1
     assert [row["status"] for row in results(out)] == ["ok", *["invalid"] * 4]
 
 
@@ -305,6 +303,35 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt per line',
             't.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
             '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line',
+        ),
+        ("the id must be text or a number, not a list", "the id is not text but list"),
+        (
+            "negative_prompt 'green' is given, but this model does not support it",
+            "negative_prompt 'green' is given, and this model takes none",
+        ),
+        (
+            "seed 9223372036854775807 is too large for 2 images: image k uses seed + k, and the maximum is "
+            "9223372036854775807",
+            "seed 9223372036854775807 leaves no room for 2 images (seed + k)",
+        ),
+        ("prompt contains a NUL byte", "prompt holds a NUL byte"),
+        (
+            "the prompt contains a lone surrogate, which is half a character: send whole characters",
+            "the prompt holds a lone surrogate, which is half a character: send whole ones",
+        ),
+        (
+            "column 'prompt' contains a lone surrogate, which is half a character: write whole characters",
+            "column 'prompt' holds a lone surrogate, which is half a character: write whole characters",
+        ),
+        ("t: the folder contains no table (.csv)", "t: the folder holds no table (.csv)"),
+        (
+            "line 2 has no custom_id and body, unlike the first line",
+            "line 2 has no custom_id and body, as the first line has",
+        ),
+        ("t/a.csv: the target of the link does not exist", "t/a.csv: the link leads to no file"),
+        (
+            'line 3 has an unsupported column "it\'s": its name is not UTF-8, or the table already has 1024 columns',
+            'line 3 has a column that the table cannot have, "it\'s": it is not UTF-8, or there are 1024 before it',
         ),
         ("the prompt is empty", "the prompt is empty"),
     ],

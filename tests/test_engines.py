@@ -1,4 +1,4 @@
-"""Engines: every row is accounted for, even if worker processes die or hang."""
+"""Test that engines account for every row, even if worker processes die or hang."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_two_workers_share_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [("die by SIGKILL", "killed by SIGKILL"), ("raise fault", "RuntimeError: the device said fault")],
 )
 def test_a_row_that_kills_its_process_costs_no_other_row(tmp_path: Path, prompt: str, cause: str) -> None:
-    """The row fails after three tries, the last of them alone. A row that kills only one process is rendered."""
+    """The row fails after three attempts, the last one alone. A row that kills only one process is then rendered."""
     prompts = ["a"] * 200
     prompts[30], prompts[150] = prompt, f"die once {tmp_path / 'marker'}"
     engine_run = EngineRun(tmp_path / "out", prompts)
@@ -68,7 +68,7 @@ def test_a_worker_that_hangs_is_killed_and_its_row_fails(tmp_path: Path) -> None
 
 @pytest.mark.promises
 def test_a_suspended_worker_is_replaced(tmp_path: Path) -> None:
-    """Only another process can detect SIGSTOP."""
+    """Only another process can detect that a process was suspended with SIGSTOP."""
     engine_run = EngineRun(tmp_path / "out", ["a"] * 64, load=dummies.load_waiting, timeouts=Timeouts(3600, 30, 5, 2))
     stopped: list[int] = []
 
@@ -95,7 +95,7 @@ def test_a_suspended_worker_is_replaced(tmp_path: Path) -> None:
 def test_a_worker_that_always_dies_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, error: type[Exception], message: str
 ) -> None:
-    """Otherwise all rows of the table would fail, one by one. A bug is raised with its traceback."""
+    """Otherwise, all rows of the table would fail one by one. A bug is raised with its traceback."""
     monkeypatch.setattr(supervisor, "MAX_FAILURES", 2)
     engine_run = EngineRun(tmp_path / "out", [prompt] * 100, processes=1)
     with pytest.raises(error, match=message):
@@ -125,7 +125,7 @@ def test_a_worker_that_was_killed_while_loading_is_started_once_more(
 
 
 @pytest.mark.promises
-def test_a_stop_commits_finished_rows_and_no_others(tmp_path: Path) -> None:
+def test_a_stop_commits_only_finished_rows(tmp_path: Path) -> None:
     engine_run = EngineRun(tmp_path / "out", ["a"] * 5000, load=dummies.load_waiting)
     engine_run.run(lambda: len(engine_run.committed) > 20)
     assert 20 < len(engine_run.committed) < 5000
@@ -134,7 +134,7 @@ def test_a_stop_commits_finished_rows_and_no_others(tmp_path: Path) -> None:
 
 @pytest.mark.promises
 def test_a_storage_error_ends_the_run(tmp_path: Path) -> None:
-    """A file has the name of the folder for images."""
+    """The path of the folder for images is a file."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images").write_text("")
     with pytest.raises(StorageError, match="images"):
@@ -178,7 +178,7 @@ def test_a_script_without_a_main_guard_is_refused_with_advice(tmp_path: Path, jo
 
 @pytest.mark.promises
 @pytest.mark.parametrize("end", ["left", "killed"])
-def test_workers_end_when_their_parent_does(end: str) -> None:
+def test_workers_end_with_their_parent(end: str) -> None:
     with LocalEngine("cpu", 1, load=dummies.load) as engine:
         engine.detect_device()
         (worker,) = engine.start(1)

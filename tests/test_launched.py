@@ -1,4 +1,4 @@
-"""Runs under torchrun and accelerate, on one node and on two, with ranks that are killed or stopped."""
+"""Test runs under torchrun and accelerate, on one node and on two, with ranks that are killed or stopped."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def assert_as_expected(out: Path, reference: Path) -> None:
+def assert_equal_results(out: Path, reference: Path) -> None:
     assert without_bookkeeping(out) == without_bookkeeping(reference)
     assert hashes(out) == hashes(reference)
     assert_whole(out)
@@ -89,7 +89,7 @@ def test_torchrun_starts_the_workers(tmp_path: Path) -> None:
         stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert stdout.count("24 rows") == 1
-    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+    assert_equal_results(tmp_path / "out", tmp_path / "reference")
     assert not (tmp_path / "out" / FILE_NAME).exists()
 
 
@@ -102,7 +102,7 @@ def test_accelerate_starts_the_workers(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 3
-    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+    assert_equal_results(tmp_path / "out", tmp_path / "reference")
 
 
 @pytest.mark.promises
@@ -119,12 +119,12 @@ def test_two_nodes_share_the_rows(tmp_path: Path) -> None:
         assert here.returncode == 0, stderr
         assert there.wait(600) == 0
     assert len({row["worker"] for row in results(tmp_path / "out")}) == 2
-    assert_as_expected(tmp_path / "out", tmp_path / "reference")
+    assert_equal_results(tmp_path / "out", tmp_path / "reference")
 
 
 @pytest.mark.promises
 def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> None:
-    """A launcher does so after one of them has died."""
+    """A launcher restarts all ranks after one of them has died."""
     table, out = write_prompts(tmp_path, 24), tmp_path / "out"
     render_undisturbed(table, tmp_path / "reference")
     node = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
@@ -134,7 +134,7 @@ def test_no_row_is_lost_when_a_launcher_restarts_all_ranks(tmp_path: Path) -> No
         os.kill(int(children[-1]), signal.SIGKILL)
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
-    assert_as_expected(out, tmp_path / "reference")
+    assert_equal_results(out, tmp_path / "reference")
 
 
 @pytest.mark.promises
@@ -149,7 +149,7 @@ def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -
         os.kill(int(children[-1]), signal.SIGTERM)
         _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
-    assert_as_expected(out, tmp_path / "reference")
+    assert_equal_results(out, tmp_path / "reference")
 
 
 def test_other_connections_do_not_block_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ class Danger:
         return os.mkdir, (self._path,)
 
 
-def test_a_rendezvous_file_counts_only_if_this_user_wrote_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rendezvous_file_must_be_written_by_this_user(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = Rendezvous("launch", "127.0.0.1", 1, "00")
     write_rendezvous(tmp_path, own)
     trusted = read_rendezvous(tmp_path)
@@ -222,7 +222,7 @@ def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
 
 
 def test_a_rendezvous_file_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts if the ranks share a secret in their environment."""
+    """It is trusted if the ranks share a secret in their environment."""
     rendezvous = Rendezvous("launch", "127.0.0.1", 1, "00")
     write_rendezvous(tmp_path, rendezvous)
     user = os.geteuid()

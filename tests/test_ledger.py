@@ -1,4 +1,4 @@
-"""Test the ledger: every row is unassigned, assigned to one worker, retried or committed, even if workers die."""
+"""Test that the ledger accounts for every row, even if workers die."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_row_that_kills_workers_is_retried_in_smaller_chunks() -> None:
     assert killer in keys(first_retry)
     assert len(first_retry.requests) == RETRY_ROWS
     assert ledger.record_death(1) == []
-    chunks = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the first has the rows that were not in that chunk
+    chunks = [ledger.next_retry(2) for _ in range(1 + RETRY_ROWS)]  # the first chunk has the other rows of worker 0
     assert keys(chunks[1]) == [killer]
     (failed,) = (request for request in ledger.record_death(2) if request.key == killer)
     assert failed.key == killer

@@ -72,14 +72,14 @@ def messages(text: str) -> list[str]:
 
 
 def test_a_run_logs_json_lines(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
     done = run(table, tmp_path / "out", "--log-format", "json", "--json")
     assert done.code == 3
     assert json.loads(done.stdout)["ok"] + json.loads(done.stdout)["flagged"] == 2, "the result is on stdout, as always"
     lines = objects(done.stderr)
     assert {line["logger"] for line in lines} == {"batch_infer"}
     start = next(line for line in lines if "pending" in line)
-    assert (start["message"], start["pending"], start["invalid"]) == ("2 to render, 0 done before, 1 invalid", 2, 1)
+    assert (start["message"], start["pending"], start["invalid"]) == ("2 to render, 0 already done, 1 invalid", 2, 1)
     assert [line for line in lines if line["level"] == "WARNING"][0]["message"].endswith("the prompt is empty")
     last = [line for line in lines if "images_per_second" in line][-1]
     assert (last["done"], last["total"], last["seconds_left"]) == (3, 3, 0)
@@ -176,7 +176,7 @@ def test_json_lines_replace_the_progress_bar(
     assert isinstance(lines, ProgressLog)
     set_up_logging()
     lines.start(ScanResult(total=1, pending=1))
-    assert messages(capsys.readouterr().err) == ["1 to render, 0 done before, 0 invalid", "loading model"]
+    assert messages(capsys.readouterr().err) == ["1 to render, 0 already done, 0 invalid", "loading model"]
 
 
 FAULTY_SCRIPT = """

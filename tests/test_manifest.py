@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPartError, NewerPartError, StorageError
 from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table
+from batch_infer.manifest.columns import SINCE, VERSION
 from batch_infer.manifest.parts import write_part
 from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
 from batch_infer.sinks.names import Collisions
@@ -212,7 +213,7 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
         pq.write_table(pa.table({"prompt": ["no part"]}), part)
     else:
         part.write_bytes(content)
-    sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again: that sets it aside"
+    sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again to set it aside"
     with pytest.raises(DamagedPartError, match=sentence) as error:
         manifest.index()
     assert error.value.part == part
@@ -269,7 +270,7 @@ def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> No
 
 def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
     """Rewrite a part in version 1 of the format, with the carried columns `extra`."""
-    table = pq.read_table(part).drop_columns(["pixels_sha256"])
+    table = pq.read_table(part).drop_columns(list(SINCE))
     for name, values in (extra or {}).items():
         table = table.append_column(name, pa.array(values))
     mark = digest(table.column_names)
@@ -305,11 +306,13 @@ def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> N
     manifest = Manifest(tmp_path)
     part = manifest.folder / manifest.commit([row()], NONE)
     table = pq.read_table(part).append_column("new", pa.array(["x"]))
-    mark = f"3 {digest([3, *table.column_names])}"
+    later = VERSION + 1
+    mark = f"{later} {digest([later, *table.column_names])}"
     pq.write_table(table.replace_schema_metadata({"batch-infer-columns": mark}), part)
     before = part.read_bytes()
     damaged_parts: list[DamagedPartError] = []
-    with pytest.raises(NewerPartError, match=rf"{re.escape(str(part))} was written by a newer batch-infer \(format 3"):
+    message = f"{part} was written by a newer batch-infer (format {later}"
+    with pytest.raises(NewerPartError, match=re.escape(message)):
         manifest.index(on_damage=damaged_parts.append)
     assert (damaged_parts, part.read_bytes()) == ([], before)
 

@@ -58,7 +58,7 @@ def csv_rows(out: Path) -> list[dict[str, str]]:
 
 def json_rows(out: Path) -> list[dict[str, Any]]:
     def refuse(text: str) -> None:
-        pytest.fail(f"{text} is no JSON")
+        pytest.fail(f"{text} is not valid JSON")
 
     lines = (out / "results.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]

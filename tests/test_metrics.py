@@ -224,7 +224,7 @@ def test_file_name_without_prom_causes_a_warning(tmp_path: Path, caplog: pytest.
         with Metrics(tmp_path / name, "/out"):
             pass
         assert read(tmp_path / name, "/out")["exit_code"] == 1
-    message = "node_exporter's textfile collector reads only *.prom, and not"
+    message = "node_exporter's textfile collector reads only *.prom files, so it ignores"
     assert [record.message for record in caplog.records] == [f"{message} {tmp_path / name}" for name in ("m.tmp", "m")]
 
 
@@ -233,15 +233,15 @@ def test_file_name_without_prom_causes_a_warning(tmp_path: Path, caplog: pytest.
     [("missing/m.prom", "there is no folder"), (".", "is a directory"),
      ("m" * 250 + ".prom", "cannot be written: File name too long")],
 )  # fmt: skip
-@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
 def test_file_that_cannot_be_written_is_refused_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str, way: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str, source: str
 ) -> None:
     table, config = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "job.toml"
-    config.write_text(f"metrics-file = '{tmp_path / name}'\n" if way == "file" else "")
-    if way == "variable":
+    config.write_text(f"metrics-file = '{tmp_path / name}'\n" if source == "file" else "")
+    if source == "variable":
         monkeypatch.setenv("BATCH_INFER_METRICS_FILE", str(tmp_path / name))
-    flag = ("--metrics-file", tmp_path / name) if way == "flag" else ()
+    flag = ("--metrics-file", tmp_path / name) if source == "flag" else ()
     done = run(table, tmp_path / "out", "--config", config, *flag)
     assert (done.code, done.stdout) == (2, "")
     assert message in done.stderr

@@ -47,7 +47,7 @@ class Crontab:
         return cls(variables, schedule, command.replace(r"\%", "%"), "\n".join(stdin))
 
 
-def unit(path: Path) -> dict[str, list[str]]:
+def read_unit(path: Path) -> dict[str, list[str]]:
     """Return the settings of a systemd unit, each with its values in order."""
     values: dict[str, list[str]] = {}
     for line in path.read_text().splitlines():
@@ -73,15 +73,15 @@ Done = subprocess.CompletedProcess[str]
 
 def by_cron(home: Path) -> Done:
     """Run the job with /bin/sh in the home folder, with the variables that cron sets."""
-    table = Crontab.read(home / "nightly" / "crontab")
+    crontab = Crontab.read(home / "nightly" / "crontab")
     variables = {"HOME": str(home), "LOGNAME": "nobody", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
-    shell = ["/bin/sh", "-c", table.command]
-    return _run(shell, home, {**variables, **table.variables}, table.stdin)
+    shell = ["/bin/sh", "-c", crontab.command]
+    return _run(shell, home, {**variables, **crontab.variables}, crontab.stdin)
 
 
 def by_systemd(home: Path) -> Done:
     """Run the commands of the service without a shell, up to the first that fails."""
-    service = unit(home / "nightly" / "batch-infer.service")
+    service = read_unit(home / "nightly" / "batch-infer.service")
     variables = {"HOME": str(home), "LOGNAME": "nobody", "USER": "nobody", "SHELL": "/bin/sh",
                  "PATH": "/usr/local/bin:/usr/bin:/bin"}  # fmt: skip
     (folder,) = (_expand(value, home) for value in service["WorkingDirectory"])
@@ -106,19 +106,21 @@ def _run(line: list[str], folder: Path, variables: dict[str, str], stdin: str) -
     )
 
 
-def metrics(file: Path) -> dict[str, float]:
+def read_metrics(file: Path) -> dict[str, float]:
     families = text_string_to_metric_families(file.read_text())
     samples = [sample for family in families for sample in family.samples if "status" not in sample.labels]
     return {sample.name.removeprefix("batch_infer_"): sample.value for sample in samples}
 
 
 @pytest.mark.promises
-@pytest.mark.parametrize(("night", "grows"), [(by_cron, (2, 1, 1)), (by_systemd, (2, 1, 0))], ids=["cron", "systemd"])
-def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("night", "new_row_counts"), [(by_cron, (2, 1, 1)), (by_systemd, (2, 1, 0))], ids=["cron", "systemd"]
+)
+def test_three_nights(home: Path, night: Callable[[Path], Done], new_row_counts: tuple[int, ...]) -> None:
     folder = home / "nightly"
     before: dict[str, dict[str, Any]] = {}
     written: dict[str, int] = {}
-    for day, new in enumerate(grows):
+    for day, new in enumerate(new_row_counts):
         if new:
             (folder / "inbox").mkdir(exist_ok=True)
             (folder / "inbox" / f"day {day}.txt").write_text("a large red circle\n" * new)
@@ -126,19 +128,19 @@ def test_three_nights(home: Path, night: Callable[[Path], Done], grows: tuple[in
         done = night(home)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         now = {row["id"]: row for row in results(folder / "out")}
-        assert len(now) == len(results(folder / "out")) == sum(grows[: day + 1])
+        assert len(now) == len(results(folder / "out")) == sum(new_row_counts[: day + 1])
         assert {name: now[name] for name in before} == before, "finished rows do not change in any column"
         assert {row["attempt"] for row in now.values()} == {1}
         assert all(row["finished_at"] > started for name, row in now.items() if name not in before)
         images = {path.name: path.stat().st_mtime_ns for path in (folder / "out" / "images").rglob("*.png")}
         assert written.items() <= images.items()
         assert len(images) == len(now)
-        values = metrics(folder / "nightly.prom")
+        values = read_metrics(folder / "nightly.prom")
         assert (values["exit_code"], values["running"], values["images_rendered"]) == (0, 0, new)
         assert values["last_success_timestamp_seconds"] == values["end_timestamp_seconds"] >= started.timestamp()
         before, written = now, images
     assert_whole(folder / "out")
-    assert len((folder / "out" / "results.csv").read_text().splitlines()) == sum(grows) + 1
+    assert len((folder / "out" / "results.csv").read_text().splitlines()) == sum(new_row_counts) + 1
 
 
 def test_night_without_a_table_is_an_error(home: Path) -> None:
@@ -150,10 +152,10 @@ def test_night_without_a_table_is_an_error(home: Path) -> None:
 
 
 def test_crontab_is_valid() -> None:
-    table = Crontab.read(NIGHTLY / "crontab")
-    assert (list(table.variables), table.stdin) == (["MAILTO"], "")
-    assert all(re.fullmatch(r"\*|\d+", field) for field in table.schedule)
-    minute, hour, *others = table.schedule
+    crontab = Crontab.read(NIGHTLY / "crontab")
+    assert (list(crontab.variables), crontab.stdin) == (["MAILTO"], "")
+    assert all(re.fullmatch(r"\*|\d+", field) for field in crontab.schedule)
+    minute, hour, *others = crontab.schedule
     assert (int(minute) < 60, int(hour) < 24, others) == (True, True, ["*", "*", "*"])
 
 
@@ -178,7 +180,7 @@ def test_only_unattended_runs_are_quiet() -> None:
 
 
 def test_service_treats_75_as_success_and_leaves_time_to_stop() -> None:
-    service = unit(NIGHTLY / "batch-infer.service")
+    service = read_unit(NIGHTLY / "batch-infer.service")
     assert service["SuccessExitStatus"] == [str(RetryableError.exit_code)]
     assert (service["Type"], service["KillSignal"]) == (["oneshot"], ["SIGTERM"])
     assert not {"Restart", "RestartForceExitStatus"} & service.keys(), "it would start again at once"
@@ -192,70 +194,70 @@ def test_systemd_accepts_the_units(home: Path, tmp_path: Path) -> None:
     if "initialize manager" in done.stderr:
         pytest.skip("systemd-analyze does not work on this machine")
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    (when,) = unit(NIGHTLY / "batch-infer.timer")["OnCalendar"]
+    (when,) = read_unit(NIGHTLY / "batch-infer.timer")["OnCalendar"]
     subprocess.run([str(ANALYZE), "calendar", when], check=True, capture_output=True)
 
 
 # append.py
 
 
-def append(folder: Path) -> Done:
+def run_append(folder: Path) -> Done:
     return _run([sys.executable, str(APPEND), "prompts.jsonl", "inbox"], folder, dict(os.environ), "")
 
 
-def drop(folder: Path, name: str, text: str) -> None:
+def add_to_inbox(folder: Path, name: str, text: str) -> None:
     (folder / "inbox").mkdir(exist_ok=True)
     (folder / "inbox" / name).write_text(text, "utf-8")
 
 
-def table(folder: Path) -> list[tuple[str, str]]:
+def read_table(folder: Path) -> list[tuple[str, str]]:
     lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
     return [(row["id"], row["prompt"]) for row in map(json.loads, lines)]
 
 
 def test_files_are_appended_once(tmp_path: Path) -> None:
-    drop(tmp_path, "b.txt", 'one\n\n  two, ünder "quotes"  \n')
-    drop(tmp_path, "a.txt", "zero")
-    drop(tmp_path, "half.tmp", "not whole")
-    assert (done := append(tmp_path)).returncode == 0, done.stderr
+    add_to_inbox(tmp_path, "b.txt", 'one\n\n  two, ünder "quotes"  \n')
+    add_to_inbox(tmp_path, "a.txt", "zero")
+    add_to_inbox(tmp_path, "half.tmp", "not whole")
+    assert (done := run_append(tmp_path)).returncode == 0, done.stderr
     first = [("a-000000", "zero"), ("b-000000", "one"), ("b-000002", 'two, ünder "quotes"')]
-    assert table(tmp_path) == first
+    assert read_table(tmp_path) == first
     assert sorted(path.name for path in (tmp_path / "inbox" / "taken").iterdir()) == ["a.txt", "b.txt"]
-    drop(tmp_path, "0.txt", "later")
-    assert append(tmp_path).returncode == 0
-    assert table(tmp_path) == [*first, ("0-000000", "later")], "rows are only appended"
+    add_to_inbox(tmp_path, "0.txt", "later")
+    assert run_append(tmp_path).returncode == 0
+    assert read_table(tmp_path) == [*first, ("0-000000", "later")], "rows are only appended"
     os.utime(tmp_path / "prompts.jsonl", (0, 0))
     before = (tmp_path / "prompts.jsonl").stat()
-    assert append(tmp_path).returncode == 0
+    assert run_append(tmp_path).returncode == 0
     after = (tmp_path / "prompts.jsonl").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "nothing is written"
 
 
 def test_crash_before_files_are_moved_duplicates_no_rows(tmp_path: Path) -> None:
-    drop(tmp_path, "a.txt", "one\ntwo")
-    assert append(tmp_path).returncode == 0
-    drop(tmp_path, "a.txt", "one\ntwo")
+    add_to_inbox(tmp_path, "a.txt", "one\ntwo")
+    assert run_append(tmp_path).returncode == 0
+    add_to_inbox(tmp_path, "a.txt", "one\ntwo")
     (tmp_path / ".prompts.jsonl.new").write_text("half of a li")
-    drop(tmp_path, "b.txt", "three")
-    assert append(tmp_path).returncode == 0
-    assert table(tmp_path) == [("a-000000", "one"), ("a-000001", "two"), ("b-000000", "three")]
+    add_to_inbox(tmp_path, "b.txt", "three")
+    assert run_append(tmp_path).returncode == 0
+    assert read_table(tmp_path) == [("a-000000", "one"), ("a-000001", "two"), ("b-000000", "three")]
     assert not list((tmp_path / "inbox").glob("*.txt")) + list(tmp_path.glob(".*"))
 
 
 def test_file_with_an_error_stays_and_is_named(tmp_path: Path) -> None:
-    drop(tmp_path, "a.txt", "one")
-    assert append(tmp_path).returncode == 0
-    drop(tmp_path, "a.txt", "two")
+    add_to_inbox(tmp_path, "a.txt", "one")
+    assert run_append(tmp_path).returncode == 0
+    add_to_inbox(tmp_path, "a.txt", "two")
     (tmp_path / "inbox" / "latin.txt").write_bytes("grün".encode("latin-1"))
     (tmp_path / "inbox" / "folder.txt").mkdir()
-    drop(tmp_path, "0.txt", "\ufeffzero")
-    done = append(tmp_path)
+    add_to_inbox(tmp_path, "0.txt", "\ufeffzero")
+    done = run_append(tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), "the run continues"
     lines = done.stderr.splitlines()
     assert [line.partition(" is not appended: ")[0] for line in lines] == [
         f"inbox/{name}.txt" for name in ("a", "folder", "latin")
     ]
     assert lines[0].endswith("a file of this name with other prompts was appended before; give it a new name")
-    assert table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the BOM"
+    assert read_table(tmp_path) == [("a-000000", "one"), ("0-000000", "zero")], "without the BOM"
     assert sorted(path.name for path in (tmp_path / "inbox").glob("*.txt")) == ["a.txt", "folder.txt", "latin.txt"]
     assert (tmp_path / "inbox" / "taken" / "a.txt").read_text() == "one"

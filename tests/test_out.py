@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of OUT."""
+    """Start another process that holds the lock of OUT."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
@@ -293,7 +293,7 @@ def replaced(out: Path) -> None:
 
 
 def removed_and_recreated(out: Path) -> None:
-    """Recreate it at once, since file systems may then give the old inode to the new folder."""
+    """Remove the folder and recreate it at once, since file systems may then reuse its inode."""
     shutil.rmtree(out)
     out.mkdir()
 
@@ -358,7 +358,7 @@ print(find_holder(pathlib.Path(sys.argv[1])))
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """An OUT that other users can read. It is not in pytest's folder, which they cannot enter."""
+    """Create an OUT that other users can read. It is not in pytest's folder, which they cannot enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         out = Path(folder) / "out"
@@ -429,7 +429,7 @@ def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_next_holder_removes_partial_results(out: Path) -> None:
-    """Temporary files of other processes stay: workers of an endpoint share OUT with a merge."""
+    """Temporary files of other processes are kept, because workers of an endpoint share OUT with a merge."""
     out.mkdir(parents=True)
     token = ".tmp-0a1b2c3d-1-0123456789ab-"
     for name in (f"{token}results.parquet", f"{token}results.csv", f"{token}run.json", ".tmp-mine-results.csv"):

@@ -1,4 +1,4 @@
-"""A plan probes torch only for facts that no earlier plan has cached."""
+"""Test that a plan starts a process with torch only for facts that no earlier plan has cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS: list[list[Any]] = [["prompt", "num_inference_steps"], ["a red circle", 2],
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A cache that a first plan of ROWS has filled, and the output of that plan."""
+    """Return a cache that a first plan of ROWS has filled, and the output of that plan."""
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -33,7 +33,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 @pytest.fixture
 def cache(tmp_path: Path, calibrated: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use a copy of that cache."""
+    """Let the test use a copy of the cache of the first plan."""
     shutil.copytree(calibrated[0], tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def probe_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the functions that the probe is to call. This process calls them instead."""
+    """Return the names of the functions that the probe calls, in this process instead of its own."""
     names: list[str] = []
 
     def call(_: Probe, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -160,7 +160,7 @@ def test_damaged_cache_files_are_probed_again(table: Path, cache: Path, probe_ca
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Fake files of the NVIDIA driver with two GPUs."""
+    """Create files of an NVIDIA driver with two GPUs, and return their folder."""
     folder = tmp_path / "nvidia"
     for number in (1, 2):
         (folder / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_gpu_is_cached(driver: Path) -> None:
 
 
 def test_a_cpu_is_not_cached_if_gpus_are_visible(driver: Path) -> None:
-    """A later command may use them: the driver may have failed, or another torch may be installed."""
+    """A later command may use them: the driver may have failed temporarily, or another torch may be installed."""
     devices.save_device("auto", Device("cpu", "Test"))
     assert devices.load_device("auto") is None
 

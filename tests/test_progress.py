@@ -98,7 +98,7 @@ def test_log_lines_say_when_the_model_loads_and_count_from_then(
         ScanResult(total=10, finished=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72")
     )
     started = [
-        "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 done before, 0 invalid",
+        "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 already done, 0 invalid",
         "batch-infer: loading model",
     ]
     assert capsys.readouterr().err.splitlines() == started
@@ -194,7 +194,7 @@ def test_status_summary_and_last_line_agree(
     monkeypatch.setattr(execution, "Throughput", lambda in_flight: Throughput(clock, in_flight))
     for module in (execution, status_job):
         monkeypatch.setattr(module, "utc_now", clock.now)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.0)
     set_up_logging(quiet=False, verbose=False)
     out = tmp_path / "out"
     recorder = Recorder(out, clock)

@@ -35,7 +35,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table and the OUT of a finished run, which tests must copy."""
+    """Return a folder with a table and the OUT of a finished run. Tests must copy it."""
     folder = tmp_path_factory.mktemp("finished")
     write_csv(folder / "t.csv", [["id", "prompt"], *([f"row-{k}", f"a large red disc {k}"] for k in range(3))])
     assert runs.run(folder / "t.csv", folder / "out").code == 0
@@ -132,7 +132,7 @@ def test_replacing_a_missing_image_works(folder: Path) -> None:
     runs.assert_whole(out)
 
 
-def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None:
+def test_a_second_attempt_keeps_the_backup_of_the_committed_image(tmp_path: Path) -> None:
     """A worker died in the first attempt: the image that it published was never committed."""
     sink = FolderSink(tmp_path)
     for content in (b"old", b"first", b"second"):
@@ -143,8 +143,8 @@ def test_a_second_attempt_sets_the_committed_image_aside(tmp_path: Path) -> None
     assert (tmp_path / path).read_bytes() == b"second"
 
 
-def test_an_uncommitted_original_is_removed(folder: Path) -> None:
-    """This includes originals of images that no row names. Files in other folders are kept."""
+def test_a_backup_of_an_uncommitted_image_is_removed(folder: Path) -> None:
+    """This includes backups of images that no row names. Files outside image folders are kept."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     strangers = [out / ".original-mine.png", out / "logs" / ".original-log"]
@@ -160,19 +160,19 @@ def test_an_uncommitted_original_is_removed(folder: Path) -> None:
     assert all(path.exists() for path in strangers)
 
 
-def of_another_process(backup: Path) -> Path:
-    """Rename an image that this process set aside, as if a dead process had done it."""
+def assign_to_dead_process(backup: Path) -> Path:
+    """Rename a backup of this process so that it seems to come from a dead process. Return its new path."""
     _, folder, number, *rest = backup.name.split("-")
     assert int(number) == os.getpid()
     return backup.rename(backup.with_name("-".join([".original", folder, "99999999", *rest])))
 
 
-def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> None:
+def test_the_committed_one_of_several_backups_is_restored(folder: Path) -> None:
     """Two workers died one after the other while they replaced the same image."""
     out = folder / "out"
     before = killed_while_replacing(folder, Manifest, "commit", after=False)
     for path in out.rglob(".original-*"):
-        of_another_process(path)
+        assign_to_dead_process(path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Manifest, "commit", die(Manifest, "commit", after=False))
         patch.setattr(recovery, "restore_images", lambda *_: None)
@@ -182,14 +182,14 @@ def test_the_committed_one_of_several_originals_is_restored(folder: Path) -> Non
     assert files(out) == before
 
 
-def test_originals_of_live_workers_are_not_leftovers(folder: Path) -> None:
+def test_backups_of_live_workers_are_not_leftovers(folder: Path) -> None:
     """Workers of an endpoint share OUT, and each removes only the files of dead workers."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
     (backup,) = out.rglob(".original-*")
     assert recovery.remove_abandoned(out, [backup.parent]) == []
-    backup = of_another_process(backup)
+    backup = assign_to_dead_process(backup)
     assert recovery.remove_abandoned(out, [backup.parent]) == [backup.relative_to(out).as_posix()]
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_is_refused_while_it_commits_restores_the_images(folder: Path
 
 @pytest.mark.parametrize("line", [("run",), ("rescore", "--safety", "checker")])
 def test_images_are_restored_despite_a_damaged_part(folder: Path, line: tuple[str, ...]) -> None:
-    """The damage may be in columns that only this reads. The rows of the part are rendered again."""
+    """The damage may be in columns that only restoring reads. The rows of the part are rendered again."""
     out = folder / "out"
     killed_while_replacing(folder, Manifest, "commit", after=False)
     (part,) = (out / "manifest").glob("part-*.parquet")

@@ -83,12 +83,15 @@ def pixels(out: Path, row: dict[str, Any]) -> np.ndarray:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Three plain rows."""
+    """Return a table of three rows that contain only a prompt."""
     return write_csv(tmp_path / "prompts.csv", [["prompt"], ["a red circle"], ["a blue square"], ["a green star"]])
 
 
 def model_with_checker(folder: Path, threshold: float) -> Path:
-    """The demo model with a checker that flags all (-2) or nothing (2): similarities are between -1 and 1."""
+    """Copy the demo model with a checker that flags every image (threshold -2) or none (2).
+
+    Similarities are between -1 and 1.
+    """
     shutil.copytree(DEMO_MODEL, folder)
     weights = folder / "safety_checker" / "model.safetensors"
     save_file(
@@ -111,7 +114,7 @@ def passing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str | None]:
-    """The images of the mixed table, rendered by one run."""
+    """Return the hashes of the images of the mixed table, which one run renders."""
     folder = tmp_path_factory.mktemp("mixed")
     assert run(write_csv(folder / "t.csv", MIXED), folder / "out").code == 0
     assert_whole(folder / "out")
@@ -124,7 +127,7 @@ def mixed_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
 
 
 def test_every_row_is_accounted_for_in_input_order(tmp_path: Path, out: Path) -> None:
-    """Valid and invalid rows, with carried columns."""
+    """The table has valid and invalid rows, and carried columns."""
     table = write_parquet(
         tmp_path / "prompts.parquet",
         status=["mine", None, "x", "y"],
@@ -358,7 +361,7 @@ def test_quiet_prints_nothing_only_on_success(table: Path, out: Path) -> None:
 
 
 def test_invalid_rows_are_logged_to_stderr_and_to_the_file(tmp_path: Path, out: Path) -> None:
-    """Only the first twenty are logged. The results contain all."""
+    """Only the first twenty are logged as warnings. run.log contains all."""
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], *(["x", "ten"] for _ in range(30))])
     done = run(table, out)
     assert done.stderr.count("seed 'ten' is not a whole number") == 20
@@ -727,7 +730,7 @@ def test_overwrite_removes_nothing_if_the_run_is_refused(table: Path, out: Path,
 
 @pytest.mark.parametrize("left", [None, "logs"])
 def test_overwrite_of_nothing_is_a_first_run(left: str | None, table: Path, out: Path) -> None:
-    """A run whose model does not load leaves logs/."""
+    """A run whose model fails to load leaves logs/ behind."""
     if left:
         (out / left).mkdir(parents=True)
     assert run(table, out, "--overwrite").code == 0
@@ -981,7 +984,7 @@ STEPS = ("--steps", "10")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], str | None]]:
-    """The images of the long table, rendered by an undisturbed run."""
+    """Return the hashes of the images of the long table, which an undisturbed run renders."""
     folder = tmp_path_factory.mktemp("undisturbed")
     table = write_csv(folder / "long.csv", [["prompt"], *([f"a red circle, {i}"] for i in range(24))])
     assert run(table, folder / "out", *STEPS).code == 0
@@ -1101,7 +1104,7 @@ def test_images_do_not_depend_on_order_or_split(
     ],
 )
 def test_the_memory_of_a_run_does_not_grow_with_the_table(tmp_path: Path, few: int, many: int) -> None:
-    """One step per row, so that the number of rows dominates."""
+    """Each row has one step, so that the number of rows dominates the memory use."""
     peaks = []
     for count in (few, many):
         table = write_csv(tmp_path / f"{count}.csv", [["prompt"], *([f"a red circle {i}"] for i in range(count))])

@@ -101,7 +101,7 @@ def test_a_resumed_run_without_its_compiler_is_refused_with_remedies(
     with pytest.raises(BatchInferError):
         render_tables(settings, Silent())
     use(engine := Uncompilable(before=0), monkeypatch)
-    with pytest.raises(CompilationError, match="were compiled, and others would differ: add --overwrite"):
+    with pytest.raises(CompilationError, match="rendered without it would differ: add --overwrite"):
         render_tables(settings, Silent())
     assert engine.compiled == [True]
     assert len(results(settings.out)) == 2

@@ -77,7 +77,7 @@ def test_a_manifest_that_lists_too_few_parts_is_not_merged(
     hide_parts(monkeypatch, 1_000)
     done = run(table, out)
     assert done.code == 75
-    assert "were committed: its folder shows too few parts" in done.stderr
+    assert "were committed: its folder does not list all parts yet" in done.stderr
     assert (out / "results.parquet").read_bytes() == before
 
 

@@ -175,7 +175,7 @@ READ_BY_PEOPLE = ("finished_at", "versions", "summary.", "survey.sizes", "survey
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table of one row and its OUT."""
+    """Return a folder that contains a table of one row and its OUT."""
     folder = tmp_path_factory.mktemp("finished")
     assert run(write_csv(folder / "t.csv", [["prompt"], ["a red circle"]]), folder / "out", "--steps", "1").code == 0
     return folder
@@ -210,7 +210,7 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
 
 
 def test_a_sample_of_wrong_values_gives_no_traceback(finished: Path, tmp_path: Path) -> None:
-    """Check one of every 60. The test below checks all."""
+    """Check one of every 60 values. The test below checks all of them."""
     shutil.copytree(finished, tmp_path / "copy")
     assert_no_traceback(tmp_path / "copy", "status", "merge", every=60)
 
@@ -238,7 +238,7 @@ def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
     outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
     done = command("status", tmp_path)
     assert done.code == 2
-    assert f"{tmp_path / 'run.json'} is damaged or was edited: settings: --base64 is for results.csv" in done.stderr
+    assert f"{tmp_path / 'run.json'} is damaged or was edited: settings: --base64 needs results.csv" in done.stderr
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])

@@ -87,7 +87,7 @@ def test_a_replaced_image_is_backed_up_until_its_backup_is_removed(
     for content in (b"new", b"newer"):
         for path in paths:
             sink.write(path, content)
-        sink.back_up([*paths, sink.path_of(request("missing"))])
+        sink.back_up([*paths, sink.path_of(request("missing")), sink.path_of(request("missing", file="other.csv"))])
         sink.publish(paths)
     assert [sink.read(path) for path in (*paths, *backups)] == [b"newer", b"newer", b"old", b"old"]
     sink.restore(backups[0])

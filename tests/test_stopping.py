@@ -171,7 +171,7 @@ def test_a_signal_stops_a_plan(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OUT whose manifest has 300,000 rows."""
+    """Create an OUT whose manifest has 300,000 rows."""
     out = tmp_path_factory.mktemp("large_out") / "out"
     (out / "manifest").mkdir(parents=True)
     row = ResultRow(
@@ -193,7 +193,7 @@ def test_a_signal_stops_a_merge(large_out: Path, results: str) -> None:
     (large_out / "results.parquet").write_text("as it was")
     with started("merge", large_out, "--results", results) as command:
         command.wait_until(lambda: bool(list(large_out.glob(".tmp-*results.*"))))
-        assert "results.* are as they were" in command.assert_stops()
+        assert "results.* are unchanged" in command.assert_stops()
     assert (large_out / "results.parquet").read_text() == "as it was"
     assert not list(large_out.glob(".tmp-*"))
 

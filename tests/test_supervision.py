@@ -1,4 +1,4 @@
-"""Supervision: GPU selection, timeouts of silent workers, and workers on different devices."""
+"""Test the supervision of workers: GPU selection, timeouts of silent workers, and workers on different devices."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class FakeSource:
-    """Workers without processes. The test sends and receives their messages through `ends`."""
+    """A source of workers without processes. The test sends and receives their messages through `ends`."""
 
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
 
@@ -120,7 +120,7 @@ class FakeSource:
             self.handles.append(WorkerHandle(rank, connection))
             self.ends.append(end)
 
-    def start(self, rows: int) -> Iterable[WorkerHandle]:
+    def start(self, expected_count: int) -> Iterable[WorkerHandle]:
         return self.handles
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -172,7 +172,7 @@ def test_workers_on_different_gpus_cause_a_warning(tmp_path: Path, caplog: pytes
     assert "worker 1 computes on NVIDIA A10 and others on NVIDIA H200" in caplog.text
 
 
-def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_with_another_model_raises_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_supervisor(FakeSource(), tmp_path)._task.settings
     connection, end = Pipe()
     monkeypatch.setattr(launched, "connect_to_rank_0", lambda *_: connection)
@@ -190,7 +190,7 @@ def test_a_rank_with_another_model_does_not_join(tmp_path: Path, monkeypatch: py
 
 
 def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> None:
-    """The row is retried, finally alone, and the supervisor does not wait for the idle worker."""
+    """The row is retried, the last time alone, and the supervisor does not wait for the idle worker."""
     source = FakeSource()
     committed: list[ResultRow] = []
     supervisor = make_supervisor(source, tmp_path, rows=1, on_commit=committed.extend)
@@ -253,7 +253,7 @@ def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: 
 
 @pytest.mark.parametrize("compiling", [300.0, 3000.0])
 def test_compilation_does_not_extend_the_timeout(clock: Clock, compiling: float) -> None:
-    """Neither compilation before the first heartbeat nor later compilation for another size extends it."""
+    """Neither compilation before the first heartbeat nor later compilation for another size extends the timeout."""
     timeouts = Timeouts(load=3600, start=3600, least=600, factor=10)
     with silent_worker() as worker:
         worker.is_loaded = True
@@ -266,8 +266,8 @@ def test_compilation_does_not_extend_the_timeout(clock: Clock, compiling: float)
         assert worker.overdue_seconds(timeouts) == 601.0
 
 
-def test_a_stopping_worker_is_killed_after_seconds(clock: Clock) -> None:
-    """This also applies while it loads, compiles or waits. A worker with slow steps gets twice its usual interval."""
+def test_a_worker_that_does_not_stop_is_killed_within_seconds(clock: Clock) -> None:
+    """A worker with slow steps gets twice its usual interval."""
     timeouts = Timeouts(stop=4)
     with silent_worker() as worker:
         worker.is_idle = True
@@ -306,7 +306,7 @@ def test_each_worker_gets_rows_as_soon_as_it_has_loaded_the_model(tmp_path: Path
 
 
 def test_a_frozen_worker_does_not_block_the_supervisor(tmp_path: Path) -> None:
-    """The worker reads nothing, and has sent half of a message."""
+    """The worker receives nothing, and has sent half of a message."""
     source = FakeSource(2)
     make_supervisor(source, tmp_path)
     frozen, other = source.handles
@@ -353,11 +353,10 @@ def test_carried_cells_arrive_as_they_were_sent() -> None:
 
 
 def test_an_invalid_message_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
-    """The message is a pickle."""
     connection, end = Pipe()
     with caplog.at_level(logging.WARNING, "batch_infer"), end:
         worker = WorkerHandle(1, connection)
-        end.send({"a": "pickle"})
+        end.send({"a": "pickled"})  # messages are MessagePack
         assert worker.inbox_event.wait(60)
         with pytest.raises(EOFError):
             list(worker.receive())

@@ -31,7 +31,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def _ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that advances by a second whenever it is read."""
+    """Use a clock that advances by a second whenever it is read."""
     monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=itertools.count().__next__))
 
 

@@ -22,10 +22,11 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Costs of one image size, in seconds except `image_bytes`.
+    """Costs of rendering images of one size. Times are in seconds.
 
     `start` is the time until the model is loaded, `tick` the time of one UNet call over all slots, and `image` the
-    other device time per image. On a CPU, `image` includes the encoding of the image file.
+    other device time per image. On a CPU, `image` includes the encoding of the image file. `image_bytes` is the mean
+    size of an image file.
     """
 
     start: float
@@ -48,7 +49,7 @@ Value = TypeVar("Value")
 
 
 def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], name: str | None = None) -> Value | None:
-    """Return the value that was saved under the same conditions and name, by default the name of its type, or None."""
+    """Return the value saved under these conditions and `name`, or None. The default name is that of the type."""
     name = name or value_type.__name__.lower()
     try:
         measured = json.loads(_cache_path(name, conditions).read_text("utf-8"))["measured"]
@@ -56,7 +57,7 @@ def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], nam
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:  # the file is damaged or from another version
-        log.debug("cannot read the cached %s, which is measured again: %s", name, error)
+        log.debug("cannot read the cached %s, so it is measured again: %s", name, error)
         return None
 
 

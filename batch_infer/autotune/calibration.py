@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 FEW_STEPS = (1, 2, 4, 10, 20)
 """Step counts to try for the short rendering, since a scheduler may refuse some of them."""
 LONG_SECONDS = 1.0
-"""Seconds by which the long rendering should exceed the short rendering."""
+"""Number of seconds by which the long rendering should exceed the short rendering."""
 MAX_MORE_STEPS = 25
-"""Maximum number of steps by which the long rendering exceeds the short rendering."""
+"""Maximum number of additional steps of the long rendering, unless the scheduler accepts only larger numbers."""
 REPEATS = 2
-"""Number of repetitions. The fastest counts, since other work on the machine can only slow down a repetition."""
+"""Number of repetitions. The fastest one counts, since other work on the machine can only slow one down."""
 
 _load_solver = cache(load_solver)
 
@@ -39,9 +39,9 @@ def import_renderer() -> None:
 
 
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
-    """Return how often a row of `steps` steps evaluates the model, or why the scheduler refuses that step count.
+    """Return how often a row with `steps` steps evaluates the model, or why the scheduler refuses that step count.
 
-    The reason is returned and not raised, since unpickling a raised error would import torch in the parent process.
+    The reason is returned instead of raised, since unpickling the error could import torch in the parent process.
     """
     if card.uses_pipeline_call:
         return steps
@@ -71,7 +71,7 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
 def measure_rates(
     card: ModelCard, compute: Compute, safety: SafetySettings, image_format: ImageFormat, size: tuple[int, int]
 ) -> Rates:
-    """Time the rendering of full slots of a size (height, width) in pixels, with few and with many steps.
+    """Time the rendering of full batches of a size (height, width) in pixels, with few and with many steps.
 
     The difference is the cost of the additional steps. Raises ModelError, SettingsError.
     """
@@ -81,7 +81,7 @@ def measure_rates(
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
         few_steps = _choose_few_steps(card, FEW_STEPS)
-        _render(chain, card, size, few_steps)  # the first call of a shape sets things up
+        _render(chain, card, size, few_steps)  # warm up, since the first call with a shape takes longer
         short = min(_render(chain, card, size, few_steps)[0] for _ in range(REPEATS))
         more_steps = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
         many_steps = _first_accepted(card, range(few_steps + more_steps, 1001))
@@ -100,7 +100,7 @@ def measure_rates(
 def _load_model(
     card: ModelCard, compute: Compute, safety: SafetySettings
 ) -> tuple[LatentDiffusion | AnyPipeline, float]:
-    """Return a model, and the seconds that it took to load."""
+    """Return a model, and the number of seconds that it took to load."""
     with_checker = safety.uses_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
@@ -119,7 +119,7 @@ def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
 
 
 def _choose_few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return a small step count that the scheduler accepts. A pipeline without a family may refuse it, but few do."""
+    """Return the first accepted step count. A pipeline without a family gets up to 4 steps, which few refuse."""
     return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
 
 
@@ -131,7 +131,7 @@ def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> Sampling
 def _render(
     chain: StepLevelChain | PipelineCallChain, card: ModelCard, size: tuple[int, int], steps: int
 ) -> tuple[float, list[np.ndarray]]:
-    """Render as many rows as fill all slots. Returns the seconds and the images."""
+    """Render as many rows as fill all slots. Return the elapsed seconds and the images."""
     params = _make_params(card, size, steps)
     rows = range(chain.batch_sizes.for_size(size)[0] // params.slots)
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
@@ -141,7 +141,7 @@ def _render(
 
 
 def _encode(images: list[np.ndarray], image_format: ImageFormat) -> tuple[float, float]:
-    """Encode images as files. Returns the mean seconds per image and the mean size in bytes."""
+    """Encode images in memory. Return the mean seconds per image and the mean file size in bytes."""
     from batch_infer.images import encode
 
     if not images:  # no image was finite, which the run reports for each row

@@ -26,7 +26,7 @@ DEVICE_VARIABLES = (
     "ACCELERATE_TORCH_DEVICE",
 )
 DEVICE_NODES = ("nvidia*", "nvidia-caps/*", "nvhost*", "kfd", "dxg", "dri/*")
-"""Files in /dev through which CUDA or ROCm accesses a GPU."""
+"""Patterns of the files in /dev through which CUDA or ROCm accesses a GPU."""
 GPU_NODES = ("/dev/nvidia", "/dev/nvhost", "/dev/kfd")
 """Prefixes of the device nodes that exist only if a GPU is visible."""
 
@@ -50,7 +50,7 @@ def detect_device(requested: str) -> Device:
 
 
 def _count_cuda_devices() -> int:
-    """Return the number of devices for workers.
+    """Return the number of CUDA devices that workers can use.
 
     CUDA shows a process only the first MIG slice in CUDA_VISIBLE_DEVICES, but each worker can use a different slice.
     """
@@ -97,7 +97,7 @@ def load_device(requested: str) -> Device | None:
 def save_device(requested: str, device: Device) -> None:
     """Save a device for later commands if its conditions can be read without torch.
 
-    A CPU is not saved if a GPU is visible: its driver may fail now, and work later under the same conditions.
+    A CPU is not saved if a GPU is visible: the GPU's driver may fail now, but work later under the same conditions.
     """
     if (conditions := _device_conditions(requested)) is None:
         return
@@ -107,11 +107,11 @@ def save_device(requested: str, device: Device) -> None:
 
 
 def _device_conditions(requested: str) -> dict[str, Any] | None:
-    """Return everything that determines the result of `detect_device`, or None if only torch can read it.
+    """Return everything that determines the result of `detect_device`, or None if only torch can determine it.
 
     `detect_device` uses CUDA if torch.cuda counts a device, and otherwise the CPU. That count and the name of device 0
     depend on the machine, on the build of torch (version.py names its CUDA or ROCm), on the driver and its GPUs (the
-    files below change if a GPU is added, exchanged or MIG-partitioned), and on the variables that hide or reorder GPUs.
+    files below change if a GPU is added, replaced or MIG-partitioned), and on the variables that hide or reorder GPUs.
     A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file contains the
     GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
     """

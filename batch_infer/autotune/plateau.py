@@ -1,4 +1,4 @@
-"""Find the throughput plateau: the batch sizes from which a device renders no faster."""
+"""Find the throughput plateau: the batch sizes beyond which a device renders hardly any faster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 SUFFICIENT_SHARE = 0.95
-"""Share of the best throughput that is enough. The smallest batch size that reaches it wastes least at the end."""
+"""Share of the best throughput that suffices.
+
+The smallest batch size that reaches it is chosen, since it leaves the fewest slots empty at the end of a run.
+"""
 TRIAL_SECONDS = 0.4
 """Minimum number of seconds for which to measure a batch size."""
 
@@ -27,7 +30,7 @@ Trial = Callable[[], object]
 
 
 def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
-    """Measure larger and larger batches of rows with `params` until throughput stops rising.
+    """Measure larger and larger batches of rows with `params` until throughput stops rising or memory is full.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
@@ -39,7 +42,7 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """Measure larger and larger batches of a pipeline that runs its own call. Its decode batch is not measured.
+    """Measure larger and larger batches of a pipeline's own calls. The decode batch is derived from the result.
 
     Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
@@ -54,7 +57,7 @@ def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau
 
 
 def _search(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: torch.device) -> tuple[int, Trial]:
-    """Return the batch size at the plateau, and the last trial that fitted, which occupies memory until deleted."""
+    """Return the batch size at the plateau, and the last trial that fit, which occupies memory until it is deleted."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rates: dict[int, float] = {}
@@ -79,8 +82,8 @@ def _search(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: to
 
 
 def _measure_seconds(trial: Trial) -> float:
-    """Return the seconds of the fastest call, since other work on the machine can only slow down a call."""
-    for _ in range(2):  # the first call of a shape sets things up
+    """Return the duration of the fastest call in seconds, since other work on the machine can only slow calls down."""
+    for _ in range(2):  # warm up, since the first call with a shape takes longer
         trial()
     times: list[float] = []
     while sum(times) < TRIAL_SECONDS or not times:

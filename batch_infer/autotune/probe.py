@@ -1,4 +1,4 @@
-"""Call functions that need torch in a separate process, so that a command that does not render need not load torch."""
+"""Call functions that need torch in a separate process, since commands that do not render should not load torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ Result = TypeVar("Result")
 
 
 class Probe:
-    """Measures in a process that imports torch and starts once a result is not in the cache. A context manager."""
+    """Measures in a separate process, which imports torch and is started by the first call that needs it.
+
+    It must be used as a context manager, which ends the process.
+    """
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
@@ -40,7 +43,7 @@ class Probe:
         """Model evaluations by step count, or why the scheduler refuses that count."""
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
-        """Seconds spent waiting for the process."""
+        """Number of seconds spent waiting for the process."""
 
     def detect_device(self, requested: str) -> Device:
         """Return the device for `--device`. Raises SettingsError if the requested device is missing."""
@@ -52,7 +55,7 @@ class Probe:
         return device
 
     def inspect_pipeline(self, path: Path) -> SamplingRules:
-        """Return the sampling rules of a checkpoint's pipeline, which only diffusers knows. Raises ModelError."""
+        """Return the sampling rules of a checkpoint's pipeline, which diffusers determines. Raises ModelError."""
         return self._call(_inspect_pipeline, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:

@@ -28,14 +28,14 @@ from batch_infer.jobs import LIBRARIES
 from batch_infer.models import is_compiled
 from batch_infer.worker import read_peak_memory
 
-SAMPLE = 24
-"""Number of rows whose images are compared, and that the baseline one-by-one renders."""
+SAMPLE_ROWS = 24
+"""Maximum number of rows that the baseline one-by-one renders, and of images to compare."""
 
 log = logging.getLogger("batch_infer")
 
 
 def benchmark(settings: BenchSettings) -> BenchReport:
-    """Load the model, measure all contenders and draw the plot. Raises UsageError before it times anything."""
+    """Load the model, measure all contenders, and draw the plot if one is requested. Raises UsageError."""
     if settings.plot is not None:
         check_plot(settings.plot)
     subject = load_subject(settings)
@@ -51,7 +51,8 @@ def benchmark(settings: BenchSettings) -> BenchReport:
 def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
     """Compare the contenders on a loaded model. After a stop, the report has the figures measured so far.
 
-    Raises SettingsError if the scheduler refuses the steps, or if a baseline is unavailable.
+    Raises SettingsError if the model does not support the sizes or steps, or if a baseline is unavailable, and
+    KeyboardInterrupt after a stop before the first figure.
     """
     workload = make_workload(settings.workload, subject)
     contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
@@ -74,7 +75,7 @@ def _make_contender(name: str, subject: Subject, workload: Workload) -> Contende
         raise SettingsError("--against grouped-compiled: the networks are not compiled; add --compile")
     if name == "bare":
         return BareUNet(name, subject, workload)
-    model, compute, sample = subject.model, subject.compute, sample_evenly(workload.rows, SAMPLE)
+    model, compute, sample = subject.model, subject.compute, sample_evenly(workload.rows, SAMPLE_ROWS)
     renderer: Renderer
     if name == OURS:
         renderer = BatchInfer(model, compute)
@@ -86,7 +87,7 @@ def _make_contender(name: str, subject: Subject, workload: Workload) -> Contende
 
 
 def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> None:
-    """Time every contender once per round, and log the estimated remaining time."""
+    """Warm up all contenders, time each of them once per round, and log the estimated remaining time."""
     for index, contender in enumerate(contenders, 1):
         log.info("warming up: %s (%d of %d)", contender.name, index, len(contenders))
         contender.warm_up()
@@ -96,14 +97,15 @@ def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> Non
         for contender in contenders:
             started = time.monotonic()
             contender.run_round()
-            seconds[remaining.pop(0)] = time.monotonic() - started
+            seconds[contender.name] = time.monotonic() - started
+            del remaining[0]
             remaining_time = tqdm.format_interval(_estimate_seconds(remaining, seconds))
             message = "round %d of %d: %s %.1f s; about %s left"
             log.info(message, round_number, settings.rounds, contender.name, contender.seconds[-1], remaining_time)
 
 
 def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
-    """Estimate the total seconds of these contenders, each from its last round, else from the mean of the others."""
+    """Estimate the total seconds of one round of each of these contenders from the seconds of their last rounds."""
     mean = statistics.mean(seconds.values())
     return sum(seconds.get(name, mean) for name in names)
 
@@ -119,14 +121,16 @@ def measure_sweep(sweep: Sweep, slot_counts: Sequence[int], subject: Subject, wo
             sweep.out_of_memory_at = slots
             return
         sweep.points.append(point)
-        log.info("%d slots: %.2f images/s, of %.2f", slots, point.images_per_second, point.ceiling_images_per_second)
+        rate, ceiling = point.images_per_second, point.ceiling_images_per_second
+        log.info("%d slots: %.2f images/s (bare UNet: %.2f)", slots, rate, ceiling)
 
 
 def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoint:
-    """Raises torch.OutOfMemoryError."""
+    """Measure the bare UNet and batch-infer with this number of slots. Raises torch.OutOfMemoryError."""
     count = len(workload.rows)
     rates = {size: unet_rate(subject.model, workload.rows[0], size, slots) for size in workload.sizes}
-    decode_batch = min(subject.compute.decode_batch, slots // 2)  # at most as many images as fit into the slots
+    # Decode no more images together than the number of rows with guidance that fit into the slots.
+    decode_batch = min(subject.compute.decode_batch, slots // 2)
     compute = replace(subject.compute, slots=slots, decode_batch=decode_batch, by_size=())
     ours = BatchInfer(subject.model, compute)
     contender = RenderingContender(f"{slots} slots", ours, workload.rows, subject)
@@ -180,7 +184,7 @@ def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
 
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
-    """Return the largest peak of all measurements. Each measurement resets the GPU's peak."""
+    """Return the peak memory in bytes. Each measurement resets the GPU's peak, so return the largest of them."""
     memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
         peaks = [contender.device_bytes for contender in contenders] + [point.device_bytes for point in sweep.points]

@@ -19,8 +19,8 @@ from batch_infer.records import PromptRequest
 if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
-MIN_SECONDS = 1.0
-"""Minimum duration of a measurement of the bare UNet."""
+TARGET_SECONDS = 1.0
+"""Approximate duration of a measurement of the bare UNet. A slower call is measured once."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 MATMUL_REPEATS = 6
 
@@ -58,7 +58,11 @@ class Contender:
 
 
 class RenderingContender(Contender):
-    """A renderer with its rows. `share`: their share of the workload; `images`: those of the `compared` ids."""
+    """Times a renderer on its rows.
+
+    The rows may be a sample of the workload, of whose UNet evaluations they need the `share`. `images` maps the ids in
+    `compared` to pixels.
+    """
 
     def __init__(
         self,
@@ -98,9 +102,9 @@ class RenderingContender(Contender):
 
 
 class BareUNet(Contender):
-    """The workload's UNet calls alone, with all slots full: the ceiling for any renderer.
+    """Times the workload's UNet calls alone, with all slots full, which is the ceiling for any renderer.
 
-    Measures each size for about a second and extrapolates.
+    It measures each size for about a second and extrapolates.
     """
 
     def __init__(self, name: str, subject: Subject, workload: Workload) -> None:
@@ -119,9 +123,9 @@ class BareUNet(Contender):
 
 @torch.inference_mode()
 def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots: int) -> float:
-    """Return UNet evaluations per second of full batches, called one after the other with the same input.
+    """Return UNet evaluations (batch elements) per second for full batches that follow each other without a pause.
 
-    The prompt of `example` conditions the UNet. Raises torch.OutOfMemoryError.
+    The prompt of `example` conditions all batch elements. Raises torch.OutOfMemoryError.
     """
     params = replace(example.params, height=size[0], width=size[1])
     (conditioning,) = model.condition([replace(example, params=params)])
@@ -135,7 +139,7 @@ def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots:
 
     call()
     once = seconds_of(call, model.device)
-    calls = round(MIN_SECONDS / once)
+    calls = round(TARGET_SECONDS / once)
     return slots / once if calls < 2 else calls * slots / seconds_of(lambda: call(calls), model.device)
 
 
@@ -151,7 +155,10 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 @torch.inference_mode()
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the TFLOP/s of a large matrix product. The fastest of several counts: other processes slow some down."""
+    """Return the TFLOP/s of a large matrix product.
+
+    Use the fastest of several runs, because other processes slow some of them down.
+    """
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = [seconds_of(lambda: left @ right, device) for _ in range(MATMUL_REPEATS)]

@@ -29,10 +29,10 @@ def check_plot(file: Path) -> None:
 
 
 def draw(report: BenchReport, file: Path) -> None:
-    """Plot a report that has a sweep. Raises StorageError."""
+    """Plot the sweep of a report to a file. Raises StorageError."""
     from matplotlib.figure import Figure
 
-    # pyplot would need a window system and keep global state.
+    # Avoid pyplot, which keeps global state and may select a GUI backend.
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     _draw_sweep(axes, report)
@@ -56,7 +56,11 @@ def _draw_sweep(axes: Axes, report: BenchReport) -> None:
 
 
 def _draw_baselines(axes: Axes, report: BenchReport) -> None:
-    """Draw the device's ceiling and the baselines, which do not depend on slots or were measured at one number."""
+    """Draw the baselines and the device's ceiling.
+
+    Grouped baselines are drawn at their number of slots, or at the largest if it differs between image sizes. The other
+    lines do not depend on slots.
+    """
     markers = iter(("s", "D", "^", "v"))
     slots = max(report.ours.details["slots"].values())
     for name, measurement in report.contenders.items():

@@ -66,7 +66,7 @@ class PlainDiffusers:
     """Renders with the diffusers pipeline on the same networks, with one generator per row and no safety checker.
 
     It calls the networks uncompiled, but with their other GPU optimisations (channels last, fused projections). With
-    `compiled`, it calls them as torch.compile made them, and pads batches to one size so that each is compiled once.
+    `compiled`, it calls the compiled networks, and pads batches so that torch.compile does not compile for every size.
     """
 
     def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
@@ -153,7 +153,7 @@ def _build_pipeline(model: LatentDiffusion) -> Any:
 
 
 class UNetAdapter(torch.nn.Module):
-    """Adds the attributes that the diffusers pipeline reads to a UNet that diffusers lacks."""
+    """Wraps a UNet that diffusers lacks, and adds the attributes that the diffusers pipeline reads."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ def _without_compilation(networks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _decoding_singly(vae: Any) -> Iterator[None]:
-    """Decode one image per call inside the context. Other contenders share the decoder."""
+    """Decode one image per call inside the context only, because other contenders share the decoder."""
     previous, vae.use_slicing = vae.use_slicing, True
     try:
         yield

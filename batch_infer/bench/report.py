@@ -25,8 +25,9 @@ class Measurement:
     """Speed of one contender.
 
     `seconds`: duration of the whole workload in each round; `ratio`: how many times as fast batch-infer is, None for
-    batch-infer itself; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then
-    extrapolated by UNet evaluations.
+    batch-infer itself; `mfu`, `mfu_of_matmul`: model FLOPS utilisation relative to the device's peak and to a matrix
+    product; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then extrapolated by UNet
+    evaluations.
     """
 
     seconds: Sequence[float]

@@ -59,7 +59,7 @@ def _scale(rules: SizeRules, factor: float) -> Size:
 def _parse_size(text: str, rules: SizeRules) -> Size:
     match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", text)
     if match is None:
-        raise SettingsError(f"--sizes {text}: write `mixed`, `native`, or width x height as 512x512,640x448")
+        raise SettingsError(f"--sizes {text}: write `mixed`, `native`, or width x height such as 512x512,640x448")
     width, height = int(match[1]), int(match[2])
     for side in (width, height):
         if side % rules.side_multiple or not rules.min_side <= side <= rules.max_side:
@@ -108,6 +108,6 @@ class BenchSettings:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises SettingsError."""
+        """Check the combination. Raises SettingsError."""
         if self.architecture is not None and self.model.name is not None:
             raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")

@@ -41,7 +41,7 @@ class Subject:
 
     @property
     def few_steps(self) -> int:
-        """A small number of steps that the scheduler accepts."""
+        """The smallest of FEW_STEPS that the scheduler accepts, or the largest if it accepts none of them."""
         for steps in FEW_STEPS:
             try:
                 self.evaluations(steps)
@@ -52,7 +52,11 @@ class Subject:
 
 
 def load_subject(settings: BenchSettings) -> Subject:
-    """Load the model. Raises ModelError, or SettingsError if the device is missing or has too little memory."""
+    """Load the model, or build the architecture.
+
+    Raises ModelError, and SettingsError if the device is missing or has too little memory, or if the model runs in its
+    diffusers pipeline.
+    """
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
     with explain_out_of_memory():

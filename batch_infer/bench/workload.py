@@ -62,7 +62,7 @@ class Workload:
 
     @property
     def tflop(self) -> float:
-        """TFLOP of the UNet and the decoder. Text encoding, 0.02 % of it in released models, does not count."""
+        """TFLOP of the UNet and the decoder. Text encoding is left out: in released models it adds only 0.02 %."""
         return self.unet_tflop + sum(work.images * work.decode_tflop for work in self.sizes.values())
 
     def unet_seconds(self, rates: Mapping[Size, float]) -> float:
@@ -90,7 +90,7 @@ def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
 
 
 def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
-    """Make rows with random prompts, sizes and steps, part of them unguided. Other parameters are `defaults`."""
+    """Make rows with random prompts, sizes and steps, some of them unguided. Other parameters are `defaults`."""
     generator = random.Random(SEED)
     rows = []
     for index in range(settings.rows):

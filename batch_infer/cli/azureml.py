@@ -25,7 +25,7 @@ from batch_infer.cli.options import (
     parse_duration,
     progress_option,
 )
-from batch_infer.cli.progress import LINE_EVERY, shows_bar
+from batch_infer.cli.progress import LOG_INTERVAL, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import SettingsError
@@ -41,9 +41,9 @@ JOB_FAILED = 3
     click.Argument(["inputs"], metavar="INPUT...", nargs=-1, required=True, type=PATH),
     option("-o", "--out", default="batch-infer-out", type=PATH, help="Folder for output, predictions.csv and logs."),
     option("--script", type=PATH, metavar="FILE.py", help="Scoring script. Default: batch-infer's own."),
-    option("--model-dir", type=PATH, metavar="DIR", help="The script's AZUREML_MODEL_DIR."),
-    option("--mini-batch-size", type=POSITIVE, default=10, metavar="N", help="Files per call of run()."),
-    option("--workers", type=POSITIVE, metavar="N", help="Worker processes. Default: one per GPU, else 1."),
+    option("--model-dir", type=PATH, metavar="DIR", help="Folder that the script sees as AZUREML_MODEL_DIR."),
+    option("--mini-batch-size", type=POSITIVE, default=10, metavar="N", help="Number of files per call of run()."),
+    option("--workers", type=POSITIVE, metavar="N", help="Number of worker processes. Default: one per GPU, else 1."),
     option(
         "--timeout",
         type=parse_duration,
@@ -57,7 +57,7 @@ JOB_FAILED = 3
         type=click.IntRange(min=-1),
         default=-1,
         metavar="N",
-        help="Maximum failed files in a successful job; -1: no limit.",
+        help="Maximum number of failed files: if more fail, the job fails. -1: no limit.",
     ),
     option(
         "--gpus",
@@ -65,14 +65,21 @@ JOB_FAILED = 3
         metavar="N",
         help="Number of GPUs: the first N workers see one each. Default: the number that nvidia-smi lists.",
     ),
-    option("--kill", type=SHARE, default=0.0, metavar="SHARE", help="Share of mini-batches killed during run()."),
+    option(
+        "--kill",
+        type=SHARE,
+        default=0.0,
+        metavar="SHARE",
+        help="Share of mini-batches whose worker is killed during run().",
+    ),
     option("--duplicate", type=SHARE, default=0.0, metavar="SHARE", help="Share of mini-batches delivered twice."),
     option("--seed", type=int, default=0, metavar="N", help="Seed for the file order, kills and duplicates."),
     option(
         "--settings-file",
         type=PATH,
         metavar="FILE",
-        help="Format of predictions.csv. Default: parallel_run_step.settings.json in the script's folder.",
+        help="JSON file with the format of predictions.csv. Default: parallel_run_step.settings.json in the script's "
+        "folder.",
     ),
     option(
         "--output-action",
@@ -88,13 +95,15 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     """Run a scoring script like an Azure ML batch endpoint.
 
     Use it to test a script before you deploy it. INPUT is a file or a folder; files in its subfolders are ignored.
-    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, its own GPU if there
-    is one, a log in OUT/logs/azureml, and your environment variables. What run() returns replaces OUT/predictions.csv.
+    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, a GPU of its own if
+    there are enough, a log in OUT/logs/azureml, and your environment variables. The rows that run() returns are written
+    to OUT/predictions.csv, which replaces the file of an earlier job.
 
-    A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long,
-    and if the worker dies. --kill and --duplicate repeat mini-batches; the output of a correct script does not change.
+    A mini-batch is retried if run() raises an exception, returns neither a list nor a DataFrame, or takes too long, or
+    if the worker dies. --kill and --duplicate make some mini-batches run more than once. The files that a correct
+    script writes do not change, but --duplicate repeats rows in predictions.csv.
 
-    Exit codes: 0; 2 usage; 3 if Azure would report the job as failed; 75 interrupted.
+    Exit codes: 0 success; 2 usage; 3 if Azure would report the job as failed; 75 interrupted.
     """
     from batch_infer.simulation import DEFAULT_SCRIPT, SimulationSettings, simulate
 
@@ -105,12 +114,12 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     with stoppable(hint=NOTHING_KEPT), closing(progress):
         outcome = simulate(settings, progress)
     if outcome.fault is not None or not quiet:
-        print_result(_lines(outcome), outcome.as_dict() if as_json else None)
+        print_result(_outcome_lines(outcome), outcome.as_dict() if as_json else None)
     return 0 if outcome.fault is None else JOB_FAILED
 
 
 class SimulationProgress:
-    """Shows a bar on a terminal, logs a line every LINE_EVERY seconds elsewhere, or does nothing."""
+    """Shows a bar on a terminal, logs at most one line per LOG_INTERVAL elsewhere, or does nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown, self._logged_at = shown, time.monotonic()
@@ -123,7 +132,7 @@ class SimulationProgress:
             self._bar = self._bar or tqdm(total=outcome.mini_batches, unit="mini-batch", dynamic_ncols=True)
             self._bar.set_postfix_str(f"{format_count(outcome.rows, 'row')}, {outcome.failed} failed", refresh=False)
             self._bar.update(outcome.settled - self._bar.n)
-        elif (now := time.monotonic()) - self._logged_at >= LINE_EVERY:
+        elif (now := time.monotonic()) - self._logged_at >= LOG_INTERVAL:
             self._logged_at = now
             counts = {"settled": outcome.settled, "mini_batches": outcome.mini_batches, "rows": outcome.rows}
             log.info("%(settled)d of %(mini_batches)d mini-batches, %(rows)d rows", counts, extra=counts)
@@ -133,22 +142,22 @@ class SimulationProgress:
             self._bar.close()
 
 
-def _lines(outcome: SimulationOutcome) -> Iterator[str]:
+def _outcome_lines(outcome: SimulationOutcome) -> Iterator[str]:
     yield (
-        f"{outcome.mini_batches:,} mini-batch{'es' * (outcome.mini_batches != 1)} of "
+        f"{format_count(outcome.mini_batches, 'mini-batch', 'mini-batches')} of "
         f"{format_count(outcome.files, 'file')} · {outcome.succeeded:,} succeeded, {outcome.failed:,} failed; "
         f"{format_count(outcome.failed_files, 'file')} failed"
     )
-    counts = {
-        "retries": outcome.retries,
-        "duplicates": outcome.duplicates,
-        "killed": outcome.kills,
-        "kills that hit no run": outcome.kills_missed,
-        "timed out": outcome.timeouts,
-        "deaths": outcome.deaths,
-    }
-    deliveries = f"{outcome.deliveries:,} deliver{'y' if outcome.deliveries == 1 else 'ies'}"
-    yield " · ".join([deliveries, *(f"{count:,} {name}" for name, count in counts.items() if count)])
+    events = [
+        (outcome.retries, "retry", "retries"),
+        (outcome.duplicates, "duplicate", "duplicates"),
+        (outcome.kills, "killed", "killed"),
+        (outcome.kills_missed, "missed kill", "missed kills"),
+        (outcome.timeouts, "timed out", "timed out"),
+        (outcome.deaths, "death", "deaths"),
+    ]
+    deliveries = format_count(outcome.deliveries, "delivery", "deliveries")
+    yield " · ".join([deliveries, *(format_count(*event) for event in events if event[0])])
     if (rate := outcome.rows_per_second) is not None:
         running, total = format_duration(outcome.running_seconds), format_duration(outcome.seconds)
         yield f"{format_count(outcome.rows, 'row')} in {running} ({rate:.2f} rows/s), {total} in all"
@@ -163,13 +172,13 @@ def _lines(outcome: SimulationOutcome) -> Iterator[str]:
 def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     """Write a model to DIR in MLflow's format.
 
-    It can be deployed without a scoring script. DIR contains the model's files, batch-infer itself and a signature. The
-    input is a DataFrame with a column `prompt`. The output is a DataFrame with prompt, generated_image (a file in
-    base64), nsfw_content_detected and, for rows without an image, error. num_inference_steps, guidance_scale, height,
-    width, seed and negative_prompt are parameters of a call. Variables such as BATCH_INFER_SAFETY are read when the
-    model is loaded.
+    The MLflow model can be deployed without a scoring script. DIR contains the model's files, batch-infer itself and a
+    signature. The input is a DataFrame with a column `prompt`. The output is a DataFrame with prompt, generated_image
+    (a file in base64), nsfw_content_detected and, for rows without an image, error. Each call can set the parameters
+    num_inference_steps, guidance_scale, height, width, seed and negative_prompt. Variables such as BATCH_INFER_SAFETY
+    are read when the model is loaded.
 
-    Exit codes: 0; 2 usage, or DIR exists; 75 interrupted.
+    Exit codes: 0 success; 2 usage, or DIR is not empty; 75 interrupted.
     """
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")

@@ -77,18 +77,18 @@ if TYPE_CHECKING:
 def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     """Compare batch-infer with plain diffusers.
 
-    All contenders take turns to render the same rows with the same loaded networks in one process. Each ratio is the
-    median over the rounds. No safety check runs, and no images are written.
+    All contenders take turns in one process, with the same rows and the same loaded networks. Each ratio is the median
+    over the rounds. No safety check runs, and no images are written.
 
     The baselines are: grouped, the diffusers pipeline on batches of rows with equal parameters that fill the slots;
     grouped-compiled, the same with networks compiled by torch.compile; one-by-one, a pipeline call per row, timed on
-    24 rows; and bare, the UNet's calls alone, which are the ceiling.
+    24 rows; and bare, the UNet calls alone, which set the ceiling.
 
     By default, rows have mixed steps, guidance and sizes. Published figures use rows like those of --steps 50
     --unguided 0 --sizes native. A UNet evaluation is one batch element of a UNet call; --json counts them as
     row_forwards.
 
-    Exit codes: 0; 2 usage or settings; 75 stopped, with the figures measured so far.
+    Exit codes: 0 success; 2 usage or settings; 75 stopped, after printing any figures measured so far.
     """
     settings = BenchSettings(
         workload=WorkloadSettings(options["rows"], options["steps"], options["sizes"], options["unguided"]),
@@ -106,11 +106,11 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
 
         report = benchmark(settings)
     if as_json or report.stopped or not quiet:
-        print_result(_lines(report), report.as_dict() if as_json else None)
+        print_result(_report_lines(report), report.as_dict() if as_json else None)
     return StoppedError.exit_code if report.stopped else 0
 
 
-def _lines(report: BenchReport) -> Iterator[str]:
+def _report_lines(report: BenchReport) -> Iterator[str]:
     yield from _condition_lines(report)
     yield ""
     yield from _contender_lines(report)
@@ -163,5 +163,5 @@ def _contender_lines(report: BenchReport) -> Iterator[str]:
 
 
 def format_ratio(ratio: float) -> str:
-    """Format how many times as fast batch-infer is as `2.43x as fast` or `14% slower`."""
+    """Format the relative speed of batch-infer: `2.43x as fast` or `14% slower`."""
     return f"{ratio:.2f}x as fast" if ratio >= 0.995 else f"{1 - ratio:.0%} slower"

@@ -1,4 +1,4 @@
-"""Read options from environment variables and the --config file, and suggest a name for a misspelt one.
+"""Read options from environment variables and the --config file, and suggest names for misspelt ones.
 
 A flag overrides the environment, and the environment overrides the file.
 """
@@ -28,7 +28,7 @@ PREFIX = "BATCH_INFER_"
 ENDPOINT_VARIABLES = ("BATCH_INFER_PREDICTIONS", "BATCH_INFER_REQUEST_TIMEOUT")
 """Variables that only the Azure ML scoring scripts read."""
 LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
-"""Variables that only processes of a launcher read. Every other variable sets an option."""
+"""Variables that only processes started by a launcher read."""
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -83,7 +83,7 @@ def _options_by_name(command: click.Command) -> dict[str, click.Option]:
 
 
 def _suggest(name: str, options: Iterable[str]) -> str | None:
-    """Return the option whose name or synonym is most similar to `name`, or None."""
+    """Return the option whose name or synonym is most similar to `name`, or None if none is similar."""
     names = {option: option for option in options}
     candidates = {synonym: option for synonym, option in SYNONYMS.items() if option in names} | names
     matches = difflib.get_close_matches(name, candidates, n=1, cutoff=_SIMILARITY)
@@ -154,7 +154,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Check the environment's names, and make the file's values the command's defaults. Raises SettingsError.
+    """Check the environment variables, and use the file's values as the command's defaults. Raises SettingsError.
 
     click calls this for every command, even without --config.
     """
@@ -232,5 +232,5 @@ config_option = click.Option(
     expose_value=False,
     callback=_load,
     help="TOML file with options: `steps = 30`, `results = ['csv']`. One file may serve several commands; a key that "
-    "is not an option of any command is an error. Flags and environment override the file.",
+    "is not an option of any command is an error. Flags and environment variables override the file.",
 )

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 def status(*, out: Path, as_json: bool, quiet: bool) -> int:
     """Show the state and the progress of the run in OUT.
 
-    The run may be active, stopped or finished. Counts the results by status, and those that are left. A row has one
-    result per image. Results that a killed run committed count as done.
+    The run may be active, stopped or finished. The output counts the results by status, and those that are left. A row
+    has one result per image. Results that a killed run committed are included.
 
-    Exit codes: 0; 2 if OUT contains no run. With -q only this error is printed.
+    Exit codes: 0 success; 2 if OUT contains no run. With -q, only errors are printed.
     """
     from batch_infer.jobs import read_status
 
@@ -79,12 +79,12 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
     """Write OUT/results.* from OUT's manifest.
 
     The results are in table order. `run` merges at its end; use `merge` after a run was killed, and for the output of
-    a batch endpoint. It merges only rows of the tables that run.json names, or all rows of the manifest if it cannot
-    read these tables. It writes the formats of the run and those of --results.
+    a batch endpoint. It merges only rows of the tables that run.json names, or all rows of the manifest if these
+    tables cannot be read or OUT is from an endpoint. It writes the formats of the run and those of --results.
 
-    Exit codes: 0; 2 if OUT contains no run; 75 if another command works in OUT, or interrupted.
+    Exit codes: 0 success; 2 usage, or OUT contains no run; 75 interrupted, or another command is using OUT.
     """
-    with stoppable(hint="results.* are as they were. Run the same command again"):
+    with stoppable(hint="results.* are unchanged. Run the same command again"):
         from batch_infer.jobs import merge_results
 
         counts, formats = merge_results(out, results, base64=base64)
@@ -109,16 +109,18 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
     json_option,
 )
 def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
-    """Check the stored images of OUT again, without rendering.
+    """Check the stored images of OUT again, without rendering them.
 
     Use it to change the checker, its thresholds or --on-flagged; `run` with the same --safety continues from there.
     blank, blur and drop destroy the originals of flagged images; a warning says so first. The service checks prompts
     too: an image is flagged if the service refuses its prompt. A flagged image that was blanked, blurred or dropped
     cannot be checked again: it stays flagged, its error says so, and `retry --status flagged` renders it. An image
-    fails if it is missing or damaged, or if the checker does not answer; `run` then renders it, and also prompts that
-    are no longer blocked. No image is lost if rescore is killed: run the same command again to continue.
+    fails if it is missing or damaged, or if it alone gets no answer from the checker. `run` then renders failed images
+    and prompts that are no longer blocked. No image is lost if rescore is killed: run the same command again to
+    continue.
 
-    Exit codes: 0; 2 usage or settings; 3 if images failed; 75 stopped, or the service is down: run again to continue.
+    Exit codes: 0 success; 2 usage or settings; 3 images failed; 75 stopped, or the service is down (run the same
+    command again to continue).
     """
 
     def log_progress(result: RescoreCounts) -> None:

@@ -1,4 +1,4 @@
-"""Log to stderr as text or as JSON lines, including warnings, tracebacks and raw output of libraries."""
+"""Log to stderr as text or JSON lines. As JSON, tracebacks and the raw output of libraries are logged too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_json() -> bool:
 
 
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send the package's log and Python's warnings to stderr, from level INFO, or DEBUG if `verbose`.
+    """Send the package's log and Python's warnings to stderr, from level INFO up, or from DEBUG if `verbose`.
 
     With `quiet`, log only errors and the reason for an early stop. If the log is JSON, tracebacks and the output of
     libraries to stderr become JSON lines too.
@@ -68,7 +68,7 @@ class StderrHandler(logging.Handler):
     """Writes log lines to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # Python formats a warning as two lines; the second is code
+        if record.name == _warnings_log.name:  # Python formats a warning as two lines
             record.msg, record.args = " ".join(record.getMessage().split()), ()
         stream = sys.stderr.original if isinstance(sys.stderr, LoggedStream) else sys.stderr
         try:
@@ -103,7 +103,7 @@ def _log_exception(exc_type: type[BaseException], error: BaseException | None, t
 
 
 class LoggedStream(io.StringIO):
-    """A stream that logs each line. If a line is overwritten, like a progress bar, it logs only the final text."""
+    """A stream that logs each line. If a line is overwritten, like a progress bar, only the final text is logged."""
 
     def __init__(self, original: TextIO) -> None:
         super().__init__()

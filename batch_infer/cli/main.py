@@ -1,4 +1,4 @@
-"""Define the command group, and read the settings of `run` from environment variables alone."""
+"""Define the command group, and read the settings of `run` from environment variables instead of arguments."""
 
 from __future__ import annotations
 

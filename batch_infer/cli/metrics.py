@@ -1,4 +1,4 @@
-"""`--metrics-file FILE`: write the progress and the end of a run as Prometheus metrics.
+"""`--metrics-file FILE`: write the progress and the outcome of a run as Prometheus metrics.
 
 The text format is that of node_exporter's textfile collector (https://github.com/prometheus/node_exporter). Every
 series has the label `out`, so that each OUT can have its own file.
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from batch_infer.jobs import ScanResult, Summary, Throughput
     from batch_infer.records import ResultRow
 
-WRITE_EVERY = 10.0
-"""Seconds between writes while results are committed."""
+WRITE_INTERVAL = 10.0
+"""Minimum number of seconds between writes while results are committed."""
 STATUSES: tuple[str, ...] = get_args(Status)
 GAUGES = {
     "results_left": "Images of the tables that have no result yet.",
@@ -43,13 +43,14 @@ GAUGES = {
     "exit_code": "Exit code of the run that ended last.",
 }
 BUG = 1
+"""Exit code after an unexpected exception."""
 
 
 class Metrics:
     """Writes the metrics file of a run on progress and at the end of the context. Without a file, it does nothing.
 
-    Before the run locks OUT, it writes only an error that ends the run, and not even that if another run has locked
-    OUT, because the file then belongs to the other run. It keeps values of an earlier file that are not known yet.
+    If the run ends before it has locked OUT, only its end is written. If another run has locked OUT, nothing is
+    written, because the file belongs to that run. Values that are not known yet are kept from an earlier file.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
@@ -60,11 +61,11 @@ class Metrics:
         self._results: dict[str, int] = {}
         self._code = BUG
         self._throughput: Throughput | None = None
-        self._entered = self._written = 0.0
+        self._entered_at = self._written_at = 0.0
         self._is_initialized = self._has_warned = False
 
     def __enter__(self) -> Metrics:
-        """Raises SettingsError if the file cannot be written."""
+        """Check that the file can be written. Raises SettingsError."""
         if self._file is not None:
             try:  # each write creates a temporary file next to the metrics file
                 tempfile.NamedTemporaryFile(dir=self._file.parent, prefix=f"{self._file.name}.").close()
@@ -72,12 +73,12 @@ class Metrics:
                 reason = error.strerror or error
                 raise SettingsError(f"--metrics-file {self._file} cannot be written: {reason}") from error
             if self._file.suffix != ".prom":
-                log.warning("node_exporter's textfile collector reads only *.prom, and not %s", self._file)
-        self._entered = time.time()
+                log.warning("node_exporter's textfile collector reads only *.prom files, so it ignores %s", self._file)
+        self._entered_at = time.time()
         return self
 
     def start(self, scan: ScanResult) -> None:
-        """Write the first metrics of a run, which has locked OUT."""
+        """Write the first metrics of a run that has locked OUT."""
         self._initialize()
         self._throughput = None
         results = dict(scan.skipped)
@@ -96,7 +97,7 @@ class Metrics:
         self._gauges["images_rendered"] += sum(row.status in ("ok", "flagged") for row in rows)
         if self._throughput is not None:
             self._gauges["images_per_second"] = self._throughput.images_per_second or 0
-        if time.monotonic() - self._written >= WRITE_EVERY:
+        if time.monotonic() - self._written_at >= WRITE_INTERVAL:
             self._write()
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ class Metrics:
             self._read(self._file)
         for unknown in ("workers", "worker_deaths"):
             self._gauges.pop(unknown, None)
-        self._gauges |= {"start_timestamp_seconds": self._entered, "images_rendered": 0, "images_per_second": 0}
+        self._gauges |= {"start_timestamp_seconds": self._entered_at, "images_rendered": 0, "images_per_second": 0}
 
     def _read(self, file: Path) -> None:
         from prometheus_client.parser import text_string_to_metric_families
@@ -148,7 +149,7 @@ class Metrics:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            log.warning("the metrics file %s cannot be read, and is replaced: %s", file, error)
+            log.warning("the metrics file %s cannot be read, so it is replaced: %s", file, error)
             return
         samples = [sample for family in families for sample in family.samples if sample.labels.get("out") == self._out]
         for sample in samples:
@@ -163,7 +164,7 @@ class Metrics:
                 self._results[sample.labels["status"]] = int(sample.value)
 
     def _write(self) -> None:
-        self._written = time.monotonic()
+        self._written_at = time.monotonic()
         if self._file is None:
             return
         from prometheus_client import write_to_textfile

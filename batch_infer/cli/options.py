@@ -1,4 +1,4 @@
-"""Define options that several commands share, and the decorator that makes a function a command."""
+"""Define options that several commands share, and the decorator that turns a function into a command."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse_slots(value: Any) -> Any:
 
 
 class SemicolonList(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, but not in 8.1
-    """A string. An environment variable separates several with semicolons: names and paths may contain spaces."""
+    """A string. In an environment variable, semicolons separate several, because names and paths may contain spaces."""
 
     name = "TEXT"
     envvar_list_splitter = ";"
@@ -65,7 +65,7 @@ class MetricsPath(click.Path):
 
 
 def command(*params: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int]], click.Command]:
-    """Return a decorator that makes a function a command with these parameters, --config, -q, -v and --log-format.
+    """Return a decorator that turns a function into a command with these parameters and --config, -q, -v, --log-format.
 
     Every option also has a BATCH_INFER_ variable. Logging is set up before the function is called.
     """
@@ -137,7 +137,7 @@ model_options = (
         metavar="N|auto",
         help="UNet batch size, in batch elements; a row with guidance takes two. auto measures, once for each device, "
         "model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a GPU. "
-        "Halved on out-of-memory.",
+        "Halved if the device runs out of memory.",
     ),
     option(
         "--threads",
@@ -194,10 +194,10 @@ moved_tables_argument = click.Argument(["tables"], metavar="[TABLE...]", nargs=-
 """The tables of an existing run, if they were moved."""
 
 json_option = option("--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the result as JSON.")
-progress_option = option("--no-progress", is_flag=True, help="No progress bar or lines.")
+progress_option = option("--no-progress", is_flag=True, help="Show no progress bar and log no progress lines.")
 logging_options = (
     option("-q", "--quiet", is_flag=True, help="Print nothing on success, for cron."),
-    option("-v", "--verbose", is_flag=True, help="Log more."),
+    option("-v", "--verbose", is_flag=True, help="Log debug messages too."),
     option(
         "--log-format",
         type=click.Choice(FORMATS),

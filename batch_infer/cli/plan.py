@@ -42,13 +42,13 @@ TOO_SHORT = "too short: the run would stop with exit code 75, and the same comma
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 
-    Takes the options of `run`. Validates every row, lists invalid rows with the reasons, and then shows image sizes,
-    UNet evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
-    with --price-per-hour, cost. Rows that are finished in OUT do not count again. The time is estimated from a short
-    calibration or the last run; both are remembered. With --time-limit, plan says whether the limit is sufficient
-    (with -q, only if it is not).
+    It takes the options of `run`, validates every row, lists invalid rows with the reasons, and shows image sizes, UNet
+    evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
+    with --price-per-hour, cost. Rows that are already finished in OUT add nothing to these figures. The time is
+    estimated from a short calibration or the last run; both are remembered. With --time-limit, plan says whether the
+    limit is sufficient (with -q, only if it is not).
 
-    Exit codes: those of `run`; 3 if more rows are invalid than --max-failed.
+    Exit codes: as for `run`; 3 if more rows are invalid than --max-failed allows.
     """
     settings = make_run_settings(options)
     # Errors are kept in a file, because every row of the table may have one.
@@ -67,7 +67,7 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
             if as_json:
                 _print_json(plan, errors, {"time_limit": time_limit, "within_time_limit": is_in_time})
             else:
-                print_lines(_lines(plan, errors, settings))
+                print_lines(_plan_lines(plan, errors, settings))
                 if time_limit is not None:
                     verdict = "sufficient" if is_in_time else TOO_SHORT
                     print_lines([f"limit    {format_duration(time_limit)}, {verdict}"])
@@ -83,14 +83,14 @@ def _write_error(row: ResultRow, errors: TextIO) -> None:
 
 
 def _print_json(plan: Plan, errors: TextIO, limits: Mapping[str, Any]) -> None:
-    """Print one JSON object. Its last member is the list of errors, read line by line."""
+    """Print one JSON object. Its last member is the list of errors, which are read line by line."""
     click.echo(json.dumps({**plan.as_dict(), **limits, "invalid_results": []})[:-2], nl=False)
     for index, line in enumerate(errors):
         click.echo(f"{', ' if index else ''}{line.rstrip()}", nl=False)
     click.echo("]}")
 
 
-def _lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
+def _plan_lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
     for error in map(json.loads, errors):
         if error["image_index"] == 0:
             yield f"{Source(error['file'], error['row'], error['line'])} ({error['id']}): {error['error']}"
@@ -104,7 +104,7 @@ def _lines(plan: Plan, errors: TextIO, settings: RunSettings) -> Iterator[str]:
     if plan.default_ids:
         yield f"ids      {DEFAULT_IDS[plan.default_ids]}"
     if plan.finished:
-        yield f"{plan.finished:,} done before, in {settings.out}"
+        yield f"{plan.finished:,} already done in {settings.out}"
     if plan.pending:
         yield from _cost_lines(plan)
     else:

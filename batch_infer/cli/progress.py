@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from batch_infer.records import ResultRow
 
 LOADING = "loading model"
-LINE_EVERY = 10.0
-"""Seconds between log lines."""
+LOG_INTERVAL = 10.0
+"""Minimum number of seconds between log lines."""
 
 
 def shows_bar() -> bool:
@@ -26,7 +26,7 @@ def shows_bar() -> bool:
 
 
 def make_progress(*, shown: bool) -> Progress:
-    """Return a bar on a terminal, a log elsewhere, or a progress that shows nothing."""
+    """Return a progress bar on a terminal, a progress log elsewhere, or an object that shows nothing."""
     if not shown:
         return ProgressGroup()
     return ProgressBar() if shows_bar() else ProgressLog()
@@ -56,7 +56,7 @@ class ProgressGroup:
 
 
 class ProgressCounts:
-    """Counts results and logs the start. Base class of ProgressBar and ProgressLog, which show the counts."""
+    """Counts results and logs how many to render. Base class of ProgressBar and ProgressLog, which show the counts."""
 
     def __init__(self) -> None:
         self.total = self.done = self.flagged = self.failed = self.invalid = 0
@@ -68,7 +68,7 @@ class ProgressCounts:
         reasons = f": {scan.explanation};" if scan.explanation else ","
         fields = {name: getattr(scan, name) for name in ("pending", "invalid", "reasons", "changes")}
         counts = scan.pending, reasons, scan.finished, scan.invalid
-        log.info("%d to render%s %d done before, %d invalid", *counts, extra={**fields, "done": scan.finished})
+        log.info("%d to render%s %d already done, %d invalid", *counts, extra={**fields, "done": scan.finished})
 
     def ready(self, throughput: Throughput) -> None:
         self._throughput = throughput
@@ -106,7 +106,7 @@ class ProgressBar(ProgressCounts):
     def start(self, scan: ScanResult) -> None:
         super().start(scan)
         if scan.pending:
-            # tqdm would start its rate and remaining time here, before the model is loaded.
+            # Leave out tqdm's own rate and remaining time: they would include loading the model.
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=self.total, initial=self.done, dynamic_ncols=True, bar_format=layout, postfix=LOADING
@@ -129,15 +129,15 @@ class ProgressBar(ProgressCounts):
 
 
 class ProgressLog(ProgressCounts):
-    """Logs a line every LINE_EVERY seconds, and one at the end."""
+    """Logs at most one line per LOG_INTERVAL when results are committed, and the final counts at the end."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._clock, self._written_at, self._is_written = clock, 0.0, True
+        self._clock, self._logged_at, self._has_unlogged = clock, 0.0, False
 
     def start(self, scan: ScanResult) -> None:
         super().start(scan)
-        self._written_at = self._clock()
+        self._logged_at = self._clock()
         if scan.pending:
             log.info(LOADING)
 
@@ -147,15 +147,15 @@ class ProgressLog(ProgressCounts):
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         super().committed(rows)
-        self._is_written = False
-        if self._clock() - self._written_at >= LINE_EVERY:
-            self._write()
+        self._has_unlogged = True
+        if self._clock() - self._logged_at >= LOG_INTERVAL:
+            self._log_counts()
 
     def close(self) -> None:
-        if not self._is_written:
-            self._write()
+        if self._has_unlogged:
+            self._log_counts()
 
-    def _write(self) -> None:
-        self._written_at, self._is_written = self._clock(), True
+    def _log_counts(self) -> None:
+        self._logged_at, self._has_unlogged = self._clock(), False
         fields = {name: getattr(self, name) for name in ("done", "total", "images_per_second", "seconds_left")}
         log.info("%d of %d, %s", self.done, self.total, self, extra=fields)

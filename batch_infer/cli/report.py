@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
 
 ROWS_FAILED = 3
-"""Exit code if more rows failed or were invalid than --max-failed allows."""
+"""Exit code if more rows failed or were invalid than --max-failed allows, or if images failed in a rescore."""
 RESUME = "what was committed is kept. Run the same command again to continue"
 NOTHING_KEPT = "nothing is kept. Run the same command again"
 
 
 @contextmanager
 def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
-    """Stop the command on SIGINT, SIGTERM or SIGHUP, or after `time_limit` seconds, inside the context only.
+    """Inside the context, stop the command on SIGINT, SIGTERM or SIGHUP, or after `time_limit` seconds.
 
     `hint` says what is kept and what to do next. Raises StoppedError.
     """
@@ -46,7 +46,7 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
 
 
 def log_time_limit(stop: Stopper, remaining: int) -> None:
-    """Log that the time limit stopped the command, if it did and images remain."""
+    """If the time limit stopped the command and images remain, log a warning."""
     if stop.reason == TIME_LIMIT and remaining and stop.time_limit is not None:
         images = f"{format_count(remaining, 'image')} {'is' if remaining == 1 else 'are'}"
         stop_log.warning(
@@ -86,7 +86,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterator[str]:
-    """Yield the summary of `run` and `retry`, short enough to read in five seconds."""
+    """Yield the lines of the summary that `run` and `retry` print."""
     counts = summary.counts
     yield format_counts(counts)
     yield from (f"  {line}" for line in counts.bad_results)
@@ -94,7 +94,7 @@ def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterat
         yield f"  and {more:,} more, in the results"
     if counts.flagged > counts.ok:
         share = "most" if counts.ok else "all"
-        yield f"{share} images are flagged: check the prompts, or keep them in another --out (--on-flagged keep)"
+        yield f"{share} images are flagged: check the prompts, or render into another --out with --on-flagged keep"
     if (rate := summary.images_per_second) is not None:
         occupancy = f", slot occupancy {summary.occupancy:.0%}" if summary.occupancy else ""
         rendering, total = format_duration(summary.rendering_seconds), format_duration(summary.seconds)
@@ -127,9 +127,9 @@ def format_results(out: Path, formats: Sequence[str]) -> str:
     return f"results  {', '.join(str(out / f'results.{name}') for name in dict.fromkeys(('parquet', *formats)))}"
 
 
-def format_count(count: int, noun: str) -> str:
-    """Format a count as `1 row` or `1,234 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def format_count(count: int, noun: str, plural: str | None = None) -> str:
+    """Format a count as `1 row` or `1,234 rows`. By default, the plural is the noun with an s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
 
 
 def format_duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from batch_infer.settings import RunSettings
     from batch_infer.stopping import Stopper
 
-Job: TypeAlias = "Callable[[ProgressGroup, Stopper], tuple[Summary, RunSettings] | None]"
+RenderFunction: TypeAlias = "Callable[[ProgressGroup, Stopper], tuple[Summary, RunSettings] | None]"
 
 
 @command(*job_options, json_option, progress_option)
@@ -40,23 +40,24 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
     .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
     `prompt` is required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale,
     guidance_rescale and num_images_per_prompt are optional, and all other columns are carried through to the results.
-    Folders named key=value in a file's path are columns too.
+    Folders named key=value in a file's path become columns too.
 
     Run the same command again to resume: it skips finished rows and renders new and changed ones.
 
-    Every option is also an environment variable: BATCH_INFER_STEPS=30 is --steps 30.
+    Every option can also be set by an environment variable: BATCH_INFER_STEPS=30 is --steps 30.
 
-    Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed;
-    75 stopped early (a signal, --time-limit, another run in OUT), run again to continue; 1 a bug.
+    Exit codes: 0 all rows accounted for; 2 usage or settings; 3 more rows failed or were invalid than --max-failed
+    allows; 75 stopped early, for example by a signal, --time-limit or another run in OUT (run the same command again to
+    continue); 1 a bug.
     """
 
-    def job(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings] | None:
+    def render(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings] | None:
         settings = make_run_settings(options)
         from batch_infer.jobs import join_run, render_tables  # takes seconds, so a signal may arrive meanwhile
 
         return None if join_run(settings, stop) else (render_tables(settings, progress, stop), settings)
 
-    return _render(job, Metrics(metrics_file, options["out"], options["model"] or "demo"), time_limit, options)
+    return _execute(render, Metrics(metrics_file, options["out"], options["model"] or "demo"), time_limit, options)
 
 
 @command(
@@ -87,30 +88,36 @@ def retry(
     """Render the rows of OUT with a given status again.
 
     The tables and settings are those of the last run, from OUT/run.json; name TABLE... if the tables were moved. Rows
-    are retried however often they have failed. Other rows are not changed. `run` renders rows without a result.
+    are retried no matter how often they have failed. Other rows are not changed. To render rows that have no result
+    yet, use `run`.
 
-    Exit codes: those of `run`; 75 if it was stopped.
+    Exit codes: as for `run`, except that rows without a result do not cause 75.
     """
 
-    def job(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings]:
+    def render(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings]:
         from batch_infer.jobs import retry_rows
 
         return retry_rows(out, statuses, tables, progress, stop)
 
-    return _render(job, Metrics(metrics_file, str(out)), time_limit, options, is_retry=True)
+    return _execute(render, Metrics(metrics_file, str(out)), time_limit, options, is_retry=True)
 
 
-def _render(
-    job: Job, metrics: Metrics, time_limit: float | None, options: dict[str, Any], *, is_retry: bool = False
+def _execute(
+    render: RenderFunction,
+    metrics: Metrics,
+    time_limit: float | None,
+    options: dict[str, Any],
+    *,
+    is_retry: bool = False,
 ) -> int:
-    """Run a job with progress and metrics, print its summary and return the exit code.
+    """Render with progress and metrics, print the summary and return the exit code.
 
-    A job that returns None joined a launcher's run, whose rank 0 reports.
+    `render` returns None on a launcher's higher ranks; rank 0 prints the summary.
     """
     quiet = options["quiet"]
     with metrics, stoppable(time_limit) as stop:
         progress = make_progress(shown=not (quiet or options["no_progress"]))
-        result = job(ProgressGroup(progress, metrics), stop)
+        result = render(ProgressGroup(progress, metrics), stop)
         if result is None:
             return 0
         summary, settings = result

@@ -77,13 +77,19 @@ job_options = (
         metavar="N",
         help="Default number of images per row.",
     ),
-    option("--seed", type=int, default=0, metavar="N", help="Base of the seeds of rows without a seed."),
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Base seed. Rows without a seed derive theirs from it and their id.",
+    ),
     option(
         "--safety",
         type=click.Choice(get_args(s.SafetyMode)),
         default="auto",
         help="auto: the model's own checker if it has one, and Azure AI Content Safety if CONTENT_SAFETY_ENDPOINT is "
-        "set; checker: the model must have one; azure: the service; none: images are not checked.",
+        "set; checker: the model must have one; azure: the service; checker,azure: both; none: images are not checked.",
     ),
     on_flagged_option,
     option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
@@ -111,7 +117,7 @@ job_options = (
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """Return the settings of `run`. Raises SettingsError."""
     if "://" in options["out"]:
-        raise SettingsError(f"--out {options['out']}: this version writes to a local folder")
+        raise SettingsError(f"--out {options['out']}: OUT must be a local folder; URLs are not supported")
     columns = _parse_columns(options["columns"])
     return s.RunSettings(
         table=s.TableSettings(options["tables"], columns, options["limit"], id_from=options["id_from"]),

@@ -1,4 +1,4 @@
-"""A worker's end of its connection to the supervisor: exchange messages, send heartbeats, and render rows."""
+"""Connect a worker to the supervisor: exchange messages, send heartbeats, and render the rows that arrive."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 1.0
 """Minimum number of seconds between heartbeats."""
 LISTEN_SECONDS = 0.5
-"""Seconds between checks for a stop while a worker waits for a message."""
+"""Maximum number of seconds between checks for a stop while a worker waits for a message."""
 
 
 class SupervisorConnection:
-    """A worker's end of its connection. As a context manager, it sends an error to the supervisor and then exits."""
+    """A worker's end of its connection. As a context manager, it reports an error and then ends the process."""
 
     def __init__(self, connection: Connection, stop: Callable[[], bool] = lambda: False) -> None:
-        """`stop` returns whether to stop even without a message from the supervisor."""
+        """`stop` returns whether to stop even if the supervisor has not sent StopTask."""
         self._connection, self._send_lock, self._stop = connection, Lock(), stop
         self._inbox: queue.Queue[messages.ToWorker] = queue.Queue()
         self._has_task, self._is_stopped, self._is_done = Event(), Event(), Event()
@@ -93,7 +93,7 @@ class SupervisorConnection:
         return messages.StopTask()
 
     def serve(self, worker: Worker) -> None:
-        """Render chunks until the supervisor has no more of them."""
+        """Render chunks until the supervisor has no more or a stop is requested, and then send the final report."""
 
         def report_commit(rows: Sequence[ResultRow]) -> None:
             bare_rows = [replace(row, prompt=None, negative_prompt=None, carried={}) for row in rows]
@@ -110,7 +110,7 @@ class SupervisorConnection:
         self.send(messages.WorkerDone(report))
 
     def _stream(self, first: messages.RowChunk) -> Iterator[PromptRequest]:
-        """Yield the rows of chunks. Each chunk is requested before it is needed, so that no slot stays empty."""
+        """Yield the rows of `first` and of later chunks, which are requested early so that no slot stays empty."""
         message: messages.ToWorker = first
         while isinstance(message, messages.RowChunk):
             self.send(messages.RowRequest())
@@ -121,11 +121,11 @@ class SupervisorConnection:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyboardInterrupt):  # a launcher stops this rank before it renders
+        if isinstance(error, KeyboardInterrupt):  # a launched rank received a stop signal
             self._is_done.set()
             self.send(messages.WorkerDone(None))
         elif error is not None and not isinstance(error, SystemExit):
             details = "" if isinstance(error, BatchInferError) else "".join(traceback.format_exception(error))
             text, details = escape_surrogates(str(error)), escape_surrogates(details)
             self.send(messages.WorkerError(type(error).__name__, text, details))
-            os._exit(1)  # prints no second traceback and does not wait for threads
+            os._exit(1)  # without a second traceback, and without waiting for threads

@@ -1,4 +1,4 @@
-"""Start worker processes, and communicate with workers over the supervisor's end of their connections."""
+"""Start worker processes, and exchange messages with workers."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ from batch_infer.worker import WorkerReport
 START_SECONDS = 1.0
 """Maximum delay of a stop while a process starts."""
 JOIN_SECONDS = 10.0
-"""Seconds to wait for the end of a process that was killed or has closed its connection."""
+"""Maximum number of seconds to wait for a process that was killed or has closed its connection to end."""
 FLUSH_SECONDS = 1.0
-"""Seconds to wait until the last messages to a launched worker are sent, before its connection is closed."""
+"""Maximum number of seconds to wait for unsent messages to a launched worker before its connection is closed."""
 INTERVALS = 99
-"""Number of latest intervals between heartbeats. Their median is the usual interval."""
+"""Number of recent intervals between heartbeats to keep. Their median is the usual interval."""
 
 log = logging.getLogger("batch_infer")
 
 
 class WorkerCrashError(RuntimeError):
-    """A worker crashed without an error of this package. The message is the traceback, or how its process ended."""
+    """A worker hung or crashed, but not with an error of this package. The message is its traceback or the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds without a heartbeat after which a worker counts as hung.
 
-    `device` applies until the worker reports its device, `load` until its model is loaded, and `start` until its second
-    heartbeat, since the model may be compiled before the first. After that, the limit is `factor` times the usual
-    interval, but at least `least`. While stopping, it is twice the usual interval, but at least `stop`.
+    `load` applies until it has loaded its model, and `start` until its second heartbeat, since the model may be
+    compiled before the first. After that, the limit is `factor` times the usual interval, but at least `least`. While
+    stopping, it is twice the usual interval, but at least `stop`. `device` limits the time in which the first worker
+    must report its device.
     """
 
     load: float = 3600.0
@@ -68,17 +69,21 @@ class Timeouts:
 
 
 class WorkerHandle:
-    """The supervisor's view of a worker: its connection, its process if that is a child, and its state.
+    """The supervisor's view of a worker: its connection, its process if it is a child of this process, and its state.
 
-    Two threads send and receive, so that a worker that freezes in the middle of a message does not block the others.
-    Unsent messages stay in memory. There are few, since rows are sent on request.
+    One thread sends and another receives, so that a worker that freezes in the middle of a message does not block the
+    supervisor. Unsent messages stay in memory. There are few, since rows are sent on request.
     """
 
     def __init__(self, rank: int, connection: Connection, process: BaseProcess | None = None) -> None:
         self.rank, self._connection, self._process = rank, connection, process
         self.is_child = process is not None
-        self.is_required = self.is_loaded = self.is_idle = False
-        """Whether the run ends if the worker cannot start, whether its model is loaded, and whether it has no rows."""
+        self.is_required = False
+        """Whether the run ends if the worker cannot start."""
+        self.is_loaded = False
+        """Whether the worker has loaded its model."""
+        self.is_idle = False
+        """Whether the worker is waiting for rows."""
         self.report: WorkerReport | None = None
         self.error: WorkerError | None = None
         self.inbox_event = Event()
@@ -96,7 +101,7 @@ class WorkerHandle:
         self._outbox.put(encode(message))
 
     def receive(self) -> Iterator[FromWorker]:
-        """Yield the messages that have arrived. Raises EOFError if the worker has closed its connection."""
+        """Yield the messages that have arrived. Raises EOFError after the last message if no more can arrive."""
         while not self._inbox.empty():
             message = self._inbox.get()
             if message is None:
@@ -117,7 +122,7 @@ class WorkerHandle:
         except (EOFError, OSError):
             pass
         except msgspec.DecodeError as error:
-            log.warning("worker %d sent an invalid message; its connection is closed: %s", self.rank, error)
+            log.warning("worker %d sent an invalid message and counts as dead: %s", self.rank, error)
         finally:
             self._outbox.put(None)
             self._inbox.put(None)
@@ -137,7 +142,7 @@ class WorkerHandle:
         self.reset_silence()
 
     def overdue_seconds(self, timeouts: Timeouts, *, is_stopping: bool = False) -> float | None:
-        """Return the seconds since the last heartbeat if they exceed the timeout, else None."""
+        """Return the seconds of silence if they exceed the timeout, else None. Idle workers are exempt until a stop."""
         if self.is_idle and not is_stopping:
             return None
         silence = time.monotonic() - self._silent_since
@@ -154,7 +159,7 @@ class WorkerHandle:
         return silence if silence > limit else None
 
     def describe_exit(self) -> str:
-        """Wait for the end of a child process, and return how it ended."""
+        """Describe how a worker ended. Waits for the end of a child process."""
         if self._process is None:
             return "its connection broke"
         self._process.join(JOIN_SECONDS)
@@ -183,13 +188,13 @@ class WorkerHandle:
         )
 
     def kill(self) -> None:
-        """Kill a child process, and close the connection, at which a launched process ends itself."""
+        """Kill a child process, and close the connection. A launched process ends when its connection is closed."""
         self._outbox.put(None)
         if self._process is None:
             self._threads[0].join(FLUSH_SECONDS)  # there may be an unsent StopTask
         else:
             self._process.kill()
-            self._process.join(JOIN_SECONDS)  # a process that waits for a dead disk or device survives even SIGKILL
+            self._process.join(JOIN_SECONDS)  # SIGKILL does not end a process that waits for a dead disk or device
         shut_down(self._connection)
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
@@ -198,12 +203,12 @@ class WorkerHandle:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error's message. In a traceback, it is the summary."""
+    """Return the last line of an error's message (of a traceback, its summary), or else the name of its class."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def shut_down(connection: Connection) -> None:
-    """Shut a connection down, which also wakes the threads that wait for it."""
+    """Shut down a connection, which also wakes the threads that wait for it."""
     with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.shutdown(socket.SHUT_RDWR)
 
@@ -214,7 +219,7 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
     connection, worker_connection = context.Pipe()
     leave_removed_folder()  # a worker may be replaced hours after the start of the command
     process = context.Process(target=run_worker, args=(worker_connection, spec), name=f"batch-infer worker {spec.rank}")
-    # An interrupted start would let the process print a traceback, since it could not read all of its arguments.
+    # If the start were interrupted, the process could not read all of its arguments, and would print a traceback.
     with _stop_signals_blocked(), deferred(START_SECONDS):
         process.start()
     worker_connection.close()  # otherwise the connection would stay open after the end of the process
@@ -223,11 +228,11 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Start processes with blocked stop signals. A worker unblocks them once it ignores them."""
+    """Block stop signals in processes that start inside the context. A worker unblocks them once it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # the start of the process would otherwise start it, and unblock the signals
+    resource_tracker.ensure_running()  # otherwise the start of the process would start it, which unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

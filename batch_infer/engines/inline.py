@@ -32,7 +32,7 @@ class InlineEngine:
         on_ready()
         with deferred():
             worker.render(requests, on_commit)
-        seconds = time.monotonic() - started  # without the time that the final report takes
+        seconds = time.monotonic() - started  # excludes the final report, which takes time
         return TaskReport([worker.report(final=True)], seconds)
 
     def __enter__(self) -> InlineEngine:

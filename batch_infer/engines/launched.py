@@ -38,11 +38,11 @@ from batch_infer.worker import WorkerSettings
 
 POLL_SECONDS = 0.5
 ARRIVAL_SECONDS = 1800.0
-"""Seconds that the other ranks wait for rank 0, which may download a model first."""
+"""Maximum number of seconds that the other ranks wait for rank 0, which may have to download a model first."""
 LATE_SECONDS = 20.0
-"""Seconds that rank 0 waits at its end for ranks that have not connected yet, to tell them to stop."""
+"""Maximum number of seconds that rank 0 waits at the end for ranks that have not connected yet, to stop them."""
 HANDSHAKE_SECONDS = 30.0
-"""Maximum number of seconds in which the other end must prove that it knows the key."""
+"""Number of seconds in which the other end must prove that it knows the key."""
 HELLO_BYTES = 256
 PROCESS_START = time.monotonic()
 
@@ -53,7 +53,8 @@ log = logging.getLogger("batch_infer")
 class RankInfo:
     """The rank of this process under a launcher, among all ranks and among those of its machine.
 
-    `master_address` is the address of rank 0's machine. `launch_id` identifies one start of all ranks.
+    `master_address` is the address of rank 0's machine. `launch_id` is the same on all ranks of a launch, and usually
+    differs between launches.
     """
 
     rank: int
@@ -65,7 +66,7 @@ class RankInfo:
 
 
 def read_rank_info() -> RankInfo | None:
-    """Return the rank of this process, or None if no launcher started it. Raises SettingsError."""
+    """Return the rank of this process, or None if no launcher started it. Raises SettingsError if it is invalid."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     values = [os.environ.get(name, "") for name in names]
     if not all(values):
@@ -79,7 +80,7 @@ def read_rank_info() -> RankInfo | None:
 
 
 class LaunchedEngine(LocalEngine):
-    """The engine of rank 0. Its workers are one child process, and the other ranks as they connect."""
+    """Renders as rank 0. The workers are a child process of rank 0, and the other ranks once they have connected."""
 
     def __init__(self, requested_device: str, rank_info: RankInfo, out: Path) -> None:
         super().__init__(requested_device, 1)
@@ -127,12 +128,12 @@ class LaunchedEngine(LocalEngine):
             yield self._arrivals.get()
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Restart only the child process. If another rank dies, the launcher restarts all ranks."""
+        """Restart the child process. Only the launcher can restart the other ranks."""
         return self._start_child(rank) if rank == 0 else None
 
     def _accept(self) -> None:
         while self._listener.fileno() != -1:  # until the listener is closed
-            with suppress(OSError):  # the connection was closed at once, or the listener was closed
+            with suppress(OSError):  # the other end or the listener was closed
                 connection = Connection(self._listener.accept()[0].detach())
                 Thread(target=self._admit, args=(connection,), daemon=True).start()
 
@@ -153,7 +154,7 @@ class LaunchedEngine(LocalEngine):
 
 @contextmanager
 def _handshake_timeout(connection: Connection) -> Iterator[None]:
-    """Shut the connection down after HANDSHAKE_SECONDS."""
+    """Shut down the connection if the handshake inside the context takes longer than HANDSHAKE_SECONDS."""
     timer = Timer(HANDSHAKE_SECONDS, shut_down, (connection,))
     timer.daemon = True
     timer.start()
@@ -164,7 +165,7 @@ def _handshake_timeout(connection: Connection) -> Iterator[None]:
 
 
 def _listen(rank_info: RankInfo) -> socket.socket:
-    """Listen for the other ranks. Raises SettingsError if the launcher's address does not belong to this machine.
+    """Listen for the other ranks. Raises SettingsError if this machine cannot listen at the launcher's address.
 
     If there are ranks on other machines, listen on all interfaces, since the address may resolve to the loopback
     interface here.
@@ -205,10 +206,11 @@ def join_launch(
 
 
 def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Connection | None:
-    """Connect to rank 0. Returns None once `stop` returns True or rank 0 of this launch has ended.
+    """Connect to rank 0. Return None once `stop` returns True or rank 0 of this launch has ended.
 
     Ignores the rendezvous of another launch or user, since rank 0 of this launch will replace it. Launches may share an
-    id, so a rendezvous that has ended counts only if it was written after this process started. Raises ServiceError.
+    id, so a rendezvous with `has_ended` counts only if it was written after this process started. Raises ServiceError
+    if rank 0 is not found in time.
     """
     deadline, warning = time.monotonic() + ARRIVAL_SECONDS, ""
     while not stop():
@@ -232,7 +234,10 @@ def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Co
 
 
 def _connect(rendezvous: Rendezvous, key: bytes) -> Connection | None:
-    """Return a connection to rank 0, or None if it does not respond or know the key. Raises ServiceError."""
+    """Return a connection to rank 0, or None if it does not respond or does not know the key.
+
+    Raises ServiceError if its address cannot be resolved.
+    """
     connection = None
     try:
         end = socket.create_connection((rendezvous.host, rendezvous.port), HANDSHAKE_SECONDS)

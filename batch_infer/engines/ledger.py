@@ -11,25 +11,25 @@ from typing import TypeVar
 from batch_infer.records import PromptRequest
 
 CHUNK_ROWS = 32
-"""Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish together."""
+"""Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish at about the same time."""
 RETRY_ROWS = 16
-"""Maximum number of rows that are retried together after one worker died with them."""
+"""Maximum number of rows that are retried together after one worker has ended without committing them."""
 MAX_DEATHS = 3
-"""A row fails after this many workers died with it, the last one with no other row."""
+"""A row fails after this many workers have died with it, the last one with no other row."""
 
 Key = tuple[str, int]
 Item = TypeVar("Item")
 
 
 def prefetch_first(items: Iterable[Item]) -> Iterator[Item]:
-    """Return the items after fetching the first, which may take minutes, since sorting reads all tables."""
+    """Fetch the first item, and return an iterator over all items. It may take minutes: sorting reads all tables."""
     source = iter(items)
     return chain(list(islice(source, 1)), source)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows for a worker. An isolated chunk is rendered and committed before the worker gets the next."""
+    """Rows for a worker. An isolated chunk is rendered and committed before the worker gets another."""
 
     requests: tuple[PromptRequest, ...]
     is_isolated: bool = False
@@ -57,9 +57,9 @@ class Ledger:
         return self._source_ended and not self._retries and not any(self._assigned.values())
 
     def next_chunk(self, worker: int, loading: int = 0) -> Chunk | None:
-        """Return the next rows for a worker, or None if there are none for it.
+        """Return the next rows for a worker, or None if there are none for it now.
 
-        While `loading` other workers load the model, a worker gets no more than its share of all rows.
+        While other workers load the model (`loading` of them), a worker gets no more than its share of all rows.
         """
         count = max(1, min(CHUNK_ROWS, -(-self._expected // (2 * self._workers))))
         if loading and self._expected > 0:
@@ -81,7 +81,7 @@ class Ledger:
         return chunk
 
     def commit(self, keys: Iterable[Key]) -> set[Key]:
-        """Record that rows are committed, by any worker, and return the keys that were not committed before."""
+        """Record that rows are committed, by any worker. Return the keys that were still assigned to a worker."""
         new_keys = set()
         for key in keys:
             for requests in self._assigned.values():
@@ -101,6 +101,6 @@ class Ledger:
         self._retry([request for request in requests if 1 < self._deaths[request.key] < MAX_DEATHS], 1)
         return [request for request in requests if self._deaths[request.key] == MAX_DEATHS]
 
-    def _retry(self, requests: Sequence[PromptRequest], rows: int) -> None:
-        chunks = (requests[start : start + rows] for start in range(0, len(requests), rows))
+    def _retry(self, requests: Sequence[PromptRequest], size: int) -> None:
+        chunks = (requests[start : start + size] for start in range(0, len(requests), size))
         self._retries.extend(Chunk(tuple(chunk), is_isolated=True) for chunk in chunks)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LocalEngine:
-    """Starts worker processes, starts them again if they die, and kills them on exit."""
+    """Starts worker processes, restarts them if they die, and kills them on exit."""
 
     def __init__(
         self,
@@ -32,26 +32,27 @@ class LocalEngine:
     ) -> None:
         """`processes` is the number of workers. By default, there is one per visible GPU, or one without GPUs."""
         self.timeouts = timeouts or Timeouts()
-        self.worker_count = self._children = processes or 1
+        self.worker_count = self._child_count = processes or 1
         self._requested_device, self._processes, self._load = requested_device, processes, load
-        self._started: dict[int, WorkerHandle] = {}
-        self._first: WorkerHandle | None = None
+        self._workers: dict[int, WorkerHandle] = {}
+        """The latest worker of each rank that this engine has started."""
+        self._first_worker: WorkerHandle | None = None
         self._other_children = set(active_children())
 
     def __enter__(self) -> LocalEngine:
-        self._first = self._start_child(0)  # it imports libraries while tables are read
+        self._first_worker = self._start_child(0)  # it imports libraries while tables are read
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process in set(active_children()) - self._other_children:  # an interrupt may have left one without a handle
             process.kill()
-        for worker in self._started.values():
+        for worker in self._workers.values():
             worker.kill()
 
     def detect_device(self) -> Device:
-        device = _wait_for_device(self._started[0], self.timeouts.device)
+        device = _wait_for_device(self._workers[0], self.timeouts.device)
         gpus = device.count if device.kind == "cuda" else None
-        count = self.worker_count = self._children = self._processes or gpus or 1
+        count = self.worker_count = self._child_count = self._processes or gpus or 1
         if gpus is not None and count > gpus:
             raise SettingsError(f"--num-processes {count}: torch sees {gpus} GPUs, and each worker needs one")
         return device
@@ -59,9 +60,9 @@ class LocalEngine:
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         return Supervisor(task, self, on_commit, on_ready).run(stop)
 
-    def start(self, rows: int) -> Iterable[WorkerHandle]:
-        ranks = range(min(self._children, max(1, rows)))
-        first, self._first = self._first, None  # another call of `render` starts it again
+    def start(self, expected_count: int) -> Iterable[WorkerHandle]:
+        ranks = range(min(self._child_count, max(1, expected_count)))
+        first, self._first_worker = self._first_worker, None  # another call of `render` starts a new worker
         return [first if first and rank == 0 else self._start_child(rank) for rank in ranks]
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -71,8 +72,8 @@ class LocalEngine:
         return self._start_child(rank)
 
     def _start_child(self, rank: int) -> WorkerHandle:
-        self._started[rank] = start_worker(WorkerSpec(rank, rank, self._requested_device, self._load))
-        return self._started[rank]
+        self._workers[rank] = start_worker(WorkerSpec(rank, rank, self._requested_device, self._load))
+        return self._workers[rank]
 
 
 def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:

@@ -1,6 +1,7 @@
 """Define and encode the messages between the supervisor and its workers.
 
-Messages are MessagePack, and carried cells are Arrow IPC. Decoding checks types and cannot run code of the sender.
+Messages are encoded as MessagePack, and carried cells as Arrow IPC. Decoding checks types, and never runs code from the
+sender.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_MESSAGE_BYTES = 2**30
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """The first message of a rank that a launcher started."""
+    """The first message of a rank other than 0."""
 
     rank: int
 
@@ -41,15 +42,15 @@ class ModelLoaded(msgspec.Struct, tag=True, frozen=True):
 
 
 class RowRequest(msgspec.Struct, tag=True, frozen=True):
-    """The worker will soon need more rows. The supervisor responds at once, with NoMoreRows if there are none."""
+    """The worker will soon need more rows. The supervisor responds at once, with RowChunk or NoMoreRows."""
 
 
 class WorkerIdle(msgspec.Struct, tag=True, frozen=True):
-    """The worker has no rows left. The supervisor responds once there are more rows, or all rows are committed."""
+    """The worker has no rows left. The supervisor responds once it has more rows, or all rows are committed."""
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """The device of the worker has completed a step."""
+    """The worker has just checked for a stop, so it is not hanging."""
 
 
 class CommitReport(msgspec.Struct, tag=True, frozen=True):
@@ -78,7 +79,7 @@ class LogMessage(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerError(msgspec.Struct, tag=True, frozen=True):
-    """The worker ends with an error. `traceback` is empty unless the error is a bug."""
+    """The worker ends with an error. `traceback` is empty for a BatchInferError."""
 
     class_name: str
     text: str
@@ -86,7 +87,7 @@ class WorkerError(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerDone(msgspec.Struct, tag=True, frozen=True):
-    """The worker ends normally. `report` is None if the worker has rendered nothing."""
+    """The worker ends normally. `report` is None if a stop signal interrupted the worker."""
 
     report: WorkerReport | None
 
@@ -129,7 +130,7 @@ class RowChunk(msgspec.Struct, tag=True, frozen=True):
 
 
 class NoMoreRows(msgspec.Struct, tag=True, frozen=True):
-    """There are no more rows for now."""
+    """There are no more rows for now. An idle worker then ends."""
 
 
 class StopTask(msgspec.Struct, tag=True, frozen=True):
@@ -152,7 +153,7 @@ ToWorker = StartTask | RowChunk | NoMoreRows | StopTask
 
 
 def escape_surrogates(text: str) -> str:
-    """Return text that UTF-8 can encode. File names may contain any bytes."""
+    """Escape surrogates, which UTF-8 cannot encode. They represent bytes of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Define a task, its report, and the protocols of the engine that renders it and of the source of its workers."""
+"""Define tasks, their reports, and the protocols of engines and of worker sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stop = Callable[[], bool]
 
 
 class WorkersLostError(RetryableError):
-    """All workers died repeatedly, or no worker found a device."""
+    """No worker is left, a worker cannot be replaced during rendering, or the first worker finds no device in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """Reports of all workers, and the seconds from when the first was ready until the last ended.
+    """Reports of all workers, and the seconds from the time when the first was ready until the last ended.
 
     `processes` counts worker processes, and is 0 if the command's own process rendered. `deaths` counts workers that
-    died. `lost_remote_worker` says whether one of them is not a child of this process, and may still write to OUT.
+    died. `lost_remote_worker` says whether one of them was not a child of this process: it may still write to OUT.
     """
 
     worker_reports: Sequence[WorkerReport]
@@ -49,11 +49,11 @@ class TaskReport:
 class Engine(AbstractContextManager["Engine"], Protocol):
     """Renders a task with one or more workers, each on its own device.
 
-    A run enters the engine, calls `detect_device` once and then `render`, and exits. After a CompilationError, it calls
-    `render` again. `__enter__` may start workers, so that they import libraries while tables are read. Every worker
+    A run enters the engine, calls `detect_device` once and then `render`, and exits. It may call `render` again after a
+    CompilationError. `__enter__` may start workers, so that they import libraries while tables are read. Every worker
     calls `batch_infer.worker.Worker.render`, which stores and commits rows itself. The engine decides which worker gets
     which rows, reports committed rows, and accounts for every row: a row that no worker can render is committed as
-    failed. An engine whose workers are other processes leaves this to `supervisor.Supervisor`, and only needs to be a
+    failed. An engine whose workers are other processes can leave this to `supervisor.Supervisor` if it is also a
     `WorkerSource`, as `LocalEngine` is. `InlineEngine` is the shortest example.
     """
 
@@ -73,8 +73,8 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         """Render and commit all requests. Once `stop` returns True, only commit the rows that are already finished.
 
         Calls `on_ready` once, when the first worker has loaded its model, and `on_commit` with rows that are in the
-        manifest. Their prompts and carried cells may be missing. Raises ModelError and SettingsError before anything
-        is rendered, and StorageError and WorkersLostError at any time.
+        manifest. Their prompts and carried cells may be missing. Raises ModelError only before anything is rendered,
+        and SettingsError, StorageError, ServiceError and WorkersLostError at any time.
         """
         ...
 
@@ -87,8 +87,8 @@ class WorkerSource(Protocol):
     @property
     def timeouts(self) -> Timeouts: ...
 
-    def start(self, rows: int) -> Iterable[WorkerHandle]:
-        """Return the first workers. The run ends if one of them cannot load the model. `rows` is approximate."""
+    def start(self, expected_count: int) -> Iterable[WorkerHandle]:
+        """Return the first workers for this many rows. The run ends if one of them cannot load the model."""
         ...
 
     def arrivals(self) -> Iterable[WorkerHandle]:

@@ -19,12 +19,12 @@ from batch_infer.store import atomic_write, temporary_path, write_errors
 
 FILE_NAME = ".crew"
 SECRET = "BATCH_INFER_LAUNCH_SECRET"
-"""Environment variable with a secret that all ranks share. If it is set, the key is derived from it, and not stored."""
+"""Environment variable with a secret that all ranks share. If it is set, the key is derived from it and not stored."""
 MAX_BYTES = 4096
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
-    """The address of a launch's rank 0, and whether rank 0 has ended."""
+    """The address of a launch's rank 0, the key of its connections, and whether rank 0 has ended."""
 
     launch_id: str
     host: str
@@ -35,7 +35,7 @@ class Rendezvous(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TrustedRendezvous:
-    """A rendezvous, the key of its connections, and its time of writing by the clock of OUT's file system."""
+    """A rendezvous, the key of its connections, and when it was written, by the clock of OUT's file system."""
 
     rendezvous: Rendezvous
     key: bytes
@@ -82,9 +82,9 @@ def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
 
 
 def age_seconds(trusted: TrustedRendezvous, out: Path) -> float:
-    """Return the age of a rendezvous file, compared with a file that is written now. Raises StorageError.
+    """Return the age of a rendezvous file in seconds, by comparing it with a file that is written now.
 
-    The clock of a file server may differ from this machine's clock.
+    The clock of a file server may differ from this machine's clock. Raises StorageError.
     """
     probe = temporary_path(out / FILE_NAME)
     with write_errors(probe):
@@ -101,7 +101,7 @@ def remove_rendezvous(out: Path) -> None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Return whether only this user can read and write a regular file. Always True outside POSIX."""
+    """Return whether this is a regular file that only this user can read and write. Always True outside POSIX."""
     if os.name != "posix":
         return True
     mode = stat.S_IMODE(status.st_mode)

@@ -20,11 +20,11 @@ from batch_infer.worker import WorkerReport, commit_failed
 
 POLL_SECONDS = 0.2
 MAX_STARTS = 2
-"""The run ends after a required worker has died this many times in a row while it loaded the model."""
+"""The run ends after a required worker has died this many times in a row while loading the model."""
 SUSPENDED_SECONDS = 5.0
-"""The supervisor's process was suspended if one turn takes longer than this."""
+"""If one turn of the loop takes longer than this, this process is assumed to have been suspended."""
 MAX_FAILURES = 10
-"""A worker is not started again after it has died this many times in a row without a commit."""
+"""A worker is not restarted after it has died this many times in a row without a commit."""
 
 log = logging.getLogger("batch_infer")
 
@@ -45,7 +45,7 @@ class Supervisor:
         self._rendering_since: float | None = None
 
     def run(self, stop: Stop) -> TaskReport:
-        """Do the work of `Engine.render`. Raises its errors, and WorkerCrashError."""
+        """Implement `Engine.render`. Raises the same errors, and WorkerCrashError."""
         for worker in self._source.start(self._task.expected_count):
             worker.is_required = True
             self._add(worker)
@@ -70,7 +70,7 @@ class Supervisor:
         return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
 
     def _reset_after_suspension(self, last_turn: float) -> float:
-        """Reset the silence of all workers if this process was suspended. Returns the time of this turn."""
+        """Reset the silence of all workers if this process was suspended. Return the time of this turn."""
         now = time.monotonic()
         if now - last_turn > SUSPENDED_SECONDS:
             for worker in self._workers.values():
@@ -84,11 +84,11 @@ class Supervisor:
         worker.reset_silence()  # it may have waited for its task while this process scanned tables
         self._workers[worker.rank] = worker
         worker.inbox_event = self._inbox_event
-        self._inbox_event.set()  # messages may have arrived before
+        self._inbox_event.set()  # messages may already have arrived
         worker.send(messages.StartTask(self._task.settings))
 
     def _remove(self, worker: WorkerHandle, *, has_died: bool = False) -> None:
-        if has_died:  # it may have left temporary files in OUT
+        if has_died:  # counted, since it may have left temporary files in OUT
             self._deaths += 1
             self._lost_remote_worker |= not worker.is_child
         if self._workers.get(worker.rank) is worker:
@@ -132,7 +132,7 @@ class Supervisor:
                 self._send_rows(worker, None if self._is_stopping else self._next_chunk(worker))
             case messages.WorkerIdle():
                 worker.is_idle = True
-                if not self._is_stopping:  # retry the rows that the worker has but did not commit
+                if not self._is_stopping:  # retry the rows that the worker received but did not commit
                     reason = f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
                     self._fail(self._ledger.record_death(worker.rank), reason)
             case messages.Heartbeat():
@@ -141,7 +141,7 @@ class Supervisor:
                 if self._is_stopping:
                     worker.reset_silence()
                 worker.report, self._failures[worker.rank] = report, 0
-                # Another worker may have committed some of the rows before.
+                # Another worker may already have committed some of the rows.
                 new_keys = self._ledger.commit(row.key for row in rows)
                 self._on_commit([row for row in rows if row.key in new_keys])
             case messages.LogMessage():
@@ -154,7 +154,7 @@ class Supervisor:
                 self._remove(worker)
 
     def _hand_out_rows(self) -> None:
-        """Send rows to each idle worker, or tell it that all rows are committed."""
+        """Send rows to idle workers. Once all rows are committed, let workers end that are idle or still loading."""
         if self._is_stopping:
             return
         for worker in list(self._workers.values()):
@@ -171,7 +171,7 @@ class Supervisor:
                 self._remove(worker)
 
     def _next_rows(self, worker: WorkerHandle) -> Chunk | None:
-        """Return new rows before rows to retry. A worker that keeps dying gets rows to retry first."""
+        """Return new rows, or else rows to retry. A worker that keeps dying gets rows to retry first."""
         retry = self._ledger.next_retry
         if self._failures[worker.rank] < MAX_STARTS:
             return self._next_chunk(worker) or retry(worker.rank)
@@ -185,7 +185,7 @@ class Supervisor:
         worker.send(messages.RowChunk.from_chunk(chunk, carried) if chunk else messages.NoMoreRows())
 
     def _compare_device(self, worker: WorkerHandle, device: Device) -> None:
-        """Stop if workers compute on different kinds of devices: bytes would depend on which worker renders a row."""
+        """Stop if workers compute on different kinds of devices, since image bytes would depend on the worker."""
         compute = self._task.settings.compute
         if device.kind != compute.device:
             message = f"worker {worker.rank} computes on {device.kind} and others on {compute.device}: set --device"
@@ -214,7 +214,7 @@ class Supervisor:
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
         if (must_start and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
             self._remove(worker)
-            if self._rendering_since is not None and isinstance(error, ModelError):  # a retry continues the run
+            if self._rendering_since is not None and isinstance(error, ModelError):  # another run can continue
                 error = WorkersLostError(f"worker {rank} cannot start: {last_line(error)}")
             self._error = self._error or error
             self._stop()
@@ -232,7 +232,7 @@ class Supervisor:
             self._require_workers(worker, error)
 
     def _require_workers(self, worker: WorkerHandle, error: Exception) -> None:
-        """Raise an error if a worker that is not started again was the last one."""
+        """Log that a worker is not restarted. Raise an error if it was the last one."""
         log.warning("worker %d is not started again; %d remain", worker.rank, len(self._workers))
         if self._workers:
             return

@@ -39,7 +39,7 @@ LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP
 class WorkerSpec:
     """A worker's rank, the index of its GPU among the visible ones, and `--device`.
 
-    `load` replaces the loader of the model. `is_child` is False if a launcher started the process.
+    `load` replaces `load_chain`. `is_child` is False if a launcher started the process.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class WorkerSpec:
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
-    """Run a worker's process until its task ends or the supervisor closes the connection or is killed."""
+    """Run a worker's process until its task ends, or until the supervisor closes the connection or is killed."""
     for number in STOP_SIGNALS:  # the parent handles these, and sends StopTask
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -87,7 +87,7 @@ def work(
 
 
 def leave_removed_folder() -> None:
-    """Change to the root if the current folder was removed. Importing torch and starting a process need a folder."""
+    """Change to the root if the current folder was removed, since starting a process and importing torch need one."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model inside the context, even if the current folder was removed before.
+    """Load a model inside the context, and explain its errors. Leaves the current folder first if it was removed.
 
     Raises StorageError if the folder is removed during loading, and SettingsError if the device's memory is too small.
     """
@@ -115,7 +115,7 @@ def loading() -> Iterator[None]:
 
 
 def select_gpu(spec: WorkerSpec) -> None:
-    """Hide other GPUs and the launcher from torch and accelerate. Rank 0 uses the first GPU by default."""
+    """Hide the launcher and, unless `gpu` is 0, other GPUs from torch and accelerate. They use GPU 0 by default."""
     for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
     if spec.gpu and spec.requested_device != "cpu":
@@ -129,7 +129,7 @@ def select_gpu(spec: WorkerSpec) -> None:
 def _logging(out: Path, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
     """Write log records to a file in OUT, and send them to the supervisor, which owns the terminal.
 
-    The file also receives the traceback of an error or a crash, and the output of a child process.
+    The traceback of an error or a crash and the output of a child process are also written to the file.
     """
     with open_log(out / "logs" / f"worker-{spec.rank}.log") as file:
         faulthandler.enable(file)

@@ -1,7 +1,7 @@
-"""Implement each command from start to finish: run, plan, status, retry, merge, rescore and export-mlflow.
+"""Implement the commands run, plan, status, retry, merge, rescore and export-mlflow from start to finish.
 
-One function per command takes settings and returns the values to print. The other functions are for `bench` and for
-endpoints, whose workers share OUT without locking it.
+One function per command takes settings and returns the values to print. The other functions are for the command
+line, for `bench`, and for endpoints, whose workers share OUT without locking it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """Provide batch sizes for --slots auto, and rates for time and cost estimates, both by image size.
 
-Reuse the values of an earlier plan or run under the same conditions, or else measure them.
+Values that an earlier plan or run measured under the same conditions are reused. Other values are measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from batch_infer.autotune import Probe
 
 MAX_MEASURED_SIZES = 4
-"""Maximum number of image sizes to measure. Other sizes use the scaled figures of the nearest measured size."""
+"""Maximum number of image sizes to measure. The values of other sizes are scaled from the nearest measured size."""
 MIN_TICKS = 100
 """Minimum number of UNet calls at one image size for a run's rates to be reliable."""
 Size = tuple[int, int]
@@ -35,7 +35,7 @@ log = logging.getLogger("batch_infer")
 
 
 class BatchShapes:
-    """Batch sizes for a job's image sizes, measured or loaded on first use."""
+    """Provides the batch sizes for a job's image sizes. With --slots auto, loads or measures them on first use."""
 
     def __init__(self, job: Job, probe: Probe) -> None:
         self._job, self._probe = job, probe
@@ -71,7 +71,7 @@ class BatchShapes:
 
 
 def remember_shapes(job: Job, compute: Compute) -> None:
-    """With --slots auto, save the batch sizes that were halved after running out of memory."""
+    """With --slots auto, save the batch sizes that were halved after running out of memory for later commands."""
     for shape in compute.by_size if job.settings.compute.slots == "auto" else ():
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
@@ -106,9 +106,10 @@ def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
 
 
 def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mapping[Size, int], startup: float) -> None:
-    """Save the rates of a run, which are more accurate than a calibration.
+    """Save the rates of a run, which are more accurate than those of a short measurement.
 
-    `image_bytes` is the total over all images of a size. `startup` is the number of seconds before the first UNet call.
+    `image_bytes` is the total over all images of a size. `startup` is the number of seconds until the first worker is
+    ready, without the time to scan tables.
     """
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= MIN_TICKS:
@@ -130,7 +131,7 @@ def _find_nearest(size: Size, measured: Iterable[Size]) -> Size:
 
 
 def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return everything known that affects the throughput plateau."""
+    """Return all known conditions that affect the throughput plateau."""
     compute = job.compute
     return {
         **_common_conditions(job, size),
@@ -139,7 +140,7 @@ def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
 
 
 def _rate_conditions(job: Job, size: Size) -> dict[str, Any]:
-    """Return everything known that affects the rates."""
+    """Return all known conditions that affect the rates."""
     compute = replace(job.compute, by_size=(job.compute.shape_of(*size),), slots=0, decode_batch=0)
     return {
         **_common_conditions(job, size),

@@ -39,7 +39,7 @@ class Progress(Protocol):
     """Receives the events of a run."""
 
     def start(self, scan: ScanResult) -> None:
-        """Called when the tables are scanned and the model starts to load."""
+        """Called after the tables have been scanned and before the model is loaded."""
         ...
 
     def ready(self, throughput: Throughput) -> None:
@@ -57,7 +57,7 @@ class RunExecution:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
         self._folder = RunFolder(job, stop)
         self._has_uncommitted_invalid = False
-        """Whether invalid rows are not committed yet, because --overwrite has to clear OUT first."""
+        """Whether invalid rows must still be committed, because --overwrite has not cleared OUT yet."""
         self._setup_seconds = 0.0
         self._summary = Summary()
         self._throughput: Throughput | None = None  # until the first worker is ready
@@ -69,7 +69,7 @@ class RunExecution:
         return self._throughput.committed if self._throughput else 0
 
     def execute(self, started: float) -> Summary:
-        """Execute the run. `started` is the `time.monotonic` reading at the start of the command."""
+        """Execute the run. `started` is the value of `time.monotonic` at the start of the command."""
         workers, threads = self._engine.worker_count, self._job.compute.threads
         if count_parallel(workers, self._job.compute) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
@@ -183,7 +183,7 @@ class RunExecution:
 
     def _on_ready(self, scan: ScanResult) -> None:
         self._folder.clear()
-        # The number of results in progress if every row uses guidance, which takes two slots.
+        # This many results are in progress at a time if every row uses guidance, which takes two slots.
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         self._throughput = Throughput(in_flight=in_flight)
@@ -208,8 +208,8 @@ class RunExecution:
         """
         if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
-                f"{error}, but images in {self._folder.out} were compiled, and others would differ: add --overwrite or "
-                "give another --out"
+                f"{error}, but images in {self._folder.out} were rendered with torch.compile, and images rendered "
+                "without it would differ: add --overwrite or give another --out"
             ) from error
         is_required = self._job.settings.compute.compiled or not self._job.compute.compiled
         if is_required or isinstance(self._engine, LaunchedEngine):
@@ -219,9 +219,9 @@ class RunExecution:
 
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:
-        """Merge, and repeat with a new listing of the manifest while it has fewer results than expected.
+        """Merge. While the manifest lists fewer results than expected, list it again for about a minute.
 
-        Network file systems such as NFS and FUSE may show a directory as it was up to a minute ago.
+        Network file systems such as NFS and FUSE may list a directory as it was up to a minute ago.
         """
         try:
             if self._has_uncommitted_invalid and not self._job.tables.changed_files():
@@ -237,12 +237,12 @@ class RunExecution:
             raise
 
     def _merge_once(self, scan: ScanResult) -> Counts:
-        """Merge in table order, or all results in the manifest if the tables changed during the run."""
+        """Merge in table order. If the tables changed during the run, merge all results in the manifest instead."""
         self._folder.pinned.check()
         remaining = max(0, scan.pending - self._committed) + scan.skipped.get("left", 0)
         if self._has_uncommitted_invalid:
             remaining += scan.invalid
-        least = scan.total - remaining - scan.uncommitted
+        min_results = scan.total - remaining - scan.uncommitted
         tables, output = self._job.tables, self._job.settings.output
         if changed := tables.changed_files():
             log.warning(
@@ -250,11 +250,11 @@ class RunExecution:
                 "to merge only the results of the current tables",
                 ", ".join(changed),
             )
-            counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, least)
+            counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, min_results)
             counts.remaining = remaining
             return counts
         with self._folder.manifest.index() as index:
-            return merge(self._job.items(index), index, tables.carried, self._folder.out, output, least)
+            return merge(self._job.items(index), index, tables.carried, self._folder.out, output, min_results)
 
     def _merge_after_error(self, scan: ScanResult) -> None:
         """Merge committed results after a rendering error, without hiding that error."""

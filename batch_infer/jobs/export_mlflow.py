@@ -1,6 +1,6 @@
-"""Export an MLflow model for no-code deployments, with the signature of the catalog's text-to-image models.
+"""Export an MLflow model for no-code deployments, with the signature of the text-to-image models in Azure's catalog.
 
-The MLflow model contains a diffusers folder and batch-infer, but no pickle: MLflow runs model.py
+The MLflow model contains the diffusion model and the code of batch-infer, but no pickle: MLflow runs model.py
 (https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
@@ -69,7 +69,10 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -> ModelCard:
-    """Write the model atomically to a new or empty folder. Raises SettingsError, ModelError, StorageError."""
+    """Export a model atomically to a new or empty folder, and return its card.
+
+    Raises SettingsError, ModelError, StorageError.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     if compute.slots == "auto":
@@ -82,7 +85,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
     with write_errors(folder):
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in target.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(target.name)}*"):
-            if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():  # of a killed export
+            if is_abandoned(path.name) and path.is_dir() and not path.is_symlink():  # left by a killed export
                 shutil.rmtree(path, ignore_errors=True)
         try:
             scratch.mkdir(parents=True)
@@ -130,7 +133,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> dict[str, str]:
-    """Return variables for the scoring script. MLflow replaces an artifact's name in braces with its path."""
+    """Return environment variables for an endpoint. When it starts, `{artifact}` is replaced by the artifact's path."""
     variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
@@ -147,9 +150,9 @@ def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSetti
 
 
 def _list_requirements(extras: Sequence[str]) -> list[str]:
-    """Return the dependencies of batch-infer, whose code is part of the model.
+    """Return the requirements of batch-infer, whose own code is part of the model.
 
-    Packages that affect pixels are pinned to their installed versions. More pins would conflict with those of MLflow.
+    Packages that affect pixels are pinned to their installed versions. More pins could conflict with those of MLflow.
     """
     requirements = []
     for line in metadata.requires("batch-infer") or []:

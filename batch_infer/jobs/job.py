@@ -24,9 +24,9 @@ from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSe
 from batch_infer.table import RowRules, Tables
 
 SLOTS = {"cpu": 16, "cuda": 32}
-"""Default slots by kind of device."""
+"""Default number of slots by kind of device."""
 DECODE_BATCH = 8
-"""Maximum default number of images to decode together."""
+"""Largest default for the number of images to decode together."""
 
 log = logging.getLogger("batch_infer")
 
@@ -49,7 +49,7 @@ class Job:
         return int(self.record.get("run_number", 0))
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        """Yield the items of the tables (one per image) in input order. `index` identifies finished rows."""
+        """Yield one item per image or invalid row of the tables, in input order. `index` identifies finished rows."""
         return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
@@ -65,7 +65,7 @@ def make_paths_absolute(settings: RunSettings) -> RunSettings:
 
 
 def _absolute(path: Path) -> Path:
-    """Make a path absolute and resolve leading `..`, since the working folder may be deleted later."""
+    """Make a path absolute and resolve leading `..`, so that it stays valid if the working folder is deleted."""
     base, parts = Path(path.anchor or Path.cwd()), path.parts[bool(path.anchor) :]
     while parts[:1] == ("..",):
         base, parts = base.parent, parts[1:]
@@ -84,7 +84,7 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
     """Download the model if needed, and return its card. Warn if images will not be checked.
 
     `read_facts` reads model properties that only diffusers knows. The default imports torch in this process. Raises
-    ModelError, and SettingsError if the run requires a safety checker that is missing.
+    ModelError, and SettingsError if the safety settings contradict each other or require a checker that is missing.
     """
     safety, service = settings.safety, settings.safety.service
     card = read_card(settings.model, read_facts, needs_checker=safety.uses_checker(has_checker=True))
@@ -105,12 +105,14 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
     return card
 
 
-def prepare(settings: RunSettings, tables: Tables, card: ModelCard, device: Device) -> Job:
+def prepare(
+    settings: RunSettings, existing: Mapping[str, Any] | None, tables: Tables, card: ModelCard, device: Device
+) -> Job:
     """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError.
 
-    If an earlier --overwrite was stopped before OUT was empty, the job finishes it.
+    `existing` is the content of run.json. If an earlier --overwrite was stopped before OUT was empty, the job finishes
+    it.
     """
-    existing = outdir.read_run(settings.out)
     if existing and existing.get(outdir.CLEARING):
         settings = replace(settings, overwrite=True)
     outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
@@ -168,9 +170,9 @@ def choose_compute(
 ) -> Compute:
     """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
-    `decode_batch` is derived from the slots of the first run and then kept. The batch sizes of single image sizes,
-    which were measured, or halved after running out of memory, are kept until another number of slots is requested.
-    Raises SettingsError if the model does not support --compile.
+    `decode_batch` is derived from the slots of the first run and then kept. Batch sizes for specific image sizes, which
+    were measured or halved after running out of memory, are kept until another number of slots is requested. Raises
+    SettingsError if the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
@@ -192,10 +194,10 @@ def choose_compute(
 def _choose_dtype(
     settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
 ) -> str:
-    """Return the requested dtype, else float32 on a CPU, and float16 or bfloat16 on a GPU.
+    """Return the requested dtype, else float32 on a CPU, and either float16 or bfloat16 on a GPU.
 
-    Stable Diffusion 3 and models that run through their pipeline's call often overflow in float16. A run of Stable
-    Diffusion 3 that an earlier version started in float16, then the default, continues in float16.
+    Stable Diffusion 3 and models that run through their pipeline's call often overflow in float16. If an earlier
+    version started a Stable Diffusion 3 run in float16, then the default, the run continues in float16.
     """
     if settings.model.dtype != "auto":
         return settings.model.dtype

@@ -103,28 +103,38 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
 
 
 def merge(
-    items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, out: Path, output: OutputSettings, least: int = 0
+    items: Iterable[Item],
+    index: ManifestIndex,
+    carried: pa.Schema,
+    out: Path,
+    output: OutputSettings,
+    min_results: int = 0,
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    Raises StorageError, and MissingResultsError if there are fewer than `least` results: results.* then stay unchanged.
+    Raises StorageError, and MissingResultsError if there are fewer than `min_results`. In the latter case, results.*
+    stay unchanged.
     """
     counts = Counts()
-    tables = _require_results(read_results(items, index, carried, counts), counts, least)
+    tables = _require_results(read_results(items, index, carried, counts), counts, min_results)
     write_results(tables, pa.schema([*SCHEMA, *carried]), out, output)
     return counts
 
 
-def merge_parts(manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, least: int = 0) -> Counts:
+def merge_parts(
+    manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, min_results: int = 0
+) -> Counts:
     """Write and count all results in the manifest, even of rows that were removed or changed since.
 
-    Use it if the tables cannot be read. Results are in the order of `tables`. Raises the errors of `merge`.
+    This is for tables that cannot be read again. Results are in the order of `tables`. Raises the errors of `merge`.
     """
     schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.count_rows()
-        write_results(_require_results(_read_all(index, tables, schema, counts), counts, least), schema, out, output)
+        write_results(
+            _require_results(_read_all(index, tables, schema, counts), counts, min_results), schema, out, output
+        )
     return counts
 
 
@@ -136,20 +146,20 @@ def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, co
         yield table
 
 
-def _require_results(tables: Iterable[pa.Table], counts: Counts, least: int) -> Iterator[pa.Table]:
-    """Yield the tables. Raises MissingResultsError if they contain fewer than `least` results."""
+def _require_results(tables: Iterable[pa.Table], counts: Counts, min_results: int) -> Iterator[pa.Table]:
+    """Yield the tables, then raise MissingResultsError if they contained fewer than `min_results` results."""
     yield from tables
-    if counts.results < least:
+    if counts.results < min_results:
         raise MissingResultsError(
-            f"the manifest lists {counts.results} results, but {least} were committed: its folder shows too few parts. "
-            "results.* are unchanged; run the same command again"
+            f"the manifest lists {counts.results} results, but {min_results} were committed: its folder does not list "
+            "all parts yet. results.* are unchanged; run the same command again"
         )
 
 
 def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Return the result columns and the carried columns of all parts, with types that fit the values of all parts.
 
-    In parts from earlier versions, names of carried columns may differ only in case.
+    If names of carried columns differ only in case, as in parts from earlier versions, all but the first are prefixed.
     """
     by_name: dict[str, set[pa.DataType]] = {}
     for schema in schemas:
@@ -169,7 +179,7 @@ def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
 
 def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    """Count the committed results of these items, and yield them in tables of a few thousand rows.
+    """Count the committed results of these items, and yield them in tables of at most BATCH rows.
 
     Skip results of rows that changed after the commit.
     """

@@ -54,7 +54,7 @@ def locked(out: Path) -> Iterator[PinnedFolder]:
 
 
 def refuse_unprintable(out: Path) -> None:
-    """Raise SettingsError if the path is not UTF-8, which neither Parquet libraries nor JSON can store."""
+    """Raise SettingsError if the path is not UTF-8, since neither Parquet libraries nor JSON can store it."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -85,7 +85,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def read_existing_run(out: Path) -> dict[str, Any]:
-    """Return run.json. Raises UsageError if OUT contains no run."""
+    """Return run.json. Raises UsageError if OUT contains no run or `run --overwrite` was stopped while clearing it."""
     record = read_run(out)
     if not record or "identity" not in record:
         raise UsageError(f"{out} contains no run: it has no run.json written by batch-infer")
@@ -123,12 +123,12 @@ def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    # ASCII escapes the surrogates of file names that are not valid UTF-8.
+    # ASCII-only JSON escapes the surrogates in file names that are not valid UTF-8.
     path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="ascii")
 
 
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if a run would overwrite another program's files, or --overwrite would remove them."""
+    """Raise SettingsError if a run would overwrite or remove its own tables or another program's files."""
     _check_kinds(out)
     own_paths = [(out / name).resolve() for name in OWN_NAMES]
     for table in tables:
@@ -142,7 +142,7 @@ def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str
 
 
 def _check_kinds(out: Path) -> None:
-    """Refuse links, and a file in place of a folder or vice versa. Raises SettingsError, StorageError."""
+    """Refuse unsupported links, and files in place of folders or vice versa. Raises SettingsError, StorageError."""
     for name in OWN_NAMES:
         path = out / name
         with read_errors(path):

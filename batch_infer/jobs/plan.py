@@ -10,6 +10,7 @@ from typing import Any
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
+from batch_infer.jobs import out as outdir
 from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
 from batch_infer.jobs.job import (
     Job,
@@ -36,7 +37,7 @@ TABLE_READS = 3
 
 @dataclass(slots=True)
 class SizePlan:
-    """Cost of all images of one size. `seconds` is device time."""
+    """Cost of all pending images of one size. `seconds` is device time."""
 
     height: int
     width: int
@@ -48,13 +49,13 @@ class SizePlan:
 
 
 class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
-    """What a run would do. Fields count results (one per image) unless their name says rows.
+    """What a run would do.
 
-    `seconds` is the duration of the whole command. In `sizes` it is device time, which the `processes` share.
-    `truncated` counts rows whose prompt is too long for the model, or is None if only its pipeline can count tokens.
-    `reasons` counts pending results by reason, `changes` names the options that changed, and `refusal` is the error
-    with which the run would stop. `files` maps each table to its number of rows. `left_out` counts the ignored files of
-    folders and globs by reason and name.
+    `total`, `invalid`, `finished` and `pending` count results, one per image. `seconds` is the estimated duration of
+    `run`. In `sizes`, it is device time, which the `processes` share. `truncated` counts rows whose prompt is too long
+    for the model, or is None if only its pipeline can count tokens. `reasons` counts pending results by reason,
+    `changes` names the options that changed, and `refusal` is the error with which `run` would refuse to start. `files`
+    maps each table to its number of rows. `left_out` counts the ignored files of folders and globs by reason and name.
     """
 
     rows: int = 0
@@ -90,10 +91,11 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     """Return what `run` would do, and call `report` with every invalid row. Raises the UsageErrors of `run`."""
     end_unguarded_process()
     settings = make_paths_absolute(settings)
+    existing = outdir.read_run(settings.out)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.inspect_pipeline)
         device = probe.detect_device(settings.model.device)
-        job = prepare(settings, tables, card, device)
+        job = prepare(settings, existing, tables, card, device)
         with ManifestIndex([]) if job.settings.overwrite else Manifest(settings.out).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
 

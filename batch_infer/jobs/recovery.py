@@ -1,4 +1,4 @@
-"""Recover OUT after processes were killed: remove their temporary files, restore images, and find missing ones."""
+"""Recover OUT after processes were killed: remove their temporary files, and restore or find missing images."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Check the images that were committed up to this many seconds before the last commit.
+"""Recovery checks images that were committed up to this many seconds before the last commit.
 
-The check finds images that a disk or file system lost because it acknowledged a flush too early.
+It finds images that a disk or file system lost because it acknowledged a flush too early.
 """
 READING_THREADS = 8
 BATCH = 2048
-"""Number of images to look up together."""
+"""Maximum number of images to look up together."""
 _DAMAGED = ".damaged"
 _CONTENT = ("generated_image", "sha256", "image_bytes")
 _IMAGE = pa.schema([SCHEMA.field(name) for name in ("id", "image_index", *_CONTENT)])
@@ -53,8 +53,9 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
     """Clean up after killed runs, and return the keys of recent images that are missing or damaged.
 
     `since_run` is the first run after the last one that ended cleanly. Remove leftovers, and set damaged parts aside so
-    that their rows are rendered again. Read only the images that these runs committed in their last minutes, and only
-    the parts of these images in full. The caller holds the lock and has written nothing yet. Raises StorageError.
+    that their rows are rendered again. To save time, check only images that were committed in the last RECENT_SECONDS
+    of these runs, and read only their parts in full. The caller holds the lock and has written nothing yet. Raises
+    StorageError.
     """
     retry_without_damaged_parts(lambda: remove_leftovers(out))
     sink, missing = make_sink(out), list[dict[str, Any]]()
@@ -75,7 +76,7 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove a killed run's temporary files and lock holder file from OUT, and restore the images that it set aside.
+    """Remove a killed run's temporary files and lock holder file from OUT, and restore the images that it backed up.
 
     The caller holds the lock, whose marker is kept. Links are not followed, except images/ and quarantine/. Raises
     StorageError, DamagedPartError.
@@ -98,7 +99,7 @@ def remove_leftovers(out: Path) -> None:
 
 
 def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
-    """Remove temporary files of dead processes on this machine. Return the paths of images that they set aside.
+    """Remove temporary files of dead processes on this machine. Return the paths of their image backups.
 
     `folders` are in OUT, to which other processes may be writing. Links are not followed. Raises StorageError.
     """
@@ -115,7 +116,7 @@ def remove_abandoned(out: Path, folders: Iterable[Path]) -> list[str]:
 
 
 def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups: list[str]) -> list[Path]:
-    """Remove leftover files, but keep images that were set aside and add them to `backups`. Return subfolders."""
+    """Remove leftover files, but keep image backups and add their paths to `backups`. Return subfolders."""
 
     def remove(path: Path) -> None:
         if original_path(path.name) is None:
@@ -129,10 +130,10 @@ def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups:
 
 
 def restore_images(out: Path, backups: Sequence[str], index: ManifestIndex) -> None:
-    """Restore images that were set aside for replacements that were never committed.
+    """Restore image backups whose replacements were never committed, and remove all others.
 
-    `backups` contains the paths of the files that were set aside. A file is removed if its replacement was committed.
-    Raises StorageError, and DamagedPartError before changing any file.
+    `backups` contains the paths of the backups. A backup is restored if it matches the committed result and the file at
+    its original path does not. Raises StorageError, and DamagedPartError before changing any file.
     """
     path_by_backup = {backup: original_path(backup) or backup for backup in backups}
     committed = index.get_by_paths(path_by_backup.values())

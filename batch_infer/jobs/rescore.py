@@ -37,13 +37,13 @@ from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Number of results to check and commit together. Their pixels are in memory."""
+"""Maximum number of results to check and commit together. All their pixels are in memory."""
 DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
     "drop": "removed",
 }
-"""What happens to the original of a flagged image. Other policies keep the original."""
+"""What happens to the original of a flagged image under these policies. Other policies keep the original."""
 
 log = logging.getLogger("batch_infer")
 
@@ -57,10 +57,10 @@ def rescore_images(
 ) -> tuple[RescoreCounts, Counts]:
     """Check the stored images of OUT with the checkers in `safety`, and merge.
 
-    `safety` without a policy takes the run's policy for flagged images. If the policy discards originals, a warning is
-    logged first. Until the rescore finishes, run.json marks it as unfinished, and other commands refuse OUT. The same
-    call continues it. `report` receives the counts after each batch. Raises UsageError, LockedError, ServiceError,
-    StorageError, StoppedError.
+    If `safety` has no policy for flagged images, the run's policy applies. If the policy discards originals, a warning
+    is logged first. Until the rescore finishes, run.json marks it as unfinished, and `run`, `retry` and `merge` refuse
+    OUT. A call with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
+    LockedError, ServiceError, StorageError, StoppedError.
     """
     out = out.absolute()
     settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
@@ -107,7 +107,7 @@ class _RescoreExecution:
         }
 
     def refuse_missing_tables(self) -> None:
-        """Raise SettingsError if the run had more tables: their results would be lost from results.*."""
+        """Raise SettingsError if these tables lack results of the run's tables, which results.* would then lose."""
         results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:

@@ -51,8 +51,8 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
     """Number of results by outcome.
 
     `flagged` counts checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
-    flagged results without an image to check, and `failed` results without a verdict or with a missing or damaged
-    image.
+    flagged results whose original image was not kept, and `failed` results without a verdict or with a missing or
+    damaged image.
     """
 
     checked: int = 0
@@ -90,8 +90,8 @@ class Rescorer:
         """Check the original images, apply the policy, and commit. A kill at any time loses no image.
 
         A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again.
-        Otherwise its result is left to `run`. If a check raises ServiceError, SettingsError or StoppedError, no result
-        is changed. Raises StorageError.
+        Otherwise its result is left to `run`. If a check raises ServiceError, SettingsError or StoppedError, none of
+        these results is changed. Raises StorageError.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -107,7 +107,7 @@ class Rescorer:
                 self.counts.unchecked += 1
                 reason = (row.error or "").removesuffix(f"; {IMAGE_NOT_KEPT}")
                 self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
-            elif row.status != "blocked":  # failed earlier, or the model refused it
+            elif row.status != "blocked":  # it failed earlier, or the model refused it
                 self._add(result, row)
         written, replaced = self._written_paths, self._replaced_paths
         commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
@@ -154,7 +154,7 @@ class Rescorer:
             return f"{error}, and cannot be checked again"
 
     def _check_images(self, pixels: Sequence[np.ndarray]) -> list[Verdict | FailedRowError]:
-        """Return the combined verdicts of checker and service."""
+        """Return the combined verdicts of the checker and the service."""
         verdicts: list[Verdict | FailedRowError] = [Verdict()] * len(pixels)
         if self._checker is not None:
             for shape in {image.shape for image in pixels}:
@@ -189,7 +189,7 @@ class Rescorer:
     def _store_image(
         self, result: StoredResult, content: bytes, original: np.ndarray, *, is_flagged: bool
     ) -> StoredImage | None:
-        """Store the image as the policy requires, unless it already is."""
+        """Store the image as the policy requires, unless it is already stored that way."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.apply_policy(original, policy) if is_flagged else original
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")

@@ -44,7 +44,7 @@ def remove_other_results(out: Path, output: OutputSettings) -> None:
 
 
 def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
-    """Return a function that appends a table to a file. With `images`, CSV and JSON contain image bytes, not paths."""
+    """Return a function that appends a table to a file. With `images`, CSV and JSON contain images in base64."""
     if path.suffix == ".parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda table: parquet.write_table(table)
@@ -72,7 +72,7 @@ def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, An
 
 
 def shorten_float32(value: float | None) -> float | None:
-    """Round a float32 to its significant digits. Conversion to double adds meaningless digits."""
+    """Round a float32 to its 7 significant digits. Conversion to double adds meaningless digits."""
     return None if value is None else float(f"{value:.7g}")
 
 

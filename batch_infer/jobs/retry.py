@@ -34,7 +34,8 @@ def retry_rows(
     """Render rows with these statuses again with the settings of the last run in OUT, and merge.
 
     `tables` replaces that run's tables unless it is empty. Each row gets one more attempt, no matter how often it
-    failed. Rows without a result are left to `run`. Raises UsageError, also if OUT contains no run.
+    failed. Rows without a result are left to `run`. Raises UsageError if OUT contains no run, and the errors of
+    `render_tables`.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))

@@ -37,9 +37,10 @@ def render_tables(
     with open_tables(settings) as tables:
         card = find_model(settings)
         with outdir.locked(settings.out):
+            existing = outdir.read_run(settings.out)
             remove_rendezvous(settings.out)  # left by a killed run
             with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
-                job = prepare(settings, tables, card, engine.detect_device())
+                job = prepare(settings, existing, tables, card, engine.detect_device())
                 with _run_log(settings.out):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)

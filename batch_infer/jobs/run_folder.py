@@ -21,8 +21,9 @@ from batch_infer.store import PinnedFolder, fsync_folder, is_folder, is_link, li
 class RunFolder:
     """OUT during a run, which holds its lock.
 
-    With --overwrite, old files are removed only when the first worker is ready, so that no images are lost if the model
-    fails to load. Until then `is_cleared` is false and nothing is written.
+    With --overwrite, old files are removed only when the first worker is ready or nothing is left to render, so that no
+    images are lost if the model fails to load. Until then, `is_cleared` is false, and neither run.json nor the manifest
+    is written.
     """
 
     def __init__(self, job: Job, stop: Callable[[], bool]) -> None:
@@ -59,7 +60,7 @@ class RunFolder:
         if self.is_cleared:
             return
         if self._stop():
-            raise StoppedError(f"stopped before --overwrite removed old files from {self.out}; run it again")
+            raise StoppedError(f"stopped before --overwrite removed old files from {self.out}; run again to continue")
         clear(self.out, self._stop)
         remove_leftovers(self.out)
         self.is_cleared = True
@@ -67,7 +68,7 @@ class RunFolder:
 
 
 def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
-    """Remove what earlier runs wrote to OUT, except logs/, and no other files.
+    """Remove the files and folders of earlier runs from OUT, except logs/. Files under other names are kept.
 
     First mark OUT as being cleared in run.json: after a kill, no command reads results from OUT, and the next run
     continues to clear it. If images/ or quarantine/ is a link, keep the link, and remove only files that the manifest
@@ -95,7 +96,7 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
 
 
 def _remove_named_images(out: Path) -> None:
-    """Remove the images that the manifest names, then their folders if empty."""
+    """Remove the images that the manifest names, then those of their folders that are empty."""
     sink, folders = make_sink(out), set()
     for part in Manifest(out).parts():
         try:

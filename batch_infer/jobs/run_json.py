@@ -52,7 +52,7 @@ class NameRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. The other keys are for people."""
+    """The keys of run.json that commands read. The other keys are for human readers."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None
@@ -120,7 +120,7 @@ def require(value: T | UnsetType, key: str, out: Path) -> T:
 
 
 def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """Return a recorded run's settings, with `out` and, unless empty, `tables`. Raises UsageError."""
+    """Return a recorded run's settings for this OUT. If given, `tables` replace its tables. Raises UsageError."""
     settings = require(parse_record(record).settings, "settings", out)
     folder, table, model = settings.table.folder, settings.table, settings.model
     if tables:
@@ -208,7 +208,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
-    """Return the checkers, thresholds and policy: everything that affects a verdict, except the image."""
+    """Describe the checkers and all settings that affect which images are flagged and how they are stored."""
     checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
     if (service := safety.service) is not None:
         levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))

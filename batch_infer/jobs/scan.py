@@ -22,7 +22,7 @@ INVALID_BATCH = 1024
 INVALID_BYTES = 64 << 20
 """Maximum bytes of texts and carried cells to commit together."""
 MAX_LOGGED_INVALID = 20
-"""Maximum number of invalid rows to log. The results contain all."""
+"""Maximum number of invalid rows to log as warnings. results.* contain all."""
 OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance-scale",
@@ -155,7 +155,7 @@ def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex) -
 
 @dataclass(slots=True)
 class Changes:
-    """Number of finished images that changed options would replace, and a description of each such option."""
+    """Number of finished images that changed options would replace, and a description of each of these options."""
 
     images: int = 0
     causes: dict[str, str] = field(default_factory=dict)

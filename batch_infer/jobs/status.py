@@ -18,7 +18,7 @@ STATUSES = get_args(Status)
 
 
 class RunStatus(JsonStruct, rename={"remaining": "left"}):
-    """Number of results by status. `remaining` is None while the tables are scanned.
+    """Number of results by status. `remaining` is None if the total is unknown, as while the tables are scanned.
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (written by an endpoint,
     so that the total is unknown) or unknown (unfinished, and this user may not read the lock). `holder` is the process
@@ -47,7 +47,7 @@ def read_status(out: Path) -> RunStatus:
     status = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
-    if summary is not None:  # it may be that of an earlier run if an active run has not scanned its tables yet
+    if summary is not None:  # the earlier run's summary if an active run has not replaced run.json yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
         status.remaining = summary.remaining
         if not holder:
@@ -86,7 +86,7 @@ def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> 
 
 
 def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
-    """Set the rate up to now, not to the last commit, so that it drops while a run is stalled."""
+    """Compute the rate up to now instead of up to the last commit, so that it drops while a run is stalled."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return

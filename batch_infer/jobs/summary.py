@@ -43,7 +43,7 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
     truncated: int = 0
     """Rows whose prompt exceeds the length that the model reads."""
     bad_results: list[str] = []
-    """The first failed and invalid results: file, row, id and error."""
+    """The first failed and invalid results, each as one line with its location, id and error."""
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
         """Count the results in a table. `sources` are their current files and row numbers, if known."""
@@ -110,13 +110,13 @@ class Throughput:
 class Summary(JsonStruct, rename={"unfinished": "undone"}):
     """Results and performance of one run. Only `counts` includes results of earlier runs.
 
-    `row_forwards` counts UNet batch elements and `ticks` UNet calls. `occupancy` is the share of slots that were full.
-    `unet_busy` is the share of time spent in UNet calls between the first and the last call. `mfu` is the model FLOPS
-    utilisation, or None if the device's peak is unknown. `stage_shares` are shares of the sum of all stages' times,
-    since stages overlap on a GPU. Shares are means over workers. `processes` is the number of workers, or 0 if the
-    command itself rendered, and `deaths` the number of workers that were replaced. `peak_memory` is the maximum over
-    processes, in bytes. `unfinished` images remain for the next run. `rendered` and `rendering_seconds` come from
-    `Throughput`.
+    `row_forwards` counts the UNet batch elements that belong to a row, and `ticks` UNet calls. `occupancy` is the share
+    of slots that were full. `unet_busy` is the share of time spent in UNet calls between the first and the last call.
+    `mfu` is the model FLOPS utilisation, or None if the device's peak is unknown. `stage_shares` are shares of the sum
+    of all stages' times, since stages overlap on a GPU. Shares are means over workers. `processes` is the number of
+    workers, or 0 if the command itself rendered, and `deaths` the number of workers that died. `peak_memory` is the
+    maximum over processes, in bytes. `unfinished` images remain for the next run. `rendered` and `rendering_seconds`
+    come from `Throughput`.
     """
 
     counts: Counts = msgspec.field(default_factory=Counts)

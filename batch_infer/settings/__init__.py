@@ -1,6 +1,6 @@
 """Define the settings of a run, from the command line, the environment, a TOML file or Python.
 
-The classes parse and check their values, and raise SettingsError.
+Classes that parse or check their values raise SettingsError.
 """
 
 from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec

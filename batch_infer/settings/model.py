@@ -65,9 +65,10 @@ class SchedulerSpec:
 
     @classmethod
     def parse(cls, text: str) -> SchedulerSpec:
-        """Parse `NAME[:key=value,...]`. Values that are not valid JSON are strings. Raises SettingsError.
+        """Parse `NAME[:key=value,...]`. Raises SettingsError.
 
-        NAME is a class or one of SHORT_NAMES. Short names ignore case and may join words with hyphens or underscores.
+        NAME is the name of a class or one of SHORT_NAMES. In short names, case does not matter, and hyphens or
+        underscores may replace spaces. A value is JSON, True, False or None; any other text is a string.
         """
         word, _, rest = text.partition(":")
         short = re.sub(r"[\s_-]+", " ", word.strip().lower()).replace("dpmpp", "dpm++")
@@ -77,7 +78,7 @@ class SchedulerSpec:
             key, equals, value = part.partition("=")
             if not equals or not key.strip().isidentifier():
                 raise SettingsError(f"--scheduler {text}: {part!r} is not key=value")
-            options[key.strip()] = _value(value.strip())
+            options[key.strip()] = _parse_value(value.strip())
         if not name.isidentifier():
             similar = get_close_matches(short, SHORT_NAMES, n=2)
             hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
@@ -91,7 +92,7 @@ class SchedulerSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """LoRA file, and its weight when added to the model."""
+    """LoRA file, and the weight with which it is added to the model."""
 
     file: str
     weight: float = 1.0
@@ -112,7 +113,7 @@ class LoraSpec:
         return cls(name + suffix, weight)
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -15,24 +15,24 @@ from batch_infer.settings.model import ModelSettings
 from batch_infer.settings.safety import SafetySettings
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-"""Positive integer. Reading run.json checks the bounds."""
+"""Positive int32. The bounds are checked only when run.json is read."""
 FIELDS = (
     *("prompt", "id", "negative_prompt", "seed", "height", "width"),
     *("num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt"),
 )
-"""Table columns that determine what is rendered. Any other column is carried through."""
+"""Table columns that determine what is rendered. All other columns are carried to the results."""
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
-"""Results that `retry` renders again. `missing` means that a result's image file does not exist."""
+"""Statuses of the results that `retry` can render again. `missing` selects results whose image file does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """Default values for rows. None stands for the model's default."""
+    """Default values for rows. None stands for the model's default, or for no negative prompt."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -51,17 +51,17 @@ class OutputSettings:
     base64: bool = False
 
     def __post_init__(self) -> None:
-        """Check the combination. Raises SettingsError."""
+        """Check that a format can contain base64 images if they are requested. Raises SettingsError."""
         if self.base64 and not {"csv", "jsonl"} & set(self.results):
-            raise SettingsError("--base64 is for results.csv and results.jsonl: add --results csv or --results jsonl")
+            raise SettingsError("--base64 needs results.csv or results.jsonl: add --results csv or --results jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """Tables as the user names them. `columns` maps a field to a table column, or to '' to ignore the field.
+    """Tables as the user names them. `columns` maps a field to the table column that contains it, or to '' for none.
 
-    Table names are relative to `folder`, the command's current folder. With `id_from` = row, a missing id is derived
-    from the file and row number, otherwise from the row's content.
+    Table names are relative to `folder`, the command's working folder. A missing id is derived from the file and row
+    number if `id_from` is `row`, and from the row's content if it is `content`.
     """
 
     tables: tuple[str, ...]
@@ -73,7 +73,7 @@ class TableSettings:
 
 @dataclass(frozen=True, slots=True)
 class FailureBudget:
-    """Maximum number or percentage of failed or invalid rows."""
+    """Maximum number or percentage of rows that may be failed or invalid."""
 
     count: int = 0
     percent: float | None = None
@@ -96,10 +96,10 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. None stands for the value in run.json, else for a value chosen for the device.
+    """Requested compute settings. None stands for the value in run.json, else for a default for the device.
 
-    `processes` is the number of workers, each with its own device. With 0, the command itself renders. Image bytes do
-    not depend on `processes`.
+    `processes` is the number of worker processes. With None, there is one for each device. With 0, the command itself
+    renders. Image bytes do not depend on `processes`.
     """
 
     slots: Count | Literal["auto"] | None = None
@@ -110,7 +110,7 @@ class ComputeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Devices of a run. `kind` is `cpu` or `cuda`, and `name` is the device's product name."""
+    """The devices of a run, all of one kind. `kind` is `cpu` or `cuda`, and `name` is the product name."""
 
     kind: str
     name: str
@@ -129,7 +129,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute settings in use. Image bytes depend on every field except `device_name`.
+    """Compute settings in use. Image bytes may depend on every field.
 
     `by_size` overrides the batch sizes for specific image sizes.
     """

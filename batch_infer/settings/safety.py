@@ -24,14 +24,14 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
     """Settings for Azure AI Content Safety.
 
     A severity above its category's threshold, or a match in a blocklist of the Azure resource, blocks a prompt or flags
-    an image. Thresholds are in the order of CATEGORIES. The key is not a setting but is read from the environment.
+    an image. Thresholds are in the order of CATEGORIES. The API key is not a setting: it is read from the environment.
     """
 
     endpoint: str
     thresholds: tuple[int, ...] = (1, 1, 1, 1)
     blocklists: tuple[str, ...] = ()
     requests_per_second: float = 100.0
-    """Maximum rate of all workers together. The service accepts 1,000 requests in 10 s."""
+    """Maximum rate of all workers together, which `split_among` divides. The service accepts 1,000 requests in 10 s."""
     timeout_seconds: float = 120.0
     """Seconds without a successful response after which a run ends. The key in run.json is `patience`."""
 
@@ -46,7 +46,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
             raise SettingsError(
                 f"CONTENT_SAFETY_ENDPOINT={redacted}: expected https://NAME.cognitiveservices.azure.com"
             )
-        thresholds = _thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
+        thresholds = _parse_thresholds(environment.get("CONTENT_SAFETY_THRESHOLD", ""))
         blocklists = environment.get("CONTENT_SAFETY_BLOCKLISTS", "").split(",")
         rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not float(rate):
@@ -54,8 +54,11 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
         return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()), float(rate))
 
 
-def _thresholds(text: str) -> tuple[int, ...]:
-    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into one threshold per category, by default 1."""
+def _parse_thresholds(text: str) -> tuple[int, ...]:
+    """Parse `1`, `Hate=3,Sexual=1` or `1,Hate=3` into one threshold per category, by default 1.
+
+    Raises SettingsError.
+    """
     parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
     pairs = [(name.strip() if equals else None, number.strip()) for name, equals, number in parts]
     names = [name for name, _ in pairs]
@@ -71,9 +74,10 @@ def _thresholds(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SafetySettings:
-    """Safety checks, and how to store flagged images. If `service` is set, Azure AI Content Safety checks too.
+    """Safety checks, and how to store flagged images.
 
-    If `on_flagged` is None, the policy of the earlier run in OUT applies, else `blank`.
+    If `service` is set, Azure AI Content Safety checks prompts and images. If `on_flagged` is None, the policy of the
+    earlier run in OUT applies, or `blank` if there is none.
     """
 
     mode: SafetyMode = "auto"

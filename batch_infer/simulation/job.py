@@ -25,9 +25,10 @@ Report = Callable[[SimulationOutcome], None]
 
 
 def simulate(settings: SimulationSettings, report: Report = lambda outcome: None) -> SimulationOutcome:
-    """Run a scoring script on files as a batch endpoint does, and return the outcome, which says if the job has failed.
+    """Run a scoring script on files as a batch endpoint does. Return the outcome, whose `fault` says if the job failed.
 
-    Calls `report` with the outcome so far. Raises SettingsError, TableError, StorageError.
+    Calls `report` with the outcome so far at the start, after each run of a mini-batch, and at the end. Raises
+    SettingsError, TableError, StorageError.
     """
     settings.check()
     files = find_files(settings.inputs)
@@ -102,7 +103,7 @@ class SimulatedJob:
         """Fail the job if too many files have failed, and report the outcome so far."""
         failed, allowed = self._outcome.failed_files, self._settings.error_threshold
         if 0 <= allowed < failed and self._outcome.fault is None:
-            self._outcome.fault = f"{failed} files have failed, and --error-threshold allows {allowed}"
+            self._outcome.fault = f"{failed} files have failed, but --error-threshold allows {allowed}"
         now = time.monotonic()
         self._outcome.seconds = now - self._start
         self._outcome.running_seconds = now - (self._first_run or now)
@@ -110,7 +111,7 @@ class SimulatedJob:
         self._report(self._outcome)
 
     def _deliver(self) -> None:
-        """Give each idle worker a mini-batch."""
+        """Give waiting mini-batches to idle workers."""
         waiting = self._queue.waiting
         for worker in self._workers():
             if waiting and worker.is_ready and worker.assignment is None and not self._must_wait(waiting[0]):

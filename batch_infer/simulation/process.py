@@ -1,4 +1,4 @@
-"""Start, replace and kill worker processes. Each has a working folder, a log and a GPU."""
+"""Start, replace and kill worker processes. Each has a working folder and a log, and a GPU if there are enough."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from batch_infer.simulation.worker import MessageFromWorker
 from batch_infer.store import temporary_file_errors, write_errors
 
 EXIT_SECONDS = 10.0
-"""Seconds to wait for the end of a killed process."""
+"""Maximum number of seconds to wait for a killed process to end."""
 SHUTDOWN_SECONDS = 30.0
-"""Seconds to wait for workers to shut down at the end of the job."""
+"""Maximum number of seconds to wait for workers to shut down at the end of the job."""
 NVIDIA_SMI_SECONDS = 20.0
 KILLED, TIMED_OUT = "killed by --kill", "killed: the mini-batch took longer than --timeout"
 PROGRAM = (
@@ -40,7 +40,7 @@ class Assignment:
     start: float | None = None
 
     def deadline(self, timeout: float) -> tuple[float, str] | None:
-        """Return the time at which to kill the worker, and the reason, or None before the call of run()."""
+        """Return the time at which to kill the worker, and the reason, or None if run() has not been called yet."""
         if self.start is None:
             return None
         if self.kill_after is not None and self.kill_after < timeout:
@@ -49,7 +49,7 @@ class Assignment:
 
 
 class WorkerProcess:
-    """A running or ended worker process."""
+    """A worker process, which is running or has ended."""
 
     def __init__(
         self, index: int, folder: Path, log: Path, environment: Mapping[str, str], task: tuple[object, ...]
@@ -65,7 +65,7 @@ class WorkerProcess:
         self.connection, worker_connection = Pipe()
         number = worker_connection.fileno()
         program = PROGRAM.format(root=str(Path(batch_infer.__file__).parent.parent), arguments=(number, *task))
-        with worker_connection:  # closed in this process, so that the connection closes when the worker ends
+        with worker_connection:  # close it in this process, so that the connection closes when the worker ends
             with temporary_file_errors():
                 folder.mkdir()
             with log.open("ab") as output:
@@ -104,7 +104,7 @@ class WorkerProcess:
         self.wait(EXIT_SECONDS)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the end of the process. Return the exit code, or None if the process is still running."""
+        """Wait for the process to end. Return its exit code, or None if it is still running."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self._process.returncode
@@ -119,10 +119,10 @@ class WorkerProcess:
 
 
 class WorkerGroup:
-    """The workers of a job by index. A replacement has the index and the GPU of the worker that died."""
+    """Holds the workers of a job by index. A replacement has the index and the GPU of the worker that died."""
 
     def __init__(self, settings: SimulationSettings, folder: Path) -> None:
-        """Remove the logs of an earlier job. `folder` is for working folders. Raises SettingsError, StorageError."""
+        """Remove the logs of an earlier job. Working folders go into `folder`. Raises SettingsError, StorageError."""
         self._settings, self._folder = settings, folder
         to_csv = settings.to_csv() if settings.append_rows else None
         self._task = (os.path.abspath(settings.script), to_csv)  # noqa: PTH100

@@ -13,7 +13,7 @@ from batch_infer.errors import TableError
 from batch_infer.simulation.settings import SimulationOutcome
 
 FIRST_KILL_SECONDS = 0.1
-"""Maximum delay of a kill as long as the duration of a mini-batch is unknown."""
+"""Maximum delay of a kill in seconds while the duration of a mini-batch is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class MiniBatch:
 
 
 def find_files(inputs: Sequence[Path]) -> list[str]:
-    """Return the absolute paths of files, and of the files directly in folders.
+    """Return the absolute paths of the files in `inputs`, and of the files directly in its folders.
 
-    Raises TableError if a path does not exist, there are no files, or two files have the same name, since a batch
+    Raises TableError if a path cannot be read, if there are no files, or if two files have the same name, since a batch
     endpoint has one input folder.
     """
     files = list(dict.fromkeys(path for entry in inputs for path in _list_files(entry)))
@@ -66,7 +66,11 @@ def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
 
 @dataclass(slots=True, eq=False)
 class MiniBatchState:
-    """The progress of a mini-batch. `open_deliveries` wait or run. `rows` counts the rows of the first returned run."""
+    """The progress of a mini-batch.
+
+    `open_deliveries` counts deliveries that are waiting or running. `rows` is the number of rows that the first
+    successful call of run() returned, or None before that.
+    """
 
     mini_batch: MiniBatch
     failed_tries: int = 0
@@ -76,7 +80,7 @@ class MiniBatchState:
 
 
 class DeliveryQueue:
-    """Delivers mini-batches until each has succeeded, or has failed and used up its retries.
+    """Holds mini-batches until each has succeeded, or has failed and used up its retries.
 
     Counts events in `outcome`. `waiting` contains the mini-batches to deliver, in order.
     """
@@ -87,7 +91,7 @@ class DeliveryQueue:
         self.waiting = deque(self._states)
 
     def duplicate(self, share: float, rng: random.Random) -> None:
-        """Deliver a share of the mini-batches twice. For half of them, the deliveries are adjacent and may overlap."""
+        """Deliver a share of the mini-batches twice. About half of these pairs are adjacent and may overlap."""
         for state in rng.sample(self._states, round(share * len(self._states))):
             second = self.waiting.index(state) + 1
             self.waiting.insert(rng.choice([second, rng.randint(second, len(self.waiting))]), state)
@@ -124,14 +128,14 @@ class DeliveryQueue:
 
 
 class KillSchedule:
-    """Kills a share of the mini-batches, once each, at a random time within the durations measured so far.
+    """Schedules kills of a share of the mini-batches, once each, at a random time within the durations measured so far.
 
-    If a kill comes after the end of its run, the caller increases `remaining` to assign it to another mini-batch.
+    If a run ends before its kill, the caller increases `remaining`, so that another delivery can be killed instead.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
         self.remaining = round(share * mini_batches)
-        """Kills that are not assigned to a delivery."""
+        """Number of kills that are not assigned to a delivery."""
         self.killed: set[int] = set()
         """Indices of mini-batches that have been killed."""
         self._new_count, self._rng = mini_batches, rng

@@ -13,7 +13,7 @@ from batch_infer.errors import SettingsError
 
 DEFAULT_SCRIPT = Path(__file__).parents[1] / "azureml" / "batch.py"
 SETTINGS_NAME = "parallel_run_step.settings.json"
-"""A file next to the scoring script that Azure reads."""
+"""Name of the settings file that Azure reads from the folder of the scoring script."""
 TO_CSV: Mapping[str, Any] = {"sep": " ", "header": False, "index": False}
 """Arguments of DataFrame.to_csv that Azure uses by default."""
 
@@ -46,7 +46,7 @@ class SimulationSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise SettingsError if workers cannot be started, or the script or the model folder does not exist."""
+        """Raise SettingsError if this system cannot start workers, or if the script or model folder does not exist."""
         if os.name != "posix":
             raise SettingsError("azureml-simulate runs only on Linux and macOS: Azure's workers are Linux processes")
         if not self.script.is_file():
@@ -59,7 +59,7 @@ class SimulationSettings:
         return self.out / "predictions.csv"
 
     def to_csv(self) -> dict[str, Any]:
-        """Return the arguments of DataFrame.to_csv for writing rows. Raises SettingsError."""
+        """Return the arguments of DataFrame.to_csv for rows. Raises SettingsError if the settings file is invalid."""
         path = self.settings_file or self.script.with_name(SETTINGS_NAME)
         return {**TO_CSV, **(_read_to_csv(path) if self.settings_file or path.is_file() else {})}
 
@@ -82,12 +82,12 @@ def _read_to_csv(path: Path) -> Mapping[str, Any]:
 
 @dataclass(slots=True)
 class SimulationOutcome:
-    """Counts of a job, at its end or so far.
+    """Counts of a job, either final or so far.
 
     `deliveries` counts the starts of mini-batches, including retries and duplicates. `timeouts` and `kills` count
     workers that were killed for that reason, and `deaths` counts workers that ended by themselves. `kills_missed`
-    counts requested kills that hit no run. `rows` includes rows of duplicates. `running_seconds` starts when run() is
-    first called. `fault` says why the job has failed.
+    counts requested kills that missed: no worker was killed. `rows` includes rows of duplicates. `running_seconds` is
+    the time since the first call of run(). `fault` says why the job has failed, or is None.
     """
 
     mini_batches: int

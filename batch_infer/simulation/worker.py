@@ -33,7 +33,7 @@ class Event(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RunReturned:
-    """run() has returned rows. predictions.csv gets their `text`, and `header` as its first line."""
+    """run() has returned `rows` rows. Their `text` goes to predictions.csv, whose first line is `header`."""
 
     rows: int
     header: str = ""
@@ -56,7 +56,7 @@ def run_worker(descriptor: int, path: str, to_csv: Mapping[str, Any] | None) -> 
     `descriptor` is the connection's file descriptor. `to_csv` contains the arguments of DataFrame.to_csv, or is None if
     no rows are written.
     """
-    os.set_inheritable(descriptor, False)  # otherwise processes of the script would keep the connection open
+    os.set_inheritable(descriptor, False)  # otherwise processes that the script starts would keep it open
     parent = ParentConnection(Connection(descriptor))
     script = None
     with parent:
@@ -91,7 +91,10 @@ def _start_script(path: Path) -> ModuleType:
 
 
 def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
-    """Count the rows that run() returned, and format them unless `to_csv` is None. Raises TypeError."""
+    """Count the rows that run() returned, and format them unless `to_csv` is None.
+
+    Raises TypeError unless run() returned a list or a DataFrame.
+    """
     if isinstance(result, list):
         return RunReturned(len(result), text="" if to_csv is None else "".join(f"{item}\n" for item in result))
     pandas = sys.modules.get("pandas")  # a script that returns a DataFrame has imported it
@@ -106,7 +109,7 @@ def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
 class ParentConnection:
     """The worker's end of the connection to its parent. If the connection is closed, the worker ends.
 
-    As a context manager, it suppresses an exception, and reports it to the parent and in the log.
+    As a context manager, it reports an exception to the parent and in the log, and suppresses it.
     """
 
     def __init__(self, connection: Connection) -> None:

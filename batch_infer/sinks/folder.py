@@ -100,6 +100,11 @@ class FolderSink:
         return [self._path(request, top, folder, file) for folder in folders for file in files]
 
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
+        """Return an image's path in the folder `top` of OUT.
+
+        `folder` and `name` are safe path components for the request's file and id. If case is ignored, only both
+        together are unique.
+        """
         number = request.source.row // ROWS_PER_FOLDER
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
 
@@ -154,11 +159,13 @@ class FolderSink:
         """
         self._check()
         backups = {self._out / path: self._out / self.backup_path(path) for path in paths}
-        targets = [target for target, backup in backups.items() if not path_exists(backup)]
-        for target in targets:
+        moved = []
+        for target, backup in backups.items():
             with write_errors(target), suppress(FileNotFoundError):
-                os.replace(target, backups[target])  # noqa: PTH105
-        _fsync_parents(targets)
+                if not path_exists(backup):
+                    os.replace(target, backup)  # noqa: PTH105
+                    moved.append(target)
+        _fsync_parents(moved)
 
     def backup_path(self, path: str) -> str:
         image = PurePosixPath(path)

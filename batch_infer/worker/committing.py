@@ -22,12 +22,12 @@ from batch_infer.worker.rows import make_row
 COMMIT_ROWS = 256
 """Maximum number of rows in a manifest part."""
 COMMIT_SECONDS = 2.0
-"""Maximum age of an uncommitted row.
+"""Number of seconds after which a batch of stored rows is committed, even if it is not full.
 
 The README promises three seconds. The remaining second is for storing images and flushing them to disk.
 """
 STORING_AHEAD = 64
-"""Maximum number of images waiting to be stored. At this limit, the device waits."""
+"""Maximum number of images that are not stored yet. At this limit, the device waits."""
 COMMITTING_AHEAD = 4 * COMMIT_ROWS
 """Maximum number of rows waiting to be committed, in memory without their pixels. At this limit, the device waits."""
 
@@ -43,7 +43,7 @@ def commit_images(
     written: Collection[str],
     previous: Collection[str],
 ) -> None:
-    """Rename written images to their final paths, commit rows, and remove the previous images that no row refers to.
+    """Rename written images to their final paths, commit rows, and remove previous images that no row refers to.
 
     If a written image has the path of a previous image, that image is backed up until the rows are committed. After a
     kill, `jobs.recovery` restores the backups. Raises StorageError.
@@ -94,7 +94,7 @@ class Committer(Generic[Stored]):
             self._running.result()
 
     def add(self, store: Callable[[], Future[Stored]]) -> None:
-        """Wait for the limits, call `store`, and commit the row when the future is done."""
+        """Wait until the limits allow another row, call `store`, and commit the row once the future is done."""
         self._storing_limit.acquire()
         self._committing_limit.acquire()
         if self._running.done():

@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Everything that a worker needs to render. Can be sent to another process."""
+    """Everything that a worker needs to render. It can be sent to another process."""
 
     card: ModelCard
     compute: Compute
@@ -30,7 +30,7 @@ class WorkerSettings:
     out: PinnedFolder
     carried: pa.Schema
     run: int = 0
-    """The number of the run in OUT, which its manifest parts store. 0 outside a run."""
+    """The number of the run in OUT, which is stored in its manifest parts, or 0 outside a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class WorkerReport:
 
     `compute` contains the final batch sizes, which are halved after running out of memory. `mfu` is the model FLOP
     utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows,
-    divided by the FLOPs that the device could have computed in that time. It is None before the end, and if the
-    device's peak is unknown.
+    divided by the FLOPs that the device could have computed in that time. It is None before the final report, for
+    pipelines that run their own call, and if the device's peak is unknown.
     """
 
     stages: Mapping[Size, Stages]

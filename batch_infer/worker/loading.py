@@ -1,4 +1,4 @@
-"""Load a model onto its device, and make the chain that uses it."""
+"""Load a model onto its device, and make the chain that renders with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make result rows of requests, and add safety verdicts and stored images."""
+"""Make result rows from requests, and add safety verdicts and stored images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def with_image(row: ResultRow, stored: StoredImage | None) -> ResultRow:
 
 
 def explain_flag(verdict: Verdict) -> str:
-    """Return the `error` of the row of a flagged image."""
+    """Return the `error` text for the row of a flagged image."""
     return verdict.reason or "the safety check flagged the image"
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
 STORING_THREADS = 4
-"""Number of threads that compress and write images while the CPU renders.
+"""Number of threads that compress and write images if the CPU renders, and the minimum otherwise.
 
-Four threads compress about 40 PNGs of 512x512 pixels per second. Few-step models render more on a GPU, which leaves all
-cores of the worker to these threads.
+Four threads compress about 40 PNGs of 512x512 pixels per second. On a GPU, few-step models render more images than
+that, and all of the worker's cores are free for these threads.
 """
 MAX_STORING_THREADS = 32
 
@@ -35,11 +35,11 @@ ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[
 """A function like `load_chain`."""
 
 StoredRow: TypeAlias = tuple[ResultRow, str | None]
-"""A row whose image is written, and the path of the previous image, which it replaces."""
+"""A row whose image, if it has one, is written, and the path of the image that it replaces, or None."""
 
 
 class Worker:
-    """One device with a loaded model."""
+    """Renders requests with a model on one device, stores their images and commits their rows."""
 
     def __init__(
         self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
@@ -51,7 +51,7 @@ class Worker:
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
-        """Report everything that is rendered so far. Only the `final` report has an MFU, since counting takes time."""
+        """Return statistics of all rendered rows. Only the final report has an MFU, since counting FLOPs takes time."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._compute_mfu() if final else None
@@ -87,10 +87,14 @@ class Worker:
 
     def _store(self, outcome: RowOutcome) -> StoredRow:
         request, verdict = outcome.request, outcome.verdict
-        status: Status = "flagged" if verdict.nsfw else "ok"
-        error = explain_flag(verdict) if verdict.nsfw else None
+        status: Status
+        error: str | None
         if isinstance(outcome, UnrenderedRow):
             status, error = outcome.status, outcome.error
+        elif verdict.nsfw:
+            status, error = "flagged", explain_flag(verdict)
+        else:
+            status, error = "ok", None
         scheduler = self._settings.card.scheduler_name
         row = with_verdict(make_row(request, status, error, scheduler=scheduler, worker=self._name), verdict)
         if isinstance(outcome, RenderedImage):

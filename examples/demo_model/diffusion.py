@@ -18,7 +18,9 @@ from autoencoder import to_tensor
 from runs import Run, train
 
 TEXT_WIDTH = 96
+# Share of captions that are replaced by an empty one, for guidance.
 DROPPED = 0.1
+# Share of captions with meaningless words.
 STRANGE = 0.08
 # Without this cap, nearly clean latents, which teach only fine detail, would dominate the loss.
 SNR_CAP = 5.0

@@ -1,4 +1,4 @@
-"""Render held-out captions, judge the pictures, and write how often they are right to accuracy.json."""
+"""Render held-out captions, judge the pictures, and write the accuracy to accuracy.json."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def flags(checker: torch.nn.Module, processor: CLIPImageProcessor, pictures: lis
     return flagged
 
 
-def share(right: list[bool]) -> float | None:
-    """Return the share that is right, or None if there are none."""
-    return round(sum(right) / len(right), 4) if right else None
+def share(values: list[bool]) -> float | None:
+    """Return the share of true values, or None if there are no values."""
+    return round(sum(values) / len(values), 4) if values else None
 
 
 def measure(

@@ -26,10 +26,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=f"Parts: {', '.join(part.name for part in PARTS)}.",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: run with tiny sizes what a CPU can"
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: run the parts that a CPU can run, with tiny sizes",
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-check-out"), help="folder for the output files")
-    parser.add_argument("--seconds", type=float, help="time limit of the whole check; default: 540")
+    parser.add_argument("--seconds", type=float, help="time limit of the check; default: 540 on a GPU, 7200 on a CPU")
     parser.add_argument("--parts", default="", metavar="NAME[,NAME]", help="run only these parts")
     parsed = parser.parse_args(arguments)
     try:
@@ -43,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the check. Return 0 if all parts succeeded and all checks passed, 2 without a GPU, and 1 otherwise."""
     options = parse_arguments(arguments)
     if options.device == "cuda" and not has_cuda():
-        print("torch finds no CUDA device on this machine; --device cpu runs what a CPU can", file=sys.stderr)
+        message = "torch finds no CUDA device on this machine; --device cpu runs the parts that a CPU can run"
+        print(message, file=sys.stderr)
         return 2
     seconds = options.seconds or DEFAULT_SECONDS[options.device]
     parts: list[Part] = options.parts

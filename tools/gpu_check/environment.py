@@ -1,4 +1,4 @@
-"""Make the environment of the parts' processes, and describe the machine."""
+"""Make the environment variables of the parts' processes, and describe the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check which promises the results keep, with one check for each promise."""
+"""Evaluate which promises of the project the results confirm, with one check for each promise."""
 
 from __future__ import annotations
 

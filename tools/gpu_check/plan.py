@@ -14,7 +14,7 @@ class Part:
     """One subprocess of the check.
 
     `module`: a module of `tools.gpu_check.parts`; `limit`: time limit in seconds; `timed`: whether it measures and
-    therefore runs alone; `devices`: devices that can run it; `stand_in`: whether other devices do not list it.
+    therefore runs alone; `devices`: devices that can run it; `stand_in`: whether it is listed only on these devices.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Part:
     stand_in: bool = False
 
     def limit_on(self, device: str) -> float:
-        """Return the time limit in seconds. It is generous on a CPU, which may be shared, to end only hung parts."""
+        """Return the time limit in seconds. On a CPU, which may be shared, it is long enough to end only hung parts."""
         return self.limit if device == "cuda" else 10 * self.limit
 
 

@@ -1,4 +1,7 @@
-"""Check that a run continues with smaller batches after out-of-memory errors, with the images of a smaller start."""
+"""Check that rendering continues with smaller batches after out-of-memory errors.
+
+The images must equal those of a rendering that starts with these batches.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,9 @@ def run(recorder: Recorder) -> None:
 
 
 def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | None = None) -> dict[str, Any]:
-    """Render from `shape` down to batch sizes that fit, then with these from the start, and count equal images.
+    """Render with batch sizes that do not fit, then with those that they shrank to, and count equal images.
 
-    `leave`: bytes of memory to leave free in the first run.
+    `shape`: batch sizes at the start; `leave`: bytes of memory to leave free in the first rendering.
     """
     requests = subjects.rows_for(subject, rows, (2, 3), unguided=0.3)
     torch.cuda.empty_cache()
