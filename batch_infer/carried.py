@@ -29,7 +29,7 @@ def to_result_type(dtype: pa.DataType) -> pa.DataType:
     Types that Arrow cannot build from plain values become their storage type or text.
     """
     if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
-        return dtype  # without a trial, since pa.array imports pandas, which takes a third of a second
+        return dtype  # pa.array, used below, imports pandas, which takes a third of a second
     candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _to_result_leaf)
     try:
         plain = _to_plain_type(candidate)
@@ -71,7 +71,7 @@ def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
 
 
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
-    """Return a function from plain values to Python's own types such as datetime, or None if they are the same."""
+    """Return a function that converts plain values to Python's own types such as datetime, or None if not needed."""
     result = to_result_type(dtype)
     if _to_plain_type(result) == result:
         return None
@@ -121,7 +121,7 @@ class JsonNumber:
 
 
 def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs in JSON."""
+    """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs as JSON."""
     value = _to_json_value(value, dtype)
     if isinstance(value, (bool, list, dict)):
         return _format_json(value)
@@ -142,7 +142,7 @@ def _format_json(value: Any) -> str:
 
 
 def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
-    """Convert a plain value, and those inside it, to text if JSON has no type for them."""
+    """Convert a plain value of type `dtype`, or the values in it, to text if JSON has no type for them."""
     if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
     if value is None or dtype is None:
@@ -165,7 +165,7 @@ _EXTENSIONS: dict[str, Convert] = {"arrow.bool8": bool, "arrow.uuid": lambda val
 
 
 def _format_temporal(value: int, dtype: pa.DataType) -> str:
-    """Format the integer of a date, time or duration as text, and a timestamp with a time zone in UTC."""
+    """Format the plain value of a date, time or duration as text. A timestamp with a time zone is in UTC."""
     if types.is_duration(dtype):
         return f"{value} {dtype.unit}"
     has_zone = types.is_timestamp(dtype) and dtype.tz is not None
@@ -178,10 +178,10 @@ def _format_temporal(value: int, dtype: pa.DataType) -> str:
 
 
 def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] | None = None) -> pa.DataType:
-    """Return a type that represents every value of all these result types, text if no other type does.
+    """Return a type that can represent every value of all these result types. If no other type can, it is text.
 
-    Whether 64-bit integers and floats share a type depends on their values in `arrays`, which are only read if
-    necessary. Without `arrays`, they become text.
+    Whether 64-bit integers share a type with floats, or uint64 with signed integers, depends on the values in `arrays`,
+    which are only read in these cases. Without `arrays`, they become text.
     """
     distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
@@ -214,7 +214,7 @@ def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
 
 
 def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
-    """Return a function from plain values of one type to those of a common type, or None if they are the same."""
+    """Return a function that converts plain values of one type to a common type, or None if not needed."""
     if types.is_string(target):
         return partial(to_text, dtype=None if types.is_string(source) else source)
     if types.is_float64(target):  # a JSON column of floats may contain integers
@@ -227,8 +227,9 @@ def make_result_names(
 ) -> dict[str, str]:
     """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
-    SQL engines ignore case. Conflicting names are prefixed with `input_` until they are unique. With `reuse_prefixed`,
-    `input_<name>` in `names` is an earlier result name of the column `name`, and both have that result name.
+    Case is ignored because SQL engines ignore it. Conflicting names are prefixed with `input_` until they are unique.
+    With `reuse_prefixed`, `input_<name>` in `names` is an earlier result name of the column `name`, and both have that
+    result name.
     """
     distinct = dict.fromkeys(names)
     used = {name.lower() for name in reserved}

@@ -15,7 +15,7 @@ from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, Res
 WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
 WINDOW_BYTES = 64 << 20
-"""Maximum bytes of texts and carried cells in a window, which ends early if it reaches this size."""
+"""Size in bytes of the texts and carried cells at which a window ends early."""
 MAX_BALANCED_ROWS = 2048
 """Maximum number of rows of one size to balance over the slots. With more rows, idle slots at the end cost little."""
 
@@ -26,7 +26,7 @@ Row = TypeVar("Row", PromptRequest, ResultRow, Item)
 
 
 class ManifestEntry(Protocol):
-    """The fields of an image's manifest entry that planning reads."""
+    """The fields of an image's manifest entry that planning uses."""
 
     @property
     def status(self) -> str: ...
@@ -125,8 +125,8 @@ def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
     """Order rows by their start in a schedule in which all lanes end at about the same time.
 
-    `rows` must be sorted, longest first. A lane is two slots, for one row with guidance or two rows without. The
-    schedule has the shortest length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
+    `rows` must be sorted, longest first. A lane is two slots, for one row with guidance or two rows without. A
+    binary search finds a short length for which first-fit decreasing succeeds (MULTIFIT: Coffman, Garey & Johnson,
     SIAM J. Comput. 7, 1978).
     """
     single = [row for row in rows if not row.params.uses_guidance]
@@ -146,7 +146,7 @@ def _get_steps(piece: list[PromptRequest]) -> int:
 
 
 def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -> list[int] | None:
-    """Assign each piece to the first lane with room. Return the starts of the pieces, or None if one does not fit."""
+    """Assign each piece to the first lane with room. Return the start of each piece, or None if one does not fit."""
     lane_ends, starts = [0] * lane_count, []
     for piece in pieces:
         steps = _get_steps(piece)
@@ -213,9 +213,10 @@ class StepBatchingEstimator:
 
 
 class PipelineBatchingEstimator:
-    """Simulates pipeline-call batching: one call renders rows with equal settings. Same API as StepBatchingEstimator.
+    """Simulates pipeline-call batching: one call renders rows with equal settings.
 
-    Slots are batch elements of a UNet call here too, so a call renders half as many rows with guidance.
+    It has the API of StepBatchingEstimator. Slots are batch elements of a UNet call here too, so a call renders half as
+    many rows if they have guidance.
     """
 
     def __init__(self, get_slots: SlotsForSize) -> None:

@@ -1,4 +1,4 @@
-"""Helpers for tests that write tables and read them as batch-infer does."""
+"""Helpers that write tables and read them as batch-infer does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RULES = RowRules(
     SizeRules(native_height=64, native_width=64, side_multiple=8, min_side=16),
     fingerprint="the run",
 )
-"""Rules of a model whose images are 64 pixels wide."""
+"""Rules for rows of a model whose images are 64 pixels wide by default."""
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], **form: Any) -> Path:
@@ -131,8 +131,11 @@ def compress(compression: str, content: bytes) -> bytes:
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
-def essence(requests: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
-    """Return what must not depend on the format of a table. In some formats, an empty cell is null."""
+def comparable_rows(requests: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
+    """Return the values of requests that must not depend on the format of a table.
+
+    Empty texts become None, since some formats do not distinguish them from missing cells.
+    """
     return [
         (
             *(request.id, request.prompt, request.seed, request.params, request.fingerprint, request.source.row),

@@ -1,4 +1,4 @@
-"""DeciDiffusion: architecture, checkpoint, and images compared with a straight-line implementation."""
+"""DeciDiffusion: its architecture, its checkpoint, and its images compared with a reference implementation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from batch_infer.models import load_latent_diffusion, load_solver, load_token_co
 from batch_infer.models.decidiffusion import FlexibleUNet, FlexibleUNetConfig
 from batch_infer.records import SizeRules
 from batch_infer.settings import ModelSettings
-from tests import straight_line
+from tests import decidiffusion_reference
 from tests.checkpoints import DECIDIFFUSION, OUTER, TINY_DECIDIFFUSION, amend
+from tests.decidiffusion_reference import DOWN, LISTING, UP, ReferencePipeline, ReferenceUNet, alphas_bar, layers
 from tests.rendering import CPU, copy_folder, load_family, make_request, max_difference, render
 from tests.runs import assert_whole, command, hashes, results, run_json
-from tests.straight_line import DOWN, LISTING, UP, Network, StraightLine, alphas_bar, layers
 from tests.tables import write_csv
 
 CONFIG = "flexible_unet/config.json"
@@ -42,19 +42,19 @@ ROWS = (
 )
 
 
-def config_of(configurations: dict[str, Any]) -> FlexibleUNetConfig:
+def read_config(configurations: dict[str, Any]) -> FlexibleUNetConfig:
     return FlexibleUNetConfig.read({**OUTER, "configurations": configurations}, "here")
 
 
-def on_meta(configurations: dict[str, Any]) -> FlexibleUNet:
+def build_on_meta(configurations: dict[str, Any]) -> FlexibleUNet:
     with torch.device("meta"):
-        return FlexibleUNet(config_of(configurations)).eval()
+        return FlexibleUNet(read_config(configurations)).eval()
 
 
 @pytest.fixture(scope="module")
 def published() -> FlexibleUNet:
-    """The published model's network, without weights."""
-    return on_meta(DECIDIFFUSION)
+    """The published model's UNet on the meta device, without weights."""
+    return build_on_meta(DECIDIFFUSION)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def model(decidiffusion_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def straight(decidiffusion_folder: Path) -> StraightLine:
-    return StraightLine.open(decidiffusion_folder)
+def reference(decidiffusion_folder: Path) -> ReferencePipeline:
+    return ReferencePipeline.open(decidiffusion_folder)
 
 
 @pytest.fixture
@@ -76,18 +76,18 @@ def copy(decidiffusion_folder: Path, tmp_path: Path) -> Path:
 # The architecture
 
 
-def with_weights(*names: str) -> set[str]:
+def parameter_names(*names: str) -> set[str]:
     return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
 
 
 def expected_shapes() -> dict[str, tuple[int, ...] | None]:
-    """Return the tensor names in the published checkpoint's listing, and the shapes of some."""
-    stem = with_weights("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    """Map the tensor names of the published checkpoint to their shapes, or to None where no shape is compared."""
+    stem = parameter_names("conv_in", "conv_out", "conv_norm_out", "time_embedding.linear_1", "time_embedding.linear_2")
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(stem)
     for sampler in (*(f"{block}.downsamplers.0.conv" for block in DOWN), "mid_block.upsamplers.0.conv"):
-        shapes |= dict.fromkeys(with_weights(sampler))
+        shapes |= dict.fromkeys(parameter_names(sampler))
     for block in UP[:-1]:
-        shapes |= dict.fromkeys(with_weights(f"{block}.upsamplers.0.conv"))
+        shapes |= dict.fromkeys(parameter_names(f"{block}.upsamplers.0.conv"))
     for block, listing in LISTING.items():
         width = int(re.findall(r">(\d+)", listing)[0])
         channels = iter(re.findall(r"R\((\d+)>(\d+)\)", listing))
@@ -96,13 +96,13 @@ def expected_shapes() -> dict[str, tuple[int, ...] | None]:
                 before, after = map(int, next(channels))
                 shortcut = ["conv_shortcut"] if before != after else []
                 parts = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", *shortcut)
-                shapes |= dict.fromkeys(with_weights(*(f"{name}.{part}" for part in parts)))
+                shapes |= dict.fromkeys(parameter_names(*(f"{name}.{part}" for part in parts)))
                 shapes[f"{name}.conv1.weight"] = (after, before, 3, 3)
             else:
                 inner = f"{name}.transformer_blocks.0"
                 parts = ("norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
-                shapes |= dict.fromkeys(with_weights(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
-                shapes |= dict.fromkeys(with_weights(*(f"{inner}.{part}" for part in parts)))
+                shapes |= dict.fromkeys(parameter_names(f"{name}.norm", f"{name}.proj_in", f"{name}.proj_out"))
+                shapes |= dict.fromkeys(parameter_names(*(f"{inner}.{part}" for part in parts)))
                 shapes |= {f"{inner}.{attn}.to_{to}.weight": None for attn in ("attn1", "attn2") for to in "qkv"}
                 shapes[f"{name}.proj_in.weight"] = shapes[f"{name}.proj_out.weight"] = (width, width, 1, 1)
                 shapes[f"{inner}.attn2.to_k.weight"] = (width, 768)
@@ -110,7 +110,7 @@ def expected_shapes() -> dict[str, tuple[int, ...] | None]:
 
 
 def test_the_published_checkpoint_fits(published: FlexibleUNet) -> None:
-    """Its weights are not available here, so names, shapes and parameter counts are compared."""
+    """Tests have no access to its weights, so they compare tensor names, some shapes, and the number of parameters."""
     tensors = published.state_dict()
     expected = expected_shapes()
     assert len(tensors) == 612
@@ -122,7 +122,10 @@ def test_the_published_checkpoint_fits(published: FlexibleUNet) -> None:
 
 
 def test_an_evaluation_has_the_published_flops(published: FlexibleUNet) -> None:
-    """0.614 TFLOP, or 0.610 if the mid block's first resnet ran once. Host synchronization would raise on meta."""
+    """The count would be 0.610 TFLOP if the mid block ran its first resnet once.
+
+    The test also shows that the UNet never synchronizes with the host, which would fail on the meta device.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         (output,) = published(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
     assert output.shape == (1, 4, 64, 64)
@@ -130,39 +133,39 @@ def test_an_evaluation_has_the_published_flops(published: FlexibleUNet) -> None:
 
 
 @pytest.fixture(scope="module")
-def exact(decidiffusion_folder: Path) -> tuple[FlexibleUNet, Network]:
-    """The tiny network and its straight-line version in float64, so that rounding hides no error."""
+def unets(decidiffusion_folder: Path) -> tuple[FlexibleUNet, ReferenceUNet]:
+    """The tiny UNet and its reference implementation in float64, so that rounding does not hide errors."""
     family: Any = load_family(decidiffusion_folder)
     unet: FlexibleUNet = family.denoiser.double()
-    return unet, Network(unet.state_dict(), heads=4)
+    return unet, ReferenceUNet(unet.state_dict(), heads=4)
 
 
-def inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_inputs(size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     sample, text = torch.randn(3, 4, *size, generator=random), torch.randn(3, 77, 32, generator=random)
     return sample.to(dtype), torch.tensor([999.0, 500.0, 0.0]), text.to(dtype)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 24), (11, 13), (9, 8), (7, 18), (1, 2)], ids=str)
-def test_the_network_equals_the_straight_line(exact: tuple[FlexibleUNet, Network], size: tuple[int, int]) -> None:
-    """This includes sides that are odd at any level."""
-    unet, network = exact
-    arguments = inputs(size, torch.float64)
+def test_the_unet_equals_the_reference(unets: tuple[FlexibleUNet, ReferenceUNet], size: tuple[int, int]) -> None:
+    """The sizes include sides that are odd at each of the levels."""
+    unet, reference_unet = unets
+    arguments = make_inputs(size, torch.float64)
     with torch.inference_mode():
-        actual, expected = unet(*arguments)[0], network(*arguments)
+        actual, expected = unet(*arguments)[0], reference_unet(*arguments)
     assert actual.shape == arguments[0].shape
     assert 0.3 < expected.std() < 3
     assert (actual - expected).abs().max() < 1e-9
 
 
-def test_the_network_equals_the_straight_line_in_single_precision(model: Any, straight: StraightLine) -> None:
-    sample, timestep, text = inputs((8, 8), torch.float32)
+def test_the_unet_equals_the_reference_in_single_precision(model: Any, reference: ReferencePipeline) -> None:
+    sample, timestep, text = make_inputs((8, 8), torch.float32)
     actual = model.denoise(sample, timestep, {"encoder_hidden_states": text})
-    assert (actual - straight.network(sample, timestep, text)).abs().max() < 1e-5
+    assert (actual - reference.unet(sample, timestep, text)).abs().max() < 1e-5
 
 
-def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network has two levels and other counts, which it takes from the keys."""
+def test_unets_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This UNet has two levels and other numbers of layers per block than the published one."""
     keys = TINY_DECIDIFFUSION | {
         "down_blocks_in_channels": [32, 64],
         "down_blocks_out_channels": [64, 96],
@@ -179,19 +182,19 @@ def test_networks_of_other_depths_are_built(monkeypatch: pytest.MonkeyPatch) -> 
     blocks = {"down_blocks.0": "RTT", "down_blocks.1": "RRR", "mid_block": "RT"}
     listing = blocks | {"up_blocks.0": "RTRRR", "up_blocks.1": "RR"}
     for name, value in (("LISTING", listing), ("DOWN", DOWN[:2]), ("UP", UP[:2])):
-        monkeypatch.setattr(straight_line, name, value)
-    unet = FlexibleUNet(config_of(keys)).eval().double()
-    arguments = inputs((6, 5), torch.float64)
+        monkeypatch.setattr(decidiffusion_reference, name, value)
+    unet = FlexibleUNet(read_config(keys)).eval().double()
+    arguments = make_inputs((6, 5), torch.float64)
     with torch.inference_mode():
-        expected = Network(unet.state_dict(), heads=4)(*arguments)
+        expected = ReferenceUNet(unet.state_dict(), heads=4)(*arguments)
         assert (unet(*arguments)[0] - expected).abs().max() < 1e-9
 
 
 @pytest.mark.soak
-def test_the_network_compiles_into_one_graph(exact: tuple[FlexibleUNet, Network]) -> None:
-    """The eager backend is fast and changes nothing."""
-    unet, _ = exact
-    arguments = inputs((9, 8), torch.float64)
+def test_the_unet_compiles_into_one_graph(unets: tuple[FlexibleUNet, ReferenceUNet]) -> None:
+    """The eager backend compiles quickly, and its output is exactly that of the uncompiled UNet."""
+    unet, _ = unets
+    arguments = make_inputs((9, 8), torch.float64)
     with torch.inference_mode():
         assert torch.equal(torch.compile(unet, backend="eager", fullgraph=True)(*arguments)[0], unet(*arguments)[0])
 
@@ -202,7 +205,7 @@ def test_the_network_compiles_into_one_graph(exact: tuple[FlexibleUNet, Network]
 @pytest.mark.parametrize("key", DECIDIFFUSION)
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ModelError, match=f"^here: config.json .*{key}"):
-        config_of({name: value for name, value in DECIDIFFUSION.items() if name != key})
+        read_config({name: value for name, value in DECIDIFFUSION.items() if name != key})
 
 
 @pytest.mark.parametrize(
@@ -233,10 +236,10 @@ def test_a_missing_key_is_named(key: str) -> None:
     ],
 )  # fmt: skip
 def test_an_invalid_key_is_named(key: str, value: object, reason: str) -> None:
-    with pytest.raises(ModelError, match=f"^here: config.json (has|is invalid) .*{reason}") as refusal:
-        config_of(DECIDIFFUSION | {key: value})
-    assert key in str(refusal.value) or key in ("num_attention_heads", "down_blocks_in_channels")
-    assert "\n" not in str(refusal.value)
+    with pytest.raises(ModelError, match=f"^here: config.json (has|is invalid) .*{reason}") as exc_info:
+        read_config(DECIDIFFUSION | {key: value})
+    assert key in str(exc_info.value) or key in ("num_attention_heads", "down_blocks_in_channels")
+    assert "\n" not in str(exc_info.value)
 
 
 # The checkpoint
@@ -254,13 +257,13 @@ def test_the_card_has_the_models_own_defaults(decidiffusion_folder: Path) -> Non
 
 
 def test_the_sampler_begins_at_pure_noise(decidiffusion_folder: Path) -> None:
-    """The image's share of the first sample is zero, so nothing may be divided by it. No network is loaded."""
+    """The first sample contains only noise, so no term may be divided by the image's share of it, which is zero."""
     solver = load_solver(read_card(ModelSettings(name=str(decidiffusion_folder))))
     assert (solver.table(30).timesteps[0], solver.table(30).timesteps[-1]) == (999, 32)
     assert torch.isfinite(solver.table(30).coefficients).all()
     image, noise = alphas_bar()[749], 1 - alphas_bar()[749]
     assert alphas_bar()[999] == 0
-    # Without the rescale to zero SNR the noise's share would be larger by 2e-5.
+    # Without the rescale to zero terminal SNR, the noise's share would be larger by 2e-5.
     assert solver.table(4).coefficients[0, :2].tolist() == pytest.approx([noise**0.5, -(image**0.5)], abs=3e-6)
 
 
@@ -279,7 +282,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda w: w.update({"mid_block.modules_list.7.conv1.bias": torch.zeros(96)}),
         r"has 1 unexpected tensor \(mid_block.modules_list.7.conv1.bias\)",
     ),
-    "of diffusers' order": (
+    "named as in diffusers": (
         lambda w: w.update({"mid_block.resnets.0.conv1.bias": w.pop("mid_block.modules_list.0.conv1.bias")}),
         r"lacks 1 tensor \(mid_block.modules_list.0.conv1.bias\)",
     ),
@@ -295,10 +298,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 def test_unmatched_tensors_are_named(copy: Path, case: str) -> None:
     change, reason = FAULTS[case]
     damage(copy, change)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         load_family(copy)
-    assert str(copy / "flexible_unet") in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(copy / "flexible_unet") in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize(
@@ -312,15 +315,15 @@ def test_unmatched_tensors_are_named(copy: Path, case: str) -> None:
         ({"configurations": "none"}, "does not define the image size"),
     ],
 )  # fmt: skip
-def test_another_networks_config_is_refused(copy: Path, values: dict[str, Any], reason: str) -> None:
+def test_a_config_of_another_network_is_refused(copy: Path, values: dict[str, Any], reason: str) -> None:
     amend(copy / CONFIG, **values)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         load_family(copy)
-    assert str(copy) in str(refusal.value)
+    assert str(copy) in str(exc_info.value)
 
 
 def test_shards_and_variants_are_loaded(copy: Path, model: Any) -> None:
-    """The variant has two shards with an index, next to default weights that are not loaded."""
+    """The variant has two shards and an index. The default weights next to it are not loaded."""
     weights = load_file(copy / WEIGHTS)
     halves = list(weights)[::2], list(weights)[1::2]
     files = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
@@ -341,7 +344,7 @@ def test_shards_and_variants_are_loaded(copy: Path, model: Any) -> None:
 
 
 def test_the_stock_unet_is_not_read(copy: Path, decidiffusion_folder: Path, model: Any) -> None:
-    """It may be invalid, as in the fixture, or missing. The repository's code is not run either."""
+    """The stock UNet may be invalid, as in the fixture, or missing. The checkpoint's pipeline.py never runs either."""
     assert (copy / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == b"no weights"
     assert "raise" in (copy / "pipeline.py").read_text("utf-8")
     shutil.rmtree(copy / "unet")
@@ -361,30 +364,30 @@ def test_the_fingerprint_changes_with_the_weights(copy: Path, decidiffusion_fold
 
 
 @pytest.mark.promises
-def test_batched_rows_match_the_straight_line(model: Any, straight: StraightLine) -> None:
-    """A value may rarely differ by 1 of 255. All rows differ, so the comparison detects swapped rows."""
+def test_batched_rows_match_the_reference(model: Any, reference: ReferencePipeline) -> None:
+    """Less than 1% of the values may differ, by 1 of 255. Other rows differ more, so swapped rows would be detected."""
     rendered = render(model, ROWS, slots=6, decode=2)
-    oracles = {row.id: straight.render(row) for row in ROWS}
-    assert rendered.keys() == oracles.keys()
-    for name, oracle in oracles.items():
+    references = {row.id: reference.render(row) for row in ROWS}
+    assert rendered.keys() == references.keys()
+    for name, expected in references.items():
         image = rendered[name].pixels
-        assert image.shape == oracle.shape
-        assert max_difference(image, oracle) <= 1
-        assert np.mean(image != oracle) < 0.01
-        others = [image for other, image in oracles.items() if other != name and image.shape == oracle.shape]
-        assert all(max_difference(oracle, other) > 2 for other in others)
+        assert image.shape == expected.shape
+        assert max_difference(image, expected) <= 1
+        assert np.mean(image != expected) < 0.01
+        others = [image for other, image in references.items() if other != name and image.shape == expected.shape]
+        assert all(max_difference(expected, other) > 2 for other in others)
 
 
 def test_a_row_has_the_same_bytes_alone_and_among_others(model: Any) -> None:
     square = [row for row in ROWS if (row.params.height, row.params.width) == (64, 64)]
-    crowd = render(model, [make_request(str(k), f"{k} stars", steps=3 + k, seed=k) for k in range(5)] + square[::-1])
+    batched = render(model, [make_request(str(k), f"{k} stars", steps=3 + k, seed=k) for k in range(5)] + square[::-1])
     for row in square:
-        assert np.array_equal(render(model, [row])[row.id].pixels, crowd[row.id].pixels)
+        assert np.array_equal(render(model, [row])[row.id].pixels, batched[row.id].pixels)
 
 
 @pytest.mark.promises
-def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: StraightLine, tmp_path: Path) -> None:
-    """The first row has the model's defaults. A second run renders nothing."""
+def test_the_command_renders_a_table(decidiffusion_folder: Path, reference: ReferencePipeline, tmp_path: Path) -> None:
+    """The first row uses the model's default parameters. The second run renders nothing."""
     table = write_csv(
         tmp_path / "t.csv",
         [
@@ -408,7 +411,7 @@ def test_the_command_renders_a_table(decidiffusion_folder: Path, straight: Strai
     for row in rows:
         steps, guidance, rescale = row["num_inference_steps"], row["guidance_scale"], row["guidance_rescale"]
         request = make_request("", row["prompt"], steps=steps, guidance=guidance, rescale=rescale, seed=row["seed"])
-        assert max_difference(np.asarray(Image.open(out / row["generated_image"])), straight.render(request)) <= 1
+        assert max_difference(np.asarray(Image.open(out / row["generated_image"])), reference.render(request)) <= 1
     before = hashes(out)
     again = command("run", table, "--out", out, "--device", "cpu", *options, "--json")
     assert (again.code, json.loads(again.stdout)["rendered"], hashes(out)) == (0, 0, before)

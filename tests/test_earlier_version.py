@@ -304,6 +304,35 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             't.json is no table: a .json holds [{"prompt": ...}, ...], ["a prompt", ...] or '
             '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt a line',
         ),
+        ("the id must be text or a number, not a list", "the id is not text but list"),
+        (
+            "negative_prompt 'green' is given, but this model does not support it",
+            "negative_prompt 'green' is given, and this model takes none",
+        ),
+        (
+            "seed 9223372036854775807 is too large for 2 images: image k uses seed + k, and the maximum is "
+            "9223372036854775807",
+            "seed 9223372036854775807 leaves no room for 2 images (seed + k)",
+        ),
+        ("prompt contains a NUL byte", "prompt holds a NUL byte"),
+        (
+            "the prompt contains a lone surrogate, which is half a character: send whole characters",
+            "the prompt holds a lone surrogate, which is half a character: send whole ones",
+        ),
+        (
+            "column 'prompt' contains a lone surrogate, which is half a character: write whole characters",
+            "column 'prompt' holds a lone surrogate, which is half a character: write whole characters",
+        ),
+        ("t: the folder contains no table (.csv)", "t: the folder holds no table (.csv)"),
+        (
+            "line 2 has no custom_id and body, unlike the first line",
+            "line 2 has no custom_id and body, as the first line has",
+        ),
+        ("t/a.csv: the target of the link does not exist", "t/a.csv: the link leads to no file"),
+        (
+            'line 3 has an unsupported column "it\'s": its name is not UTF-8, or the table already has 1024 columns',
+            'line 3 has a column that the table cannot have, "it\'s": it is not UTF-8, or there are 1024 before it',
+        ),
         ("the prompt is empty", "the prompt is empty"),
     ],
 )

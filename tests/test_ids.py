@@ -1,4 +1,4 @@
-"""Ids from content: renaming, sorting, splitting and converting a table changes no id, no seed and no image."""
+"""Ids from content: renaming, sorting, splitting or converting a table changes no ids, seeds or images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_a_table_that_is_sorted_split_and_renamed_renders_nothing(out: Path) -> 
     assert (hashes(out), images(out)) == (before, files)
     assert run_json(out)["settings"]["table"]["id_from"] == "content"
     assert [row["source_file"] for row in results(out)] == ["s/later.csv"] * 2 + ["s/sooner.csv"] * 2
-    # retry and merge take it from run.json.
+    # `retry` and `merge` read the source of ids from run.json.
     (out / next(iter(files))).unlink()
     assert command("retry", out, "--status", "missing").code == 0
     assert command("merge", out).code == 0

@@ -125,7 +125,7 @@ def test_results_in_the_folder_are_not_read_as_tables() -> None:
             "also with .gz, .bz2, .xz or .zst after it",
         ),
         ("Makefile", r"Makefile: unknown file extension \(none\)"),
-        ("empty", r"empty: the folder holds no table \(.csv, .tsv, "),
+        ("empty", r"empty: the folder contains no table \(.csv, .tsv, "),
         ("empty/*.csv", r"empty/\*.csv: the glob matches no table"),
         ("missing/**/*.csv", "the glob matches no table"),
     ],
@@ -171,7 +171,7 @@ def test_two_files_with_the_same_stem_are_accepted_with_ids() -> None:
     assert [request.id for request in read_requests(*tables)] == ["x", "y"]
 
 
-def test_files_of_different_folders_have_different_default_ids() -> None:
+def test_paths_that_differ_only_in_a_slash_or_hyphen_are_refused() -> None:
     write_csv(Path("t/a/b.csv"), [["prompt"], ["1"]])
     write_csv(Path("t/a-b.csv"), [["prompt"], ["2"]])
     with pytest.raises(TableError, match="same ids"):
@@ -324,7 +324,7 @@ def test_files_with_different_columns_share_one_schema() -> None:
 def test_types_that_differ_between_files_have_a_common_type(
     first: pa.Array, second: pa.Array, common: pa.DataType
 ) -> None:
-    """The common type represents all values, as text if necessary: a carried column never ends a run."""
+    """The common type can represent all values, and is text if necessary: no carried column makes a run fail."""
     for name, array, other in (("a", first, second), ("b", second, first)):
         write_parquet(Path(name, "a.parquet"), prompt=["x"], column=array)
         write_parquet(Path(name, "b.parquet"), prompt=["y"], column=other)
@@ -408,12 +408,12 @@ def test_whole_numbers_of_any_type(value: Any) -> None:
 
 WHOLE = ("seed", "height", "width", "num_inference_steps", "num_images_per_prompt")
 REAL = ("guidance_scale", "guidance_rescale")
-NO_NUMBERS = ["ten", "-nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", "1e99999999999999999999"]
+NOT_NUMBERS = ["ten", "-nan", "inf", "-inf", "sNaN", "1,5", "0x10", "--1", "true", "½", "1e99999999999999999999"]
 NOT_WHOLE = ["2.5", "1e-3", "1e-999999999", "0.1" + 100 * "0" + "1", 40 * "9" + ".5"]
 OUT_OF_RANGE = ["-2", str(10**23), "1e999999", "1e9999999", "-1e999999999", 5000 * "9"]
 
 
-@pytest.mark.parametrize("text", [*NO_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *NOT_WHOLE, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", WHOLE)
 def test_invalid_whole_numbers(field: str, text: str) -> None:
     """The error names the column, shows the start of the cell and says what is wrong."""
@@ -423,7 +423,7 @@ def test_invalid_whole_numbers(field: str, text: str) -> None:
         assert "within" in error
 
 
-@pytest.mark.parametrize("text", [*NO_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", [*NOT_NUMBERS, *OUT_OF_RANGE], ids=lambda text: text[:20])
 @pytest.mark.parametrize("field", REAL)
 def test_invalid_real_numbers(field: str, text: str) -> None:
     error = error_of(one_row(**{field: text}))
@@ -501,7 +501,7 @@ def test_image_k_has_seed_plus_k() -> None:
 
 
 def test_seeds_that_would_overflow_are_refused() -> None:
-    assert "leaves no room for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
+    assert "is too large for 2 images" in error_of(one_row(seed=2**63 - 1, num_images_per_prompt=2))
 
 
 def test_a_fingerprint_covers_only_what_determines_the_image() -> None:
@@ -555,7 +555,7 @@ def test_newlines_commas_and_quotes_in_prompts() -> None:
     assert [request.prompt for request in read_requests(table)] == prompts
 
 
-def test_a_long_prompt() -> None:
+def test_a_long_prompt_is_read_in_full() -> None:
     prompt = "word " * 2_000
     assert read_requests(write_csv(Path("t.csv"), [["prompt"], [prompt]]))[0].prompt == prompt
 
@@ -754,7 +754,7 @@ def test_every_row_that_a_damaged_footer_counts_is_accounted_for() -> None:
 
 
 UNREADABLE = Path("/proc/self/mem")
-"""A file that cannot be read: its first byte raises EIO."""
+"""A file that can be opened, but reading its first byte raises EIO."""
 
 
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="only Linux has a file that raises EIO")
@@ -932,10 +932,10 @@ def test_a_missing_number_takes_the_default(cell: str) -> None:
 @pytest.mark.parametrize(
     ("cells", "sentence"),
     [
-        ({"id": "a\0b"}, "the id holds a NUL byte"),
-        ({"id": "a\ud83d"}, "the id holds a lone surrogate, which is half a character: write whole characters"),
-        ({"prompt": "a\ud83d"}, "column 'prompt' holds a lone surrogate"),
-        ({"tag": "a\ud83d"}, "column 'tag' holds a lone surrogate"),
+        ({"id": "a\0b"}, "the id contains a NUL byte"),
+        ({"id": "a\ud83d"}, "the id contains a lone surrogate, which is half a character: write whole characters"),
+        ({"prompt": "a\ud83d"}, "column 'prompt' contains a lone surrogate"),
+        ({"tag": "a\ud83d"}, "column 'tag' contains a lone surrogate"),
     ],
     ids=str,
 )

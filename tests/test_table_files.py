@@ -28,8 +28,8 @@ from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
     ROWS,
     RULES,
+    comparable_rows,
     compress,
-    essence,
     in_format,
     open_tables,
     read,
@@ -61,7 +61,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def expected() -> list[tuple[Any, ...]]:
     cells = [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
-    return essence(read_requests(write_csv(Path("equal/t.csv"), cells)))
+    return comparable_rows(read_requests(write_csv(Path("equal/t.csv"), cells)))
 
 
 def refusal_of(*tables: Path | str, **options: Any) -> str:
@@ -85,7 +85,7 @@ def test_every_argument_without_a_table_is_reported() -> None:
             "percent: no such file or folder",
             "missing.csv.gz: no such file or folder",
             "notes.md: unknown file extension .md; a table ends in .csv, ",
-            "empty: the folder holds no table (.csv, ",
+            "empty: the folder contains no table (.csv, ",
             "none/*.csv: the glob matches no table (",
             "no://a.csv cannot be opened: Protocol not known: no",
         ),
@@ -125,8 +125,8 @@ def test_unreadable_files_are_listed_by_name() -> None:
         assert tables.local_paths == [Path("t/bad.csv").absolute(), Path("t/good.csv").absolute()]
 
 
-def test_relative_names_start_at_the_folder_of_the_settings(tmp_path: Path) -> None:
-    """Results name the files as the user does."""
+def test_relative_paths_are_resolved_against_the_folder_of_the_settings(tmp_path: Path) -> None:
+    """Results contain the paths as the user wrote them."""
     for name in ("a.csv", "more/b.csv", "more/c.txt"):
         write_bytes(tmp_path / "there" / name, b"prompt\nx\n")
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
@@ -161,7 +161,7 @@ def test_local_files_need_no_temporary_folder(temporary: Path) -> None:
 
 # Files in a folder that are not tables
 
-NO_TABLES = {
+IGNORED_FILES = {
     "name": [
         *(
             "README.txt",
@@ -188,7 +188,7 @@ def fill(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize("argument", ["t", "t/", "t/**/*", "memory://t", "memory://t/**"])
 def test_documentation_markers_and_other_suffixes_are_ignored_and_reported(argument: str, memory: Any) -> None:
     """The same rule applies to folders and globs, local and remote."""
-    fill(Path("t"), *TABLES, *NO_TABLES["name"], *NO_TABLES["ending"])
+    fill(Path("t"), *TABLES, *IGNORED_FILES["name"], *IGNORED_FILES["ending"])
     for path in Path("t").rglob("*.*" if "memory" in argument else "nothing"):
         memory.pipe(f"/{path}", path.read_bytes()) if path.is_file() else None
     for name in ("README", "_SUCCESS", "_committed_17", "e"):
@@ -199,8 +199,8 @@ def test_documentation_markers_and_other_suffixes_are_ignored_and_reported(argum
         ignored_files = tables.ignored_files.group()
     assert ignored_files == {
         reason: {f"{scheme}t/{name}": 1 for name in sorted(names, key=lambda name: name.split("/"))}
-        for reason, names in NO_TABLES.items()
-    } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in NO_TABLES["name"] if not n.endswith(".txt")}}}
+        for reason, names in IGNORED_FILES.items()
+    } | {"name": {"*.txt": 4, **{f"{scheme}t/{n}": 1 for n in IGNORED_FILES["name"] if not n.endswith(".txt")}}}
 
 
 def test_thousands_of_similar_files_are_one_entry() -> None:
@@ -256,7 +256,7 @@ def test_unreadable_links_and_folders_are_reported(monkeypatch: pytest.MonkeyPat
         assert str(tables.ignored_files) == "as links to folders: t/linked/"
         assert tables.files == ["t/a.csv", "t/also.csv", "t/broken.csv", "t/closed"]
         assert tables.unreadable_files == {
-            "t/broken.csv": "t/broken.csv: the link leads to no file",
+            "t/broken.csv": "t/broken.csv: the target of the link does not exist",
             "t/closed": "t/closed: Permission denied",
         }
     assert refusal_of("t/closed") == "t/closed: Permission denied"
@@ -341,7 +341,7 @@ def test_a_bad_value_in_the_path_makes_the_rows_of_its_file_invalid() -> None:
 
 
 def test_a_file_of_a_mini_batch_has_the_columns_in_its_path(tmp_path: Path) -> None:
-    """The name of the file is only the last part of the path."""
+    """Results contain only the name of the file, but its columns come from the whole path."""
     write_csv(tmp_path / "lang=en" / "height=128" / "a.csv", [["prompt"], ["x"]])
     settings = TableSettings(("./a.csv",), folder=tmp_path / "lang=en" / "height=128")
     with Tables(settings, SCHEMA.names, SharedFolder(("a.csv",), lambda name, file: False)) as tables:
@@ -391,7 +391,7 @@ def test_any_format_can_be_read_from_standard_input(
         assert list(tables.read_rows(RULES)) == items, "a second pass reads the same rows"
         assert list(temporary.iterdir())
     assert not list(temporary.iterdir())
-    assert essence(item for item in items if isinstance(item, PromptRequest)) == essence(equal)
+    assert comparable_rows(item for item in items if isinstance(item, PromptRequest)) == comparable_rows(equal)
     assert {item.source.file for item in items if isinstance(item, PromptRequest)} == {"stdin"}
 
 
@@ -411,7 +411,7 @@ def test_any_format_can_be_read_from_standard_input(
     ],
     ids=repr,
 )
-def test_the_format_of_standard_input_is_detected_from_its_first_bytes(
+def test_the_format_of_standard_input_is_detected_from_its_content(
     content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe(monkeypatch, content)
@@ -503,7 +503,7 @@ def test_any_format_can_be_read_from_a_url(suffix: str, memory: Any, temporary: 
             assert tables.files == [url]
             assert tables.local_paths == []
             rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-        assert essence(rows) == expected()
+        assert comparable_rows(rows) == expected()
         assert {item.source.file for item in rows} == {url}
         assert not list(temporary.iterdir())
 
@@ -544,7 +544,7 @@ def test_a_file_in_an_archive_is_read(tmp_path: Path) -> None:
     [
         ("memory://t/missing.csv", "memory://t/missing.csv: no such file or folder"),
         ("memory://t/*.tsv", "memory://t/*.tsv: the glob matches no table (.csv, "),
-        ("memory://t/empty", "memory://t/empty: the folder holds no table (.csv, "),
+        ("memory://t/empty", "memory://t/empty: the folder contains no table (.csv, "),
         ("memory://t/notes.md", "memory://t/notes.md: unknown file extension .md; a table ends in .csv"),
         ("nothing://t/a.csv", "nothing://t/a.csv cannot be opened: Protocol not known: nothing"),
         ("s3://bucket/a.csv", "s3://bucket/a.csv: reading s3:// needs s3fs: pip install 'batch-infer[s3]'"),
@@ -667,7 +667,7 @@ def test_unreadable_links_and_folders_that_a_glob_matches_are_reported(monkeypat
             assert "ds/a/t.csv" in tables.files
 
 
-def test_a_forbidden_file_of_a_folder_is_one_invalid_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_file_in_a_folder_is_one_invalid_result(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe({"/t/a.txt": b"x", "/t/b.txt": b"y"})
     get_file = type(memory).get_file
 
@@ -703,7 +703,7 @@ def test_a_forbidden_file_of_a_folder_is_one_invalid_result(memory: Any, monkeyp
         ("local/a@b?c=d.csv", "local/a@b?c=d.csv"),
     ],
 )
-def test_secrets_are_removed_from_every_link_of_a_url(url: str, name: str) -> None:
+def test_secrets_are_removed_from_a_url_and_from_every_url_in_a_chain(url: str, name: str) -> None:
     assert redact_url(url) == name
 
 
@@ -728,7 +728,7 @@ def test_any_format_can_be_read_over_http(suffix: str, server: str, temporary: P
     with open_tables(f"{server}/t.{suffix}?sig=secret#part") as tables:
         assert tables.files == [f"{server}/t.{suffix}"]
         rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
-    assert essence(rows) == expected()
+    assert comparable_rows(rows) == expected()
     assert not list(temporary.iterdir())
 
 

@@ -41,7 +41,7 @@ _worker: MiniBatchScorer | None = None
 
 
 def init() -> None:
-    """Load the model. Raises UsageError if a setting is invalid or not supported."""
+    """Load the model. Raises UsageError if a setting is invalid or not supported, StorageError."""
     global _worker
     _choose_columns()
     out = os.environ.get(_OUT)
@@ -51,7 +51,7 @@ def init() -> None:
 
 
 def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
-    """Return the results of the tables at these paths. Rows with committed results are not rendered again.
+    """Return the results of the tables at these paths. Finished rows are not rendered again.
 
     Invalid rows, failed rows and unreadable files have results too. Raises TableError if no file can be read,
     ServiceError if a safety service does not answer, StorageError.
@@ -99,7 +99,7 @@ def _select_full(results: pa.Table) -> pa.Table:
     Azure appends the rows of all mini-batches without a header, so all tables must have the same columns.
     """
     names = [name for name in results.column_names if name not in SCHEMA.names]
-    # Without columns, zip would yield no rows.
+    # zip would yield no rows if there were no columns.
     rows = zip(*(to_python_values(results[name]) for name in names), strict=True) if names else [()] * len(results)
     carried = [to_json(dict(zip(names, cells, strict=True))) for cells in rows]
     scores = map(_format_scores, results["safety_scores"].to_pylist())

@@ -21,20 +21,20 @@ from batch_infer.serving import Deployment
 from batch_infer.settings import RunSettings, TableSettings
 
 MODEL_DEPTH = 4
-"""Folder levels below AZUREML_MODEL_DIR to search for a model. A registered model is several folders down."""
+"""Folder levels below AZUREML_MODEL_DIR to search for a model. A registered model may be several levels down."""
 READ_ATTEMPTS, RETRY_SECONDS = 10, 2.0
-"""Attempts to read a run.json that cannot be parsed, and the seconds between two attempts."""
+"""Maximum number of attempts to read a run.json that cannot be parsed, and the seconds between attempts."""
 _FILE_OPTIONS = ("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE", "OUT")
 _TERMINAL_OPTIONS = ("JSON", "QUIET", "VERBOSE", "NO_PROGRESS")
 IGNORED = tuple(f"BATCH_INFER_{option}" for option in (*_FILE_OPTIONS, *_TERMINAL_OPTIONS))
-"""Variables of `run` for results.* or a terminal, which an endpoint does not have. They are never read."""
+"""Variables for options of `run` that an endpoint ignores, because they concern a whole run or a terminal."""
 
 log = logging.getLogger("batch_infer")
 
 
 @dataclass(frozen=True, slots=True)
 class AzureDeployment(Deployment):
-    """A deployment that writes to OUT. `record` is its run.json, and `earlier` is the run.json already in OUT."""
+    """A deployment in Azure ML. `record` is its run.json, and `earlier` is the run.json already in OUT, if any."""
 
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
@@ -48,7 +48,7 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
     """
     unused = Path(tempfile.gettempdir(), f"batch-infer-{uuid4().hex}")
     requested = settings_from_environment("-", out or str(unused), IGNORED)
-    set_up_logging()  # after the settings, which have its format
+    set_up_logging()  # after the settings, which define the log format
     if ignored := [name for name in IGNORED if os.environ.get(name)]:
         log.warning("%s: ignored in an endpoint", ", ".join(ignored))
     settings = _adapt_settings(requested, is_only_worker=is_only_worker)
@@ -65,8 +65,8 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
 def read_cached_run(out: Path) -> dict[str, Any] | None:
     """Return run.json, or None if OUT has none. Raises UsageError.
 
-    Another worker may just have written the file. A mount of a storage account that caches file sizes, such as
-    blobfuse, may temporarily truncate a new file to the size of the old file.
+    An invalid file is read again, because another worker may just have written it: a mount of a storage account
+    that caches file sizes, such as blobfuse, may temporarily truncate a new file to the size of the old file.
     """
     for _ in range(READ_ATTEMPTS - 1):
         with suppress(UsageError):

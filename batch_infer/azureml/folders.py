@@ -17,7 +17,7 @@ log = logging.getLogger("batch_infer")
 
 
 class FolderFiles(NamedTuple):
-    """A folder with files of a mini-batch: their names in order, and the `existing` names of all files in the folder.
+    """A folder with files of a mini-batch: their names in order, and the names of all files that exist in the folder.
 
     A file that was removed no longer owns ids.
     """
@@ -42,7 +42,7 @@ def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[Resul
         elif (other := first_by_name.setdefault(file.name, file)) == file:
             names_by_folder.setdefault(file.parent, []).append(file.name)
         else:
-            refused.append(_refuse(file, other))
+            refused.append(_make_invalid_row(file, other))
     folders = []
     for path, names in names_by_folder.items():
         existing = names
@@ -52,7 +52,8 @@ def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[Resul
     return folders, refused
 
 
-def _refuse(file: Path, other: Path) -> ResultRow:
+def _make_invalid_row(file: Path, other: Path) -> ResultRow:
+    """Return the result for a file with the name of another file."""
     name = f"{file.parent.name}/{file.name}"
     earlier_error = f"{file} and {other} have one name, by which their rows and images are known: rename one"
     return ResultRow(
@@ -89,8 +90,8 @@ class CommittedId(NamedTuple):
 class IdOwnership:
     """A temporary database of all rows that were ever committed under an id from a table.
 
-    If several files of a folder contain an id, the first file by name owns it. Two workers may both check before
-    either commits, and both render the row. Therefore each worker checks again after its commit. Parts are never
+    If several files of a folder contain an id, the first file by name owns it. Two workers may check before
+    either of them commits, so both render the row. Therefore each worker checks again after its commit. Parts are never
     removed, so the worker that commits last sees both rows, and also settles the row of the other file. Both workers
     settle rows in the same way, so settling a row twice does no harm. If a worker dies before its second check, its
     mini-batch is retried, and the retry begins with a check.
@@ -106,7 +107,7 @@ class IdOwnership:
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read the parts that were not read before. Raises DamagedPartError, StorageError."""
+        """Read the parts that have not been read yet. Raises DamagedPartError, StorageError."""
         for part in parts:
             if part.name not in self._part_names:
                 with unless_removed(part):  # another worker may set it aside

@@ -38,7 +38,7 @@ MAX_PASSES = 5
 
 
 class MiniBatchScorer:
-    """A worker with a loaded model. Several workers write to the same OUT.
+    """A worker with a loaded model. Several workers may write to the same OUT.
 
     Workers do not lock OUT: the image of a row, its file name and its key in the manifest depend only on the row, so
     two workers can render the same row. A row that any worker has committed is not rendered again.
@@ -54,17 +54,18 @@ class MiniBatchScorer:
             raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
         create_run_json(self._path, deployment.record)
         self._check_identity()
-        # run.json marks the folder: a separate marker would remain if a worker is killed.
+        # run.json marks the folder: a separate marker would remain if a worker were killed.
         self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
         self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
         self._index, self._ids = ManifestIndex(()), IdOwnership()
         self._read_new_parts()
 
     def score(self, files: Sequence[str]) -> pa.Table:
-        """Render the pending rows of files and return the results of all their rows, in the order of the files.
+        """Render the pending rows of files and return the results of all their rows.
 
-        A file that cannot be read has one invalid result, and an ignored file has none. Raises TableError after
-        committing these results if no file can be read, ServiceError if a safety service does not answer, StorageError.
+        Results are grouped by folder, in the order of the folder's files. A file that cannot be read has one invalid
+        result, and an ignored file has none. Raises TableError after committing these results if no file can be read,
+        ServiceError if a safety service does not answer, StorageError.
         """
         self._check_identity()
         folders, refused = group_by_folder(files)
@@ -145,7 +146,7 @@ class MiniBatchScorer:
     ) -> None:
         """Render and commit pending rows, or only those of `sources` (file name, row number).
 
-        Their ids depend only on the parts that were read before.
+        The ids of the rows depend only on the parts that were read before this call.
         """
 
         def is_skipped(item: Item, entry: ManifestEntry | None) -> bool:
@@ -175,11 +176,14 @@ class MiniBatchScorer:
 
     @contextmanager
     def _open_job(self, folder: FolderFiles, names: Sequence[str]) -> Iterator[Job]:
-        setup = self._deployment
-        settings = replace(setup.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
-        others = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
-        with Tables(settings, SCHEMA.names, others) as tables:
-            yield Job(setup.settings, tables, setup.card, setup.compute, setup.record, setup.earlier, setup.rules)
+        deployment = self._deployment
+        settings = replace(deployment.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
+        shared = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
+        with Tables(settings, SCHEMA.names, shared) as tables:
+            yield Job(
+                deployment.settings, tables, deployment.card, deployment.compute, deployment.record, deployment.earlier,
+                deployment.rules,
+            )  # fmt: skip
 
     def _read_new_parts(self) -> None:
         """Read the results and ids that workers have committed since the last call."""

@@ -7,15 +7,15 @@ Only an object without an image also has `error`.
 `data` contains prompts, lists or objects. The columns are the same as in tables: negative_prompt, seed,
 num_inference_steps, guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id. Other columns, and
 `index`, are ignored. `parameters` or `params`, in `input_data` or next to it, contains default values for all rows. As
-in tables, a missing seed is derived from --seed and the row's id or, without an id, the row's number. Therefore the
-same request returns the same images. Send a `seed` for other images.
+in tables, a missing seed is derived from BATCH_INFER_SEED and the row's id or, without an id, the row's number.
+Therefore the same request returns the same images. Send a `seed` for other images.
 
 The object of an invalid row, such as one with a prompt of more than 10,000 characters, has the reason in `error`. A
-malformed request, an unknown key or parameter, an invalid parameter, or a row with too few cells gets status 400.
-A request for more than 256 images gets status 413. The status is 503 if content safety does not answer, or if the
-images are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of these responses is `{"error": "a
-sentence"}`. The server itself refuses a body that is not UTF-8, with `message`. When a client disconnects, the rest of
-its request is not rendered.
+malformed request, an unknown key or parameter, an invalid parameter, or a row with too few cells gets status 400. A
+request for more than 256 images gets status 413. The status is 503 if content safety does not answer, or if the images
+are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of these responses is `{"error": "a
+sentence"}`. The server itself refuses a body that is not UTF-8, with status 400 and `message`. When a client
+disconnects, the rest of its request is not rendered.
 
 Settings are the BATCH_INFER_* variables. The server has one thread by default. With GUNICORN_CMD_ARGS="--threads 32",
 rows of concurrent requests share the UNet calls.
@@ -51,7 +51,10 @@ log = logging.getLogger("batch_infer")
 
 
 def init() -> None:
-    """Load the model and render a first image, so that compilation delays no request. Raises UsageError."""
+    """Load the model and render a first image, so that compilation does not delay the first request.
+
+    Raises UsageError.
+    """
     if os.environ.get("WORKER_PRELOAD", "").lower() == "true":
         raise SettingsError("WORKER_PRELOAD=true: a model cannot be loaded before the server forks; unset it")
     _read_timeout()
@@ -68,7 +71,7 @@ def init() -> None:
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Return the objects for a request, or a response of the server with an error status."""
+    """Return the objects for a request, or a server response with an error status."""
     service = _load_service()
     deployment = service.deployment
     try:

@@ -1,6 +1,6 @@
 """The code of an exported MLflow model, which renders a DataFrame of prompts to a DataFrame with their images.
 
-This module does not import MLflow. The code that is packed with a model derives an MLflow class from this class.
+This module does not import MLflow. The code that is packaged with a model derives an MLflow class from PromptsToImages.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class PromptsToImages:
     """Renders the prompts of a DataFrame. Rows of concurrent calls share UNet calls."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model. Environment variables override variables packed with the model. Raises UsageError."""
+        """Load the model. Environment variables override variables packaged with the model. Raises UsageError."""
         variables: dict[str, str] = context.model_config["variables"]
-        for name, path in context.artifacts.items():  # the values contain the names of packed files
+        for name, path in context.artifacts.items():  # values refer to packaged files by `{name}`
             variables = {key: value.replace(f"{{{name}}}", str(path)) for key, value in variables.items()}
         with _default_variables(variables):
             self._service = Service(read_deployment())
@@ -40,8 +40,8 @@ class PromptsToImages:
         """Return a row per prompt: prompt, generated_image and nsfw_content_detected (None if no checker ran).
 
         generated_image is a file in base64 or, in a batch endpoint's job, the name of a file next to predictions.csv.
-        The column `error` says why a row has no image. A batch endpoint's job appends all rows to one file, so it
-        always has this column. Otherwise it is present only if a row has an error. Raises ServiceError, StorageError.
+        The column `error` says why a row has no image. In a batch endpoint's job, which appends all rows to one file,
+        the column is always present, otherwise only if a row has an error. Raises ServiceError, StorageError.
         """
         parameters = {name: value for name, value in (params or {}).items() if value is not None}
         rows = [{**parameters, "prompt": prompt} for prompt in model_input["prompt"]]
@@ -57,7 +57,7 @@ class PromptsToImages:
 
 @contextmanager
 def _default_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set those environment variables that are not set yet, and unset them at the end."""
+    """Set the environment variables that are not set yet, and unset them again at the end."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

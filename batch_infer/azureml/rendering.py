@@ -1,4 +1,4 @@
-"""Render the pending rows of a mini-batch, so that a row that crashes its process costs no other row.
+"""Render the pending rows of a mini-batch, so that a row that crashes its process does not fail other rows.
 
 Markers in OUT list the rows that a worker is rendering. They remain if its process dies.
 """
@@ -39,14 +39,14 @@ MARKER_ROWS = 32
 RETRY_ROWS = 16
 """Maximum number of rows that are retried together after a crash."""
 MAX_CRASHES = 3
-"""Number of crashes after which a row fails, if it was alone in the last one."""
+"""Number of crashes after which a row fails, if it was the only row in progress in one of them."""
 _PREFIX = ".begun-"
 
 Key = tuple[str, int]
 
 
 class MiniBatchRenderer:
-    """A loaded model that renders and commits rows."""
+    """Renders and commits rows with a loaded model."""
 
     def __init__(self, deployment: AzureDeployment, out: PinnedFolder) -> None:
         """Load the model. Raises ModelError."""
@@ -59,7 +59,7 @@ class MiniBatchRenderer:
         self._chain.close()
 
     def render(self, job: Job, requests: Iterable[PromptRequest], index: ManifestIndex) -> None:
-        """Render and commit requests. Rows that were in progress in a crash come last, in smaller groups.
+        """Render and commit requests. Rows that failed or were in progress in a crash come last, in smaller groups.
 
         Raises ServiceError, StorageError.
         """
@@ -111,7 +111,7 @@ def _count_failures(request: PromptRequest, index: ManifestIndex) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CrashHistory:
-    """The number of crashes in which each row was in progress, and the rows that were alone in a crash."""
+    """The number of crashes in which each row was in progress, and the rows that were the only ones in a crash."""
 
     counts: Counter[Key] = field(default_factory=Counter)
     alone: set[Key] = field(default_factory=set)
@@ -150,7 +150,7 @@ class ProgressMarkers:
     def __init__(self, out: Path) -> None:
         self._out, self._lock = out, Lock()
         self._open: dict[Path, set[Key]] = {}
-        """The keys that are not committed yet, by the path of their marker."""
+        """The uncommitted keys of each open marker, by the marker's path."""
 
     def mark(self, requests: Iterable[PromptRequest], *, is_alone: bool = False) -> Iterator[PromptRequest]:
         """Yield requests, each after its marker is written. Raises StorageError.
@@ -196,7 +196,7 @@ class ProgressMarkers:
             path.unlink(missing_ok=True)
 
     def read_crashes(self) -> CrashHistory:
-        """Return the crashes of processes on this machine, and possible crashes on other machines."""
+        """Return the history of crashes on this machine and possible crashes on other machines. Raises StorageError."""
         history = CrashHistory()
         for _, is_alone, keys in self._read_markers():
             history.counts.update(keys)
@@ -205,7 +205,7 @@ class ProgressMarkers:
         return history
 
     def remove_settled(self, index: ManifestIndex) -> None:
-        """Remove markers of dead processes if the index contains all of their rows. Raises StorageError."""
+        """Remove markers of processes that may have died if the index contains all rows. Raises StorageError."""
         for path, _, keys in self._read_markers():
             if all(index.find(key) for key in keys):
                 self._remove(path)

@@ -29,7 +29,7 @@ from batch_infer.models import is_compiled
 from batch_infer.worker import read_peak_memory
 
 SAMPLE_ROWS = 24
-"""Number of rows that the baseline one-by-one renders, and of images to compare."""
+"""Maximum number of rows that the baseline one-by-one renders, and of images to compare."""
 
 log = logging.getLogger("batch_infer")
 

@@ -58,7 +58,8 @@ def _draw_sweep(axes: Axes, report: BenchReport) -> None:
 def _draw_baselines(axes: Axes, report: BenchReport) -> None:
     """Draw the baselines and the device's ceiling.
 
-    Grouped baselines were measured at one number of slots. The other lines do not depend on slots.
+    Grouped baselines are drawn at their number of slots, or at the largest if it differs between image sizes. The other
+    lines do not depend on slots.
     """
     markers = iter(("s", "D", "^", "v"))
     slots = max(report.ours.details["slots"].values())

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def status(*, out: Path, as_json: bool, quiet: bool) -> int:
     """Show the state and the progress of the run in OUT.
 
-    The run may be active, stopped or finished. Shows how many results have each status, and how many are left. A row
+    The run may be active, stopped or finished. The output counts the results by status, and those that are left. A row
     has one result per image. Results that a killed run committed are included.
 
     Exit codes: 0 success; 2 if OUT contains no run. With -q, only errors are printed.
@@ -79,8 +79,8 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
     """Write OUT/results.* from OUT's manifest.
 
     The results are in table order. `run` merges at its end; use `merge` after a run was killed, and for the output of
-    a batch endpoint. It merges only rows of the tables that run.json names, or all rows of the manifest if it cannot
-    read these tables or OUT is from an endpoint. It writes the formats of the run and those of --results.
+    a batch endpoint. It merges only rows of the tables that run.json names, or all rows of the manifest if these
+    tables cannot be read or OUT is from an endpoint. It writes the formats of the run and those of --results.
 
     Exit codes: 0 success; 2 usage, or OUT contains no run; 75 interrupted, or another command is using OUT.
     """

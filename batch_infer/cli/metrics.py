@@ -43,6 +43,7 @@ GAUGES = {
     "exit_code": "Exit code of the run that ended last.",
 }
 BUG = 1
+"""Exit code after an unexpected exception."""
 
 
 class Metrics:
@@ -60,7 +61,7 @@ class Metrics:
         self._results: dict[str, int] = {}
         self._code = BUG
         self._throughput: Throughput | None = None
-        self._entered = self._written = 0.0
+        self._entered_at = self._written_at = 0.0
         self._is_initialized = self._has_warned = False
 
     def __enter__(self) -> Metrics:
@@ -73,7 +74,7 @@ class Metrics:
                 raise SettingsError(f"--metrics-file {self._file} cannot be written: {reason}") from error
             if self._file.suffix != ".prom":
                 log.warning("node_exporter's textfile collector reads only *.prom files, so it ignores %s", self._file)
-        self._entered = time.time()
+        self._entered_at = time.time()
         return self
 
     def start(self, scan: ScanResult) -> None:
@@ -96,7 +97,7 @@ class Metrics:
         self._gauges["images_rendered"] += sum(row.status in ("ok", "flagged") for row in rows)
         if self._throughput is not None:
             self._gauges["images_per_second"] = self._throughput.images_per_second or 0
-        if time.monotonic() - self._written >= WRITE_INTERVAL:
+        if time.monotonic() - self._written_at >= WRITE_INTERVAL:
             self._write()
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ class Metrics:
             self._read(self._file)
         for unknown in ("workers", "worker_deaths"):
             self._gauges.pop(unknown, None)
-        self._gauges |= {"start_timestamp_seconds": self._entered, "images_rendered": 0, "images_per_second": 0}
+        self._gauges |= {"start_timestamp_seconds": self._entered_at, "images_rendered": 0, "images_per_second": 0}
 
     def _read(self, file: Path) -> None:
         from prometheus_client.parser import text_string_to_metric_families
@@ -163,7 +164,7 @@ class Metrics:
                 self._results[sample.labels["status"]] = int(sample.value)
 
     def _write(self) -> None:
-        self._written = time.monotonic()
+        self._written_at = time.monotonic()
         if self._file is None:
             return
         from prometheus_client import write_to_textfile

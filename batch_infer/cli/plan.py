@@ -42,8 +42,8 @@ TOO_SHORT = "too short: the run would stop with exit code 75, and the same comma
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 
-    Takes the options of `run`. Validates every row, lists invalid rows with the reasons, and then shows image sizes,
-    UNet evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
+    It takes the options of `run`, validates every row, lists invalid rows with the reasons, and shows image sizes, UNet
+    evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
     with --price-per-hour, cost. Rows that are already finished in OUT add nothing to these figures. The time is
     estimated from a short calibration or the last run; both are remembered. With --time-limit, plan says whether the
     limit is sufficient (with -q, only if it is not).

@@ -46,7 +46,7 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
 
 
 def log_time_limit(stop: Stopper, remaining: int) -> None:
-    """If the time limit stopped the command and images remain, log this."""
+    """If the time limit stopped the command and images remain, log a warning."""
     if stop.reason == TIME_LIMIT and remaining and stop.time_limit is not None:
         images = f"{format_count(remaining, 'image')} {'is' if remaining == 1 else 'are'}"
         stop_log.warning(

@@ -1,14 +1,14 @@
-"""Read a checkpoint into a ModelCard without loading it, or load it as the class of its model family.
+"""Describe a checkpoint as a ModelCard without loading its weights, or load it with the class of its model family.
 
-Each family has one module and one entry in the registry in families.py.
+Each model family has one module, and each pipeline class of a family has one entry in the registry in families.py.
 """
 
 import os
 
-# Set before the imports: the hints of these libraries (which image processor, which flag) are for developers.
+# Set before the imports. These libraries log hints for developers, for example about image processors.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# For some networks transformers would fetch kernels from the Hub and run them.
+# Otherwise transformers would, for some networks, fetch kernels from the Hub and run them.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from typing import TYPE_CHECKING

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAX_SHAPES = 256
 """Maximum number of compiled shapes per network. torch's default is 8, and a table may contain more sizes."""
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
-"""torch._inductor errors that damaged cache files do not cause: a missing compiler, or an operator without a kernel.
+"""torch._inductor errors that damaged cache files do not cause, such as a missing compiler.
 
 A list of the errors that damaged files do cause would be too broad: it would include RuntimeError (a truncated .py
 file, or any error in a compilation process) and CppCompileError (a truncated .cpp file).
@@ -41,8 +41,9 @@ def optimize_networks(
     """Optimize networks that are called with one fixed batch shape per image size.
 
     On a GPU, convolutions are fastest with channels last, and one product for queries, keys and values is faster than
-    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes a minute per shape and pays off in long runs.
-    `threads` limits the number of compilation processes, because workers share the cores of a machine.
+    three. Compilation (Ansel et al., PyTorch 2, ASPLOS 2024) takes about a minute per shape, so it pays
+    off only in long runs. `threads` limits the number of compilation processes, because workers share the cores of a
+    machine.
     """
     for network in networks:
         if device.type == "cuda":
@@ -72,7 +73,7 @@ class Compiled:
         dynamo.cache_size_limit = MAX_SHAPES
         if threads is not None and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
             inductor.compile_threads = max(1, min(inductor.compile_threads or 1, threads))
-        # If torch has this option, it chooses kernels by rule instead of by timing, so later runs give the same bytes.
+        # With this option, torch chooses kernels by rule instead of by timing, so later runs give the same bytes.
         options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
         self._errors = TorchDynamoException, FailOnRecompileLimitHit
         self._backend_error = BackendCompilerFailed
@@ -129,13 +130,13 @@ _cache = CompilerCache()
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).strip().splitlines()[:2])  # the first line may only name the backend
+    return " ".join(str(error).strip().splitlines()[:2])  # the first line may name only the backend
 
 
 def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """Return the FLOP of one denoiser evaluation for one batch element, on latents (C, h, w).
 
-    A multiply-add counts as two FLOP, and attention products count. Only a prompt embedding is computed.
+    A multiply-add counts as two FLOP. Attention is included. The prompt is encoded, but the denoiser only traced.
     """
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])

@@ -29,12 +29,13 @@ from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.settings import SchedulerSpec
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
-"""Parameters of the call of every text-to-image pipeline."""
+"""Parameters that a text-to-image pipeline's `__call__` must have."""
 IMAGE_INPUTS = {"control_image", "mask_image"}
 VIDEO_INPUTS = {"num_frames", "video_length"}
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
 """Candidates for the parameter that receives a row's guidance_scale. The first with a numeric default is used."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
+"""Components that may be the denoiser. The first that is a network is used."""
 NATIVE_SIDE = 1024
 """Default image side in pixels for a pipeline without one."""
 
@@ -42,8 +43,8 @@ NATIVE_SIDE = 1024
 class AnyPipeline:
     """A loaded pipeline. The rows of a call differ only in their texts and seeds.
 
-    The text encoders use eager attention: faster kernels omit the mask if no row of a batch needs one, so that a row
-    would depend on its neighbours.
+    The text encoders use eager attention: faster kernels omit the mask if no row of a batch needs one, so a row would
+    depend on its neighbours.
     """
 
     uses_pipeline_call = True
@@ -141,7 +142,7 @@ class AnyPipeline:
 
 
 def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> Any:
-    """Load a network in a dtype, except for layers that need float32: T5 would overflow."""
+    """Load a network in a dtype, except for layers that need float32, such as those of T5 that would overflow."""
     if issubclass(network_type, ModelMixin):
         return load_network(network_type, card, name, torch_dtype=dtype)
     return load_network(network_type, card, name, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
@@ -245,7 +246,7 @@ def _denoiser_config(pipeline: Any) -> Mapping[str, Any]:
 
 
 def _guidance_argument(pipeline: Any) -> str | None:
-    """Return the name of the parameter for a row's guidance_scale, None if the scale would have no effect."""
+    """Return the name of the parameter for a row's guidance_scale, or None if the scale would have no effect."""
     call = _parameters_of(type(pipeline))
     names = [name for name in GUIDANCE if name in call and isinstance(call[name].default, (int, float))]
     if {"guidance_scale", "true_cfg_scale"} <= set(names) and not _is_embedded(_denoiser_config(pipeline)):
@@ -270,7 +271,7 @@ def _build_without_weights(path: Path, network_type: Any, name: str) -> Any | No
 
 
 def _size_rules(pipeline: Any, denoiser: Mapping[str, Any]) -> SizeRules:
-    """Return the pipeline's default image sides, and the side multiples that fit whole patches, in pixels.
+    """Return the pipeline's default image size, and the side multiples, in pixels, that fit whole patches.
 
     If a pipeline has stricter rules, it refuses the row, and its message becomes the row's error.
     """

@@ -1,4 +1,4 @@
-"""Build released architectures at full size with random weights, to benchmark without downloads."""
+"""Build released architectures at full size with random weights, for benchmarks without downloads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ AUTOENCODER: dict[str, Any] = {
 
 
 def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> tuple[LatentDiffusion, SamplingRules]:
-    """Build `sd15`, `decidiffusion` or `sdxl` on a device in a dtype. Raises ModelError for other names."""
+    """Build `sd15`, `decidiffusion` or `sdxl`, and derive its sampling rules. Raises ModelError for other names."""
     unet: Any
     model: LatentDiffusion
     match name:
@@ -118,7 +118,7 @@ def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any,
 
 
 def _build_stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
-    """Build a Stable Diffusion XL pipeline with a VAE that does not overflow in half precision."""
+    """Build a Stable Diffusion XL pipeline whose VAE is not upcast to float32."""
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
@@ -145,7 +145,7 @@ def _make_text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig
 def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Initialize networks with reproducible random weights directly on a device and in a dtype.
 
-    In float32 in host memory, the largest networks would need four times their size.
+    Otherwise they would first be initialized in float32 in host memory.
     """
     previous_dtype = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []

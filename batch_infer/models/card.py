@@ -12,7 +12,7 @@ from batch_infer.settings import SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 ANY_PIPELINE = "any_pipeline"
-"""Family name of checkpoints without a model family, which render through calls of their diffusers pipeline."""
+"""Family name of checkpoints without a model family, which are rendered by calling their diffusers pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class SamplingRules:
 class ModelCard(SamplingRules):
     """A local checkpoint and its sampling rules.
 
-    `name` is the Hub id, the folder name or the file name without its path, because images contain it. `revision` is
-    the commit of a Hub checkpoint. `pipeline` is the class in model_index.json. `scheduler` is the requested scheduler,
-    or None for the checkpoint's default. `windows` is the maximum number of windows of 77 tokens in a prompt.
+    `name` is the Hub id, the name of the folder, or the name of the file without its suffix. `revision` is the commit
+    of a Hub checkpoint. `pipeline` is the class in model_index.json. `scheduler` is the requested scheduler, or None
+    for the checkpoint's default. `windows` is the maximum number of windows of 77 tokens in a prompt.
     """
 
     name: str

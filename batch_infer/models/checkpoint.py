@@ -23,13 +23,13 @@ from batch_infer.settings import ModelSettings
 DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
-"""Components with separate fingerprints, excluded from the model's fingerprint."""
+"""Components that have their own fingerprints and are excluded from the model's fingerprint."""
 
 
 def read_card(
     settings: ModelSettings, inspect: Callable[[Path], SamplingRules] | None = None, *, needs_checker: bool = True
 ) -> ModelCard:
-    """Read a checkpoint, downloading it first if the model is a Hugging Face id. Raises ModelError.
+    """Read a checkpoint's card. For a Hugging Face id, missing files are downloaded first. Raises ModelError.
 
     `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
     Without `needs_checker` the safety checker may be missing.
@@ -168,7 +168,7 @@ def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:
-    """Return a digest of everything that defines the model except its scheduler."""
+    """Return a digest of everything that defines the model except its scheduler and safety checker."""
     if family is OTHER_FAMILY:
         weights = digest([{**index, "_diffusers_version": None}, weights])
     elif family.pixel_options:

@@ -15,7 +15,7 @@ VOCABULARIES = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"),
     "sentencepiece.bpe.model",
 )
-"""Vocabulary files. A tokenizer needs at least one of them."""
+"""Vocabulary files. Every tokenizer except BYTE_TOKENIZERS needs at least one of them."""
 BPE_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 """Tokenizers that need tokenizer.json, or vocab.json with merges.txt."""
 BYTE_TOKENIZERS = ("ByT5Tokenizer",)
@@ -30,17 +30,17 @@ REFUSED_KEYS = {
     "gguf_file": "would load an unchecked tokenizer",
     "audio_tokenizer": "would load another model",
 }
-"""Effects of config keys that a library would obey by running code or loading unchecked files."""
+"""Config keys that would make a library run code or load unchecked files, each with its effect."""
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
-"""Suffixes of keys whose value may name a kernel. transformers fetches the kernel from the Hub and runs it."""
+"""Suffixes of keys whose value may name a kernel, which transformers would fetch from the Hub and run."""
 ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """Attention implementations that torch and transformers include."""
 QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum"}
-"""Package with the kernels of each quantization method. Kernels for other methods come from the Hub."""
+"""The package that contains the kernels of each quantization method. Kernels of other methods come from the Hub."""
 
 
 def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
-    """Map each component in model_index.json to its library and class. Raises ModelError for any other class."""
+    """Map each component in model_index.json to its library and class. Raises ModelError for an unsupported class."""
     components = {}
     for key, value in index.items():
         match value:
@@ -90,9 +90,9 @@ def refuse_code(path: Path, components: Iterable[str], name: str) -> None:
 
 
 def _refuse_code_keys(settings: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError for a setting that makes a library fetch or run code."""
+    """Raise ModelError for a setting that makes a library run code or load unchecked files."""
     for key, value in settings.items():
-        if not value or type(value) is int:  # a vocabulary maps words, even these keys, to numbers
+        if not value or type(value) is int:  # a vocabulary maps words, which may equal these keys, to ids
             continue
         if key in REFUSED_KEYS:
             raise ModelError(

@@ -18,7 +18,7 @@ from batch_infer.models.untrusted import choose_weights, json_objects, read_obje
 MAX_IMAGE_SIDE = 8192
 """Maximum side of an image or latents in the config of a network or image processor."""
 MAX_SIZE = 1 << 24
-"""Maximum for all other sizes, such as the positions of a language model."""
+"""Maximum for all other sizes, such as the number of positions of a language model."""
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
 """Minimum number of tokens of a text: a start token, one token and an end token."""
@@ -28,7 +28,7 @@ LAYER_COUNTS = {
     *("n_refiner_layers", "transformer_layers_per_block", "down_blocks_num_attentions", "down_blocks_num_resnets"),
     *("mid_num_resnets", "mid_num_attentions", "up_blocks_num_attentions", "depth"),
 }
-"""Keys that count layers. Each layer has a tensor, so no count can exceed the number of tensors."""
+"""Keys that count layers. Each layer has at least one tensor, so no count can exceed the number of tensors."""
 SIDES = {"sample_size", "image_size", "crop_size", "pos_embed_max_size"}
 POSITIVE = {
     *("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups", "patch_size"),
@@ -37,7 +37,7 @@ POSITIVE = {
     *("num_heads", "joint_attention_dim", "pooled_projection_dim", "caption_projection_dim"),
     *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
 }
-"""Keys whose values are positive whole numbers."""
+"""Keys whose values are positive integers or, for some keys, lists of them."""
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
 Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
@@ -57,7 +57,7 @@ TYPES: dict[str, Any] = {
     "num_train_timesteps": Size,
     "steps_offset": int,
 }
-"""Types of values in the configs of model families. Lists have one entry per level of the network."""
+"""Types of values in the configs of model families. Lists contain image sides, or an entry per network level."""
 
 Fault = str | None
 
@@ -65,8 +65,8 @@ Fault = str | None
 def check_configs(path: Path, components: Iterable[str], name: str, variant: str | None, *, strict: bool) -> None:
     """Check the configs of the components to load. Raises ModelError naming the file and the key.
 
-    `strict` also checks types, and is for model families, whose networks are known. Without it only sizes are checked,
-    to bound the memory that networks allocate.
+    `strict` also checks the types of values, which are known only for model families. Without it, only sizes, layer
+    counts and the tokenizers' maximum lengths are checked.
     """
     for component in sorted(components):
         folder = path / component

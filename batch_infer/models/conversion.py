@@ -39,7 +39,7 @@ def convert(file: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> 
     """Write a checkpoint's weights and its base model's configs and vocabularies as a diffusers folder.
 
     `shapes` are the tensor shapes of `file` by name. Configs and vocabularies, a few small files, come from the Hub or
-    its cache. Raises ModelError.
+    its local cache. Raises ModelError.
     """
     kind = infer_kind(shapes)
     if kind not in PIPELINES:
@@ -59,7 +59,7 @@ def infer_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _copy_configs(file: Path, repository: str, folder: Path) -> None:
-    """Copy configs and vocabularies only. The Hub's cache may also contain code, and weights of the base model."""
+    """Copy only configs and vocabularies: the Hub's local cache may also contain code and the base model's weights."""
     try:
         configs = fetch_configs(repository)
     except ModelError as error:
@@ -98,7 +98,7 @@ def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
 
 
 def _narrow(module: Any) -> Any:
-    """Undo the widening of half-precision weights by diffusers, if the conversion is lossless."""
+    """Convert weights back to half precision, from which diffusers may have widened them, if that is lossless."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in module.parameters()):
             return module.to(dtype)
@@ -106,7 +106,7 @@ def _narrow(module: Any) -> Any:
 
 
 def _set_scheduler(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Set velocity prediction if there is a tensor `v_pred`. Logs a warning for 2.x checkpoints without it."""
+    """Set velocity prediction if the file has a tensor `v_pred`. Logs a warning for 2.x checkpoints without it."""
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
     if "v_pred" in shapes:

@@ -68,7 +68,7 @@ class FlexibleUNetConfig:
         """Parse the content of flexible_unet/config.json. Error messages name `source`.
 
         Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError naming the key if a key
-        is missing, unknown or contradictory.
+        is missing, invalid, unknown or contradicts other keys.
         """
         settings: Any = config.get("configurations")
         if (name := config.get("_class_name")) != CLASS_NAME:
@@ -99,7 +99,7 @@ class FlexibleUNetConfig:
             yield key, "this version does not know that key"
 
     def _implied_keys(self) -> dict[str, Any]:
-        """Return the required values of all other keys: each skip is popped at the size at which it was pushed."""
+        """Return the only valid value of each other key: a skip must be popped at the size at which it was pushed."""
         widths, levels = self.down_blocks_out_channels, len(self.down_blocks_out_channels)
         return {
             "resnet_act_fn": "silu",
@@ -167,7 +167,7 @@ class FlexibleUNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Alternating resnets and transformers. If one kind outnumbers the other, its surplus comes last."""
+    """Alternates resnets and transformers. If one kind outnumbers the other, its surplus comes last."""
 
     def __init__(self, config: FlexibleUNetConfig, inputs: Sequence[int], width: int, attentions: int) -> None:
         """`inputs` contains the input channels of each resnet. All resnets have `width` output channels."""
@@ -215,7 +215,7 @@ class _MidBlock(_Block):
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv=True)])
 
     def forward(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor, skips: Skips) -> torch.Tensor:
-        hidden = _run(self.modules_list[0], hidden, temb, context)  # runs again in the loop, as in training
+        hidden = _run(self.modules_list[0], hidden, temb, context)  # runs again in the loop, as it did in training
         for module in self.modules_list:
             hidden = _run(module, hidden, temb, context)
         return _upsample(self.upsamplers[0], hidden, skips)
@@ -249,7 +249,7 @@ def _run(module: nn.Module, hidden: torch.Tensor, temb: torch.Tensor, context: t
 
 
 def _upsample(module: nn.Module, hidden: torch.Tensor, skips: Skips) -> torch.Tensor:
-    """Upsample to the size of the next skip: double each side, or one element less if the skip's side is odd."""
+    """Upsample to the size of the next skip: each side doubles, minus one element if the skip's side is odd."""
     upsampled: torch.Tensor = module(hidden, skips[-1].shape[2:])
     return upsampled
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batch_infer.models.latent_diffusion import LatentDiffusion
 
 CHECKER_COMPONENTS = frozenset({"safety_checker", "feature_extractor"})
-"""Components of a checkpoint's safety checker."""
+"""The components that make up a checkpoint's safety checker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Family:
     `implementation` is `module.Class` in this package. `pipeline_class` is the class to build in diffusers, if it is
     not the class in model_index.json. `skipped_components` are neither downloaded nor read. `pixel_options` pairs each
     key of model_index.json that affects pixels with its default. `fingerprints_class` includes the pipeline class in
-    the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the denoiser's config omits them.
-    `joint_attention` means attention over text and image together (Stable Diffusion 3) instead of cross-attention.
+    the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the denoiser's config omits them. With
+    `joint_attention` the denoiser attends to text and image together (Stable Diffusion 3), without cross-attention.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family:
         return {self.denoiser, "vae", "scheduler", *self.text_encoders, *self.tokenizers}
 
     def make_rules(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any], name: str) -> SamplingRules:
-        """Derive a checkpoint's sampling rules from two configs. Raises ModelError naming `name` if they lack sizes."""
+        """Derive the sampling rules of checkpoint `name` from two configs. Raises ModelError if they lack sizes."""
         try:
             settings = denoiser.get("configurations", denoiser)
             native = settings.get("sample_size") or self.sample_size
@@ -76,7 +76,7 @@ class Family:
             self.guidance_scale,
             self.guidance_rescale,
             embedded_guidance=is_embedded,
-            # Embedded guidance has no second pass to use a negative prompt, and nothing to rescale.
+            # Embedded guidance needs no second pass, so a negative prompt and guidance rescale have no effect.
             unsupported_fields=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
         )
 
@@ -86,7 +86,7 @@ def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
     native = denoiser["sample_size"]
     height, width = (native, native) if isinstance(native, int) else (native * 2)[:2]
     if patch := denoiser.get("patch_size"):
-        # The maximum side in pixels: each side has at most this number of position embeddings.
+        # The position embeddings allow at most pos_embed_max_size patches per side.
         largest = denoiser["pos_embed_max_size"] * patch * factor
         return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
     # In DeciDiffusion every down block halves the sides, in other UNets every block except the last.
@@ -99,7 +99,7 @@ _STABLE_DIFFUSION = Family(
 )
 FAMILIES = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
-    # Unlike StableDiffusionPipeline, this class does not correct old scheduler settings.
+    # The class affects pixels: unlike StableDiffusionPipeline, it does not correct old scheduler settings.
     "LatentConsistencyModelPipeline": replace(
         _STABLE_DIFFUSION, num_inference_steps=4, guidance_scale=8.5, fingerprints_class=True
     ),
@@ -143,7 +143,7 @@ FAMILIES = {
 OTHER_FAMILY = Family(
     ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
 )
-"""Family of all other pipeline classes, which use pipeline-call batching. The image encoder reads image prompts."""
+"""Family of all other checkpoints, which use pipeline-call batching. Image encoders only read image prompts."""
 
 
 def load_latent_diffusion(
@@ -154,7 +154,7 @@ def load_latent_diffusion(
 
 
 def load_solver(card: ModelCard) -> Solver:
-    """Load a checkpoint's sampler without its networks. Raises ModelError."""
+    """Load a checkpoint's solver without its networks. Raises ModelError."""
     return _implementation(card).load_solver(card)
 
 

@@ -21,9 +21,9 @@ from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
 
 TEXT_BATCH = 8
-"""Number of texts per text encoder call, after padding. Other batch sizes change embeddings by 1e-8."""
+"""Number of texts per text encoder call, after padding. Other batch sizes change embeddings by about 1e-8."""
 CACHE_BYTES = 128 << 20
-"""Maximum bytes of cached embeddings on the device: in half precision, 1,000 texts of Stable Diffusion or 48 of 3.5."""
+"""Maximum bytes of cached embeddings on the device: about 1,100 texts of SD 1.5 or 49 of SD 3.5 in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class EmbeddingCache:
         self._contexts: OrderedDict[str, Context] = OrderedDict()
 
     def get(self, texts: Iterable[str], encode: Callable[[Sequence[str]], Iterable[Context]]) -> Mapping[str, Context]:
-        """Map texts to their embeddings, with TEXT_BATCH texts per call of `encode`."""
+        """Map texts to their embeddings. `encode` gets the missing ones, padded to TEXT_BATCH texts per call."""
         requested = set(texts)
         for text in requested & self._contexts.keys():
             self._contexts.move_to_end(text)
@@ -70,7 +70,7 @@ def _count_bytes(context: Context) -> int:
 
 
 class LatentDiffusion:
-    """A loaded checkpoint. Batch shapes are fixed, with padding, so that a row does not depend on others.
+    """A loaded checkpoint. Batches are padded to fixed shapes, so that a row does not depend on other rows.
 
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
     """
@@ -78,7 +78,7 @@ class LatentDiffusion:
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
     begin_index: ClassVar[int | None] = None
-    """The scheduler's begin index in diffusers' pipeline, None if the scheduler searches for it."""
+    """The begin index that diffusers' pipeline sets in the scheduler, or None if the scheduler searches for it."""
 
     def __init__(
         self, pipeline: Any, denoiser: Any, device: torch.device, dtype: torch.dtype, windows: int = 1
@@ -90,7 +90,7 @@ class LatentDiffusion:
         self.feature_extractor: Any | None = getattr(pipeline, "feature_extractor", None)
         self._vae = pipeline.vae
         self._embeddings = EmbeddingCache()
-        # Excludes tokenizer_3: T5 reads text beyond the limit of the CLIP tokenizers, which count alike.
+        # tokenizer_3 is excluded, because T5 also reads the text that the CLIP encoders truncate.
         tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
@@ -114,7 +114,7 @@ class LatentDiffusion:
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
-        """Load the sampler of the full pipeline without networks. Raises ModelError."""
+        """Load the same solver as with the full pipeline, but without networks. Raises ModelError."""
         pipeline_type = _pipeline_class(card)
         parameters = inspect.signature(pipeline_type).parameters
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
@@ -124,7 +124,7 @@ class LatentDiffusion:
 
     @classmethod
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        """Load the denoiser and the pipeline's components by name. Raises ModelError."""
+        """Load the denoiser, and the pipeline's components as a dictionary by name. Raises ModelError."""
         raise NotImplementedError
 
     @property
@@ -173,13 +173,13 @@ class LatentDiffusion:
         raise NotImplementedError
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return the text of the unconditional context of a row with guidance, or None for zeros."""
+        """Return the text for the unconditional context of a row with guidance, or None if the context is all zeros."""
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Return the inputs of a row besides texts: the embedded guidance scale (Meng et al., arXiv 2210.03142).
+        """Return a row's inputs other than texts: the embedded guidance scale (Meng et al., arXiv 2210.03142), if any.
 
-        Without guidance, the scale is 1 in diffusers but 0 in these UNets.
+        The UNet gets guidance_scale - 1: without guidance, the scale is 1 in diffusers but 0 in these UNets.
         """
         width = getattr(self.denoiser.config, "time_cond_proj_dim", None)
         if width is None:

@@ -86,7 +86,7 @@ def load_pipeline(
 ) -> Any:
     """Build a diffusers pipeline from loaded components and, if requested, another scheduler. Raises ModelError.
 
-    diffusers loads components that are not in `modules`.
+    diffusers itself loads the components that are not in `modules`.
     """
     with loading_errors(path):
         pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)

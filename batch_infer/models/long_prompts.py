@@ -28,7 +28,7 @@ MAX_CHARACTERS = 5000
 """Maximum nesting and length of a parsed text, to bound the stack and the time of the parser."""
 PARSE_CACHE_SIZE = 1024
 SYNTAX_ERRORS = (ParseBaseException, PromptParser.ParsingException, IndexError, RecursionError)
-"""Errors of the parser for texts in another syntax."""
+"""Errors that the parser raises for texts that do not follow the syntax."""
 
 Piece = tuple[str, float]
 
@@ -54,7 +54,7 @@ class LongPrompts:
         ]  # fmt: skip
         self._window: int = min(tokenizer.model_max_length for tokenizer, _ in pairs)
         self.max_tokens = WINDOWS * (self._window - 2)
-        """Maximum number of tokens that the text encoders see."""
+        """Maximum number of tokens of a text that is not truncated."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return each text's token count without weights, start, end and padding tokens."""
@@ -79,7 +79,7 @@ class LongPrompts:
         return context
 
     def _encode_windows(self, provider: EmbeddingsProvider, pieces: Iterable[Piece]) -> torch.Tensor:
-        # The text is cut in an additional window, which is dropped, so that the cut affects no other tokens.
+        # Cut the text in an extra window, which is dropped below, so that the cut does not affect the other tokens.
         texts, weights = zip(*_cut(provider, pieces, (WINDOWS + 1) * (self._window - 2)), strict=True)
         device = provider.device
         if set(weights) == {1.0}:
@@ -96,7 +96,7 @@ class LongPrompts:
 def read_weights(text: str) -> tuple[Piece, ...]:
     """Split a text into weighted pieces: `(word)1.2`, `word++`, `(two words)0.8`, `\\(` for a parenthesis.
 
-    A text in another syntax, or one that uses other features of compel, is one literal piece.
+    A text that does not follow this syntax, or uses other features of compel, is one literal piece.
     """
     literal = ((text, 1.0),)
     depths = accumulate((character == "(") - (character == ")") for character in text)

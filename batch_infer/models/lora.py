@@ -15,7 +15,7 @@ from batch_infer.settings import LoraSpec
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
 """Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
 UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Substrings of the names of tensors that diffusers ignores, or adds to weights that these families lack."""
+"""Substrings of the names of tensors of DoRA, LoHa and LoKr, which diffusers does not apply to these families."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
 """Suffixes of the names of full weights and full differences, which diffusers also ignores."""
 ADAPTER = "lora"

@@ -33,7 +33,7 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
 
 
 def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
-    """Build the scheduler of `--scheduler` from the config of the model's original scheduler. Raises ModelError."""
+    """Build the scheduler that `spec` names from the config of the model's original scheduler. Raises ModelError."""
     import diffusers
 
     refuse_unknown_scheduler(spec)
@@ -54,7 +54,7 @@ def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
 
 
 def make_solver(scheduler: Any, begin_index: int | None = None) -> Solver:
-    """Build the solver of a scheduler. `begin_index` is passed to Solver. Raises ModelError."""
+    """Build the solver of a scheduler. `begin_index` is explained in Solver. Raises ModelError."""
     from batch_infer.diffusion import Solver
 
     with loading_errors(f"{type(scheduler).__name__} with scheduler/scheduler_config.json"):

@@ -21,7 +21,7 @@ VAE_AND_ENCODER = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
 class StableDiffusion(LatentDiffusion):
-    """A loaded Stable Diffusion 1.x or 2.x checkpoint, which predicts noise or velocity."""
+    """A loaded checkpoint of Stable Diffusion 1.x or 2.x, or a latent consistency model."""
 
     absent_components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
@@ -50,7 +50,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError if a UNet takes other inputs than its family's, whose `addition_embed_type` is `embedding`."""
+    """Raise ModelError for a UNet with inputs unknown to its family, whose `addition_embed_type` is `embedding`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
         if (actual := config.get(option)) != value:

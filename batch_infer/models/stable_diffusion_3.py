@@ -33,7 +33,7 @@ class StableDiffusion3(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         modules = load_components(NETWORKS, card, dtype)
         if (card.path / T5).is_dir():
-            # Because of `dtype`, layers that would overflow in float16 stay in float32.
+            # With the argument `dtype`, transformers keeps those layers in float32 that would overflow in float16.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}

@@ -1,6 +1,6 @@
 """Load Stable Diffusion XL (Podell et al., arXiv 2307.01952) and distilled checkpoints such as SDXL-Turbo.
 
-Images get no invisible watermark, which diffusers adds if its watermark package is installed.
+Images get no invisible watermark. diffusers would add one if the package for it is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NETWORKS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 SIZE_INPUTS = 6
-"""Number of size inputs of the UNet: two each for the original size, the crop's top left corner and the image size."""
+"""Number of the UNet's size inputs: two each for the original size, the crop's top left corner and the image size."""
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -45,7 +45,7 @@ class StableDiffusionXL(LatentDiffusion):
         super().__init__(pipeline, denoiser, device, dtype, windows)
         vae = pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:
-            # This VAE overflows in float16. The pipeline retains the float16 VAE.
+            # This VAE overflows in float16, so `decode` uses a float32 copy. The pipeline keeps the float16 VAE.
             self._vae = copy.deepcopy(vae).to(torch.float32)
 
     @classmethod
@@ -71,7 +71,7 @@ class StableDiffusionXL(LatentDiffusion):
         return output
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return, per text, an embedding (77, width of both encoders) and the second encoder's pooled embedding."""
+        """Return, per text, an embedding (77, sum of both widths) and the second encoder's pooled embedding."""
         hidden = []
         for suffix in ("", "_2"):
             network = getattr(self.pipeline, f"text_encoder{suffix}")
@@ -83,13 +83,13 @@ class StableDiffusionXL(LatentDiffusion):
         return [{"encoder_hidden_states": text, "text_embeds": projection} for text, projection in pairs]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return None for zeros, which replace a missing, but not an empty, negative prompt in some checkpoints."""
+        """Return the negative prompt, or None if it is missing and the checkpoint uses zeros instead."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Add the size inputs for an image without scaling or cropping."""
+        """Add the size inputs of an image that was neither scaled nor cropped."""
         size = (params.height, params.width)
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtype, device=self.device)
         return {"time_ids": sizes, **super()._make_inputs(params)}

@@ -17,7 +17,9 @@ from batch_infer.models.untrusted import loading_errors
 WINDOWS = 3
 """Maximum number of windows of 77 tokens per prompt with --long-prompts."""
 COUNT_BATCH = 1024
+"""Number of prompts that are counted together."""
 MAX_PENDING = 8
+"""Maximum number of submitted batches, to bound the memory."""
 
 
 class TokenCounter:
@@ -26,14 +28,14 @@ class TokenCounter:
     def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
         self._tokenizers = tokenizers
         self.max_tokens: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
-        """Maximum number of tokens that every text encoder sees."""
+        """Maximum number of tokens of a text that no text encoder truncates."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the maximum token count of each text over the tokenizers, without start, end and padding tokens."""
         texts = list(texts)
         counts = []
         for tokenizer in self._tokenizers:
-            # Counting on the backend takes a third less time, because transformers also converts every encoding.
+            # Counting with the backend takes a third less time, because transformers also converts every encoding.
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()

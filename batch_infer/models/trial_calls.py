@@ -33,8 +33,8 @@ Operation = tuple[str, tuple[tuple[int, ...], ...]]
 def can_share_calls(pipeline: Any, denoiser: Any, path: Path, arguments: Arguments) -> bool:
     """Return whether rows can share a call without depending on each other's text lengths.
 
-    Also decodes one image. Raises ModelError, naming the checkpoint `path`, if the components do not fit together or
-    the pipeline draws noise from the global generator.
+    Also decodes one image, to try the VAE. Raises ModelError, naming the checkpoint `path`, if the components do not
+    fit together or the pipeline draws noise from the global generator.
     """
     processors = dict(getattr(denoiser, "attn_processors", {}))
     try:
@@ -89,7 +89,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if func.overloadpacket.__name__ in RANDOM_OPERATIONS and kwargs.get("generator") is None:
             self.unseeded_operation = func.overloadpacket.__name__
-        # Skips operations on integers: positions, and tokens, whose number depends on the text length.
+        # Skip operations on integers, such as positions and tokens: the number of tokens depends on the text.
         if any(leaf.is_floating_point() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)):
             self.operations.append((str(func), _shapes((args, kwargs, output))))
         return output

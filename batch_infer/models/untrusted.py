@@ -54,7 +54,7 @@ def loading_errors(source: object) -> Iterator[None]:
         yield
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
-        # tokenizers raises Exception itself.
+        # tokenizers raises plain Exceptions.
         is_library_error = isinstance(error, LOADING_ERRORS) or package in LIBRARIES or type(error) is Exception
         if not is_library_error or _is_device_error(error):
             raise
@@ -129,7 +129,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def _has_variant(file: PurePath, variant: str | None) -> bool:
-    """Return whether a file has weights of a variant: `model.fp16.safetensors`, `model.fp16-00001-of-2.safetensors`."""
+    """Return whether a file has weights of a variant, such as `model.fp16.safetensors`; None means default weights."""
     _, *infixes = file.name.removesuffix(".safetensors").split(".")
     file_variant = infixes[0].split("-")[0] if infixes else None
     return file.suffix == ".safetensors" and file_variant == variant
@@ -178,7 +178,7 @@ def refuse_pickles(component: str, files: Collection[PurePath], name: str) -> No
 
 
 def _list_shards(folder: Path, variant: str | None) -> Iterator[Path]:
-    """Yield the weight files in a component's index, including missing files. Raises ModelError."""
+    """Yield the weight files that a component's index names, even missing ones. Raises ModelError."""
     infix = f".{variant}" if variant else ""
     for index in folder.glob(f"*.safetensors.index{infix}.json"):
         try:
@@ -204,7 +204,7 @@ def hash_files(path: Path, components: Iterable[str], variant: str | None) -> st
 
 
 def hash_file(file: Path) -> str:
-    """Return the first 32 hexadecimal digits of the sha256 digest of a file's bytes. Raises ModelError."""
+    """Return the first 32 hexadecimal digits of the SHA-256 digest of a file's bytes. Raises ModelError."""
     hasher = hashlib.sha256()
     _hash(hasher, file)
     return hasher.hexdigest()[:32]

@@ -26,17 +26,17 @@ class Submission:
     pending: deque[int]
     last_turn: float = field(default_factory=time.monotonic)
     outcomes: SimpleQueue[tuple[int, RowOutcome] | BaseException] = field(default_factory=SimpleQueue)
-    """Outcomes in the order in which they finish, with the indices of their requests. An exception is the last item."""
+    """Outcomes in the order in which they finish, with the indices of their requests. An exception is always last."""
 
 
 class RequestQueue:
-    """Requests of all clients in round-robin order, so that no client waits for all rows of another.
+    """Queues the requests of all clients in round-robin order, so that no client waits for all rows of another.
 
     Rows with the same `group_key` form a group. A chain renders one group at a time, and empties its slots before the
     next group. Therefore rows of the current group come first, but for at most MAX_WAIT_SECONDS.
 
-    The rows in the chain have at most `limit` UNet evaluations per step. A chain that reads far ahead would delay other
-    clients, and it renders the rows that it has read even if their client disconnects.
+    The chain gets no further row once its rows have `limit` UNet evaluations per step. A chain that reads far ahead
+    would delay other clients, and it renders the rows that it has read even if their client disconnects.
     """
 
     def __init__(self, group_key: Callable[[PromptRequest], object], limit: float = math.inf) -> None:
@@ -72,7 +72,7 @@ class RequestQueue:
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
         """Return the next request, or NOT_YET, since clients may submit requests at any time.
 
-        A chain passes a timeout only after finishing all rows that it took. Then the result is END if none is pending.
+        A chain passes a timeout only after finishing all rows that it took. Then END means that nothing is pending.
         """
         with self._lock:
             in_chain = sum(submission.requests[index].params.slots for submission, index in self._in_chain.values())
@@ -98,9 +98,9 @@ class RequestQueue:
         submission.outcomes.put((index, replace(outcome, request=submission.requests[index])))
 
     def fail(self, error: BaseException, *, include_pending: bool = False) -> bool:
-        """Raise an error for clients with requests in the chain, and return whether there are any.
+        """Pass an error to the clients with requests in the chain, and return whether there are any.
 
-        `include_pending`: also raise it for clients with pending requests.
+        `include_pending`: also pass it to clients with only pending requests.
         """
         with self._lock:
             failed = {submission for submission, _ in self._in_chain.values()}

@@ -1,4 +1,4 @@
-"""Render rows to the objects of a response: image files in base64, or the reasons why there are none."""
+"""Render rows as the objects of a response, each with an image file in base64 or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def score(
     requests = {index: item for index, item in enumerate(items) if isinstance(item, PromptRequest)}
     indices = list(requests)
     for number, outcome in service.render(list(requests.values()), client):
-        objects[indices[number]] = _to_object(outcome, service.deployment)  # encoded while the device renders the next
+        objects[indices[number]] = _to_object(outcome, service.deployment)  # while the device renders the next rows
     return objects
 
 

@@ -25,9 +25,9 @@ from batch_infer.worker import ChainLoader, load_chain
 DEFAULT_SLOTS = 8
 """Default UNet batch size. It is small because a single client also waits for empty slots to be computed."""
 MIN_READ_AHEAD = 8
-"""Minimum number of UNet evaluations that the chain may take beyond its slots."""
+"""Minimum read-ahead of the chain: UNet evaluations per step of the rows that it may take beyond its slots."""
 SAFETY_TIMEOUT_SECONDS = 10.0
-"""Timeout for a safety service that fails or does not respond, while clients wait."""
+"""Seconds for which requests to a failing safety service are repeated. It is short because clients are waiting."""
 POLL_SECONDS = 0.5
 """Seconds between checks whether a client is still connected."""
 CLOSED = "the service was closed before this was rendered"
@@ -46,7 +46,7 @@ class Client:
     start: float = field(default_factory=time.monotonic)
 
     def check(self) -> float:
-        """Return the remaining seconds. Raises RequestCancelledError."""
+        """Return the remaining seconds. Raises RequestCancelledError if the client has disconnected or none remain."""
         if self.is_disconnected():
             raise RequestCancelledError("the client has disconnected: the rest of its request is not rendered")
         remaining = self.start + self.timeout - time.monotonic()
@@ -64,7 +64,7 @@ NO_TIMEOUT = Client()
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Everything that is fixed before the first request: settings, model, compute and row rules."""
+    """Everything that is fixed before the first request: settings, model, compute resources and row rules."""
 
     settings: RunSettings
     card: ModelCard

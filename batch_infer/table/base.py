@@ -19,10 +19,10 @@ from batch_infer.errors import StorageError, first_line
 from batch_infer.store import temporary_folder
 
 ID_DIGITS = 8
-"""Number of digits of the row number in a default id, padded with zeros."""
+"""Width to which default ids pad the row number with zeros."""
 BATCH_ROWS = 1024
 MAX_COLUMNS = 1024
-"""Maximum number of columns. Otherwise each row whose key is a value ({"a red circle": 1}) would add a column."""
+"""Maximum number of columns. Without it, JSON with values as keys ({"a red circle": 1}) would add a column per row."""
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
 MAX_SHOWN_COLUMNS = 5
@@ -39,16 +39,17 @@ _PATH_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
 }
-"""Error numbers for a path that is not a readable file. All others mean that the disk or network failed."""
+"""Error numbers that mean that a path is not a readable file. All others mean that the disk or network failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read, or a file or argument that cannot be read, with its error.
+    """A file to read. If `error` is set, it says why this file or argument cannot be read.
 
-    `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, the path relative to
-    the argument, without suffixes. `compression` is a suffix such as `.gz`, or ''. `is_named` is true if an argument
-    names this file instead of a folder or glob. `url` may contain a secret and is never shown or stored.
+    `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, usually the path
+    relative to the argument, with `-` for `/` and without suffixes. `compression` is a suffix such as `.gz`, or ''.
+    `is_named` is true if an argument is this file itself, not its folder or a glob. `url` may contain a secret and is
+    never shown or stored.
     """
 
     path: Path
@@ -68,7 +69,7 @@ def make_default_id(stem: str, row: int) -> str:
 
 
 class Notice(NamedTuple):
-    """A notice about a row that is not an error. `kind` describes all such rows, and `detail` this row."""
+    """A notice about a row. It is not an error. `kind` describes all such rows, and `detail` describes this one."""
 
     kind: str
     detail: str = ""
@@ -98,10 +99,10 @@ class NoticeCounts:
 
 
 class RawRow(NamedTuple):
-    """A row as read from its file. It is a tuple because a table may have millions of rows.
+    """A row as read from its file. It is a tuple for speed, because a table may have millions of rows.
 
-    `number` counts rows from 0, and `line` counts lines of a text file from 1. `error` says why the row cannot be read.
-    A row with a BLANK_ROW notice is skipped.
+    `number` is the row number, from 0. `line` is the number of the row's first line, from 1, in formats that consist of
+    lines. `error` says why the row cannot be read. Rows with a BLANK_ROW notice are skipped.
     """
 
     number: int
@@ -113,10 +114,11 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """An open file with known columns.
+    """Reads a file whose columns are known.
 
-    `renamed` maps each column or struct field that is renamed in `schema` to its name in the file. `read` yields all
-    rows from the start. `read_column` yields the readable values of a column in batches and is faster than `read`.
+    `renamed` maps each column or struct field that is renamed in `schema` to its name in the file. Each call of `read`
+    yields all rows from the start. `read_column`, which only some formats have, yields the readable values of a column
+    in batches and is faster than `read`.
     """
 
     file: TableFile
@@ -126,7 +128,7 @@ class Reader:
     read_column: Callable[[str], Iterator[pa.Array]] | None = None
 
     def read_rows(self) -> Iterator[RawRow]:
-        """Yield the rows in order. Unreadable rows have an error. If the file is truncated, the last row says so.
+        """Yield the rows in order. Unreadable rows have an error. If the file breaks off, an extra last row says so.
 
         Raises StorageError if the disk fails.
         """
@@ -174,7 +176,7 @@ class Scratch:
         self._count = 0
 
     def new_path(self) -> Path:
-        """Return a new path in the folder. Raises StorageError."""
+        """Return a new path in the folder. Raises StorageError if the folder cannot be created."""
         if self._folder is None:
             self._folder = temporary_folder()
         self._count += 1
@@ -220,12 +222,12 @@ def find_encoding_error(text: str) -> str | None:
     if is_utf8(text):
         return None
     if _NON_BYTE_SURROGATE.search(text):
-        return "holds a lone surrogate, which is half a character: write whole characters"
+        return "contains a lone surrogate, which is half a character: write whole characters"
     return "is not UTF-8: save the table as UTF-8"
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace bytes that were not UTF-8 with U+FFFD, so that results can store the text."""
+    """Replace lone surrogates (usually bytes that were not UTF-8) with U+FFFD, so that results can store the text."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # a surrogate that does not represent a byte

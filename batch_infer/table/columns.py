@@ -42,11 +42,11 @@ SYNONYMS = {
     "guidance_rescale": ("rescale", "cfgrescale"),
     "num_images_per_prompt": ("n", "numimages", "nimages", "imagesperprompt", "numsamples", "nsamples", "numoutputs"),
 }
-"""Names of fields in other tools, in lower case without spaces, hyphens and underscores."""
+"""Names that other tools use for the fields, in the form that `_normalize` returns."""
 MIN_SIMILARITY = 0.8
 """Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
 MIN_FUZZY_LENGTH = 5
-"""Minimum number of letters in a misspelt name. Shorter names resemble too many other words."""
+"""Minimum length of a misspelt name and of its field. Shorter names resemble too many other words."""
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class OpenTable:
 
 
 class CellReader:
-    """Converts the cells of one file. `schema` contains the type of each carried column."""
+    """Converts the cells of one file. `schema` contains the types of the carried columns in the results."""
 
     def __init__(self, table: OpenTable, schema: pa.Schema) -> None:
         self._fields = table.fields
@@ -90,7 +90,7 @@ class CellReader:
         ]
 
     def read_fields(self, row: RawRow) -> dict[str, Any]:
-        """Return the cells by field, None if empty, in Python's own types such as datetime."""
+        """Return the cells by field in Python's own types such as datetime. Empty cells are None."""
         cells = read_fields(self._fields, row.cells.get)
         for field, read in self._python_readers.items():
             if cells.get(field) is not None:
@@ -98,10 +98,10 @@ class CellReader:
         return cells
 
     def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
-        """Return a digest of the text of a row's cells, independent of the row's file and position.
+        """Return a digest of the text of a row's cells. It does not depend on the row's file and position.
 
         Carried cells count, so that rows that differ only in carried cells keep their images if they move. Empty cells
-        and the storage type of whole numbers do not count.
+        do not count. A whole number has the same digest whether it is stored as an integer or a float.
         """
         carried = {column: _format_cell(row.cells.get(column), dtype) for column, dtype in self._dtypes.items()}
         cells = {field: _format_cell(value) for field, value in fields.items()}
@@ -109,7 +109,7 @@ class CellReader:
         return digest(nonempty)[:DIGEST_DIGITS]
 
     def read_carried(self, row: RawRow) -> tuple[dict[str, Any], str | None]:
-        """Return the carried cells by result name, and an error message if they are too large."""
+        """Return the carried cells by result name. If they are too large, drop some and return an error message."""
         cells = {}
         for column, name, convert in self._converters:
             value = row.cells.get(column)
@@ -120,7 +120,7 @@ class CellReader:
 
 
 def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a cell as text. Whole floats become integers, since a missing cell turns an integer column into floats."""
+    """Return a cell as text. Whole floats become integers: pandas stores integers as floats if one is missing."""
     if value is None:
         return ""
     if value.__class__ is float and value.is_integer():
@@ -140,10 +140,10 @@ def _drop_largest(cells: dict[str, Any]) -> str:
 
 
 def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
-    """Return the schema of the carried columns, and a warning for each column that becomes text.
+    """Return the schema of the carried columns, and a warning for each column that is text because its types differ.
 
-    Also set the result names in each table's `carried`. Ignoring case, no result name equals another or one in
-    `result_columns`. The type of a column represents its values in all files.
+    Also set the result names in each table's `carried`. Ignoring case, they are unique and not in `result_columns`. The
+    type of a column can represent its values in all files.
     """
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
     columns: dict[str, list[tuple[OpenTable, str]]] = {}
@@ -154,7 +154,7 @@ def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
         dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
-        # Only values of numbers are read, so never those of a column in a path, which is text.
+        # Only numeric columns are read, and a column in the path of a file is text.
         arrays = (array for table, column in sources for array in table.reader.read_arrays(column))
         dtype = find_common_type(dtypes.values(), arrays)
         fields.append((name, dtype))
@@ -164,7 +164,7 @@ def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[
 
 
 def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[str]:
-    """Yield a warning if a column is carried as text because its types differ between files."""
+    """Yield a warning if the types of a column that is carried as text differ between files."""
     first_files: dict[pa.DataType, str] = {}
     for file, dtype in dtypes.items():
         first_files.setdefault(dtype, file)
@@ -179,7 +179,8 @@ def map_fields(
 ) -> dict[str, str]:
     """Return the column of each field. `columns` maps fields to the user's column names, '' for no column.
 
-    Raises TableError if the prompt column, or a column named by the user, is missing or duplicated.
+    Raises TableError if the prompt column or a column named by the user is missing, or if a field has two columns with
+    the same name.
     """
     if file.format == ".txt":
         columns = {**columns, "prompt": "prompt"}
@@ -197,7 +198,7 @@ def map_fields(
 
 
 def _advise(file: TableFile, field: str, missing: str, names: Sequence[str]) -> str:
-    """Return advice on a missing column for its error message."""
+    """Return the advice in the error message about a missing column."""
     for candidate in (missing, field):
         match = next((name for name in names if name.strip().lower() == candidate.strip().lower()), None)
         if candidate and match is not None:
@@ -234,7 +235,7 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
 
 
 def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:
-    """Yield a hint for each carried column that resembles the name of a field missing from its table."""
+    """Yield a hint for each carried column that seems to be a field that its table lacks."""
     files: dict[tuple[str, str], list[str]] = {}
     for table in tables:
         missing = [field for field in FIELDS if field not in table.fields and columns.get(field) != ""]

@@ -1,4 +1,4 @@
-"""Read CSV and TSV with the standard library's csv module. Reading continues after an unreadable row."""
+"""Read CSV and TSV with the standard library's csv module, and continue after unreadable rows."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ csv.field_size_limit(MAX_ROW_SIZE)  # The row limit applies first.
 def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
     """Open a CSV or TSV file. Raises OSError, csv.Error and TableError.
 
-    The separator of a .csv is the first in SEPARATORS that gives the header a prompt column. If none does, it is the
-    separator that gives the most columns, and the error message shows their names.
+    If a .csv does not declare its separator, use the first in SEPARATORS with which the header has a prompt column, or
+    else the one that gives the most columns, so that the error message shows their names.
     """
     with open_text(file, newline="") as stream:
         declaration = SEPARATOR_DECLARATION.fullmatch(stream.readline(20))
@@ -46,7 +46,7 @@ def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Rea
     for separator in [declaration["separator"]] if declaration else defaults:
         try:
             headers[separator] = _read_header(file, separator)
-        except csv.Error as exc:  # with the wrong separator, a quoted header is malformed CSV
+        except csv.Error as exc:  # with the wrong separator, a quoted header may be malformed CSV
             error = error or exc
             continue
         if prompt_column in headers[separator]:
@@ -84,7 +84,7 @@ def _name_columns(file: TableFile, header: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _DelimitedRows:
-    """The rows of a CSV or TSV file."""
+    """Reads the rows of a CSV or TSV file."""
 
     file: TableFile
     header: list[str]
@@ -177,7 +177,7 @@ class _CsvLines(LineReader):
     """Reads lines and can push them back. `reader` parses them, and `row_lines` contains the lines since `begin_row`.
 
     To bound memory, raises RowError if the lines of a row are too long in total. A single line that is too long is
-    shortened without moving the end of its row. `shortened` is the number of the row's first shortened line, or 0.
+    shortened without changing where its row ends. `shortened` is the number of the row's first shortened line, or 0.
     """
 
     def __init__(self, stream: TextIO, separator: str) -> None:
@@ -203,10 +203,10 @@ class _CsvLines(LineReader):
         return line
 
     def shorten(self, pieces: Iterator[str]) -> str:
-        """Return a line in which each text between quotes and separators is a single letter.
+        """Return the line with each text between quotes and separators replaced by one letter.
 
-        If that is still too long, return only an unpaired quote, if any, so that the next line still starts inside or
-        outside a quoted cell.
+        If that is still too long, return one quote if the line has an odd number of quotes, else ''. Whether the next
+        line starts inside a quoted cell stays the same.
         """
         text, quotes = "", 0
         for piece in pieces:

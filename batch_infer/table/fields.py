@@ -27,13 +27,13 @@ MISSING_VALUES = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "non
 
 def format_id(value: Any) -> str:
     """Return an id cell as text."""
-    if isinstance(value, float) and value.is_integer():  # an empty cell turns a column of integers into floats
+    if isinstance(value, float) and value.is_integer():  # pandas stores integers as floats if a cell is empty
         value = int(value)
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
-    """Return a row's cells by field, None if empty. `columns` contains the column of each field."""
+    """Return a row's cells by field, with None for empty cells. `columns` maps fields to columns."""
     fields = {}
     for field, column in columns.items():
         value = get(column)
@@ -42,7 +42,7 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
 
 
 def _is_empty(field: str, value: Any) -> bool:
-    """Return whether a cell is NaN, empty text or bytes, or, in a numeric field, one of MISSING_VALUES."""
+    """Return whether a cell is NaN, an empty text, empty bytes, or one of MISSING_VALUES in a numeric field."""
     if value.__class__ is str and value and field in NUMERIC_FIELDS:
         return not value[0].isdigit() and value.strip().lower() in MISSING_VALUES
     return value in ("", b"") or (isinstance(value, float) and math.isnan(value))
@@ -57,7 +57,7 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
     if not isinstance(value, str):
         raise RowError(f"{field} {format_value(value)} is not text but {type(value).__name__}")
     if "\0" in value:
-        raise RowError(f"{field} holds a NUL byte")
+        raise RowError(f"{field} contains a NUL byte")
     if field == "prompt" and not value.strip():
         raise RowError("the prompt is empty")
     return value
@@ -112,11 +112,11 @@ def _parse_decimal(value: str | int | float | Decimal) -> Decimal | None:
 
 
 _parse_cached = lru_cache(maxsize=4096)(_parse_decimal)
-"""Parses short texts with a cache, since the numbers in a table repeat."""
+"""Parses short texts with a cache, since tables repeat the same numbers."""
 
 
 def format_value(value: Any, max_length: int = 40) -> str:
-    """Return a value for a message, truncated to `max_length` characters."""
+    """Return a value in quotes for a message, truncated to `max_length` characters."""
     text = replace_surrogates(str(value))
     return repr(text if len(text) <= max_length else text[: max_length - 3] + "...")
 

@@ -1,4 +1,4 @@
-"""Find the files of TABLE arguments: files, folders, globs, their URLs, and standard input."""
+"""Find the files that TABLE arguments refer to: files, folders, globs, URLs of these, and standard input."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STDIN = "-"
 def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tuple[list[TableFile], IgnoredFiles]:
     """Return the distinct files of all arguments, in argument order, and the ignored files.
 
-    Relative names start at `folder`. An argument that matches no file becomes a TableFile with an error. Raises
+    Relative paths are relative to `folder`. An argument without a table becomes a TableFile with an error. Raises
     TableError if there is no argument, ServiceError if a service does not answer, StorageError if the disk fails.
     """
     files: dict[str | Path, TableFile] = {}
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            # Several arguments may match a file, but its complete URL or path is always the same.
+            # Arguments that match the same file lead to the same URL or resolved path.
             is_local = file.error is None and file.origin == "file"
             identity = file.url or (file.path.resolve() if is_local else file.name)
             first = files.setdefault(identity, file)
@@ -97,7 +97,10 @@ def _copy_stdin(scratch: Scratch) -> TableFile:
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. Raises TableError if the path relative to the argument has no table suffix."""
+    """Return the file at `path`. `relative` is its path relative to the argument.
+
+    Raises TableError if `relative` has no table suffix.
+    """
     parts = parse_name(relative)
     if parts is None:
         raise TableError(
@@ -107,9 +110,9 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
 
 
 def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
-    """Download the tables behind a URL.
+    """Download the tables at a URL.
 
-    Raises TableError if it has no table, ServiceError if a service does not answer, StorageError if the temporary
+    Raises TableError if there are none, ServiceError if a service does not answer, StorageError if the temporary
     folder is full.
     """
     from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
@@ -170,7 +173,10 @@ def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[Tabl
 
 
 class _LocalFolder:
-    """Finds tables in a local folder. `user_path` is the folder as the user wrote it. Raises TableError and OSError."""
+    """Finds the tables in a local folder. `user_path` is the folder as the user wrote it.
+
+    Methods raise TableError if there is no table, and OSError if nothing can be read.
+    """
 
     def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
         self._user_path, self._folder, self._ignored = user_path, folder / user_path, ignored
@@ -180,7 +186,7 @@ class _LocalFolder:
         )
 
     def walk(self, relative: str) -> Iterator[str]:
-        """Yield the files in a folder, at any depth."""
+        """Yield the files in a folder and its subfolders, except ignored folders and links to folders."""
         for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             parent = Path(path).relative_to(self._folder)
             folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
@@ -208,7 +214,7 @@ class _LocalFolder:
                         self._unreadable.append(error)
 
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. An ignored folder may contain a million images."""
+        """Return whether to list a folder. An ignored folder may contain millions of images, so it is skipped."""
         if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
@@ -225,7 +231,7 @@ class _LocalFolder:
         for relative in self._filter.choose(relatives):
             path, name = self._folder / relative, self._get_name(relative)
             if path.is_symlink() and not path.exists():
-                files.append(_make_unreadable(path, name, get_stem(relative), "the link leads to no file"))
+                files.append(_make_unreadable(path, name, get_stem(relative), "the target of the link does not exist"))
             elif path.is_file():
                 files.append(_make_file(path, name, relative, is_named=False))
         for error in self._unreadable:

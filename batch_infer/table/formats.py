@@ -1,4 +1,4 @@
-"""Register the table formats, and detect the format of a file from its name or first bytes."""
+"""Register the table formats, and detect the format of a file from its name or content."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
     ".json": open_json,
     ".txt": open_plain_text,
 }
-"""Functions by suffix that open a file. They also take the name of the prompt column and a temporary folder."""
+"""Functions that open a file, by its suffix. They also take the name of the prompt column and a temporary folder."""
 
 
 def _join(suffixes: list[str]) -> str:
@@ -50,7 +50,7 @@ _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMP
 
 
 def parse_name(relative: str) -> tuple[str, str, str] | None:
-    """Return the stem for default ids, the format and the compression of a path, or None without a table suffix."""
+    """Return a path's stem for default ids, format and compression, or None if it has no table suffix."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None
@@ -58,7 +58,7 @@ def parse_name(relative: str) -> tuple[str, str, str] | None:
 
 
 def get_stem(name: str) -> str:
-    """Return the stem for default ids of a path with or without a table suffix."""
+    """Return the stem for the default ids of a path, which need not have a table suffix."""
     parts = parse_name(name)
     return parts[0] if parts else _to_stem(name.rpartition(".")[0] or name)
 
@@ -82,7 +82,7 @@ def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader
 
 
 def detect_format(file: TableFile) -> TableFile:
-    """Detect the format and compression of an unnamed file from its first bytes. Raises OSError."""
+    """Return a file with the format and compression that its content suggests. Raises OSError."""
     with file.path.open("rb") as stream:
         start = stream.read(MAGIC_BYTES)
     compression = next((suffix for suffix, candidate in COMPRESSIONS.items() if candidate.magic.match(start)), "")

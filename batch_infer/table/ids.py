@@ -1,4 +1,4 @@
-"""Assign unique row ids. They are tracked on disk, so that memory does not grow with the table."""
+"""Assign unique row ids. They are stored on disk, so that memory use does not grow with the table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from batch_infer.table.formats import get_stem, parse_name
 
 
 class Ids:
-    """Tracks the ids in use. With `distinct`, ids are not stored, since no two rows can request the same id."""
+    """Tracks the ids in use. With `distinct`, no two rows may request the same id, and no id is stored."""
 
     def __init__(self, find_conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
-        """`find_conflict` takes an id and its file, and returns an error message if the id belongs to another file."""
+        """`find_conflict` takes an id and a file, and returns an error message if the id belongs to another file."""
         self._distinct, self._find_conflict = distinct, find_conflict
         self._has_collisions = False
         self._database = temporary_database()
         self._execute = self._database.execute
-        # `similar` contains the ids that differ from one in `ids` only by case. One table would be half as fast.
+        # `similar` contains the ids that differ from one in `ids` only by case. A single table would be half as fast.
         self._execute("CREATE TABLE ids (folded TEXT PRIMARY KEY, id TEXT, scope TEXT) WITHOUT ROWID")
         self._execute(
             "CREATE TABLE similar (folded TEXT, id TEXT, scope TEXT, collides INTEGER, PRIMARY KEY (folded, id))"
@@ -63,11 +63,11 @@ class Ids:
         """Reserve the id in an id cell. Return the id, or None and an error message."""
         name = format_id(value)
         if isinstance(value, (list, dict)):
-            return None, f"the id is not text but {type(value).__name__}"
+            return None, f"the id must be text or a number, not a {type(value).__name__}"
         if len(name) > MAX_TEXT_LENGTH:
             return None, f"the id has {len(name)} characters; the maximum is {MAX_TEXT_LENGTH}"
         if "\0" in name:
-            return None, "the id holds a NUL byte"
+            return None, "the id contains a NUL byte"
         if error := find_encoding_error(name):
             return None, f"the id {error}"
         if self._find_conflict and (conflict := self._find_conflict(name, file)):
@@ -81,7 +81,7 @@ class Ids:
         return name
 
     def reserve_numbered(self, name: str, file: str) -> str:
-        """Reserve and return `name` with its occurrence number, from 0."""
+        """Reserve and return `name` with the number of its earlier occurrences appended."""
         self._execute("INSERT INTO counts VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET number = number + 1", (name,))
         (number,) = self._execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
         return self.reserve_unique(f"{name}-{number}", file)

@@ -30,17 +30,18 @@ ACCEPTED_FORMS = (
     '{"input_data": {"columns": ["prompt"], "data": [...]}}, or one object with a prompt per line'
 )
 PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s*\[|"parameters"\s*:\s*\{)')
-"""Matches the start of an Azure payload on one line."""
+"""Matches the start of an Azure ML payload whose first key is on the first line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
 MAX_COMPLETE_BYTES = 4000
-"""A longer first line that fails to parse may have been cut off by `peek`."""
+"""If the first line is longer than this and fails to parse, `peek` may have cut it off."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFormat:
-    """The layout of a document. `columns` names the cells of a row that is a list or a bare prompt.
+    """The layout of a document.
 
-    `parameters` contains the default cells of all rows.
+    `columns` contains the names of the cells of a row that is a list or a bare prompt. `parameters` contains the
+    default cells of all rows.
     """
 
     is_payload: bool
@@ -49,7 +50,7 @@ class DocumentFormat:
 
 
 def parse_payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names in a payload's `columns`. Raises RowError for too many names or duplicates."""
+    """Return the names in a payload's `columns`. Raises RowError for duplicates or too many names."""
     if len(values) > MAX_COLUMNS:
         raise RowError(f"there are more than {MAX_COLUMNS}")
     if duplicates := [name for name, count in Counter(map(str, values)).items() if count > 1]:
@@ -58,7 +59,7 @@ def parse_payload_columns(values: Sequence[Any]) -> tuple[str, ...]:
 
 
 def parse_element(element: Any, document: DocumentFormat) -> dict[str, Any]:
-    """Return the cells of a row by column. Raises RowError if the element is not a row."""
+    """Return the cells of a row by column. Raises RowError if the element is not a valid row."""
     if isinstance(element, dict):
         cells = element
     elif isinstance(element, str):
@@ -87,7 +88,7 @@ def _is_json_lines(file: TableFile, prompt_column: str) -> bool:
     """Return whether a .json file contains JSON Lines, as written by Spark and `datasets.to_json`. Raises OSError.
 
     The second line of a document starts with a key, and the second line of JSON Lines with another object. A single
-    line is JSON Lines if it has a prompt. Only the first read counts, since a document may be one line of any length.
+    line is JSON Lines if it has a prompt. Only the start of the file is read, since a document may be one long line.
     """
     with open_bytes(file) as stream:
         start = stream.peek(BUFFER)
@@ -121,7 +122,7 @@ def _read_format(file: TableFile, prompt_column: str) -> tuple[DocumentFormat, d
 def _read_payload_format(
     file: TableFile, scanner: Scanner, prompt_column: str
 ) -> tuple[DocumentFormat, dict[str, str]]:
-    """Read the format of a payload. Its keys may come in any order."""
+    """Return the format of a payload, whose keys may have any order, and the original names of renamed columns."""
     document, renamed = DocumentFormat(True, ()), dict[str, str]()
     has_rows, error = False, ""
     try:

@@ -18,7 +18,7 @@ from batch_infer.table.streams import open_text, read_lines
 
 MAX_DEPTH = 100
 SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
-"""https://platform.openai.com/docs/api-reference/images/create: size is WIDTHxHEIGHT or auto."""
+"""Matches a `size` of WIDTHxHEIGHT: https://platform.openai.com/docs/api-reference/images/create."""
 FLOAT_DIGITS = 15
 """Maximum number of decimal digits that always survive conversion to float and back (IEEE 754 binary64)."""
 MAX_INTEGER_DIGITS = 4000
@@ -50,10 +50,10 @@ def open_objects(
     columns: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Reader:
-    """Return a reader of the rows from `read`, after one pass that finds their columns and types.
+    """Read all rows once to find their columns and types, and return a reader of them.
 
-    `columns` exist even if no row has them. Rows appended after the pass are left to the next run. Raises TableError if
-    no row can be read.
+    `columns` exist even if no row has them. Rows that are appended to the file later are left to the next run. Raises
+    TableError if no row can be read.
     """
     flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
@@ -74,7 +74,7 @@ def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
     """Add the flags of a row's values to `columns`, except for invalid names, which `_check_row` rejects."""
     for name, value in cells.items():
         flags = _FLAGS.get(value.__class__)
-        if flags is None:  # an integer or Decimal
+        if flags is None:  # int, Decimal or JsonNumber
             is_int64 = value.__class__ is int and -(2**63) <= value < 2**63
             flags = _TEXT if not is_int64 else _INTEGER if int(float(value)) == value else _INTEGER | _INEXACT
         if name in columns:
@@ -84,14 +84,14 @@ def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
 
 
 def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
-    """Return a row, with an error if it does not fit the table."""
+    """Return the row, or a row with an error if it does not fit the table."""
     if row.error:
         return row
     if not columns.issuperset(row.cells):
         unknown = replace_surrogates(next(name for name in row.cells if name not in columns))
         error = (
-            f"has a column that the table cannot have, {unknown[:40]!r}: "
-            f"it is not UTF-8, or there are {MAX_COLUMNS} before it"
+            f"has an unsupported column {unknown[:40]!r}: "
+            f"its name is not UTF-8, or the table already has {MAX_COLUMNS} columns"
         )
     elif deep := [name for name, value in row.cells.items() if value.__class__ in (list, dict) and is_too_deep(value)]:
         error = f"is nested too deeply, in {deep[0]!r}"
@@ -155,7 +155,7 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Return the cells of a batch request by column name, and an error message if its `size` is invalid."""
     if not _is_batch_request(line):
-        raise RowError("has no custom_id and body, as the first line has")
+        raise RowError("has no custom_id and body, unlike the first line")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
     body = dict(line["body"])
     count, size = body.pop("n", None), body.pop("size", None)

@@ -56,7 +56,8 @@ def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Reade
 def _rename_duplicate_fields(dtype: pa.DataType, name: str, renamed: dict[str, str]) -> pa.DataType:
     """Return a type whose structs have unique field names, and add the changed names to `renamed`.
 
-    `name` is the column. Python, pandas and SQL engines cannot read a struct with duplicate field names.
+    `name` is the name of the column or the path of the field. Python, pandas and SQL engines cannot read a struct with
+    duplicate field names.
     """
     if types.is_struct(dtype):
         names, duplicates = rename_duplicates([field.name for field in dtype])
@@ -72,7 +73,7 @@ def _rename_duplicate_fields(dtype: pa.DataType, name: str, renamed: dict[str, s
 
 @dataclass(frozen=True, slots=True)
 class _ParquetRows:
-    """The rows of a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
+    """Reads the rows of a Parquet file. Cells are plain values, as defined in `batch_infer.carried`."""
 
     name: str
     path: Path
@@ -81,9 +82,9 @@ class _ParquetRows:
     has_renamed_fields: bool
 
     def read(self) -> Iterator[RawRow]:
-        """Yield as many rows as the footer counts. Rows of a damaged row group have an error.
+        """Yield as many rows as the footer counts. Rows that cannot be read have an error.
 
-        If the counts in the footer are damaged, a single row says so.
+        If a count in the footer is implausible, a single row with an error says so.
         """
         row_number = counted_rows = 0
         with self._open_file() as parquet:
@@ -152,7 +153,7 @@ class _ParquetRows:
 
 
 def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
-    """Return the text and bytes columns that any row group stores as a dictionary, except nested columns."""
+    """Return the text and bytes columns that at least one row group stores as a dictionary, except nested columns."""
     repeated = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
@@ -170,7 +171,7 @@ def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
 
 
 def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
-    """Yield the rows of a batch. Rows that are too long are not converted to Python values."""
+    """Yield the rows of a batch. Rows that are too long are not converted, and have an error."""
     start, long_rows = 0, []
     if batch.nbytes > MAX_ROW_SIZE:
         sizes = reduce(pc.add, map(_measure_cells, batch.columns))

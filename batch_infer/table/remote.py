@@ -33,13 +33,13 @@ CLIENTS = {
 }
 """Client packages of services. fsspec does not translate their errors, many of which are not OSErrors."""
 ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
-"""Class names of client errors without an HTTP status for requests that a service refuses."""
+"""Class names of errors without an HTTP status that clients raise if a service refuses access."""
 READ_TIMEOUT_SECONDS = 60
 """Timeout for each connection and read. aiohttp's default limits the total time and so aborts large downloads."""
 
 
 class RemoteListing(NamedTuple):
-    """The files in a folder or glob, as fsspec paths, with the path and URL of the folder."""
+    """The fsspec paths of the files in a folder or glob, and the path and URL of that folder."""
 
     folder: str
     url: str
@@ -48,14 +48,14 @@ class RemoteListing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """A file, folder or glob behind a URL. The URL may contain a secret. `path` is the path in fsspec's `system`."""
+    """A file, folder or glob at a URL. The URL may contain a secret. `path` is the path in fsspec's `system`."""
 
     system: Any
     path: str
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob. Return None for a single file, whose name may contain wildcards."""
+        """List a folder or glob. Return None for a single file, even if its name contains wildcards."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
@@ -86,7 +86,7 @@ def _get_fixed_part(path: str) -> str:
 
 
 def connect(url: str, name: str) -> RemoteFiles:
-    """Return the files behind a URL. `name` is the URL without secrets. Raises TableError and the errors of fsspec."""
+    """Return the files at a URL. `name` is the URL without secrets. Raises TableError and the errors of fsspec."""
     protocol = get_protocol(url) or ""
     package, extra = EXTRAS.get(protocol, (None, None))
     if package is not None and find_spec(package) is None:
@@ -117,9 +117,9 @@ def _make_http_options() -> dict[str, Any]:
 
 
 class RemoteErrors:
-    """Translate all errors of fsspec and its clients into TableError, ServiceError or StorageError.
+    """Translates the errors of fsspec and its clients into TableError, ServiceError or StorageError.
 
-    The cause is dropped, since its message may contain the whole URL with a signature.
+    The original error is not chained, since its message may contain the whole URL with a signature.
     """
 
     def __init__(self, name: str) -> None:

@@ -15,7 +15,7 @@ from batch_infer.table.base import find_encoding_error, is_utf8, make_default_id
 from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, format_id, format_value, read_fields
 
 REQUEST_STEM = "request"
-"""File name in sources and default ids of rows that do not come from a file."""
+"""File name used in the sources and default ids of rows that do not come from a file."""
 
 EARLIER_WORDINGS = (
     (re.compile(r"duplicate id (.+)"), r"the id \1 stands twice"),
@@ -38,8 +38,30 @@ EARLIER_WORDINGS = (
         re.compile(r"the row's carried cells exceed (\d+) bytes in total: dropped "),
         r"the carried cells of a row may be \1 bytes together: left out ",
     ),
+    (re.compile(r"the id must be text or a number, not a (\w+)"), r"the id is not text but \1"),
+    (re.compile(r" is given, but this model does not support it"), " is given, and this model takes none"),
+    (
+        re.compile(r"seed (\d+) is too large for (\d+) images: image k uses seed \+ k, and the maximum is \d+"),
+        r"seed \1 leaves no room for \2 images (seed + k)",
+    ),
+    (re.compile(r" contains (a NUL byte|a lone surrogate|no table)"), r" holds \1"),
+    (re.compile(r"half a character: send whole characters"), "half a character: send whole ones"),
+    (
+        re.compile(r"has no custom_id and body, unlike the first line"),
+        "has no custom_id and body, as the first line has",
+    ),
+    (re.compile(r": the target of the link does not exist"), ": the link leads to no file"),
+    (
+        re.compile(
+            r"has an unsupported column ('.+?'|\".+?\"): its name is not UTF-8, or the table already has (\d+) columns"
+        ),
+        r"has a column that the table cannot have, \1: it is not UTF-8, or there are \2 before it",
+    ),
 )
-"""Patterns of errors, and their wording in earlier versions. A row's fingerprint contains the earlier wording."""
+"""Patterns of errors, and their wording in earlier versions.
+
+The fingerprint of an invalid row depends on its error, so it is computed from the earlier wording.
+"""
 
 HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
 """Returns whether the manifest has a final result for a request."""
@@ -49,8 +71,8 @@ HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
 class RowRules:
     """Default values for empty cells, valid image sizes, and the fingerprint of the run's settings.
 
-    Only the negative_prompt in `defaults` may be None. `fixed` contains the fields that the model does not accept, with
-    the value that every row must have.
+    In `defaults`, only `negative_prompt` may be None. `fixed` contains the fields that the model does not support, each
+    with the only value that a row may have. With `embedded_guidance`, the guidance scale is an input of the model.
     """
 
     defaults: RowDefaults
@@ -72,8 +94,9 @@ class RowRules:
 class RowCells:
     """The cells of a row: those of fields (None if empty), and those carried to the results.
 
-    `id` is unique in a run. `too_large` is an error message if carried cells were dropped because of their size.
-    PromptRequest documents `id_collides` and `stem_collides`.
+    `id` is unique among the rows of a run's tables, but not among those of `parse_rows`. `too_large` is an error
+    message if carried cells were dropped because of their size. PromptRequest documents `id_collides` and
+    `stem_collides`.
     """
 
     id: str
@@ -88,10 +111,10 @@ class RowCells:
 def parse_rows(
     rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
 ) -> Iterator[PromptRequest | ResultRow]:
-    """Yield the requests or the invalid result for each row of a server request or data frame.
+    """Yield the requests for each row of a server request or data frame, or its invalid result.
 
     `columns` maps fields to columns with a different name, '' for no column. Other columns are ignored. Ids need not be
-    unique, since they only determine derived seeds.
+    unique, since they only determine the seeds of rows without one.
     """
     field_columns = {field: name for field in FIELDS if (name := columns.get(field, field))}
     for number, row in enumerate(rows):
@@ -102,10 +125,10 @@ def parse_rows(
         not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
         if not_utf8:  # `find_encoding_error` would advise saving the table as UTF-8
             yield make_invalid(
-                cells, f"the {not_utf8[0]} holds a lone surrogate, which is half a character: send whole ones"
+                cells, f"the {not_utf8[0]} contains a lone surrogate, which is half a character: send whole characters"
             )
         elif isinstance(value, (list, dict)):
-            yield make_invalid(cells, f"the id is not text but {type(value).__name__}")
+            yield make_invalid(cells, f"the id must be text or a number, not a {type(value).__name__}")
         else:
             yield from make_requests(cells, rules)
 
@@ -115,8 +138,8 @@ def make_requests(
 ) -> Iterator[PromptRequest | ResultRow]:
     """Yield one request for each image of a row, or a single invalid result.
 
-    A row with a final result is valid even if its texts or carried cells are too large, since earlier versions had no
-    size limits.
+    A row that has a final result is valid even if its texts or carried cells are too large, because earlier versions
+    had no size limits.
     """
     errors: list[str] = []
     values = _parse(cells, rules, errors)
@@ -196,13 +219,16 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
             errors.append(str(exc))
     for field, value in rules.fixed:
         if field in values and values[field] != value:
-            errors.append(f"{field} {format_value(values[field])} is given, and this model takes none")
+            errors.append(f"{field} {format_value(values[field])} is given, but this model does not support it")
     if errors:
         return values
     if cells.fields.get("seed") is None:
         values["seed"] = derive_seed(rules.defaults.seed, cells.id)
     if values["seed"] + values["num_images_per_prompt"] - 1 > MAX_SEED:
-        errors.append(f"seed {values['seed']} leaves no room for {values['num_images_per_prompt']} images (seed + k)")
+        errors.append(
+            f"seed {values['seed']} is too large for {values['num_images_per_prompt']} images: "
+            f"image k uses seed + k, and the maximum is {MAX_SEED}"
+        )
     return values
 
 

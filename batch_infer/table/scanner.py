@@ -13,10 +13,10 @@ from batch_infer.table.streams import BUFFER, MAX_ROW_SIZE
 
 
 class Scanner:
-    """Reads JSON text from start to end. All methods raise OSError if the rest is not JSON or cannot be read.
+    """Reads JSON text from start to end. All methods raise OSError if the text is not JSON or cannot be read.
 
-    The standard library's decoder reads each value. (ijson was tried. It stops at a byte that is not UTF-8 or at a lone
-    surrogate, or silently changes it, and its memory use grows with the square of the nesting depth.)
+    The standard library's decoder reads each value. ijson is unsuitable: it stops at lone surrogates and at bytes that
+    are not UTF-8, or silently changes them, and its memory use grows with the square of the nesting depth.
     """
 
     def __init__(self, stream: io.BufferedReader, max_length: int = MAX_ROW_SIZE) -> None:
@@ -28,7 +28,7 @@ class Scanner:
         self._is_at_end = False
 
     def peek(self) -> str:
-        """Return the next character that is not a space, or '' at the end."""
+        """Return the next character that is not whitespace, or '' at the end. Do not consume it."""
         while True:
             character = self._text[self._position : self._position + 1]
             if character and not character.isspace():
@@ -39,7 +39,7 @@ class Scanner:
                 return ""
 
     def read_token(self, *tokens: str) -> str:
-        """Read and return one of the tokens."""
+        """Read one of these one-character tokens and return it."""
         character = self.peek()
         if character not in tokens:
             expected = " or ".join(tokens)
@@ -72,7 +72,7 @@ class Scanner:
                 pass
 
     def skip_value(self) -> None:
-        """Skip a value, or an array of any length."""
+        """Skip a value. An array may have any length."""
         if self.peek() == "[":
             for _ in self.find_elements():
                 self.read_value()

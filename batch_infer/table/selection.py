@@ -16,24 +16,24 @@ RESULTS = {
     *("run.json", "results.parquet", "results.csv", "results.jsonl"),
     *("manifest", "images", "quarantine", "logs", "gallery"),
 }
-"""Names in OUT of files that look like tables and of folders that may contain them."""
+"""Names of the files in OUT that look like tables, and of the folders in OUT that may contain such files."""
 _DOCUMENTATION = re.compile(
     r"(README|LICEN[CS]E|CHANGELOG).*|(?i:readme|licen[cs]e|changelog)(\..*)?|.*\.(?i:crc)", re.DOTALL
 )
-"""Matches names of data set documentation, and of Hadoop's checksums."""
+"""Matches the names of documentation files of data sets, and of Hadoop's checksum files."""
 REASONS = {
     "name": "for their names",
     "ending": "for their endings",
     "run": "as output of an earlier run",
     "link": "as links to folders",
 }
-"""Reasons why files are ignored, and how messages word them."""
+"""Reasons why files are ignored, and their wording in messages."""
 MAX_SIMILAR, MAX_SHOWN = 3, 8
 """Maximum number of similar files to list separately, and maximum number of entries per reason in a message."""
 
 
 def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
-    """Return whether a file or folder is hidden, a marker or documentation. Spark's `_year=2026/` is none of them."""
+    """Return whether a file or folder is hidden, a marker or documentation, unlike Spark's `_year=2026/`."""
     if name.startswith("_"):
         return not (is_folder and "=" in name)
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)
@@ -75,13 +75,13 @@ def _join(counts: dict[str, int]) -> str:
 class TableFilter:
     """Chooses the tables in a local or remote folder. Paths are relative to the folder.
 
-    Ignores the output of earlier runs. The folder may be an OUT or contain one, recognized by its run.json.
+    Ignores the output of earlier runs. The folder may be an OUT or contain one, which has a run.json.
     """
 
     def __init__(
         self, argument: str, is_file: Callable[[str], bool], get_name: Callable[[str], str], ignored: IgnoredFiles
     ) -> None:
-        """`get_name` returns the displayed name of a path. Ignored files are added to `ignored`."""
+        """`get_name` returns the displayed name of a path. The filter adds ignored files to `ignored`."""
         self._argument, self._get_name, self._ignored = argument, get_name, ignored
         self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
@@ -106,11 +106,11 @@ class TableFilter:
         return reason is not None
 
     def choose(self, relatives: Iterable[str]) -> list[str]:
-        """Return the tables in pathlib's sort order, and record other files. Raises TableError if there are none."""
+        """Return the tables in pathlib's order, and record the other files. Raises TableError if there is no table."""
         ordered = sorted(relatives, key=lambda relative: relative.split("/"))
         tables = [relative for relative in ordered if not self.is_ignored(relative)]
         if not tables:
-            action = "glob matches" if has_magic(self._argument) else "folder holds"
+            action = "glob matches" if has_magic(self._argument) else "folder contains"
             others = f"; ignored {self._ignored}" if self._ignored else ""
             raise TableError(f"{self._argument}: the {action} no table ({TABLE_SUFFIXES}){others}")
         return tables

@@ -21,7 +21,7 @@ from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
 MAX_ROW_SIZE = 16 << 20
-"""Maximum number of characters in a row, or of bytes in a Parquet row. A quote that is open for longer is unclosed."""
+"""Maximum number of characters in a row, or of bytes in a Parquet row. A longer quoted cell counts as unclosed."""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
 """Bytes per zstd read. If a read fails, Arrow loses the data that it has decompressed in this read."""
@@ -64,7 +64,7 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads the content of a compressed file. Returns all data before any damage, and then raises OSError."""
+    """Reads the content of a compressed file. Returns the data before any damage, and then raises OSError."""
 
     def __init__(self, raw: BinaryIO, suffix: str) -> None:
         self._raw, self._name = raw, COMPRESSIONS[suffix].name
@@ -92,7 +92,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def open_decompressed(file: TableFile) -> io.BufferedReader:
-    """Return the decompressed bytes of a file. Raises OSError, and StorageError if the disk fails."""
+    """Open a file for reading its decompressed bytes. Raises OSError, and StorageError if the disk fails."""
     with ExitStack() as stack:
         stream: io.BufferedReader = stack.enter_context(io.BufferedReader(_RawFile(file), BUFFER))
         if file.compression and (start := stream.peek(MAGIC_BYTES)):
@@ -105,7 +105,7 @@ def open_decompressed(file: TableFile) -> io.BufferedReader:
 
 
 def open_bytes(file: TableFile) -> io.BufferedReader:
-    """Return the bytes of a text file after the byte order mark. Raises OSError, and TableError for UTF-16."""
+    """Open a text file for reading its bytes after any byte order mark. Raises OSError, and TableError for UTF-16."""
     with ExitStack() as stack:
         stream = stack.enter_context(open_decompressed(file))
         start = stream.peek(4)
@@ -118,7 +118,7 @@ def open_bytes(file: TableFile) -> io.BufferedReader:
 
 
 def open_text(file: TableFile, newline: str | None) -> TextIO:
-    """Return the text of a file. Bytes that are not UTF-8 become lone surrogates. Raises OSError and TableError."""
+    """Open a text file. Bytes that are not UTF-8 become lone surrogates. Raises OSError, and TableError for UTF-16."""
     return io.TextIOWrapper(open_bytes(file), encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
@@ -153,7 +153,7 @@ class LineReader:
         return self.shorten(self._read_pieces(line))
 
     def shorten(self, pieces: Iterator[str]) -> str:
-        """Skip a line that is too long and raise RowError. A subclass may return a shorter line."""
+        """Skip a line that is too long and raise RowError. A subclass may return a shorter line instead."""
         for _ in pieces:
             pass
         raise RowError(f"is longer than {self.max_length} characters")
@@ -166,7 +166,7 @@ class LineReader:
 
 
 def read_lines(stream: TextIO) -> Iterator[tuple[int, str, str | None]]:
-    """Yield the number and text of each nonblank line, and an error if it is too long."""
+    """Yield the number and text of each nonblank line, and an error message if it is too long, else None."""
     lines = LineReader(stream)
     while True:
         try:

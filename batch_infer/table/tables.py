@@ -48,8 +48,8 @@ class SharedFolder:
 class Tables:
     """The tables of a run.
 
-    `carried` is the schema of the columns that are carried to the results. `ignored_files` are files in folders and
-    globs that are not read. `close` removes the copies of downloaded, piped and decompressed tables.
+    `carried` is the schema of the columns that are carried to the results. `ignored_files` contains the files in
+    folders and globs that are not read. `close` removes the copies of downloaded, piped and decompressed tables.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Tables:
         """Open every file and find its columns.
 
         Without `shared_folder`, raises TableError if a named file cannot be read, if no file can be read, or if default
-        ids would collide. Raises ServiceError if a file cannot be downloaded, StorageError if the disk fails or the
+        ids would collide. Raises ServiceError if a service does not answer, StorageError if the disk fails or the
         temporary folder is full.
         """
         self._settings, self._shared_folder = settings, shared_folder
@@ -101,7 +101,7 @@ class Tables:
 
     @property
     def local_paths(self) -> list[Path]:
-        """Absolute paths of the user's tables on this machine."""
+        """Absolute paths of the user's local tables."""
         return list(self._stamps)
 
     @property
@@ -111,23 +111,23 @@ class Tables:
 
     @property
     def default_id_source(self) -> IdSource | None:
-        """Source of the ids of tables without an id column, or None if every table has one."""
+        """Source of the ids in tables without an id column, or None if all readable tables have one."""
         return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
 
     def changed_files(self) -> list[str]:
-        """Return the user's files that changed since they were opened."""
+        """Return the paths of local tables that changed since they were opened."""
         return [str(path) for path, stamp in self._stamps.items() if _get_stamp(path) != stamp]
 
     def read_rows(
         self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[PromptRequest | ResultRow]:
-        """Yield the requests or the invalid result for every row, in input order. See `make_requests`."""
+        """Yield the requests for every row, or its invalid result, in input order. See `make_requests`."""
         return (item for item, _ in self.compare_rows(rules, [], has_final_result))
 
     def compare_rows(
         self, rules: RowRules, others: Sequence[RowRules], has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[tuple[PromptRequest | ResultRow, list[PromptRequest | ResultRow | None]]]:
-        """Yield the items of `read_rows`, each with the corresponding item under each of `others`, or None."""
+        """Yield the items of `read_rows`, each with the item for the same image under each of `others`, or None."""
         notices = NoticeCounts()
         for cells, error in self._read_cells(notices):
             if error is not None:
@@ -192,7 +192,7 @@ class Tables:
         return f"duplicate id {name!r}" if is_used else None
 
     def _read_cells(self, notices: NoticeCounts) -> Iterator[tuple[RowCells, str | None]]:
-        """Yield the cells of up to `limit` rows, each with an error message or None."""
+        """Yield the cells of at most `limit` rows, each with an error message or None."""
         # Default ids are distinct if their stems differ by more than case.
         stems = {file.stem.lower() for file in self._files}
         is_distinct = len(stems) == len(self._files) and not any("id" in table.fields for table in self._readable)

@@ -16,8 +16,8 @@ NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-
 """Matches comments, and options of other programs: sd-scripts and AUTOMATIC1111 (`--steps 20`), Midjourney
 (`--ar 16:9`) and InvokeAI (`-s50`)."""
 LOOKS_LIKE_OPTIONS = (
-    "lines of .txt that look like comments or options and are rendered word for word "
-    "(to set parameters for a row, use columns of a .csv)"
+    "lines of .txt files that look like comments or options and are rendered word for word "
+    "(to set parameters for a row, use the columns of a .csv file)"
 )
 
 

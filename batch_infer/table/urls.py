@@ -11,7 +11,7 @@ URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 URL_PARTS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^/?#]*)@)?(?P<rest>.*)", re.DOTALL)
 HTTP_PROTOCOLS = frozenset({"http", "https"})
 PUBLIC_USERS = frozenset(["abfs", "abfss", "wasb", "wasbs", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"])
-"""Protocols in which the text before @, without a password, is not secret, as in abfss://CONTAINER@ACCOUNT."""
+"""Protocols in which the text before @, except for a password, is not secret, as in abfss://CONTAINER@ACCOUNT."""
 QUERY = re.compile(r"\?[\w.~%-]+=.*", re.DOTALL)
 """Matches the query in protocols other than HTTP, in which a bare ? is part of a glob."""
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
@@ -29,7 +29,7 @@ def is_http(argument: str) -> bool:
 
 
 def redact_url(argument: str) -> str:
-    """Remove the query, the password and usually the user, which is often a token, from each link of a URL.
+    """Remove the query, the password and usually the user, which is often a token, from a URL or the links of a chain.
 
     Names, ids and messages contain only redacted arguments.
     """
@@ -55,7 +55,7 @@ def _redact_link(link: str) -> str:
 
 
 def split_chain(url: str) -> tuple[str, str, str]:
-    """Split a chain of URLs into the first link with a path, the text before it, and the text after it.
+    """Split a chain of URLs into the text before the first link with a path, that link, and the text after it.
 
     In `simplecache::s3://bucket/a.csv`, only the second link has a path.
     """
@@ -67,7 +67,7 @@ def split_chain(url: str) -> tuple[str, str, str]:
 
 
 def split_query(link: str) -> tuple[str, str]:
-    """Split a link of a chain into the part before the query, and the query."""
+    """Split a link of a chain into the part before its query, and the rest."""
     head = re.split("[?#]", link, maxsplit=1)[0] if is_http(link) else QUERY.sub("", link)
     return head, link[len(head) :]
 

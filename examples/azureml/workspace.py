@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser, endpoint: str) -> None:
     parser.add_argument("--model", default=f"azureml:{MODEL}@latest", help="a model in the workspace")
     parser.add_argument("--register", type=Path, metavar="DIR", help=f"first register this folder as {MODEL}")
     parser.add_argument("--content-safety", metavar="ENDPOINT", help="also use Azure AI Content Safety")
-    parser.add_argument("--subscription", help="default for these three: config.json in this folder or a parent")
-    parser.add_argument("--resource-group")
-    parser.add_argument("--workspace")
+    parser.add_argument("--subscription", help="used only with --workspace")
+    parser.add_argument("--resource-group", help="used only with --workspace")
+    parser.add_argument("--workspace", help="default: the workspace in config.json, in this folder or a parent")
     parser.add_argument("--dry-run", action="store_true", help="print the YAML of all resources without connecting")
 
 

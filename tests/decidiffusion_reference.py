@@ -1,7 +1,7 @@
-"""A straight-line implementation of DeciDiffusion, as the reference in its tests. It shares no code with the package.
+"""A reference implementation of DeciDiffusion for its tests. It shares no model or sampler code with the package.
 
-It renders one row at a time, with torch's functions and a flat table of tensors instead of modules, and without a
-scheduler class.
+It renders one row at a time. The UNet consists of torch functions on tensors from a dictionary, without modules, and
+the sampler is written out, without a scheduler class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LISTING = {
     "up_blocks.1": "R(1920>640) T R(1280>640) T R(960>640) T",
     "up_blocks.2": "R(960>320) R(640>320) R(640>320)",
 }
-"""The published layers: R is a resnet with its channels, T a spatial transformer. Tiny models keep this order."""
+"""The published layers: R is a resnet with its channels, T a transformer. Tiny models have the same order."""
 DOWN, UP = ("down_blocks.0", "down_blocks.1", "down_blocks.2"), ("up_blocks.0", "up_blocks.1", "up_blocks.2")
 TRAINED_STEPS = 1000
 
@@ -42,8 +42,8 @@ def layers(block: str) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Network:
-    """The UNet as a function of the tensors in its file, by name."""
+class ReferenceUNet:
+    """Evaluates the UNet with the tensors of its file, by name."""
 
     tensors: dict[str, torch.Tensor]
     heads: int
@@ -107,9 +107,9 @@ class Network:
         h = h.transpose(1, 2).reshape(n, channels, height, width)
         return x + self.conv(f"{name}.proj_out", h)
 
-    def attention(self, name: str, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def attention(self, name: str, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         q, k, v = (self.linear(f"{name}.{to}", of).reshape(*of.shape[:-1], self.heads, -1)
-                   for to, of in (("to_q", x), ("to_k", seen), ("to_v", seen)))  # fmt: skip
+                   for to, of in (("to_q", x), ("to_k", context), ("to_v", context)))  # fmt: skip
         weights = torch.einsum("nqhc,nkhc->nhqk", q, k) / math.sqrt(q.shape[-1])
         return self.linear(f"{name}.to_out.0", torch.einsum("nhqk,nkhc->nqhc", weights.softmax(-1), v).flatten(2))
 
@@ -128,7 +128,7 @@ class Network:
 
 
 def double_sides(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Double both sides by repeating pixels, and crop to the size before halving, which rounds odd sides up."""
+    """Double both sides by repeating pixels, and crop to `size`, the size before halving, which rounds up."""
     return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, : size[0], : size[1]]
 
 
@@ -153,21 +153,21 @@ def apply_guidance(
 
 
 @dataclass(frozen=True)
-class StraightLine:
-    """A checkpoint's components, and rendering with them."""
+class ReferencePipeline:
+    """Renders rows with the components of a checkpoint."""
 
-    network: Network
+    unet: ReferenceUNet
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
 
     @classmethod
-    def open(cls, folder: Path) -> StraightLine:
+    def open(cls, folder: Path) -> ReferencePipeline:
         (file,) = (folder / "flexible_unet").glob("*.safetensors")
         tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
         config: dict[str, Any] = json.loads((folder / "flexible_unet" / "config.json").read_text("utf-8"))
         return cls(
-            Network(tensors, config["configurations"]["num_attention_heads"]),
+            ReferenceUNet(tensors, config["configurations"]["num_attention_heads"]),
             CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
@@ -188,15 +188,16 @@ class StraightLine:
         text, negative = self.encode(request.prompt), self.encode(request.negative_prompt or "")
         trailing = np.arange(TRAINED_STEPS, 0, -TRAINED_STEPS / params.num_inference_steps).round().astype(int) - 1
         for t in trailing:
-            now = torch.tensor([float(t)])
-            v = self.network(x, now, text)
+            timestep = torch.tensor([float(t)])
+            v = self.unet(x, timestep, text)
             if params.guidance_scale > 1:
-                v = apply_guidance(v, self.network(x, now, negative), params.guidance_scale, params.guidance_rescale)
-            # The next timestep is a whole number of training steps lower, and the last one is 0.
-            below = max(t - TRAINED_STEPS // params.num_inference_steps, 0)
+                unconditional = self.unet(x, timestep, negative)
+                v = apply_guidance(v, unconditional, params.guidance_scale, params.guidance_rescale)
+            # The next timestep is lower by a whole number of training steps, but not below 0.
+            next_t = max(t - TRAINED_STEPS // params.num_inference_steps, 0)
             image = math.sqrt(alphas[t]) * x - math.sqrt(1 - alphas[t]) * v
             noise = math.sqrt(alphas[t]) * v + math.sqrt(1 - alphas[t]) * x
-            x = math.sqrt(alphas[below]) * image + math.sqrt(1 - alphas[below]) * noise
+            x = math.sqrt(alphas[next_t]) * image + math.sqrt(1 - alphas[next_t]) * noise
         return x
 
     def encode(self, text: str) -> torch.Tensor:
