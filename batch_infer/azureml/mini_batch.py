@@ -106,7 +106,7 @@ class MiniBatchScorer:
     def _score_folder(self, folder: FolderFiles) -> tuple[pa.Table, dict[str, str]]:
         """Return the results of a folder's files, and an error message for each file that cannot be read."""
         files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
-        # Remove temporary files of workers that died with these files, and restore the images that they set aside.
+        # Remove temporary files of workers that died with these files, and restore the images that they backed up.
         leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
         if originals := remove_abandoned(self._path, leftover_folders):
             retry_without_damaged_parts(

@@ -102,7 +102,7 @@ def _save(path: Path, scratch: Path, card: ModelCard, variables: Mapping[str, st
     code.write_text(CODE, "utf-8")
     # If the built-in model is exported, it is an artifact like any other model.
     shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
-    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # image metadata contains it
+    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # run.json contains it
     files = {"model": (card.path, name)}
     files |= {
         f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)
