@@ -12,7 +12,7 @@ from batch_infer.errors import first_line
 MEMORY_FRACTION = 0.92
 """Maximum share of a GPU's memory for torch's allocator.
 
-cuDNN and cuBLAS allocate memory outside this allocator. Without the limit, they run out of memory first, and torch then
+cuDNN and cuBLAS allocate memory outside this allocator. Without the limit, they may run out of memory first. torch then
 silently chooses another algorithm, which changes image bytes.
 """
 PEAK_FRACTION = 0.85
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this computation",
 )
-"""Parts of the messages of RuntimeErrors from CUDA, cuDNN, cuBLAS and Triton if device memory is exhausted.
+"""Texts in the RuntimeErrors of CUDA, cuDNN, cuBLAS and Triton when device memory is exhausted.
 
 The last one means that the workspace of every cuDNN algorithm is too large.
 """
@@ -32,7 +32,7 @@ DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUDNN_STATUS", "cuDNN error
 
 
 def limit_memory(device: torch.device) -> None:
-    """Limit the GPU memory of this process so that exhausting it always raises torch.OutOfMemoryError."""
+    """Limit the share of the GPU's memory that torch may allocate in this process to MEMORY_FRACTION."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION)
 
@@ -48,8 +48,8 @@ def has_memory_headroom(device: torch.device) -> bool:
 def set_float32_precision(dtype: torch.dtype) -> None:
     """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
-    TF32 stays on for half-precision models: Stable Diffusion XL decodes in float32, but its activations are no more
-    precise than TF32.
+    TF32 stays on for half-precision models. Stable Diffusion XL then still decodes in float32, but from the output of a
+    half-precision UNet, which is no more precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
@@ -71,7 +71,7 @@ def out_of_memory_errors() -> Iterator[None]:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Return whether the device, its memory or its libraries caused an error, not the computation."""
+    """Return whether the device, its memory or its libraries caused an error, rather than the computation itself."""
     if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
         return True  # AcceleratorError exists since torch 2.8
     return any(text in str(error) for text in (*OUT_OF_MEMORY, *DEVICE_FAULTS))

@@ -21,9 +21,9 @@ FORMAT_BY_SUFFIX: dict[str, ImageFormat] = {suffix: image_format for image_forma
 PNG_LEVEL = 4
 QUALITY = {"jpeg": 95, "webp": 90}
 MAX_TEXT_LENGTH = 50_000
-"""Maximum number of characters in a PNG text, at most 200 kB. Pillow rejects PNG files with a text over 1 MiB."""
+"""Maximum number of characters in a PNG text, at most 200 kB in UTF-8. Pillow rejects files with a text over 1 MiB."""
 MAX_EXIF_LENGTH = 15_000
-"""Maximum number of characters in Exif, at most 60 kB as UTF-16. A JPEG can contain 64 KiB of Exif."""
+"""Maximum number of characters in Exif, at most 60 kB in UTF-16. A JPEG can contain 64 KiB of Exif."""
 MAX_LAST_LINE_LENGTH = 1_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -115,7 +115,7 @@ def _without_text(content: bytes) -> bytes:
 def hash_pixels(pixels: np.ndarray) -> str:
     """Return the SHA-256 of an image's mode, size and pixels (H, W, 3) uint8.
 
-    It does not depend on the file format, the text in the file or the encoder version.
+    It does not depend on the file format, the text in the file or the version of the encoder.
     """
     height, width, _ = pixels.shape
     digest = hashlib.sha256(f"RGB {width}x{height}\n".encode())
@@ -135,7 +135,7 @@ def _shorten(text: str, length: int) -> str:
 def apply_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
     """Return the pixels to store for a flagged image, or None to store no image.
 
-    `blank` is a black image, as in diffusers. `blur` has a radius of 1/16 of the longer side, which hides all shapes.
+    `blank` is a black image, as in diffusers. `blur` uses a radius of 1/16 of the longer side, which hides all shapes.
     """
     match on_flagged:
         case "blank":

@@ -16,7 +16,7 @@ PEAK_TFLOPS = (
 )
 """Words in device names, and peak TFLOP/s of float16 and bfloat16 tensor cores without sparsity.
 
-The first match counts. H100, H200 and B200 without a suffix are SXM modules.
+The first match is used. H100, H200 and B200 without a suffix are SXM modules.
 """
 HALF_DTYPES = ("float16", "bfloat16")
 

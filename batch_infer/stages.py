@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 class Stages:
     """Seconds by stage, and counts of images and UNet calls.
 
-    `seconds` is the total without `compilation`, the time to compile networks for new shapes. On a GPU, decoding and
-    checking run concurrently with the UNet, so the seconds of these stages overlap. `ticks` counts UNet calls,
-    `slot_ticks` their batch elements, and `row_forwards` UNet evaluations: the elements that belong to a row.
+    `seconds` is the total without `compilation`, the time to compile networks for new shapes. With step-level
+    batching on a GPU, decoding and checking run concurrently with the UNet, so the seconds of these stages overlap.
+    `ticks` counts UNet calls, `slot_ticks` their batch elements, and `row_forwards` UNet evaluations: the elements that
+    belong to a row.
     `started_at` is the start of the first UNet call, and `ended_at` the end of the last.
     """
 

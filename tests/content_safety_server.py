@@ -1,4 +1,4 @@
-"""A local server with the API of Azure AI Content Safety. It is as strict as the service, and fails on request.
+"""A local server with the API of Azure AI Content Safety. It is as strict as the service, and can simulate faults.
 
 It can run as a process: `python -m tests.content_safety_server PORT [WORD=CATEGORY:SEVERITY]...`. A GET request
 returns what the server has received: `{"texts": [...], "images": 2, "statuses": [...]}`.
@@ -38,7 +38,7 @@ Severities = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Fault:
-    """How to respond to one request instead, or how to change the response."""
+    """Replaces or changes the response to one request."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)

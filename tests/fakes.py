@@ -1,4 +1,4 @@
-"""Fake models, pipelines and checkers in plain arithmetic. A prompt is the number of a colour."""
+"""Fake models, pipelines and checkers without networks. A prompt is a number that sets the colour of the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rendering import CPU, make_request
 
 
 class Painter(LatentDiffusion):
-    """A latent diffusion model in plain arithmetic. The prompt is a colour; `nan` makes an image that is not finite."""
+    """A latent diffusion model without networks. The image for the prompt `nan` is not finite."""
 
     device = CPU
     safety_checker: Any = None
@@ -50,28 +50,31 @@ class Painter(LatentDiffusion):
         return torch.sigmoid(latents).float().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
-class Small(Painter):
+class MemoryLimitedPainter(Painter):
     """A Painter on a device whose memory limits the slots and the images per decoder call."""
 
     def __init__(self, slots: int = 1000, decode: int = 1000) -> None:
         super().__init__()
-        self.most_slots, self.most_images = slots, decode
+        self.max_slots, self.max_images = slots, decode
 
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
-        self._refuse(len(sample) > self.most_slots)
+        self._check_memory(len(sample), self.max_slots)
         return super().denoise(sample, timestep, context)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        self._refuse(len(latents) > self.most_images)
+        self._check_memory(len(latents), self.max_images)
         return super().decode(latents)
 
-    def _refuse(self, too_many: bool) -> None:
-        if too_many:
+    def _check_memory(self, size: int, limit: int) -> None:
+        if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 
 
 class PaintingPipeline:
-    """A pipeline in plain arithmetic. The prompt is a colour; some words make the call fail."""
+    """A pipeline without networks. The prompts `refused` and `broken` make a call fail.
+
+    Calls with a batch of more than `memory` rows run out of memory.
+    """
 
     device, dtype, denoiser = CPU, torch.float32, None
 
@@ -87,9 +90,9 @@ class PaintingPipeline:
             raise torch.OutOfMemoryError("out of memory\nand more")
         for request in requests:
             if request.prompt == "refused":
-                raise RowError("PaintingPipeline does not take this row")
+                raise RowError("PaintingPipeline rejects this row")
             if request.prompt == "broken":
-                raise FailedRowError("PaintingPipeline broke off")
+                raise FailedRowError("PaintingPipeline failed")
         colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
         params = requests[0].params
         return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
@@ -99,7 +102,7 @@ class PaintingPipeline:
 
 
 class Recorder:
-    """A checker that flags nothing and records the shapes of images in each call."""
+    """A checker that flags nothing and records the shapes of the images in each call."""
 
     name = "recorder"
 

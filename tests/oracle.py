@@ -40,10 +40,10 @@ def with_scheduler(pipe: Any, text: str) -> Any:
 def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[bool] | None]:
     """Return the image (H, W, 3) uint8 that diffusers renders for one row, and its checker's flags."""
     params = request.params
-    # Some pipelines have neither of these arguments.
+    # Some pipelines do not support these arguments.
     negative = {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
     rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
-    answer = pipe(
+    output = pipe(
         request.prompt,
         num_inference_steps=params.num_inference_steps,
         guidance_scale=params.guidance_scale,
@@ -54,11 +54,11 @@ def call_diffusers(pipe: Any, request: PromptRequest) -> tuple[np.ndarray, list[
         **negative,
         **rescale,
     )
-    return (answer.images[0] * 255).round().astype(np.uint8), getattr(answer, "nsfw_content_detected", None)
+    return (output.images[0] * 255).round().astype(np.uint8), getattr(output, "nsfw_content_detected", None)
 
 
 def assert_close(image: np.ndarray, oracle: np.ndarray) -> None:
-    """Allow a difference of 1 of 255 in under 1 % of the values: those close to a half can round differently."""
+    """Allow a difference of 1 in less than 1 % of the values, because values close to a half may round differently."""
     assert image.shape == oracle.shape
     assert max_difference(image, oracle) <= 1
     assert np.mean(image != oracle) < 0.01

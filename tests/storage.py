@@ -1,4 +1,4 @@
-"""Errors of a file system, simulated because tests may run as root, which file modes do not restrict."""
+"""Simulate file system errors, because tests may run as root, whom file modes do not restrict."""
 
 from __future__ import annotations
 

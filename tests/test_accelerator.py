@@ -52,9 +52,9 @@ def test_every_report_of_exhausted_memory_is_one_error(text: str) -> None:
 
 def test_other_errors_are_not_changed() -> None:
     for error in (RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory"), KeyError("x")):
-        with pytest.raises(type(error)) as raised, out_of_memory_errors():
+        with pytest.raises(type(error)) as exc_info, out_of_memory_errors():
             raise error
-        assert raised.value is error
+        assert exc_info.value is error
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
@@ -149,7 +149,7 @@ def test_stages_do_not_include_compilation(sd1_folder: Path, monkeypatch: pytest
 
 
 def test_a_size_is_not_compiled_while_it_renders_nothing(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row whose step count the scheduler rejects uses no slot, so that no network is called."""
+    """A row whose step count the scheduler rejects uses no slot, so no network is called."""
     model = load_family(sd1_folder)
     table = model.solver.table
 

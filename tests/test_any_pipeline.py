@@ -1,4 +1,4 @@
-"""Pipelines without a family: compared with diffusers' calls for single rows, and run by the command."""
+"""Pipelines without a model family: images compared with single calls of diffusers, and runs of the command."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def load_model(folder: Path, scheduler: str | None = None, *, with_checker: bool
     return AnyPipeline.load(card_of(folder, scheduler=spec), CPU, torch.float32, with_checker=with_checker)
 
 
-def load_oracle(folder: Path) -> Any:
+def load_reference(folder: Path) -> Any:
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     if "safety_checker" in pipe.components:
         pipe.register_modules(safety_checker=None)
@@ -79,7 +79,7 @@ def row(model: str, name: str, prompt: str = "a red circle", **settings: Any) ->
 
 
 def rows_of(model: str) -> list[PromptRequest]:
-    """Return rows that differ in every field."""
+    """Return rows that together vary every field."""
     height, width = SIZES.get(model, (64, 64))
     rows = [row(model, "plain", seed=1), row(model, "other", "two blue squares beside a star", seed=2)]
     rows += [row(model, "weak", "a ring", guidance=1.0, steps=4, seed=3)]
@@ -109,13 +109,13 @@ def render(
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_match_single_calls(folders: dict[str, Path], models: dict[str, AnyPipeline], name: str) -> None:
     rows = rows_of(name)
-    rendered, pipe = render(models[name], rows), load_oracle(folders[name])
-    oracles = {request.id: call_diffusers(pipe, request)[0] for request in rows}
-    for one, oracle in oracles.items():
-        assert rendered[one].pixels.shape == oracle.shape
-        assert max_difference(rendered[one].pixels, oracle) <= 1
-        others = [image for other, image in oracles.items() if other != one and image.shape == oracle.shape]
-        assert all(max_difference(oracle, other) > 2 for other in others)
+    rendered, pipe = render(models[name], rows), load_reference(folders[name])
+    references = {request.id: call_diffusers(pipe, request)[0] for request in rows}
+    for one, expected in references.items():
+        assert rendered[one].pixels.shape == expected.shape
+        assert max_difference(rendered[one].pixels, expected) <= 1
+        others = [image for other, image in references.items() if other != one and image.shape == expected.shape]
+        assert all(max_difference(expected, other) > 2 for other in others)
 
 
 @pytest.mark.promises
@@ -124,8 +124,8 @@ def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: 
     """Its bytes are the same alone and among other rows in any order, with texts of other lengths."""
     model, rows = models[name], rows_of(name)
     alone = {request.id: render(model, [request])[request.id].pixels for request in rows}
-    crowd = [row(name, f"crowd {k}", "and more " * (k * k), seed=k) for k in range(5)]
-    for order in ([*rows, *crowd], [*crowd[:2], *rows[::-1], *crowd[2:]]):
+    others = [row(name, f"crowd {k}", "and more " * (k * k), seed=k) for k in range(5)]
+    for order in ([*rows, *others], [*others[:2], *rows[::-1], *others[2:]]):
         together = render(model, order)
         for one, image in alone.items():
             assert np.array_equal(together[one].pixels, image), one
@@ -133,7 +133,7 @@ def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
-    """The values are compared before rounding. Long texts fill the encoder and need no mask, unlike shorter ones."""
+    """Values are compared before rounding. Texts that fill the encoder need no mask, but shorter texts do."""
     full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
     for first, neighbour in ((full, short), (short, full), (other, full)):
         alone, with_neighbour = models[name].render([first], 2), models[name].render([first, neighbour], 2)
@@ -141,7 +141,7 @@ def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], 
 
 
 def test_text_encoders_use_the_same_kernel_for_every_batch(models: dict[str, AnyPipeline]) -> None:
-    """The bytes depend on the kernel on a GPU, but not on a CPU at this size."""
+    """On a GPU, the bytes depend on the kernel. On a CPU they do not at this size, so the kernel itself is compared."""
     for model in models.values():
         encoders = [part for name, part in model.pipeline.components.items() if name.startswith("text_encoder")]
         assert encoders
@@ -173,13 +173,13 @@ def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, Any
 
 def test_another_scheduler_matches_diffusers(folders: dict[str, Path]) -> None:
     text = "EulerDiscreteScheduler:use_karras_sigmas=true"
-    request, pipe = row("pixart", "row", steps=4), load_oracle(folders["pixart"])
+    request, pipe = row("pixart", "row", steps=4), load_reference(folders["pixart"])
     before = call_diffusers(pipe, request)[0]
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
-    oracle = call_diffusers(pipe, request)[0]
+    expected = call_diffusers(pipe, request)[0]
     pixels = render(load_model(folders["pixart"], text), [request])["row"].pixels
-    assert max_difference(pixels, oracle) <= 1
-    assert max_difference(before, oracle) > 2
+    assert max_difference(pixels, expected) <= 1
+    assert max_difference(before, expected) > 2
 
 
 def test_noise_at_every_step_comes_from_the_rows_generator(folders: dict[str, Path]) -> None:
@@ -218,7 +218,7 @@ def test_the_checkers_verdicts_equal_those_of_diffusers(folders: dict[str, Path]
 
 
 class _Spy:
-    """A pipeline that passes the arguments of each call to a function first, which may raise an error."""
+    """A pipeline that first passes the arguments of each call to a function, which may raise an error."""
 
     def __init__(self, pipeline: Any, inspect: Callable[[dict[str, Any]], object]) -> None:
         self._pipeline, self._inspect = pipeline, inspect
@@ -446,9 +446,9 @@ def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path, c
     copy = copy_folder(folders["flux"], tmp_path)
     damage, reason = FAULTS[case]
     damage(copy)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(copy)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_missing_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
 from batch_infer.records import SamplingParams
 from tests.clocks import Clock
-from tests.fakes import Painter, Small
+from tests.fakes import MemoryLimitedPainter, Painter
 from tests.runs import command, run, run_json
 from tests.tables import write_csv
 
@@ -59,7 +59,7 @@ def test_the_plateau_is_where_larger_batches_are_no_faster(clock: Clock, wide: i
 
 
 def test_memory_limits_the_search(clock: Clock) -> None:
-    class Roomy(Small):
+    class Roomy(MemoryLimitedPainter):
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
             clock.sleep(0.004)  # for every batch size, so that larger batches are faster
             return super().denoise(sample, timestep, context)
@@ -70,7 +70,7 @@ def test_memory_limits_the_search(clock: Clock) -> None:
 
     assert find_plateau(Roomy(slots=40, decode=3), PARAMS).slots == 32
     with pytest.raises(torch.OutOfMemoryError):
-        find_plateau(Small(slots=1), PARAMS)
+        find_plateau(MemoryLimitedPainter(slots=1), PARAMS)
 
 
 @pytest.mark.promises

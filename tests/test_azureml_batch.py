@@ -95,7 +95,7 @@ def test_mini_batches_have_the_results_of_a_run(tmp_path: Path, out: Path) -> No
 
 
 def test_every_file_has_results(tmp_path: Path, out: Path) -> None:
-    """Files are CSV, Parquet and payloads. Some cannot be read or do not exist, and a row is invalid."""
+    """The files are CSV, Parquet and payloads. Some cannot be read or do not exist, and one row is invalid."""
     folder = tmp_path / "in"
     good = table(folder / "good.csv", [{"prompt": "a ring", "note": "a"}, {"prompt": "", "note": "b"}])
     pd.DataFrame({"prompt": ["a square"], "num_inference_steps": [1], "note": [7]}).to_parquet(folder / "p.parquet")
@@ -297,7 +297,7 @@ def test_the_first_file_by_name_owns_a_shared_id(
 
 
 def test_an_id_may_not_be_the_default_id_of_another_file(tmp_path: Path, out: Path) -> None:
-    """The order of scoring does not matter."""
+    """The outcome does not depend on the order in which the files are scored."""
     folder = tmp_path / "in"
     plain = prompts(folder / "p.csv", 2)
     (folder / "cat.png").touch()
@@ -373,8 +373,10 @@ def test_a_row_without_a_result_is_an_error(tmp_path: Path, out: Path, monkeypat
 
 @pytest.mark.parametrize("how", ["error", "removed", "truncated", "late"])
 def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> None:
-    """A disk fails temporarily, another worker sets a part aside, a part is truncated, or a part is damaged in a column
-    that the index does not read."""
+    """`error`: the disk fails temporarily. `removed`: another worker sets a part aside. `truncated`: a part is cut off.
+
+    `late`: a part is damaged in a column that the index does not read.
+    """
     files = [prompts(tmp_path / "in" / f"{name}.csv") for name in "ab"]
     scoring, other = worker(), worker()
     with mock.patch.object(committing, "COMMIT_SECONDS", 3600.0):  # one part, even on a slow machine
@@ -391,7 +393,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
         part.write_bytes(part.read_bytes()[:100])
     else:
         scoring, other = worker(), worker()  # existing workers have already read the part
-        _garble(part, "prompt")
+        _corrupt(part, "prompt")
     results = scoring.score(files)
     assert results["status"].to_pylist() == ["ok"] * 6
     assert other.score(files)["status"].to_pylist() == ["ok"] * 6
@@ -401,7 +403,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
     runs.assert_whole(out)
 
 
-def _garble(part: Path, column: str) -> None:
+def _corrupt(part: Path, column: str) -> None:
     """Change a byte in the first page of a column."""
     chunk = pq.ParquetFile(part).metadata.row_group(0).column(SCHEMA.get_field_index(column))
     content = bytearray(part.read_bytes())

@@ -80,7 +80,7 @@ def test_a_parameter_is_named_by_its_field_or_its_column() -> None:
         (payload(columns=["prompt", 2], data=["p"]), "columns in input_data is not a list of names"),
         (payload(columns=["prompt", "prompt"], data=["p"]), "columns in input_data: two are named 'prompt'"),
         (payload(parameters=[1], data=["p"]), "parameters in input_data is not an object but a list"),
-        (payload(data=["p"], params={"steps": 7}), "unknown parameter 'steps' in params in input_data; there are "),
+        (payload(data=["p"], params={"steps": 7}), "unknown parameter 'steps' in params in input_data; use one of "),
         (payload(data=["p"], parameters={"guidance": 7}), "unknown parameter 'guidance' in parameters in input_data; "),
         (payload(data=["p"], parameters={"prompt": "q"}), "unknown parameter 'prompt'"),
         (payload(data=["p"], parameters={"seed": 1}, params={"seed": 1}), "the request has the parameter 'seed' twice"),

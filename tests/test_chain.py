@@ -29,7 +29,7 @@ from batch_infer.diffusion import Context
 from batch_infer.planning import StepBatchingEstimator
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
-from tests.fakes import Painter, PaintingPipeline, Recorder, Small, paint
+from tests.fakes import MemoryLimitedPainter, Painter, PaintingPipeline, Recorder, paint
 from tests.rendering import load_family, make_request, render
 
 REJECTED_STEPS = 3
@@ -241,7 +241,7 @@ def test_batch_sizes_too_small_for_a_row_are_rejected(slots: int, decode: int) -
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
 @pytest.mark.promises
 def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
-    """The number of evaluations is exact. That of calls is off by one row at most, because rows may overtake others."""
+    """The evaluations are exact. The calls may differ by those of the longest row, because rows may overtake others."""
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
         key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
@@ -293,8 +293,7 @@ def test_the_unet_waits_for_a_slow_decoder() -> None:
     chain = StepLevelChain(Slow(), BatchSizes(2, 1), None, in_background=True)
     assert len(list(chain.render(paint(str(k), steps=4, guidance=1.0) for k in range(40)))) == 40
     ticks = [later - earlier for earlier, later in pairwise(ticks_at_decode)]
-    each = chain.model.solver.table(4).evaluations
-    assert max(ticks) <= 4 * each
+    assert max(ticks) <= 4 * chain.model.solver.table(4).evaluations
 
 
 def test_an_error_in_the_background_ends_the_chain_and_its_thread() -> None:
@@ -328,11 +327,15 @@ def test_closing_the_generator_ends_the_thread() -> None:
 @pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize(
     ("device", "final_sizes"),
-    [(Small(slots=5), (4, 4)), (Small(decode=1), (16, 1)), (Small(slots=3, decode=2), (2, 2))],
+    [
+        (MemoryLimitedPainter(slots=5), (4, 4)),
+        (MemoryLimitedPainter(decode=1), (16, 1)),
+        (MemoryLimitedPainter(slots=3, decode=2), (2, 2)),
+    ],
     ids=["few slots", "few images", "few of both"],
 )
 def test_out_of_memory_halves_a_batch_and_loses_no_row(
-    device: Small, final_sizes: tuple[int, int], in_background: bool, caplog: pytest.LogCaptureFixture
+    device: MemoryLimitedPainter, final_sizes: tuple[int, int], in_background: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [paint(str(k), 0.1 * k, steps=4 + k % 3, guidance=1 + k % 2, seed=k) for k in range(30)]
     chain = StepLevelChain(device, BatchSizes(16, 4), None, in_background=in_background)
@@ -349,7 +352,7 @@ def test_out_of_memory_halves_a_batch_and_loses_no_row(
 
 
 def test_a_unet_call_that_runs_out_of_memory_is_not_counted() -> None:
-    class Counting(Small):
+    class Counting(MemoryLimitedPainter):
         calls = 0
 
         def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:
@@ -364,11 +367,11 @@ def test_a_unet_call_that_runs_out_of_memory_is_not_counted() -> None:
 
 
 def test_out_of_memory_later_keeps_finished_rows() -> None:
-    device = Small(slots=8)
+    device = MemoryLimitedPainter(slots=8)
     chain = StepLevelChain(device, BatchSizes(8, 1), None)
     outcomes = chain.render(paint(str(k), steps=4, guidance=1.0, seed=k) for k in range(40))
     early = list(islice(outcomes, 10))
-    device.most_slots = 4
+    device.max_slots = 4
     late = list(outcomes)
     names = [outcome.request.id for outcome in (*early, *late)]
     assert sorted(names, key=int) == [str(k) for k in range(40)]

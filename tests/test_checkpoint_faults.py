@@ -1,4 +1,4 @@
-"""Malformed checkpoints either render or are refused on loading in one sentence. None hangs or fails a row."""
+"""Malformed checkpoints either render, or loading refuses them in one sentence. None hangs or fails a row."""
 
 from __future__ import annotations
 
@@ -104,24 +104,24 @@ def copy(sd1_folder: Path, tmp_path: Path) -> Path:
     return copy_folder(sd1_folder, tmp_path)
 
 
-def refuse(copy: Path, file: str, key: str, value: Any) -> None:
+def assert_refused(copy: Path, file: str, key: str, value: Any) -> None:
     put(copy / file, key, value)
-    with pytest.raises(ModelError) as refusal:
+    with pytest.raises(ModelError) as exc_info:
         load_all(copy)
-    message = str(refusal.value)
+    message = str(exc_info.value)
     assert "\n" not in message
     assert file.split("/")[0] in message, message
 
 
 @pytest.mark.parametrize(("file", "key", "value"), QUICK)
 def test_a_malformed_value_is_refused_at_load(copy: Path, file: str, key: str, value: Any) -> None:
-    refuse(copy, file, key, value)
+    assert_refused(copy, file, key, value)
 
 
 @pytest.mark.promises
 @pytest.mark.parametrize(("file", "key", "value"), REFUSED)
 def test_every_malformed_value_is_refused_at_load(copy: Path, file: str, key: str, value: Any) -> None:
-    refuse(copy, file, key, value)
+    assert_refused(copy, file, key, value)
 
 
 @pytest.mark.parametrize(("file", "key", "value"), ACCEPTED)
@@ -356,10 +356,10 @@ def test_a_malformed_value_in_a_pipeline_without_a_family_is_refused_at_load(
 ) -> None:
     copy = copy_folder(pixart, tmp_path)
     put(copy / file, key, value)
-    with pytest.raises(ModelError) as refusal:
+    with pytest.raises(ModelError) as exc_info:
         card = read_card(ModelSettings(name=str(copy)))
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_a_pipeline_whose_components_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Replace the clock of retries by one that only sleeping advances."""
+    """Replace the clock of retries with one that only sleeping advances."""
     clock = Clock()
     monkeypatch.setattr(retries, "time", clock)
     monkeypatch.setattr(tenacity, "time", clock)
@@ -91,7 +91,7 @@ def gate_to(service: Service, stop: Callable[[], bool] = lambda: False, **settin
 
 
 def max_requests_within(seconds: float, times: Sequence[float]) -> int:
-    """Return the largest number of requests within `seconds`."""
+    """Return the largest number of requests in any period of `seconds`."""
     ordered = sorted(times)
     return max(sum(start <= time < start + seconds for time in ordered) for start in ordered)
 
@@ -343,7 +343,7 @@ def test_a_row_without_an_answer_fails_if_others_are_answered(clock: Clock, monk
             while not results.done():
                 assert gate.check_prompt("another").nsfw is False
         with pytest.raises(
-            FailedRowError, match=r"no answer on this row's prompt \(HTTP 500: InternalError: instructed"
+            FailedRowError, match=r"no answer for this row's prompt \(HTTP 500: InternalError: instructed"
         ):
             results.result()
     assert "a red square" not in service.texts, "no probe is needed if others are answered"
@@ -523,7 +523,7 @@ def test_a_rate_is_a_count_per_window(per_second: float, limit: int, millisecond
 
 
 def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> None:
-    """The SDK itself would keep ten of sixteen."""
+    """The default session would keep only ten of sixteen connections."""
     with (
         serving(together=ContentSafety.concurrency) as service,
         gate_to(service) as gate,
@@ -537,7 +537,7 @@ def test_threads_keep_their_connections(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.usefixtures("short_backoff")
 def test_no_verdict_is_lost_or_swapped_if_every_other_request_fails(caplog: pytest.LogCaptureFixture) -> None:
-    """With many threads and all faults."""
+    """Many threads send requests, and all kinds of faults occur."""
     caplog.set_level(0)
     faults = [*MALFORMED.values(), *TRANSIENT.values(), status(429, "0"), Fault(hang=0.05)]
     rng = random.Random(0)

@@ -37,7 +37,10 @@ COMPUTE = Compute("cpu", "float32", 16, 8, 1)
 
 
 class WordGate:
-    """A gate controlled by prompts (`bad` is blocked, `broken` fails) and seeds (from 100 flagged, 200 fails)."""
+    """A gate controlled by words in prompts and by seeds, which the images contain as shades.
+
+    `bad` prompts are blocked, and images with seeds from 100 on are flagged. `broken` prompts and seed 200 fail.
+    """
 
     name, concurrency = "words", 4
 
@@ -50,7 +53,7 @@ class WordGate:
         with self._lock:
             self.prompts[prompt] += 1
         time.sleep(self._seconds)
-        self._fault(prompt)
+        self._raise_error(prompt)
         bad = "bad" in prompt
         scores = {"Hate": 4.0 if bad else 0.0, "Sexual": 1.0}
         return Verdict(bad, self.name, scores, "the words are bad" if bad else None)
@@ -66,7 +69,7 @@ class WordGate:
             raise ServiceError("the service is down")
         return Verdict(shade >= 100, self.name, {"Hate": float(shade >= 100)}, "a bad image" if shade >= 100 else None)
 
-    def _fault(self, prompt: str) -> None:
+    def _raise_error(self, prompt: str) -> None:
         match prompt.split()[0]:
             case "broken":
                 raise FailedRowError("this prompt was not checked")
@@ -296,7 +299,7 @@ def test_an_image_without_a_verdict_fails() -> None:
 
     (outcome,) = gated(Silent()).render([make_request("row", "good")])
     assert isinstance(outcome, UnrenderedRow)
-    assert (outcome.status, outcome.error) == ("failed", "words has no verdict on the image")
+    assert (outcome.status, outcome.error) == ("failed", "words returned no verdict on the image")
 
 
 def test_blocked_rows_of_a_long_table_are_yielded_as_it_is_read() -> None:

@@ -79,8 +79,7 @@ def name_files(out: Path, paths: list[str]) -> None:
         for name, value in zip(columns, (path, hashlib.sha256(content).hexdigest(), len(content)), strict=True):
             columns[name][k] = value
     for name, values in columns.items():
-        place = rows.schema.get_field_index(name)
-        rows = rows.set_column(place, rows.schema.field(name), [values])
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), [values])
     pq.write_table(rows, part)
 
 

@@ -32,10 +32,10 @@ from batch_infer.settings import ModelSettings
 try:
     card = read_card(ModelSettings(**json.loads(sys.argv[1])))
     facts = {"name": card.name, "revision": card.revision, "fingerprint": card.fingerprint, "family": card.family}
-    answer = {"path": str(card.path), **facts}
+    result = {"path": str(card.path), **facts}
 except ModelError as error:
-    answer = {"error": str(error)}
-print(json.dumps({**answer, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
+    result = {"error": str(error)}
+print(json.dumps({**result, "slow": sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())}))
 """
 """Runs in another process, because the Hub's library reads environment variables on import."""
 WEIGHTS = "diffusion_pytorch_model"
@@ -45,7 +45,7 @@ Read = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def repository(sd1_folder: Path, tmp_path: Path) -> Path:
-    """The checkpoint as a repository with many files that must not be loaded."""
+    """A copy of the checkpoint as a repository, with many other files that must not be loaded."""
     folder = copy_folder(sd1_folder, tmp_path)
     for name in ("README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/model.py", "pipeline.py"):
         (folder / name).write_text("not for loading")
@@ -72,22 +72,22 @@ def read(served: Hub, tmp_path: Path) -> Read:
         env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": str(int(offline))}
         command = [sys.executable, "-c", CARD, json.dumps({"name": name, **settings})]
         process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=True)
-        answer = json.loads(process.stdout)
-        assert answer.pop("slow") == []
+        result = json.loads(process.stdout)
+        assert result.pop("slow") == []
         assert process.stderr == ""
-        assert "\n" not in answer.get("error", "")
-        return dict(answer)
+        assert "\n" not in result.get("error", "")
+        return dict(result)
 
     return read_in_process
 
 
 def test_only_files_that_are_loaded_are_fetched(read: Read, served: Hub, sd1_folder: Path) -> None:
-    answer = read()
-    assert (answer["name"], answer["revision"], answer["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
+    result = read()
+    assert (result["name"], result["revision"], result["family"]) == ("owner/tiny", COMMIT, "stable_diffusion")
     parts = sorted(path.relative_to(sd1_folder).as_posix() for path in sd1_folder.rglob("*") if path.is_file())
     assert served.files("owner/tiny") == parts
-    assert answer["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
-    assert Path(answer["path"]).name == COMMIT
+    assert result["fingerprint"] == read_card(ModelSettings(name=str(sd1_folder))).fingerprint
+    assert Path(result["path"]).name == COMMIT
 
 
 def test_components_without_the_variant_use_default_weights(read: Read, served: Hub) -> None:

@@ -21,20 +21,20 @@ from tests.rendering import copy_folder, load_family, make_request, render
 from tests.runs import results, run
 
 
-def embedded(name: str, **request_options: Any) -> PromptRequest:
-    """Make a row as a table does for a model with embedded guidance."""
+def make_embedded_request(name: str, **request_options: Any) -> PromptRequest:
+    """Return a request as parsed for a model with embedded guidance."""
     request = make_request(name, **request_options)
     return replace(request, params=replace(request.params, embedded_guidance=True))
 
 
 ROWS = (
-    embedded("one step", steps=1, guidance=8.5, seed=1),
-    embedded("four", steps=4, guidance=8.5, seed=2),
-    embedded("less guidance", steps=4, guidance=2.5, seed=2),
-    embedded("no guidance", steps=4, guidance=1.0, seed=2),
-    embedded("below one", steps=4, guidance=0.0, rescale=0.7, seed=2),
-    embedded("negative", steps=8, guidance=8.5, negative="green", seed=3),
-    embedded("wide", prompt="two stars", steps=3, guidance=5.0, size=(48, 80), seed=4),
+    make_embedded_request("one step", steps=1, guidance=8.5, seed=1),
+    make_embedded_request("four", steps=4, guidance=8.5, seed=2),
+    make_embedded_request("less guidance", steps=4, guidance=2.5, seed=2),
+    make_embedded_request("no guidance", steps=4, guidance=1.0, seed=2),
+    make_embedded_request("below one", steps=4, guidance=0.0, rescale=0.7, seed=2),
+    make_embedded_request("negative", steps=8, guidance=8.5, negative="green", seed=3),
+    make_embedded_request("wide", prompt="two stars", steps=3, guidance=5.0, size=(48, 80), seed=4),
 )
 
 

@@ -61,8 +61,8 @@ def sdxl(sdxl_folder: Path) -> Any:
     return load_model(sdxl_folder)
 
 
-class Oracle:
-    """diffusers' pipeline with embeddings from compel. All texts have the length of three windows."""
+class Reference:
+    """diffusers' pipeline with embeddings from compel, which always fill three windows."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -82,12 +82,10 @@ class Oracle:
     def embed(self, text: str) -> torch.Tensor:
         """Return an embedding (1, 3 * 77, width), cut off or padded with the empty prompt."""
         embeddings = []
-        for oracle_encoder in self._compels:
-            embedding = oracle_encoder(text)
+        for compel in self._compels:
+            embedding = compel(text)
             full = embedding.new_zeros(1, WINDOWS * 77, embedding.shape[-1])
-            embeddings.append(
-                oracle_encoder.pad_conditioning_tensors_to_same_length([embedding, full])[0][:, : WINDOWS * 77]
-            )
+            embeddings.append(compel.pad_conditioning_tensors_to_same_length([embedding, full])[0][:, : WINDOWS * 77])
         return torch.cat(embeddings, dim=-1)
 
     def pool(self, text: str) -> torch.Tensor:
@@ -105,14 +103,14 @@ class Oracle:
                 arguments |= {
                     name: torch.zeros_like(arguments[name]) for name in arguments if name.startswith("negative")
                 }
-        answer = self.pipe(
+        output = self.pipe(
             **arguments,
             num_inference_steps=request.params.num_inference_steps,
             guidance_scale=request.params.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="np",
         )
-        return np.asarray((answer.images[0] * 255).round().astype(np.uint8))
+        return np.asarray((output.images[0] * 255).round().astype(np.uint8))
 
 
 def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
@@ -126,9 +124,9 @@ def contexts(model: Any, texts: Sequence[str]) -> list[torch.Tensor]:
 )
 def test_embeddings_equal_those_of_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
-    oracle = Oracle(load_pipeline(folder))
+    reference = Reference(load_pipeline(folder))
     for (name, text), actual in zip(TEXTS.items(), contexts(load_model(folder), list(TEXTS.values())), strict=True):
-        expected = oracle.embed(text)[0]
+        expected = reference.embed(text)[0]
         assert actual.shape == expected.shape == (WINDOWS * 77, expected.shape[1]), name
         assert torch.allclose(actual, expected, atol=1e-6), name
 
@@ -136,7 +134,7 @@ def test_embeddings_equal_those_of_compel(checkpoint: str, request: pytest.Fixtu
 @pytest.mark.parametrize("checkpoint", ["sd1", pytest.param("sdxl", marks=pytest.mark.promises)])
 def test_images_equal_those_of_diffusers_with_compel(checkpoint: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{checkpoint}_folder")
-    oracle = Oracle(load_pipeline(folder))
+    reference = Reference(load_pipeline(folder))
     rows = [
         make_request("long", LONG, steps=5, seed=1),
         make_request("short", "a red circle", steps=4, negative=LONG, seed=2),
@@ -145,7 +143,7 @@ def test_images_equal_those_of_diffusers_with_compel(checkpoint: str, request: p
     ]
     rendered = render(load_model(folder), rows)
     for row in rows:
-        assert_close(rendered[row.id].pixels, oracle.render(row))
+        assert_close(rendered[row.id].pixels, reference.render(row))
 
 
 def test_a_row_does_not_depend_on_the_length_of_others(sd1_folder: Path) -> None:

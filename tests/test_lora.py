@@ -89,7 +89,7 @@ def load_model(folder: Path, *specs: LoraSpec) -> Any:
     return load_latent_diffusion(card_of(folder, *specs), CPU, torch.float32, with_checker=False)
 
 
-def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
+def load_reference(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
     """Return diffusers' pipeline with all LoRAs loaded together and fused at once."""
     pipe = load_pipeline(folder)
     names = [f"adapter{number}" for number in range(len(specs))]
@@ -116,7 +116,7 @@ def oracle(folder: Path, *specs: LoraSpec) -> StableDiffusionPipeline:
 )
 def test_images_equal_those_of_diffusers(sd1_folder: Path, files: dict[str, Path], weights: dict[str, float]) -> None:
     specs = [LoraSpec(str(files[name]), weight) for name, weight in weights.items()]
-    theirs, plain = oracle(sd1_folder, *specs), load_pipeline(sd1_folder)
+    theirs, plain = load_reference(sd1_folder, *specs), load_pipeline(sd1_folder)
     rendered = render(load_model(sd1_folder, *specs), ROWS)
     for row in ROWS:
         assert_close(rendered[row.id].pixels, call_diffusers(theirs, row)[0])
@@ -131,7 +131,7 @@ def test_xl_fuses_both_text_encoders(sdxl_folder: Path, tmp_path: Path) -> None:
         part = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{network}.")}
         save_file(part, tmp_path / f"{network}.safetensors")
     spec = LoraSpec(str(tmp_path / "xl.safetensors"), 0.7)
-    theirs, rendered = oracle(sdxl_folder, spec), render(load_model(sdxl_folder, spec), ROWS)
+    theirs, rendered = load_reference(sdxl_folder, spec), render(load_model(sdxl_folder, spec), ROWS)
     for row in ROWS:
         assert_close(rendered[row.id].pixels, call_diffusers(theirs, row)[0])
     parts = [LoraSpec(str(tmp_path / f"{network}.safetensors"), 0.7) for network in LAYERS]
@@ -297,10 +297,10 @@ def test_a_lora_of_another_model_is_refused(
     damage(tensors)
     path = tmp_path / "odd.safetensors"
     save_file(tensors, path)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         load_model(sd1_folder, LoraSpec(str(path)))
-    assert str(path) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(path) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize(
@@ -318,9 +318,9 @@ def test_files_other_than_plain_loras_are_refused(sd1_folder: Path, tmp_path: Pa
     path = tmp_path / "odd.safetensors"
     if tensors:
         save_file(tensors, path)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(sd1_folder, LoraSpec(str(path)))
-    assert str(path) in str(refusal.value)
+    assert str(path) in str(exc_info.value)
 
 
 def test_a_truncated_file_is_refused(sd1_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from batch_infer.worker import worker as worker_module
 from tests.runs import assert_whole, hashes, results, run, run_json
 from tests.tables import write_csv
 
-HALVED = "out of memory at 64x64 pixels: continuing with 4 slots, not 8"
+HALVED = "out of memory at 64x64 pixels: continuing with 4 slots instead of 8"
 
 
 @pytest.fixture

@@ -250,20 +250,20 @@ UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_faults_are_refused_on_reading(copy: Path, case: str) -> None:
     damage, reason = FAULTS[case]
     damage(copy)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(copy)
-    assert str(copy) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(copy) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize("case", UNLOADABLE)
 def test_faults_are_refused_on_loading(copy: Path, case: str) -> None:
     damage, reason = UNLOADABLE[case]
     damage(copy)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         load_family(copy, with_checker=True)
-    assert str(copy) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(copy) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_an_inpainting_checkpoint_is_refused(copy: Path) -> None:
@@ -316,9 +316,9 @@ def test_a_revision_needs_a_hub_id(copy: Path) -> None:
     ],
 )
 def test_unknown_and_unsuitable_schedulers_are_refused(sd1_folder: Path, scheduler: str, reason: str) -> None:
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         load_family(sd1_folder, scheduler)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_a_scheduler_whose_library_is_missing_names_it(sd1_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Network:
-    """A denoiser that computes each row by itself and records the shapes of its calls."""
+    """A denoiser that computes each row independently and records the shapes of its calls."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_a_guided_row_takes_two_slots_and_an_unguided_row_one(solver: Solver) ->
     assert (slots.free_count, slots.has_rows) == (5, False)
 
 
-def test_the_unet_call_has_one_shape(solver: Solver) -> None:
+def test_all_unet_calls_have_the_same_shape(solver: Solver) -> None:
     network = Network()
     slots: Slots[str] = Slots(network, 4, SHAPE, CPU, torch.float32)
     for steps in (1, 2, 5):
@@ -94,7 +94,7 @@ def test_guidance_without_an_unconditional_part_is_a_bug(solver: Solver) -> None
 @pytest.mark.parametrize("drawing", [False, True], ids=["ddim", "ancestral"])
 @pytest.mark.parametrize("values", [{}, {"guidance": 1.0}, {"rescale": 0.7}, {"steps": 6}], ids=str)
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(solver: Solver, values: dict[str, Any], drawing: bool) -> None:
-    """The row is alone, among rows of any kind, in other batch positions, admitted late, and after a row of NaN."""
+    """The row is rendered alone, among other rows, in other batch positions, admitted late, and after a row of NaN."""
     ancestral = Solver(EulerAncestralDiscreteScheduler())
     own = ancestral if drawing else solver
     alone = make_slots()

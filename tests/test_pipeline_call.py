@@ -1,4 +1,4 @@
-"""Pipeline-call batching: every request gets one outcome, an image or a reason, whatever its neighbours are."""
+"""Pipeline-call batching: every request gets one outcome, an image or an error, whatever its neighbours are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from itertools import count, groupby, product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,21 +15,8 @@ from batch_infer.autotune import plateau
 from batch_infer.autotune.plateau import find_pipeline_plateau
 from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
 from batch_infer.planning import PipelineBatchingEstimator, order_requests
-from batch_infer.records import PromptRequest, Verdict
-from tests.fakes import PaintingPipeline, paint
-
-
-class Recorder:
-    """A checker that flags nothing and records the number of images in each call."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-
-    def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        self.calls.append(len(images))
-        return [Verdict(False, self.name, {})] * len(images)
+from batch_infer.records import PromptRequest
+from tests.fakes import PaintingPipeline, Recorder, paint
 
 
 def run(
@@ -119,7 +105,7 @@ def test_only_rows_with_the_same_values_share_a_call() -> None:
 
 
 def test_a_refused_row_affects_no_other() -> None:
-    """Each is rendered again in a batch of the same shape."""
+    """Each row is rendered again, in a batch of the same shape."""
     rows = [paint("a", 0.1), paint("b", "refused"), paint("c", 0.2), paint("d", "broken"), paint("e", 0.3)]
     chain, results = run(rows, slots=10)
     assert [type(results[name]) for name in "abcde"] == [
@@ -136,8 +122,8 @@ def test_a_refused_row_affects_no_other() -> None:
         if isinstance(outcome, UnrenderedRow)
     }
     assert errors == {
-        "b": (True, "PaintingPipeline does not take this row"),
-        "d": (False, "PaintingPipeline broke off"),
+        "b": (True, "PaintingPipeline rejects this row"),
+        "d": (False, "PaintingPipeline failed"),
     }
     assert chain.stages.images == 3
 
@@ -158,7 +144,7 @@ def test_out_of_memory_halves_the_batch(caplog: pytest.LogCaptureFixture) -> Non
     assert len(results) == len(rows)
     assert {batch for _, batch in calls_of(chain)} == {8, 4, 2}
     assert chain.batch_sizes.for_size((16, 16))[0] == 4
-    assert "out of memory at 16x16 pixels: continuing with 8 slots, not 16" in caplog.text
+    assert "out of memory at 16x16 pixels: continuing with 8 slots instead of 16" in caplog.text
 
 
 def test_rows_are_rendered_one_by_one_if_only_one_fits(caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +192,7 @@ def test_images_are_checked_in_batches() -> None:
     checker = Recorder()
     chain = PipelineCallChain(PaintingPipeline(), BatchSizes(16, 3), checker)  # type: ignore[arg-type]
     outcomes = list(chain.render([paint(str(k)) for k in range(8)]))
-    assert checker.calls == [3, 3, 2]
+    assert [len(shapes) for shapes in checker.calls] == [3, 3, 2]
     assert all(isinstance(outcome, RenderedImage) and outcome.verdict.checker == "recorder" for outcome in outcomes)
 
 

@@ -50,7 +50,7 @@ COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, and a short timeout for a silent service."""
+    """Set a key, and a short timeout for a service that does not answer."""
     monkeypatch.setenv("CONTENT_SAFETY_KEY", KEY)
     wait_for(monkeypatch, 0.5)
 
@@ -70,8 +70,8 @@ def table(folder: Path, prompts: Sequence[str]) -> Path:
     return path
 
 
-def is_red(image: Image.Image) -> dict[str, int]:
-    """Return whether at least a twentieth of an image is red."""
+def classify_red(image: Image.Image) -> dict[str, int]:
+    """Return a severity of 4 for Sexual if more than a twentieth of an image is red."""
     red, *others = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
     return {"Sexual": 4} if np.mean(red > np.maximum(*others) + 80) > 0.05 else {}
 
@@ -91,7 +91,7 @@ def test_blocked_prompts_are_not_rendered_and_each_image_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with serving(words=WORDS, classify=is_red) as service:
+    with serving(words=WORDS, classify=classify_red) as service:
         use(monkeypatch, service, THRESHOLD="1,Violence=2")
         done = runs.run(table(tmp_path, PROMPTS), out, "--safety", "azure", *SHARP, *CROSS)
         assert done.code == 0, done.stderr
@@ -127,7 +127,7 @@ def test_images_do_not_depend_on_the_checkers(tmp_path: Path, monkeypatch: pytes
 def test_both_checkers_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are also the default if the environment sets the endpoint. The built-in model's checker flags crosses."""
     prompts = [CROSSES[0], RED, BLUE]
-    with serving(classify=is_red) as service:
+    with serving(classify=classify_red) as service:
         use(monkeypatch, service)
         done = runs.run(table(tmp_path, prompts), tmp_path / "out", *SHARP)
         assert done.code == 0, done.stderr
@@ -313,7 +313,7 @@ def test_rescored_images_equal_those_checked_at_once(tmp_path: Path, policy: str
 
 def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, path = tmp_path / "out", table(tmp_path, [*CROSSES, "an axe"])
-    with serving(classify=is_red, words=WORDS) as service:
+    with serving(classify=classify_red, words=WORDS) as service:
         use(monkeypatch, service)
         assert runs.run(path, out, *SHARP, "--safety", "azure", *CROSS).code == 0
         flagged = [row["id"] for row in runs.results(out) if row["status"] == "flagged"]
@@ -327,7 +327,7 @@ def test_a_kept_original_is_restored_when_no_longer_flagged(tmp_path: Path, monk
     assert [rows[name]["status"] for name in flagged] == ["ok"] * len(flagged)
     assert all(rows[name]["generated_image"].startswith("images/") for name in flagged)
     assert "t-00000003" not in rows and "1 left: `batch-infer run` renders them" in done.stdout
-    with serving(classify=is_red, words=WORDS) as service:
+    with serving(classify=classify_red, words=WORDS) as service:
         use(monkeypatch, service, THRESHOLD="3")
         assert runs.command("rescore", out, "--safety", "azure", "--on-flagged", "blank").code == 0
     runs.assert_whole(out)
@@ -516,7 +516,7 @@ def test_a_rescore_whose_process_is_killed_is_continued(
         return None
 
     program = "import batch_infer.jobs.rescore as r; r.BATCH = 2; from batch_infer.__main__ import main; main()"
-    with serving(classify=is_red, faults=hold) as service:
+    with serving(classify=classify_red, faults=hold) as service:
         use(monkeypatch, service)
         line = [sys.executable, "-c", program, "rescore", str(out), *checks]
         with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -525,7 +525,7 @@ def test_a_rescore_whose_process_is_killed_is_continued(
             process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert "rescoring" in runs.run_json(out)
-    with serving(classify=is_red) as service:
+    with serving(classify=classify_red) as service:
         use(monkeypatch, service)
         done = runs.command("rescore", out, *checks, "--json")
         assert done.code == 0, done.stderr

@@ -74,7 +74,7 @@ def render_all(service: Service, requests: Sequence[PromptRequest]) -> list[Rend
 
 
 class Polled(Iterator[PromptRequest]):
-    """The requests of a queue as an iterator, which stops when none is pending and may continue later."""
+    """Iterates over the requests of a queue. It stops when none is pending, and continues when new ones are."""
 
     def __init__(self, queue: RequestSource) -> None:
         self._queue = queue
@@ -126,7 +126,7 @@ def payload(**input_data: Any) -> str:
 def test_an_invalid_parameter_is_refused(
     deployment: AzureDeployment, parameters: dict[str, Any], sentence: str
 ) -> None:
-    """It is refused even if every row has its own value."""
+    """The parameter is refused even if every row has its own value."""
     with pytest.raises(TableError, match=f"the parameters of the request: {sentence}"):
         check_parameters(parameters, deployment)
     check_parameters({"num_inference_steps": 4, "seed": None}, deployment)
@@ -151,7 +151,7 @@ def test_clients_take_turns() -> None:
 
 
 def test_the_queue_limits_how_far_a_chain_reads_ahead() -> None:
-    """A row with guidance counts twice."""
+    """A row with guidance counts as two evaluations."""
     queue = RequestQueue(lambda request: 0, limit=4)
     queue.submit([make_request(prompt=f"many {i}") for i in range(5)])
     queue.submit([make_request(prompt="one")])
@@ -352,7 +352,7 @@ def test_an_image_does_not_depend_on_other_clients(demo_service: Service) -> Non
 
 
 def test_an_image_equals_that_of_a_run(demo_service: Service, tmp_path: Path) -> None:
-    """The batch size changes it by at most 1 of 255."""
+    """Batch sizes differ, so a value may differ by 1 of 255."""
     rows: list[dict[str, Any]] = [
         {"id": "mine", "prompt": "a red circle"},
         {"prompt": "a blue square", "seed": 12, "negative_prompt": "red"},

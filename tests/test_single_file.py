@@ -152,18 +152,18 @@ def test_an_interrupted_conversion_is_repeated(file: Path, filled: Path, monkeyp
 def test_missing_configs_are_reported(file: Path, cache: Path) -> None:
     with pytest.raises(
         ModelError, match=f"configs and vocabularies of {BASE}.*folder as --model needs no network"
-    ) as refusal:
+    ) as exc_info:
         card_of(file)
-    assert str(file) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(file) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
     assert not [path for path in (user_cache_path("batch-infer") / "converted-1").iterdir() if path.is_dir()]
 
 
 def test_incomplete_configs_are_refused(file: Path, filled: Path) -> None:
     (filled / "unet" / "config.json").unlink()
-    with pytest.raises(ModelError, match="could not be read by diffusers|unet/config.json") as refusal:
+    with pytest.raises(ModelError, match="could not be read by diffusers|unet/config.json") as exc_info:
         card_of(file)
-    assert str(file) in str(refusal.value)
+    assert str(file) in str(exc_info.value)
 
 
 def test_a_text_encoder_under_other_names_is_refused(file: Path, filled: Path) -> None:
@@ -253,10 +253,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_other_files_are_refused_by_kind(file: Path, case: str) -> None:
     damage, reason = REFUSED[case]
     damage(file)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(file)
-    assert str(file) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert str(file) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def request(name: str, *, index: int = 0, file: str = "t.csv", row: int = 0, **m
 
 @pytest.fixture(params=SINKS)
 def sink_of(request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
-    """Make a sink for an OUT. Tests with this fixture run for every sink in SINKS."""
+    """A function that creates a sink for an OUT. Tests with this fixture run for every sink in SINKS."""
     return partial(make_sink, name=request.param)
 
 
@@ -135,7 +135,7 @@ def test_publishing_a_missing_image_is_an_error(tmp_path: Path, sink_of: Callabl
 
 
 def sink_on(*, case_matters: bool) -> FolderSink:
-    """Return a sink on a file system that is case-sensitive, or not."""
+    """Return a sink as on a file system that is case-sensitive or not."""
     sink = FolderSink(Path("/out"), ".png")
     sink._case_sensitive = dict.fromkeys(("images", "quarantine"), case_matters)
     return sink

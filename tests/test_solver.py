@@ -158,9 +158,9 @@ def test_a_rejected_step_count_raises_a_row_error_each_time() -> None:
     assert solver.table(4).evaluations > 4
     frames = set()
     for _ in range(3):
-        with pytest.raises(RowError, match="PNDMScheduler does not take num_inference_steps=3") as caught:
+        with pytest.raises(RowError, match="PNDMScheduler does not take num_inference_steps=3") as exc_info:
             solver.table(3)
-        frames.add(len(caught.traceback))
+        frames.add(len(exc_info.traceback))
     assert len(frames) == 1  # the traceback of the cached error does not grow
     with pytest.raises(RowError, match="num_inference_steps=1001"):
         Solver(DDIMScheduler(clip_sample=False)).table(1001)

@@ -51,7 +51,7 @@ def copy(sd3_folder: Path, tmp_path: Path) -> Path:
     return copy_folder(sd3_folder, tmp_path)
 
 
-def load_oracle(folder: Path) -> Any:
+def load_reference(folder: Path) -> Any:
     absent = {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
     pipe.set_progress_bar_config(disable=True)
@@ -59,17 +59,17 @@ def load_oracle(folder: Path) -> Any:
 
 
 def test_batched_rows_match_diffusers(folder: Path) -> None:
-    assert_parity(load_oracle(folder), load_family(folder), ROWS)
+    assert_parity(load_reference(folder), load_family(folder), ROWS)
 
 
 def test_another_flow_matching_scheduler_matches_diffusers(sd3_folder: Path) -> None:
-    request, pipe = make_request(steps=5), load_oracle(sd3_folder)
+    request, pipe = make_request(steps=5), load_reference(sd3_folder)
     before = call_diffusers(pipe, request)[0]
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    oracle = call_diffusers(pipe, request)[0]
-    assert max_difference(before, oracle) > 2
+    expected = call_diffusers(pipe, request)[0]
+    assert max_difference(before, expected) > 2
     model = load_family(sd3_folder, "FlowMatchHeunDiscreteScheduler")
-    assert max_difference(render(model, [request])["row"].pixels, oracle) <= 1
+    assert max_difference(render(model, [request])["row"].pixels, expected) <= 1
 
 
 def test_an_image_depends_only_on_its_row(sd3_folder: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path
     request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, RenderedImage)
-    assert max_difference(outcome.pixels, call_diffusers(load_oracle(copy), request)[0]) <= 1
+    assert max_difference(outcome.pixels, call_diffusers(load_reference(copy), request)[0]) <= 1
 
 
 def test_layers_that_overflow_in_float16_stay_in_float32(sd3_folder: Path) -> None:

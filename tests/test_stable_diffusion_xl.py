@@ -98,7 +98,7 @@ def test_embeddings_equal_those_of_the_pipeline(sdxl: Any, sdxl_folder: Path) ->
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_turbo"])
 def test_a_rows_bytes_do_not_depend_on_its_neighbours(name: str, request: pytest.FixtureRequest) -> None:
-    """This also holds if the sampler draws noise at every step."""
+    """This also holds for SDXL Turbo, whose sampler draws noise at every step."""
     model = load_family(request.getfixturevalue(f"{name}_folder"))
     row = make_request("row", "a small star", steps=4, negative="green", seed=3)
     expected = render(model, [row])["row"].pixels
@@ -115,7 +115,7 @@ def test_turbo_takes_few_steps_without_guidance(sdxl_turbo_folder: Path) -> None
 
 
 def test_steps_that_share_a_timestep_are_distinguished(sdxl_folder: Path) -> None:
-    """This pipeline sets the begin index. That of Stable Diffusion does not, and supports fewer such steps."""
+    """Unlike the pipeline of Stable Diffusion, this one sets the begin index, so it supports more such steps."""
     scheduler = "DPMSolverMultistepScheduler:use_beta_sigmas=true"
     rows = (make_request("row", steps=50, seed=1), make_request("other", steps=6))
     assert_parity(with_scheduler(load_pipeline(sdxl_folder), scheduler), load_family(sdxl_folder, scheduler), rows)
@@ -214,9 +214,9 @@ def test_a_decoder_that_overflows_in_float16_decodes_in_float32(copy: Path) -> N
 def test_only_base_checkpoints_are_accepted(copy: Path, changed: dict[str, Any], reason: str) -> None:
     """A refiner starts from an image and has only the second encoder."""
     amend(copy / "model_index.json", **changed)
-    with pytest.raises(ModelError, match=reason) as refusal:
+    with pytest.raises(ModelError, match=reason) as exc_info:
         card_of(copy)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def init() -> None:
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Return the objects for a request, or a response of the server with an error status."""
+    """Return the objects for a request, or a server response with an error status."""
     service = _load_service()
     deployment = service.deployment
     try:

@@ -32,7 +32,7 @@ class TooManyImagesError(TableError):
 
 
 class Payload(NamedTuple):
-    """The cells of each row by column, and the request-level parameters, which are already in the rows."""
+    """The cells of each row by column, and the request-level parameters, which the rows already contain."""
 
     rows: list[dict[str, Any]]
     parameters: dict[str, Any]
@@ -114,7 +114,7 @@ def _refuse_unknown(noun: str, names: Collection[str], allowed: Collection[str],
     for name in names:
         if name not in allowed:
             similar = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(sorted(allowed))}"
+            hint = f"did you mean {similar[0]!r}?" if similar else f"use one of {', '.join(sorted(allowed))}"
             raise TableError(f"unknown {noun} {name[:40]!r} in {parent_name}; {hint}")
 
 
@@ -134,7 +134,7 @@ def _read_elements(payload: Mapping[str, Any]) -> list[Any]:
 def _read_format(payload: Mapping[str, Any], prompt: str, parameters: dict[str, Any]) -> DocumentFormat:
     columns = payload.get("columns") or [prompt]
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-        raise TableError(f"columns in input_data is not a list of names, as it is in {SAMPLE}")
+        raise TableError(f"columns in input_data is not a list of names: send {SAMPLE}")
     try:
         return DocumentFormat(True, parse_payload_columns(columns), parameters)
     except RowError as error:

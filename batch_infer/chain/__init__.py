@@ -1,7 +1,7 @@
-"""Chains render requests on one device: they check and encode prompts, denoise, decode, and check the images.
+"""Chains render requests on one device: they encode prompts, denoise and decode latents, and check the images.
 
 StepLevelChain batches rows for each denoising step, and PipelineCallChain for each call of a diffusers pipeline.
-GatedChain adds the checks of a safety service to one of them.
+GatedChain wraps one of them, and also has a safety service check the prompts and images.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Define request sources, batch sizes and outcomes, and the loop that all chains share."""
+"""Define request sources, batch sizes and outcomes, and the rendering loop that chains share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Stage: TypeAlias = Literal["denoise", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class RenderedImage:
-    """An image (H, W, 3) uint8, its safety verdict, and the `seconds` that denoising took."""
+    """An image (H, W, 3) uint8 and its safety verdict.
+
+    `seconds` is the time that the row spent in the slots or, with pipeline-call batching, the duration of the call.
+    """
 
     request: PromptRequest
     pixels: np.ndarray
@@ -132,7 +135,7 @@ class ReadAhead:
 class BatchSizes:
     """Batch elements per UNet call (`slots`) and images per decoder or checker call (`decode`).
 
-    A row with guidance uses two slots. `by_size` has the values for image sizes that differ from these.
+    A row with guidance uses two slots. `by_size` overrides both values for individual image sizes.
     """
 
     slots: int
@@ -176,7 +179,7 @@ class Chain(ABC):
 
     @property
     def stages(self) -> Stages:
-        """The sum over all image sizes."""
+        """Times and counts, summed over all image sizes."""
         return sum(self.stages_by_size.values(), Stages())
 
     @abstractmethod
@@ -184,8 +187,8 @@ class Chain(ABC):
         """Render requests and yield outcomes in the order in which they finish.
 
         Requests with the same image size, or for pipeline-call batching with the same `batch_key`, should be adjacent,
-        because they share batches. If the device runs out of memory, the chain halves the batch size and renders the
-        rows of the batch again.
+        because only adjacent requests can share a batch. If the device runs out of memory, the chain halves the batch
+        size and renders the rows of the batch again.
         """
 
     @abstractmethod
@@ -194,7 +197,7 @@ class Chain(ABC):
 
 
 class DeviceChain(Chain):
-    """A chain that renders, unlike GatedChain, which adds checks to such a chain."""
+    """Base class of chains that render by themselves. GatedChain wraps one of them."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
@@ -212,7 +215,7 @@ class DeviceChain(Chain):
             yield from outcomes
 
     def steps(self, source: RequestSource) -> Iterator[Sequence[RowOutcome]]:
-        """Render requests and yield new outcomes, possibly none, at least once per UNet or pipeline call.
+        """Render requests and yield new outcomes, possibly none, at least once per UNet call or pipeline-call batch.
 
         The caller can do other work between calls.
         """
@@ -234,7 +237,10 @@ class DeviceChain(Chain):
     def _retry_or_fail(
         self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str | None, message: str
     ) -> list[RowOutcome]:
-        """Put back the rows of a batch that ran out of memory, or fail them if no `change` made the batch smaller."""
+        """Put back the rows of a batch that ran out of memory.
+
+        `change` describes how later batches are smaller. If it is None, the rows fail instead.
+        """
         height, width = size
         if change is None:
             error = f"one image of {width}x{height} pixels does not fit into the device's memory ({message})"

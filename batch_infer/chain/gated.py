@@ -1,4 +1,4 @@
-"""Have a safety service check prompts before rendering and images afterwards."""
+"""Send prompts to a safety service before rendering, and images afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
-from types import NoneType
 
 from batch_infer.chain.base import (
     BatchSizes,
@@ -33,9 +32,9 @@ IMAGES_AHEAD = 32
 CACHED_PROMPTS = 1024
 """Maximum number of cached verdicts on prompts. Images of the same row share one, as do rows with equal prompts."""
 BLOCKED_AHEAD = 64
-"""Maximum number of blocked rows to hold back while the device is busy."""
+"""Maximum number of blocked rows that are collected before they are yielded."""
 BATCHING_SECONDS = 1.0
-"""Maximum number of seconds that a pipeline call waits for a verdict on a prompt, to render a larger batch."""
+"""Maximum number of seconds to wait for each verdict on a prompt before a pipeline call, to fill its batch."""
 POLL_SECONDS = 0.2
 """Seconds between checks whether to stop while waiting for the service."""
 GRACE_SECONDS = 5.0
@@ -43,7 +42,7 @@ GRACE_SECONDS = 5.0
 
 
 class GatedChain(Chain):
-    """Renders with another chain if the prompt passes. An image is yielded only if it and its prompt have a verdict."""
+    """Has another chain render requests whose prompts pass, and yields only images that the service has checked."""
 
     def __init__(
         self,
@@ -99,7 +98,7 @@ class GatedChain(Chain):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _must_stop_gate(self) -> bool:
-        """Return whether the run has stopped and `render` has ended or GRACE_SECONDS have passed since the stop."""
+        """Return True after a stop, once `render` has ended or GRACE_SECONDS have passed."""
         if not self._stop():
             return False
         self._grace_end = min(self._grace_end, time.monotonic() + GRACE_SECONDS)
@@ -122,7 +121,7 @@ class _PromptGate:
         self._blocked: list[UnrenderedRow] = []
 
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
-        """Return the first request whose prompt passes. See `RequestSource`.
+        """Return the first request whose prompt has passed. See `RequestSource`.
 
         A verdict on an image also ends the wait, so that the image is yielded immediately.
         """
@@ -150,11 +149,14 @@ class _PromptGate:
         yield from blocked
 
     def pop_verdict(self, request: PromptRequest) -> Verdict:
-        """Return the verdict on a prompt that passed. Call once per request."""
+        """Remove and return the verdict on the prompt of a request that `poll` returned."""
         return self._passed.pop(request.key)
 
     def _submit_ahead(self, timeout: float) -> None:
-        """Read requests and have the service check prompts that are not cached. A failed check is repeated."""
+        """Read requests, and submit prompts to the service.
+
+        Requests with the same prompt share a check. If it fails, the next request with that prompt is checked again.
+        """
         while len(self._pending) < PROMPTS_AHEAD:
             is_idle = not self._pending and not self._images.pending
             request = self._source.poll(timeout if is_idle else 0.0)
@@ -170,7 +172,7 @@ class _PromptGate:
             self._pending.append((request, future))
 
     def _take(self, index: int) -> PromptRequest | None:
-        """Remove a request whose check is done. Returns None if its prompt does not pass."""
+        """Remove a request whose check is done, and return it if its prompt has passed, otherwise None."""
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
@@ -185,15 +187,15 @@ class _PromptGate:
 
 
 class _ImageGate:
-    """Has the service check rendered images."""
+    """Submits rendered images to the service and collects the verdicts."""
 
     def __init__(self, gate: Gate, pool: ThreadPoolExecutor) -> None:
         self._gate, self._pool = gate, pool
         self.pending: dict[Future[Verdict], tuple[RenderedImage, Verdict]] = {}
-        """Images that the service is checking, each with the verdict on its prompt."""
+        """Submitted images by future, each with the verdict on its prompt."""
 
     def add(self, outcome: RowOutcome, prompt_verdict: Verdict) -> Iterator[RowOutcome]:
-        """Submit an image, and yield outcomes that are ready."""
+        """Submit an image, or yield a row without one. Then yield checked images."""
         if isinstance(outcome, UnrenderedRow):
             yield outcome
         else:
@@ -218,8 +220,10 @@ class _ImageGate:
         else:
             wait(self.pending, seconds)
         for future in list(self.pending):
-            if future.done() and not future.cancelled() and isinstance(future.exception(), (FailedRowError, NoneType)):
-                yield self._take(future)
+            if future.done() and not future.cancelled():
+                error = future.exception()
+                if error is None or isinstance(error, FailedRowError):
+                    yield self._take(future)
 
     def _take(self, future: Future[Verdict]) -> RowOutcome:
         rendered, prompt_verdict = self.pending.pop(future)
@@ -228,5 +232,5 @@ class _ImageGate:
         except FailedRowError as error:
             return UnrenderedRow(rendered.request, "failed", str(error))
         if verdict.nsfw is None:
-            return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} has no verdict on the image")
+            return UnrenderedRow(rendered.request, "failed", f"{self._gate.name} returned no verdict on the image")
         return replace(rendered, verdict=rendered.verdict.merge(prompt_verdict).merge(verdict))

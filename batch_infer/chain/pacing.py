@@ -1,4 +1,4 @@
-"""Provide CUDA streams for work that runs concurrently with the UNet, and time UNet calls without blocking the host."""
+"""Provide CUDA streams for work that runs concurrently with the UNet, and time and pace UNet calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
 
 
 def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-    """Encode prompts, on a GPU on a separate stream, so that small copies do not wait for UNet calls.
+    """Encode prompts. On a GPU, a separate stream is used, so that small copies do not wait for UNet calls.
 
     Later work on the UNet's stream waits for the encoding, but the host does not.
     """

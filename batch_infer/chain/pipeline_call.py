@@ -72,7 +72,7 @@ class PipelineCallChain(DeviceChain):
         yield self._retry_or_fail(requests, rows, size, self._shrink(size, first.params.slots), message)
 
     def _shrink(self, size: Size, slots_per_row: int) -> str | None:
-        """Halve the slots and describe the change. Returns None if the call rendered only one image."""
+        """Make later batches smaller and describe the change. Returns None if the call rendered only one image."""
         slots = self.batch_sizes.for_size(size)[0]
         if slots_per_row == 1 and slots < 4 and size not in self._single_row_sizes:
             self._single_row_sizes.add(size)
@@ -81,13 +81,13 @@ class PipelineCallChain(DeviceChain):
         if smaller is None or self.model.needs_separate_calls:
             return None
         self._batch_sizes = smaller
-        return f"{smaller.for_size(size)[0]} slots, not {slots}"
+        return f"{smaller.for_size(size)[0]} slots instead of {slots}"
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
         """Render a batch, or its rows one by one if the pipeline rejects the batch.
 
-        A rejected row then affects no other row. A single row is padded with copies of itself to the same batch size,
-        so that its bytes stay the same.
+        A rejected row therefore affects no other row. A single row is padded with copies of itself to the same batch
+        size, so that its bytes stay the same.
         """
         try:
             return self._call_pipeline(rows, slots, stages)
@@ -118,7 +118,11 @@ class PipelineCallChain(DeviceChain):
 
     @contextmanager
     def _timed(self, stages: Stages) -> Iterator[None]:
-        """Add the seconds before, in and after the denoiser calls to the stages as encoding, denoising and decoding."""
+        """Add the duration of a pipeline call to the stages.
+
+        Time before the first denoiser call counts as encoding, time in these calls as denoising, and the rest as
+        decoding.
+        """
         pacer, denoise_before = make_pacer(self.model.device, stages), stages.denoise
         started = time.perf_counter()
         calls_started: list[float] = []

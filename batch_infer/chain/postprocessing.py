@@ -51,15 +51,16 @@ class Postprocessing:
         self.micro_batches_ahead = max(MIN_MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
         """Maximum number of micro-batches that wait for the decoder. The UNet waits if there are more.
 
-        Rows with equal step counts finish in one call. The queue holds all of them while the rows of the previous call
-        are still being decoded. The latents of a waiting row take 64 kB if its image has 512x512 pixels.
+        Rows that are admitted together and have equal step counts finish in one UNet call. The queue has room for all
+        of them while those of an earlier call are still being decoded. The latents of a waiting row take 64 kB if its
+        image has 512x512 pixels.
         """
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
         self._stream = stream_for(model.device, "postprocess")
 
     def compile(self, latent_shape: tuple[int, int, int]) -> None:
-        """Compile the decoder in this thread: torch must not compile while another thread calls compiled code."""
+        """Compile the decoder in this thread. torch must not compile while another thread calls compiled code."""
         with torch.inference_mode():
             self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
@@ -84,7 +85,7 @@ class Postprocessing:
         self._rows.clear()
 
     def _start(self) -> Iterator[list[RowOutcome]]:
-        """Process one micro-batch, padded with copies of its last row if it is not full."""
+        """Process or submit one micro-batch, padded with copies of its last row if it is not full."""
         batch, self._rows = self._rows[: self._batch], self._rows[self._batch :]
         latents = torch.stack([row.latents for row in batch] + [batch[-1].latents] * (self._batch - len(batch)))
         if self._pool is None:
@@ -138,10 +139,13 @@ def check_images(
 
 
 def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
-    """Convert images (B, 3, H, W) from 0 to 1 to (H, W, 3) uint8 on the host, and return whether each is finite."""
+    """Convert images (B, 3, H, W) to arrays (H, W, 3) uint8 on the host, and return whether each image is finite.
+
+    0 is black and 1 is white.
+    """
     are_finite = torch.isfinite(images).flatten(1).all(1)
     images = images.nan_to_num().clamp(0, 1)
-    # Half to even, as in diffusers' image processor.
+    # Rounds half to even, like diffusers' image processor.
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if pixels.is_cuda:
         # A copy to pinned memory waits only for this stream.

@@ -45,7 +45,7 @@ class StepLevelChain(DeviceChain):
         super().__init__(model, batch_sizes, checker, stop)
         self._in_background = model.device.type == "cuda" if in_background is None else in_background
         self._compiled: set[tuple[Size, tuple[int, int]]] = set()
-        """Image sizes and batch sizes for which the networks are compiled."""
+        """Image sizes and batch sizes for which the networks have been compiled."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the next requests with the image size of the first."""
@@ -82,8 +82,8 @@ class StepLevelChain(DeviceChain):
         self._batch_sizes = smaller
         slots, decode = smaller.for_size(size)
         if slots < old_slots:
-            return f"{slots} slots, not {old_slots}"
-        return f"{decode} images in a decoder call, not {old_decode}"
+            return f"{slots} slots instead of {old_slots}"
+        return f"{decode} images per decoder call instead of {old_decode}"
 
 
 class _SizePass:
@@ -94,7 +94,7 @@ class _SizePass:
     def __init__(
         self, model: LatentDiffusion, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool
     ) -> None:
-        """`must_compile`: compile the networks for this size before the first row is timed."""
+        """`must_compile`: compile the networks for this size before the first denoising step."""
         self._model, self._postprocessing, self._stages = model, postprocessing, stages
         self._encoded: list[Tag] = []
         """Rows that wait for free slots, oldest first."""
@@ -105,7 +105,10 @@ class _SizePass:
         self.must_compile = must_compile
 
     def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
-        """Render until all rows are finished and the next request has another size or has not arrived yet."""
+        """Render until all rows are finished and the next request has another size or has not arrived yet.
+
+        After a stop, unfinished rows are dropped.
+        """
         model, slots = self._model, self._postprocessing.slots
         self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
         while not stop():
@@ -114,7 +117,7 @@ class _SizePass:
             if self._slots.has_rows:
                 if self.must_compile:
                     self._compile()
-                yield from self._postprocess(self._postprocessing.add(self._evaluate()))
+                yield from self._postprocess(self._postprocessing.add(self._tick()))
             elif not self._encoded and not requests.has(size):
                 break
         self._pacer.finish()
@@ -144,7 +147,10 @@ class _SizePass:
         self.stage = "denoise"
 
     def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
-        """Encode prompts in batches, before slots are free for them: up to as many rows as there are slots."""
+        """Encode the prompts of rows that will wait for slots.
+
+        The queue is refilled to one row per slot when it is at most half full.
+        """
         if len(self._encoded) > self._slots.size // 2:
             return
         batch = requests.take(size, self._slots.size - len(self._encoded))
@@ -176,8 +182,8 @@ class _SizePass:
                 self._slots.admit(row, request.params, request.seed, table, conditioning.context)
         return outcomes
 
-    def _evaluate(self) -> list[FinishedRow[Tag]]:
-        """Make one UNet call and return the rows that it finishes."""
+    def _tick(self) -> list[FinishedRow[Tag]]:
+        """Advance every row by one step in one UNet call, and return the finished rows."""
         used = self._slots.size - self._slots.free_count
         self._pacer.start()
         finished = self._slots.tick()

@@ -1,6 +1,6 @@
 """Denoise latents: many rows share a UNet call, each at a different step of its sampler.
 
-Slots holds the rows of a batch, and Solver computes the coefficients that advance a row like its diffusers scheduler.
+Slots holds the rows of a batch. Solver computes the coefficients that advance a row as its diffusers scheduler would.
 """
 
 from batch_infer.diffusion.packer import Context, Denoiser, FinishedRow, Slots

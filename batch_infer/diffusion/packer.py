@@ -25,7 +25,7 @@ Context = Mapping[str, torch.Tensor]
 
 
 class Denoiser(Protocol):
-    """A UNet call. sample (N, C, h, w), timestep (N,), context tensors (N, ...) -> model output (N, C, h, w)."""
+    """Calls a UNet: sample (N, C, h, w), timestep (N,), context tensors (N, ...) -> model output (N, C, h, w)."""
 
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor: ...
 
@@ -65,10 +65,10 @@ def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinne
 
 
 class Slots(Generic[Tag]):
-    """`size` slots for latents of one shape (C, h, w), on the UNet's device and in its dtype.
+    """`size` slots for latents of one shape (C, h, w), on the UNet's device.
 
-    Samples and terms (noise, model outputs, draws) are float32 for any UNet dtype. With 64x64 latents, the terms of
-    1,000 steps take 66 MB, or 131 MB with a draw per step.
+    Samples and terms (noise, model outputs, draws) are float32 for any UNet dtype. With 64x64 latents, the terms of a
+    row with 1,000 steps take 66 MB, or 131 MB with a draw per step.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Slots(Generic[Tag]):
         self._free_positions = list(range(size))
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}
-        # Rows with the same table share a copy. The cache of a cached method would keep this object in memory.
+        # Rows with the same table share a copy. A cache on a method would keep this object in memory.
         self._copy_to_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
             lambda table: copy_to(device, table.coefficients)
         )
@@ -188,7 +188,7 @@ class Slots(Generic[Tag]):
         self._is_layout_stale = False
 
     def _send_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the timestep and input scale of each position. Free positions compute unused values at timestep 0.
+        """Send the timestep and input scale of each position to the device. Results of free positions are unused.
 
         Both tensors are contiguous, because torch.compile would compile again for a timestep with another stride.
         """
@@ -219,5 +219,5 @@ def guide(
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     factor = rescale.reshape(-1, 1, 1, 1)
     rescaled = factor * (guided * ratio) + (1 - factor) * guided
-    # torch.where and not 0 * ...: the bytes of a row without rescale must not change even if its ratio is not finite.
+    # Not 0 * ...: the bytes of a row without rescale must not change even if its ratio is not finite.
     return torch.where(factor > 0, rescaled, guided)

@@ -35,7 +35,7 @@ TRIAL_SHAPE = (1, 4, 4, 4)
 
 
 class NotBatchableError(RowError):
-    """The scheduler's steps are not a fixed linear map."""
+    """The scheduler's steps are not a fixed linear map of the model outputs and the row's own noise."""
 
 
 class Scheduler(Protocol):
@@ -77,7 +77,7 @@ class Solver:
     def __init__(self, scheduler: Scheduler, begin_index: int | None = None) -> None:
         """`begin_index`: the index that the pipeline sets before the first step. If None, the scheduler finds it.
 
-        Raises ModelError for a scheduler that clips, thresholds, or draws noise from a generator other than the row's.
+        Raises ModelError if the scheduler is unusable, for example because it clips samples.
         """
         self.name = type(scheduler).__name__
         for option in ("clip_sample", "thresholding"):
@@ -94,12 +94,12 @@ class Solver:
         """Return the table for a step count. Raises RowError if the scheduler rejects that count."""
         table = self._tables(num_inference_steps)
         if isinstance(table, RowError):
-            # Without its traceback, which would grow with every row.
+            # The error is cached, and its traceback would grow with every row.
             raise table.with_traceback(None)
         return table
 
     def _probe(self) -> None:
-        """Raise ModelError before any row is rendered if the scheduler is unusable."""
+        """Compute one table to check the scheduler. Raises ModelError if it is unusable."""
         refusals = []
         for steps in (10, 20, 4, 1):
             try:
@@ -114,7 +114,7 @@ class Solver:
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable | RowError:
-        """Compute a table and compare it with the scheduler on random data. Returns an error if there is no table."""
+        """Compute a table and compare it with the scheduler on random data. Returns a RowError if either fails."""
         refusal = f"{self.name} does not take num_inference_steps={steps}"
         try:
             terms, run = self._run_on_random_data(steps, seed=0, intercepts=True)
@@ -172,8 +172,8 @@ class _Run:
 
 
 def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -> CoefficientTable:
-    """Run the scheduler on basis vectors, one for each term."""
-    # Some solvers require rank 4 (UniPC). The basis is along the channels.
+    """Compute a table by running the scheduler on basis vectors, one for each term."""
+    # Some solvers, such as UniPC, require samples of rank 4. Each channel is one entry of the basis vector.
     basis = list(torch.eye(term_count, dtype=torch.float64).reshape(term_count, 1, -1, 1, 1))
     timesteps = tuple(scheduler.timesteps.float().tolist())
     run = _run_scheduler(scheduler, lambda: basis.pop(0), intercepts=intercepts)
@@ -183,7 +183,7 @@ def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -
 def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> _Run:
     """Run a scheduler. `supply` returns the initial noise, and then for each evaluation the model output and the draws.
 
-    Without `intercepts`, which is twice as fast, the scheduler draws noise itself.
+    Without `intercepts`, the scheduler draws the noise itself, which is twice as fast.
     """
     input_scale, draws, samples = [], [], []
     generator = torch.Generator()
@@ -206,7 +206,7 @@ def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, 
 
 
 class _InterceptDraws(TorchFunctionMode):
-    """Replaces noise drawn from one generator by supplied noise, and counts the draws."""
+    """Replaces noise drawn from one generator with supplied noise, and counts the draws."""
 
     def __init__(self, generator: torch.Generator, supply: Callable[[], torch.Tensor]) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class _InterceptDraws(TorchFunctionMode):
         options = kwargs or {}
         if options.get("generator") is not self._generator:
             return func(*args, **options)
-        # Slots draw unit noise in the shape of the latents.
+        # Slots can only draw unit noise in the shape of the latents.
         if func is not torch.randn:
             raise NotBatchableError("draws noise that is not normal")
         noise = self._supply()

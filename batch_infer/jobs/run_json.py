@@ -52,7 +52,7 @@ class NameRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. The other keys are for people."""
+    """The keys of run.json that commands read. The other keys are for human readers."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None

@@ -18,7 +18,7 @@ STATUSES = get_args(Status)
 
 
 class RunStatus(JsonStruct, rename={"remaining": "left"}):
-    """Number of results by status. `remaining` is None while the tables are scanned.
+    """Number of results by status. `remaining` is None if the total is unknown, as while the tables are scanned.
 
     `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (written by an endpoint,
     so that the total is unknown) or unknown (unfinished, and this user may not read the lock). `holder` is the process

@@ -36,13 +36,13 @@ _HINTS = get_type_hints(ResultRow, include_extras=True)
 SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column in RESULT_COLUMNS])
 """Result columns in order. In a part, the carried columns come after these."""
 SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
-"""The version of the format that added each result column, without the columns of version 1."""
+"""The format version that added each result column. Columns of version 1 are omitted."""
 VERSION = max(SINCE.values(), default=1)
 """Format version of new parts. Every part since version 2 records its version."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
-    """Convert rows to an Arrow table of the result columns, followed by these carried columns."""
+    """Convert rows to an Arrow table of the result columns, followed by the carried columns."""
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SCHEMA]
     columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
     return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
@@ -51,7 +51,7 @@ def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Cast a table of results to a schema. Missing columns become null.
 
-    A carried column whose name is not in the schema is renamed to input_<name>.
+    A carried column whose name is not in the schema gets the prefix `input_`, repeated until the schema has its name.
     """
     names = {_name_in(schema, name): name for name in table.column_names}
     columns = [

@@ -20,7 +20,7 @@ from batch_infer.records import ResultRow, digest
 from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, temporary_database, unless_removed
 
 CACHED_BYTES = 64 << 20
-"""Maximum size in bytes of the parts kept in memory. In table order, rows from neighbouring parts alternate."""
+"""Maximum size in bytes of cached parts. They are cached because rows in table order may alternate between parts."""
 _VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
 _COLUMNS = ("id", "image_index", *_VALUES)
 _SELECT = (
@@ -60,10 +60,13 @@ class CommittedImage:
 
 
 class ManifestIndex:
-    """Index committed images in a temporary file, so that memory does not grow with the manifest."""
+    """Indexes committed images in a temporary file, so that memory does not grow with the manifest."""
 
     def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index parts. Pass a DamagedPartError to `on_damage`, or raise it if that is None. Raises StorageError."""
+        """Index parts. Each DamagedPartError is passed to `on_damage`, or raised if that is None.
+
+        Raises NewerPartError, StorageError.
+        """
         self.image_folders: set[str] = set()
         """Folders of all committed images, relative to OUT."""
         self.parts: dict[str, Path] = {}
@@ -81,7 +84,7 @@ class ManifestIndex:
             raise
 
     def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index the parts that are not indexed yet. Raises DamagedPartError, StorageError.
+        """Index the parts that are not indexed yet. Raises DamagedPartError, NewerPartError, StorageError.
 
         After an error, the next call continues. A part that another process has moved is skipped.
         """
@@ -132,7 +135,7 @@ class ManifestIndex:
         return similar.fetchall()
 
     def iterate_in_table_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
-        """Yield the images of these tables in row order, then the images of other tables by table name."""
+        """Yield the images of these tables in the order of their rows, then those of other tables by table name."""
         self._database.execute("DELETE FROM tables")
         self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", zip(tables, count()))
         order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
@@ -199,7 +202,7 @@ class Manifest:
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
         """Write rows as one part, and return its file name, which ends with a digest of the rows.
 
-        The rows are durable when this returns. A crash before that loses all of them together. Raises StorageError.
+        The rows are durable when this returns. A crash before that keeps all of them or none. Raises StorageError.
         """
         content = digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])
         name = f"part-{self._run:05d}-{content}.parquet" if self._run else f"part-{content}.parquet"
@@ -223,7 +226,7 @@ class Manifest:
     def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
         """Index the parts from run number `since_run` on.
 
-        Damaged parts are skipped and passed to `on_damage`. Raises NewerPartError, StorageError, and DamagedPartError
-        without `on_damage`.
+        Damaged parts are skipped, and their errors are passed to `on_damage`. Without it, DamagedPartError is raised.
+        Raises NewerPartError, StorageError.
         """
         return ManifestIndex(self.parts(since_run), on_damage)

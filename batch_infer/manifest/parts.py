@@ -54,7 +54,9 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
                 raise DamagedPartError(part, f"it has no column {field.name}")
             actual = file.schema_arrow.field(field.name)
             if actual != field:
-                raise DamagedPartError(part, f"its column {field.name} is {actual.type}, and not {field.type}")
+                raise DamagedPartError(
+                    part, f"its column {field.name} has the type {actual.type} instead of {field.type}"
+                )
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
     return table if len(available) == len(names) else upgrade_table(table, names, version)
@@ -76,7 +78,7 @@ def commit_time(part: Path) -> tuple[str, float]:
     """Return the name of a clock and the commit time in seconds. Times of the same clock are in commit order.
 
     A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
-    time of day, and its clock is "". Raises DamagedPartError, StorageError.
+    time of day, and its clock is "". Raises DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as (file, _):
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -91,8 +93,8 @@ def commit_time(part: Path) -> tuple[str, float]:
 def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
     """Open a part, read only its footer, and yield the file with its format version.
 
-    Raises NewerPartError, and DamagedPartError, also for reads inside the context. Raises StorageError if the disk
-    cannot be read or the part does not exist, because both may be temporary.
+    Raises NewerPartError, DamagedPartError, and StorageError if the disk cannot be read or the part does not exist,
+    because both may be temporary. Errors of reads inside the context are converted too.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:

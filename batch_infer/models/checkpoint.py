@@ -29,7 +29,7 @@ SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 def read_card(
     settings: ModelSettings, inspect: Callable[[Path], SamplingRules] | None = None, *, needs_checker: bool = True
 ) -> ModelCard:
-    """Read a checkpoint, downloading it first if the model is a Hugging Face id. Raises ModelError.
+    """Read a checkpoint's card. For a Hugging Face id, missing files are downloaded first. Raises ModelError.
 
     `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
     Without `needs_checker` the safety checker may be missing.

@@ -154,7 +154,7 @@ def load_latent_diffusion(
 
 
 def load_solver(card: ModelCard) -> Solver:
-    """Load a checkpoint's sampler without its networks. Raises ModelError."""
+    """Load a checkpoint's solver without its networks. Raises ModelError."""
     return _implementation(card).load_solver(card)
 
 

@@ -114,7 +114,7 @@ class LatentDiffusion:
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
-        """Load the sampler of the full pipeline without networks. Raises ModelError."""
+        """Load the same solver as with the full pipeline, but without networks. Raises ModelError."""
         pipeline_type = _pipeline_class(card)
         parameters = inspect.signature(pipeline_type).parameters
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]

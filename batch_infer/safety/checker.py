@@ -1,8 +1,9 @@
 """Run the safety checker of Stable Diffusion checkpoints, and return its scores.
 
-diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops the scores. This module makes the same
-decision with the same weights: the cosine similarity of the image's CLIP embedding to 17 concepts, each with a
-threshold, and to 3 special-care concepts that lower the other thresholds by 0.01 (Rando et al., arXiv 2210.04610).
+diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops the scores. For square images, this
+module makes the same decision with the same weights. It compares the cosine similarity of the image's CLIP embedding to
+17 concepts with their thresholds, which are 0.01 lower if one of 3 special-care concepts matches (Rando et al., arXiv
+2210.04610).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.functional import normalize
 from batch_infer.records import Verdict
 
 SPECIAL_CARE_ADJUSTMENT = 0.01
-"""As in diffusers, added to the score of every concept if a special-care concept matches."""
+"""Added to the score of every concept if a special-care concept matches, as in diffusers."""
 
 
 class StableDiffusionChecker:
@@ -33,8 +34,8 @@ class StableDiffusionChecker:
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
         """Check images (H, W, 3) uint8 of one size.
 
-        The network takes square images. Others are checked as overlapping square tiles, including the centre, the only
-        one that diffusers checks. The highest score of each concept counts.
+        The network takes square images. Others are cut into square tiles, which cover the image. One of them is the
+        centre, the only part that diffusers checks. The highest score of each concept counts.
         """
         tiles = [tile for image in images for tile in tiles_of(image)]
         tiles_per_image = len(tiles) // len(images)
@@ -66,7 +67,7 @@ class StableDiffusionChecker:
 
 
 def _adjust_scores(concepts: list[float], care: list[float]) -> dict[str, float]:
-    """Return the scores of one tile, rounded to 3 digits as in diffusers. A score above 0 flags the tile."""
+    """Return the scores of one tile, rounded to 3 decimal places as in diffusers. A score above 0 flags the tile."""
     adjustment = SPECIAL_CARE_ADJUSTMENT if any(round(score, 3) > 0 for score in care) else 0.0
     if any(map(math.isnan, care)):
         adjustment = math.nan  # makes every score NaN, which flags the tile
@@ -78,7 +79,7 @@ def _similarity(embeddings: torch.Tensor, concepts: torch.Tensor) -> torch.Tenso
 
 
 def tiles_of(image: np.ndarray) -> list[Image.Image]:
-    """Return square tiles that cover an image (H, W, 3): an odd number, so that one of them is the centre."""
+    """Return square tiles that cover an image (H, W, 3). Their number is odd, so that one of them is the centre."""
     height, width = image.shape[:2]
     side, long_side = min(height, width), max(height, width)
     count = -(-long_side // side)

@@ -41,18 +41,18 @@ MUTED_LOGGERS = ("azure", "msal", "urllib3", "pyrate_limiter")
 TRANSIENT = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 MAX_REASON_LENGTH = 300
 TOKEN = re.compile(r"(?<=Bearer )\S+|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
-"""Matches JSON web tokens, the credentials that DefaultAzureCredential sends."""
+"""Matches bearer tokens and JSON web tokens, the credentials that DefaultAzureCredential sends."""
 BLACK_IMAGE = payloads.encode_image(np.zeros((64, 64, 3), np.uint8))
 
 
 class ContentSafety:
-    """A gate to the service. Up to `concurrency` threads may call it, and share its connections and rate limit."""
+    """Gate that calls the service. Up to `concurrency` threads may use it, and share its connections and rate limit."""
 
     name = payloads.CHECKER_NAME
     concurrency = 16
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool] = lambda: False) -> None:
-        """Every wait ends when `stop` returns True. Raises SettingsError."""
+        """Waits between requests end when `stop` returns True. Raises SettingsError."""
         _import_libraries()
         from azure.ai.contentsafety import ContentSafetyClient
         from azure.core.pipeline.transport import RequestsTransport
@@ -140,7 +140,7 @@ class ContentSafety:
         if status < 300 or status >= 500 or status in TRANSIENT:
             headers = getattr(getattr(error, "response", None), "headers", {})
             return NoAnswerError(reason, payloads.parse_retry_after(headers.get("Retry-After")))
-        # The token issuer's ClientAuthenticationError may have any status.
+        # A ClientAuthenticationError from the issuer of tokens may have any status.
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN) or isinstance(error, ClientAuthenticationError):
             credential = "identity from DefaultAzureCredential, which needs the role Cognitive Services User there"
             if _read_key():
@@ -154,7 +154,7 @@ class ContentSafety:
 
 
 def check_credentials(settings: ServiceSettings) -> None:
-    """Raise SettingsError if there is neither a key nor an identity that gets a token."""
+    """Check that there is a key, or an identity that can get a token. Raises SettingsError."""
     _import_libraries()
     from azure.core.credentials import AzureKeyCredential
     from azure.core.exceptions import AzureError
@@ -174,7 +174,7 @@ def check_credentials(settings: ServiceSettings) -> None:
 
 
 def _import_libraries() -> None:
-    """Import the extra's libraries and mute their loggers. Raises SettingsError with the pip command."""
+    """Import the libraries of the `azure` extra and mute their loggers. Raises SettingsError with the pip command."""
     for library in LIBRARIES:
         try:
             import_module(library)
@@ -189,7 +189,10 @@ def _read_key() -> str:
 
 
 def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultAzureCredential:
-    """Return the key from the environment, or else azure-identity's default credential, without testing it."""
+    """Return the key from the environment, or else azure-identity's default credential, without testing it.
+
+    Raises SettingsError if the key contains invalid characters, or if an identity would be sent without https.
+    """
     from azure.core.credentials import AzureKeyCredential
     from azure.identity import DefaultAzureCredential
 

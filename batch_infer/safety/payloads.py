@@ -19,14 +19,14 @@ from batch_infer.settings import CATEGORIES, ServiceSettings
 SERVICE = "Azure AI Content Safety"
 CHECKER_NAME = "azure_content_safety"
 Kind = Literal["prompt", "image"]
-"""Kind of content. The service checks each kind with its own model, and one of the models may be down."""
+"""Kind of content. The service has one model for each kind, and one may be down while the other works."""
 MAX_SEVERITY = 7
 UNREADABLE = "a response that cannot be parsed"
 
 MAX_TEXT_LENGTH = 10_000
 """Maximum length of the text in one request, in Unicode code points as Python counts them."""
 OVERLAP = 200
-"""Code points that adjacent pieces of a text share: longer than a phrase, and cheap to send twice."""
+"""Number of code points that adjacent pieces of a text share: more than a phrase has, and cheap to send twice."""
 MIN_SIDE, MAX_SIDE = 50, 2048
 """Minimum and maximum side of an image in pixels."""
 MAX_IMAGE_BYTES = 4 * 1024 * 1024
@@ -35,11 +35,11 @@ ENCODINGS: tuple[tuple[str, dict[str, int]], ...] = (
     ("PNG", {"compress_level": 1}),
     *(("JPEG", {"quality": quality}) for quality in (95, 90, 80, 65, 50, 30)),
 )
-"""Encodings to try until a file is small enough. The last keeps even noise of the maximum size far below the limit."""
+"""Encodings to try in order until a file is small enough. The last suffices even for noise of the maximum size."""
 
 
 class NoAnswerError(Exception):
-    """A request failed with a temporary error, and may be sent again after `retry_after` seconds."""
+    """A request failed with a temporary error. `retry_after` is the service's advice in seconds, or None."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -55,7 +55,10 @@ class Analysis:
 
     @classmethod
     def parse(cls, body: Any, *, with_blocklists: bool = False) -> Analysis:
-        """Parse the JSON of a response. Raises NoAnswerError if a category or the requested blocklists are missing."""
+        """Parse the JSON of a response.
+
+        Raises NoAnswerError if it is malformed, or if a category or the requested blocklists are missing.
+        """
         try:
             entries = [(entry["category"], entry["severity"]) for entry in body["categoriesAnalysis"]]
             matches = body["blocklistsMatch"] if with_blocklists else body.get("blocklistsMatch") or []
@@ -119,7 +122,7 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def encode_image(pixels: np.ndarray) -> bytes:
-    """Encode an image (H, W, 3) uint8 as PNG, or as JPEG if the PNG exceeds the size limit."""
+    """Fit an image (H, W, 3) uint8, and encode it as PNG, or as JPEG if the PNG exceeds the size limit."""
     image = fit_image(Image.fromarray(pixels))
     for file_format, options in ENCODINGS:
         stream = io.BytesIO()

@@ -1,6 +1,6 @@
 """Define the protocols of image checkers and safety services, and create them from registries.
 
-To add one, write a module and one line in a registry.
+To add one, write a module and add one line to a registry.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 IMAGE_CHECKERS: Mapping[str, str] = {
     "StableDiffusionSafetyChecker": "batch_infer.safety.checker:StableDiffusionChecker",
 }
-"""Import path of the image checker for each class of a checkpoint's safety checker. Its module loads torch."""
+"""Import paths of image checkers, by class name of a checkpoint's safety checker. Importing one loads torch."""
 GATES: Mapping[type, str] = {ServiceSettings: "batch_infer.safety.content_safety:ContentSafety"}
-"""Import path of the gate for each type of service settings. Its module loads NumPy and Pillow."""
+"""Import paths of gates, by type of service settings. Importing one loads NumPy and Pillow."""
 
 
 class ImageChecker(Protocol):
@@ -29,7 +29,7 @@ class ImageChecker(Protocol):
     name: str
 
     def check(self, images: Sequence[np.ndarray]) -> list[Verdict]:
-        """Return a verdict for each image (H, W, 3) uint8. All images have one size."""
+        """Return a verdict for each image (H, W, 3) uint8. All images have the same size."""
         ...
 
 
@@ -53,12 +53,12 @@ class Gate(Protocol):
 
 
 def make_image_checker(module: Any, feature_extractor: Any, batch: int) -> ImageChecker:
-    """Create the checker for a checkpoint's safety checker. It checks `batch` images per call."""
+    """Create the image checker for a checkpoint's safety checker `module`, which it calls with `batch` images."""
     checker: ImageChecker = resolve_name(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch)
     return checker
 
 
 def make_gate(settings: ServiceSettings, stop: Callable[[], bool]) -> Gate:
-    """Connect to a service. Its waits end when `stop` returns True. Raises SettingsError."""
+    """Create the gate for a service. Its waits between requests end when `stop` returns True. Raises SettingsError."""
     gate: Gate = resolve_name(GATES[type(settings)])(settings, stop)
     return gate

@@ -1,4 +1,4 @@
-"""Rate limit and retries for Azure AI Content Safety. Every wait ends when the run stops."""
+"""Limit the rate of requests to Azure AI Content Safety, and retry them. Waits between requests end on a stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Attempt: TypeAlias = Callable[[], Analysis]
 
 
 class RetryingClient:
-    """Repeats requests until the service answers. Threads share the rate limit and the time of the last answer."""
+    """Repeats requests that are not answered. Threads share the rate limit and the time of the last answer."""
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool]) -> None:
         self._settings, self._stop = settings, stop
@@ -37,7 +37,7 @@ class RetryingClient:
         """Send a request, repeat it for at least `timeout_seconds` if necessary, and return the response.
 
         `probe` sends a harmless request of the same kind, to distinguish a bad row from a service that is down. Raises
-        FailedRowError if the service answers other requests but not this one, ServiceError if it answers none, and
+        FailedRowError if the service rejects this request or answers only others, ServiceError if it answers none, and
         StoppedError.
         """
         retrying = Retrying(
@@ -54,7 +54,7 @@ class RetryingClient:
         except NoAnswerError as error:
             elapsed = time.monotonic() - started
             if self._seconds_since_answer(kind) < self._settings.timeout_seconds or self._is_answered(kind, probe):
-                raise FailedRowError(f"{SERVICE} gave no answer on this row's {kind} ({error})") from error
+                raise FailedRowError(f"{SERVICE} gave no answer for this row's {kind} ({error})") from error
             raise ServiceError(
                 f"{SERVICE} at {self._settings.endpoint} has not answered for {elapsed:.0f} s (last: {error});"
                 " finished images are kept. Run the same command again to continue"
@@ -78,7 +78,10 @@ class RetryingClient:
         return time.monotonic() - self._answered_at.get(kind, -math.inf)
 
     def _seconds_to_wait(self, state: RetryCallState) -> float:
-        """Return the seconds before the next attempt, at most until `timeout_seconds` have passed."""
+        """Return the seconds to wait before the next attempt.
+
+        No wait that begins within `timeout_seconds` extends beyond them.
+        """
         error = state.outcome.exception() if state.outcome else None
         retry_after = error.retry_after if isinstance(error, NoAnswerError) else None
         seconds = BACKOFF(state) if retry_after is None else max(retry_after, MIN_BACKOFF_SECONDS)
@@ -88,7 +91,7 @@ class RetryingClient:
     def _gives_up(self, state: RetryCallState, kind: Kind) -> bool:
         """Return whether `timeout_seconds` have passed and the cause is clear.
 
-        If the service last answered neither recently nor long ago, it may have gone down since. Retries then continue
+        If the last answer is more than half of `timeout_seconds` old, the service may be down. Retries then continue
         until it has not answered for `timeout_seconds`, so that an outage fails no row.
         """
         timeout, seconds = self._settings.timeout_seconds, self._seconds_since_answer(kind)

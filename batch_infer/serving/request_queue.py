@@ -98,9 +98,9 @@ class RequestQueue:
         submission.outcomes.put((index, replace(outcome, request=submission.requests[index])))
 
     def fail(self, error: BaseException, *, include_pending: bool = False) -> bool:
-        """Raise an error for clients with requests in the chain, and return whether there are any.
+        """Pass an error to the clients with requests in the chain, and return whether there are any.
 
-        `include_pending`: also raise it for clients with pending requests.
+        `include_pending`: also pass it to clients with only pending requests.
         """
         with self._lock:
             failed = {submission for submission, _ in self._in_chain.values()}

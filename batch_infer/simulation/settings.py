@@ -23,8 +23,8 @@ class SimulationSettings:
     """A batch deployment's settings, with Azure's defaults, and the faults to simulate. Times are in seconds.
 
     If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, workers use all visible
-    GPUs. `kill` is the share of mini-batches during whose run the worker is killed, and `duplicate` the share that is
-    delivered twice. `seed` determines both selections and the order of the files. `environment` contains additional
+    GPUs. `kill` is the share of mini-batches whose worker is killed while it runs them, and `duplicate` the share that
+    is delivered twice. `seed` determines both selections and the order of the files. `environment` contains additional
     environment variables.
     """
 

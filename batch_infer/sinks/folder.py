@@ -39,17 +39,17 @@ BACKUP_PREFIX = ".original-"
 FSYNC_THREADS = 32
 """Maximum number of images to fsync concurrently.
 
-A journal commits all waiting fsyncs together, which is several times as fast as one at a time, and more so on a slow
-disk. Linux's `syncfs` is even faster, but it also waits for writes of other programs, does not reach the server behind
-a FUSE mount, and hides some errors.
+A file system's journal commits all waiting fsyncs together, which is several times as fast as one at a time. The gain
+is larger on a slow disk. Linux's `syncfs` is even faster, but it also waits for writes of other programs, does not
+reach the server behind a FUSE mount, and hides some errors.
 """
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-"""O_NONBLOCK: opening does not wait if another program has replaced the image with a pipe."""
+"""With O_NONBLOCK, opening does not block if another program has replaced the image with a pipe."""
 
 
 class FolderSink:
-    """Store images as images/STEM-NNNNN/ID-K.png in OUT. --on-flagged quarantine stores flagged images in quarantine/.
+    """Stores images in OUT as images/STEM-NNNNN/ID-K.png, or as quarantine/STEM-NNNNN/ID-K.png if requested.
 
     Nothing is written after another folder has replaced OUT, images/ or quarantine/. images/ and quarantine/ may be
     links to a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
@@ -64,9 +64,9 @@ class FolderSink:
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Keep paths distinct even if case is ignored, so that OUT can be copied to any file system.
+        """Return a path that stays distinct if case is ignored, so that OUT can be copied to any file system.
 
-        The only exception is tables that different workers of an Azure ML job read.
+        Only paths of tables that different workers of an Azure ML job read may differ by case alone.
         """
         paths = self._list_paths(request, IMAGE_FOLDERS[quarantine], lambda text: {hashed_name(text)})
         previous_path = self.path_in(request.replaces or "", quarantine=quarantine)
@@ -139,7 +139,7 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Fsync all images, then rename them. After a power cut, each path has the old or the new image, complete."""
+        """Fsync all images, then rename them. After a power cut, each path has the complete old or new image."""
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(FSYNC_THREADS) as pool:
@@ -153,7 +153,10 @@ class FolderSink:
         _fsync_parents(targets)
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename images to hidden names, unless this process has a backup, whose replacement was never committed."""
+        """Rename images to hidden names.
+
+        An image that this process has already backed up is skipped: the file at its path was never committed.
+        """
         self._check()
         backups = {self._out / path: self._out / self.backup_path(path) for path in paths}
         moved = []
@@ -213,7 +216,7 @@ class FolderSink:
             pinned.check()
 
     def _make_folder(self, folder: Path) -> None:
-        """Create a folder below OUT, once per sink."""
+        """Create a folder below OUT, with its parents, once per sink."""
         if folder in self._created_folders:
             return
         self._make_folder(folder.parent)
@@ -225,7 +228,7 @@ class FolderSink:
         self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
-        """Check images/ or quarantine/ before each write too, by the marker of OUT if the folder is on another disk."""
+        """Also check images/ or quarantine/ before each write, by OUT's marker if the folder is on another disk."""
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
             self._pinned.setdefault(folder, PinnedFolder.pin(folder))
@@ -252,7 +255,7 @@ def resolve_path(out: Path, path: str) -> Path | None:
 
 
 def original_path(path: str) -> str | None:
-    """Return the path that a file had before any process backed it up, or None if the file is not a backup."""
+    """Return the path that a file had before a process backed it up, or None if the file is not a backup."""
     backup = PurePosixPath(path)
     name = original_name(BACKUP_PREFIX, backup.name)
     return None if name is None else backup.with_name(name).as_posix()

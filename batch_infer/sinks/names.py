@@ -38,7 +38,7 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class ImageIndex(Protocol):
-    """Answer the questions of sinks about committed images."""
+    """Answers questions about committed images."""
 
     @property
     def image_folders(self) -> Iterable[str]:
@@ -49,7 +49,7 @@ class ImageIndex(Protocol):
 
 
 class Collisions:
-    """Find collisions with the names of committed images. The caller holds the lock of OUT."""
+    """Finds collisions with the names of committed images. The caller must hold the lock of OUT."""
 
     def __init__(self, index: ImageIndex) -> None:
         self._index = index

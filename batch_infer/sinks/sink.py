@@ -14,20 +14,20 @@ from batch_infer.store import PinnedFolder
 
 
 class Sink(Protocol):
-    """Store each image as a file in OUT. Paths are relative to OUT.
+    """Stores each image as a file in OUT. Paths are relative to OUT.
 
     Images are in IMAGE_FOLDERS: in quarantine/ if `quarantine` is set, otherwise in images/. Paths elsewhere count as
     missing. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
-    of killed runs and their `original_path`. A crash loses no image if the calls are in this order: `write`, `back_up`
-    the images to replace, `publish`, commit the manifest part, `remove` the backups. All methods raise StorageError,
-    also if they cannot tell whether an image exists.
+    of killed runs and their `original_path`. A crash loses no image if the steps are in this order: `write`, `back_up`
+    the images to replace, `publish`, commit the manifest part, `remove` the backups. All methods may raise
+    StorageError, for example if they cannot determine whether an image exists.
     """
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
         """Return the path for a request's image. Rendering an image again keeps its path."""
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return every path that this or an earlier version may have used, for this request's image alone."""
+        """Return every path that this or an earlier version may have used for this request's image and no other."""
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         """Return a stored image's path inside or outside the quarantine."""
@@ -67,7 +67,7 @@ class Sink(Protocol):
 
 
 SINKS: dict[str, Callable[[Path | PinnedFolder, str], Sink]] = {"folder": FolderSink}
-"""Sinks by name. Each is created with OUT and the suffix of image files, and `tests/test_sinks.py` tests all."""
+"""Sinks by name. Each is created with OUT and the suffix of image files. `tests/test_sinks.py` tests all of them."""
 
 
 def make_sink(out: Path | PinnedFolder, image_format: ImageFormat = "png", name: str = "folder") -> Sink:

@@ -1,4 +1,4 @@
-"""Inspect paths, and write files atomically: under a name that is unique to this process, then renamed."""
+"""Inspect paths, and write files atomically: first under a name that only this process uses, then renamed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder durably in an existing folder. Raises StorageError."""
+    """Create a folder durably if it is missing. Its parent must exist. Raises StorageError."""
     with write_errors(folder):
         folder.mkdir(exist_ok=True)
         fsync_folder(folder.parent)
@@ -121,9 +121,10 @@ def fsync_folder(folder: Path) -> None:
 
 @cache
 def host_id() -> str:
-    """Return a digest of the host name and, on Linux, of the boot id and PID namespace. Process ids are unique within.
+    """Return a digest of the host name and, on Linux, of the boot id and PID namespace.
 
-    Many containers have the same host name and PID namespace number. The kernel's boot id distinguishes their machines.
+    Process ids are unique within a host id. Many containers have the same host name and PID namespace number. The
+    kernel's boot id distinguishes their machines.
     """
     namespace = Path("/proc/self/ns/pid")
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
@@ -137,7 +138,7 @@ def unique_name(prefix: str, name: str) -> str:
 
 
 def original_name(prefix: str, name: str) -> str | None:
-    """Return the file name that any process passed to `unique_name`, or None if `name` is not a unique name."""
+    """Return the file name that a process passed to `unique_name`, or None if `name` is not a unique name."""
     match = _TOKEN.match(name, len(prefix)) if name.startswith(prefix) else None
     return None if match is None else name[match.end() :]
 
@@ -148,7 +149,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a name comes from `temporary_path` in any process."""
+    """Return whether `temporary_path` made a name, in this or another process."""
     return original_name(TEMPORARY_PREFIX, name) is not None
 
 
@@ -200,7 +201,7 @@ def remove_unfinished() -> None:
 
 
 def is_case_sensitive(folder: Path) -> bool:
-    """Return whether names in a folder may differ only by case. On NTFS, APFS, FAT and SMB they may not.
+    """Return whether names in a folder may differ only by case. By default, NTFS, APFS, FAT and SMB do not allow it.
 
     Creates and removes a temporary file in the folder. Raises StorageError.
     """

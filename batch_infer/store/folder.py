@@ -1,4 +1,4 @@
-"""Lock an output folder for one process, and detect that another folder has replaced it."""
+"""Lock an output folder for one process, and detect when another folder has replaced it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-"""Errors that another folder or other permissions fix. Other errors, such as a full disk, may be temporary."""
+"""Errors that only another folder or other permissions can fix. Others, such as a full disk, may be temporary."""
 
 
 # Pinned folders
@@ -45,7 +45,7 @@ def marker_name() -> str:
 
 @dataclass(frozen=True, slots=True)
 class PinnedFolder:
-    """A folder with the identity that it had before the first write. Other processes of this machine can check it too.
+    """A folder, and its identity before the first write. Other processes on this machine can check it too.
 
     `identity` is the device and inode, or None if there was no folder. `marker` is the name of a file in the folder
     that identifies it on mounts whose inode numbers change.
@@ -71,7 +71,7 @@ class PinnedFolder:
         return replace(self, marker=name)
 
     def remove_markers(self, subfolders: Iterable[str]) -> None:
-        """Remove the marker from the folder and its subfolders. After an error, the next sweep removes it."""
+        """Remove the marker from the folder and its subfolders. If that fails, the next sweep removes it."""
         if self.marker is not None:
             for folder in (self.path, *(self.path / name for name in subfolders)):
                 with suppress(OSError):
@@ -130,7 +130,7 @@ def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[Pinn
 
 
 def find_holder(folder: Path) -> str | None:
-    """Return a description of the process that holds the lock, or None. Raises StorageError if it cannot be read."""
+    """Return a description of the process that holds the lock, or None. Raises StorageError if that is unknown."""
     path = folder / LOCK
     if not path_exists(path):
         return None
@@ -166,9 +166,10 @@ def _acquire(folder: Path) -> FileLock:
 
 
 def _check_lock(path: Path) -> None:
-    """Check that a lock file can be locked.
+    """Create a lock file if it is missing, and check that it can be locked.
 
-    Raises SettingsError if the file system has no locks, StorageError if the error may be temporary, else OSError.
+    Raises SettingsError if the file system has no locks, StorageError if the lock service may be down temporarily, and
+    OSError if the file cannot be opened.
     Without flock, filelock treats any existing file as locked, and that lock outlives its holder.
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666))

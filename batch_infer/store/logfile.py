@@ -53,4 +53,4 @@ def log_handler(file: TextIO) -> logging.Handler:
 
 class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only for type checkers
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore write errors: storing results reports a full disk."""
+        """Ignore write errors. A full disk is reported when results are stored."""

@@ -49,7 +49,7 @@ def _storage_error(kind: str, folder: str, reason: object) -> StorageError:
 
 
 class _Raw(io.FileIO):
-    """Raise StorageError for write errors, even if closing a buffer around the file causes the write."""
+    """Raises StorageError for write errors, even if closing a buffer around the file causes the write."""
 
     def write(self, data: object, /) -> int:
         with temporary_file_errors():
@@ -95,7 +95,7 @@ def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Par
         except sqlite3.DatabaseError as error:
             if not any(text in str(error) for text in _DATABASE_ERRORS):
                 raise
-            # The folders of SQLite's temporary files: https://www.sqlite.org/tempfiles.html, section 5
+            # SQLite uses the first of these folders that is writable: https://www.sqlite.org/tempfiles.html, section 5
             folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp")
             writable = (folder for folder in folders if folder and os.access(folder, os.W_OK | os.X_OK))
             raise _storage_error("database", next(writable, os.curdir), error) from error
@@ -104,7 +104,7 @@ def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Par
 
 
 class _Cursor(sqlite3.Cursor):
-    """Raise StorageError for disk errors, also in fetches, because SQLite reads rows as they are fetched."""
+    """Raises StorageError for disk errors, including in fetches, because SQLite reads rows as they are fetched."""
 
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)

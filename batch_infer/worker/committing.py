@@ -29,7 +29,7 @@ The README promises three seconds. The remaining second is for storing images an
 STORING_AHEAD = 64
 """Maximum number of images that are not stored yet. At this limit, the device waits."""
 COMMITTING_AHEAD = 4 * COMMIT_ROWS
-"""Maximum number of rows waiting to be committed, in memory without their pixels. At this limit, the device waits."""
+"""Maximum number of uncommitted rows, kept in memory without their pixels. At this limit, the device waits."""
 
 Stored = TypeVar("Stored")
 
