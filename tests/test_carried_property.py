@@ -75,7 +75,7 @@ def decimals(digits: int, scale: int) -> st.SearchStrategy[Decimal]:
 
 
 LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
-    *((kind, integers(bits, sign)) for kind, bits, sign in INTEGERS),
+    *((dtype, integers(bits, sign)) for dtype, bits, sign in INTEGERS),
     (pa.float32(), st.floats(width=32)),
     (pa.float16(), st.floats(width=16)),
     (pa.float64(), st.floats() | st.sampled_from([1.0, 2.0**53, 2.0**63, -0.0, 0.5])),
@@ -98,13 +98,16 @@ LEAVES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
 ]
 
 
-def nested(kind: pa.DataType, values: st.SearchStrategy[Any]) -> list[tuple[pa.DataType, st.SearchStrategy[Any]]]:
-    some = values | st.none()
+def nested(dtype: pa.DataType, values: st.SearchStrategy[Any]) -> list[tuple[pa.DataType, st.SearchStrategy[Any]]]:
+    nullable = values | st.none()
     return [
-        (pa.list_(kind), st.lists(some, max_size=2)),
-        (pa.large_list(kind), st.lists(some, max_size=2)),
-        (pa.struct([("a", kind), ("b", pa.string())]), st.fixed_dictionaries({"a": some, "b": st.text(max_size=2)})),
-        (pa.map_(pa.string(), kind), st.lists(st.tuples(st.text(max_size=2), some), max_size=2)),
+        (pa.list_(dtype), st.lists(nullable, max_size=2)),
+        (pa.large_list(dtype), st.lists(nullable, max_size=2)),
+        (
+            pa.struct([("a", dtype), ("b", pa.string())]),
+            st.fixed_dictionaries({"a": nullable, "b": st.text(max_size=2)}),
+        ),
+        (pa.map_(pa.string(), dtype), st.lists(st.tuples(st.text(max_size=2), nullable), max_size=2)),
     ]
 
 
@@ -119,16 +122,16 @@ def duplicate_field(array: pa.StructArray) -> pa.StructArray:
 
 @st.composite
 def columns(draw: st.DrawFn) -> pa.Array:
-    kind, values = draw(st.sampled_from(LEAVES))
-    if not pa.types.is_null(kind) and not isinstance(kind, pa.BaseExtensionType) and draw(st.integers(0, 7)) == 0:
+    dtype, values = draw(st.sampled_from(LEAVES))
+    if not pa.types.is_null(dtype) and not isinstance(dtype, pa.BaseExtensionType) and draw(st.integers(0, 7)) == 0:
         cells = draw(st.lists(st.fixed_dictionaries({"twice": values, TWICE: st.text(max_size=2)}), min_size=1))
-        return to_array(cells, pa.struct([("twice", kind), (TWICE, pa.string())]))
-    if not pa.types.is_null(kind) and draw(st.integers(0, 3)) == 0:
-        storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-        kind, values = draw(st.sampled_from(nested(storage, values)))
+        return to_array(cells, pa.struct([("twice", dtype), (TWICE, pa.string())]))
+    if not pa.types.is_null(dtype) and draw(st.integers(0, 3)) == 0:
+        storage = dtype.storage_type if isinstance(dtype, pa.BaseExtensionType) else dtype
+        dtype, values = draw(st.sampled_from(nested(storage, values)))
     cells = draw(st.lists(values | st.none(), min_size=1, max_size=3))
-    array = to_array(cells, kind)
-    return array.dictionary_encode() if pa.types.is_string(kind) and draw(st.booleans()) else array
+    array = to_array(cells, dtype)
+    return array.dictionary_encode() if pa.types.is_string(dtype) and draw(st.booleans()) else array
 
 
 exponents = st.tuples(st.integers(-99, 99), st.integers(-400, 400)).map(lambda pair: Decimal(f"{pair[0]}E{pair[1]}"))
@@ -169,23 +172,23 @@ def check_values(tables: list[Any]) -> None:
         _, results = make_results(folder)
         column = results["column"] if "column" in results.column_names else pa.chunked_array([pa.nulls(len(expected))])
         assert len(column) == len(expected)
-        for (value, kind), got in zip(expected, to_values(column), strict=True):
-            assert is_same(value, kind, got, column.type), (value, kind, got, column.type)
+        for (value, dtype), carried in zip(expected, to_values(column), strict=True):
+            assert is_same(value, dtype, carried, column.type), (value, dtype, carried, column.type)
 
 
-def is_same(value: Any, kind: pa.DataType | None, carried: Any, into: pa.DataType) -> bool:
+def is_same(value: Any, dtype: pa.DataType | None, carried: Any, carried_type: pa.DataType) -> bool:
     """Return whether a value was carried exactly, or as exact text."""
     if value is None or carried is None:
         return value is None and carried is None
-    if kind is None and pa.types.is_string(into) and not isinstance(value, (str, bool)):
+    if dtype is None and pa.types.is_string(carried_type) and not isinstance(value, (str, bool)):
         return is_same_json(
             json.loads(exact_json(value), parse_float=Decimal), json.loads(carried, parse_float=Decimal)
         )
-    if pa.types.is_string(into) and not isinstance(value, str):
-        assert carried == to_text(value, kind)
+    if pa.types.is_string(carried_type) and not isinstance(value, str):
+        assert carried == to_text(value, dtype)
         if isinstance(value, float):
             return float(carried) == value or (math.isnan(value) and carried == "nan")
-        if isinstance(value, int) and not isinstance(value, bool) and (kind is None or pa.types.is_integer(kind)):
+        if isinstance(value, int) and not isinstance(value, bool) and (dtype is None or pa.types.is_integer(dtype)):
             return int(carried) == value
         if isinstance(value, Decimal):
             return Decimal(carried) == value

@@ -580,7 +580,7 @@ class FailingFileSystem:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "sentence"),
+    ("error", "error_type", "sentence"),
     [
         (PermissionError(13, "Forbidden"), TableError, "x://a.csv: no permission to read it: "),
         (NotImplementedError("no listing"), TableError, "x://a.csv cannot be opened: no listing"),
@@ -595,16 +595,16 @@ class FailingFileSystem:
     ],
 )
 def test_client_errors_are_attributed_to_the_user_or_the_service(
-    error: Exception, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, error_type: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (FailingFileSystem(error), url))
-    with pytest.raises(kind) as exc_info:
+    with pytest.raises(error_type) as exc_info:
         open_tables("x://a.csv")
     assert str(exc_info.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind", "sentence"),
+    ("answers", "error_type", "sentence"),
     [
         ({"": "220 ready"}, ServiceError, "could not fetch {url}: EOFError; run again"),
         ({"": "421 too many"}, ServiceError, "could not fetch {url}: 421 too many; run again"),
@@ -621,8 +621,8 @@ def test_client_errors_are_attributed_to_the_user_or_the_service(
         ),
     ],
 )
-def test_answers_of_an_ftp_server(answers: dict[str, str], kind: type[Exception], sentence: str) -> None:
-    with answer_ftp(answers) as address, pytest.raises(kind) as exc_info:
+def test_answers_of_an_ftp_server(answers: dict[str, str], error_type: type[Exception], sentence: str) -> None:
+    with answer_ftp(answers) as address, pytest.raises(error_type) as exc_info:
         open_tables(f"ftp://me:SECRET@{address}/t.csv")
     assert str(exc_info.value).startswith(sentence.format(url=f"ftp://me@{address}/t.csv"))
     assert "SECRET" not in str(exc_info.value)
@@ -823,7 +823,7 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "sentence"),
+    ("path", "error_type", "sentence"),
     [
         ("missing.csv", TableError, "{url}: no such file or folder"),
         ("403/t.csv", TableError, "{url}: the server refuses it: HTTP 403 Forbidden"),
@@ -835,9 +835,9 @@ def test_file_names_that_are_not_utf_8_are_different_files() -> None:
     ],
 )
 def test_answers_of_an_http_server(
-    path: str, kind: type[Exception], sentence: str, server: str, temporary: Path
+    path: str, error_type: type[Exception], sentence: str, server: str, temporary: Path
 ) -> None:
-    with pytest.raises(kind) as exc_info:
+    with pytest.raises(error_type) as exc_info:
         open_tables(f"{server}/{path}?sig=secret")
     assert str(exc_info.value).startswith(sentence.format(url=f"{server}/{path}"))
     assert "secret" not in str(exc_info.value)

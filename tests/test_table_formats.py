@@ -330,13 +330,13 @@ def test_comments_and_options_in_plain_text_are_rendered_with_a_notice(line: str
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl", "txt"])
 def test_a_row_in_a_text_format_has_a_line_number(suffix: str) -> None:
     """It is the line number that an editor shows. `source_row` counts rows from 0."""
-    kind = suffix.partition(".")[0]
-    lines = in_format(kind, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
+    base = suffix.partition(".")[0]
+    lines = in_format(base, [{"prompt": "x"}, {"prompt": "y\0"}, {"prompt": "z"}]).replace(b"\r\n", b"\n").splitlines()
     content = b"\n".join([lines[0], b"", *lines[1:], b""])
     rows = read(write(f"t.{suffix}", compress("gz", content) if suffix.endswith("gz") else content))
-    first = 3 if kind == "csv" else 1
+    first = 3 if base == "csv" else 1
     assert [str(item.source) for item in rows] == [
-        f"t.{suffix}, line {line}" for line in (first, *((4, 5) if kind == "csv" else (3, 4)))
+        f"t.{suffix}, line {line}" for line in (first, *((4, 5) if base == "csv" else (3, 4)))
     ]
     assert [item.source.row for item in rows] == [0, 1, 2]
 
@@ -529,7 +529,7 @@ def test_a_bad_line_of_json_makes_only_its_row_invalid(line: bytes, sentence: st
 
 
 @pytest.mark.parametrize(
-    ("values", "kind", "carried"),
+    ("values", "dtype", "carried"),
     [
         ([1, None, -2], pa.int64(), [1, None, -2]),
         ([True, None, False], pa.bool_(), [True, None, False]),
@@ -549,11 +549,11 @@ def test_a_bad_line_of_json_makes_only_its_row_invalid(line: bytes, sentence: st
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_column_has_the_type_that_holds_all_its_values(
-    suffix: str, values: list[Any], kind: pa.DataType, carried: list[Any]
+    suffix: str, values: list[Any], dtype: pa.DataType, carried: list[Any]
 ) -> None:
     rows = [{"prompt": "x", "column": value} for value in values]
     table = write(f"t.{suffix}", in_format(suffix, [{"prompt": "x"}, *rows]))
-    assert open_tables(table).carried.field("column").type == kind
+    assert open_tables(table).carried.field("column").type == dtype
     items = [item.carried["column"] for item in read_requests(table)]
     assert items == [None, *carried]
     assert [type(value) for value in items[1:]] == [type(value) for value in carried]

@@ -64,7 +64,7 @@ def _read_header(file: TableFile, separator: str) -> list[str]:
         lines = _CsvLines(stream, separator)
         with suppress(RowError):
             header = lines.read_header()
-            if not lines.shortened:
+            if not lines.first_shortened:
                 return header
     raise TableError(f"{file.name} has a header that is longer than {lines.max_length} characters; is it a table?")
 
@@ -118,8 +118,8 @@ class _DelimitedRows:
                 if isinstance(error, RowError) and not count:
                     self._skip_row(lines)
             return RawRow(row_number, {}, _describe(first, lines.number, error), first)
-        if lines.shortened:
-            message = f"line {lines.shortened} is longer than {lines.max_length} characters"
+        if lines.first_shortened:
+            message = f"line {lines.first_shortened} is longer than {lines.max_length} characters"
             if first < lines.number:
                 message = f"{_format_lines(first, lines.number)} are a row in which {message}"
             return RawRow(row_number, {}, message, first)
@@ -177,7 +177,7 @@ class _CsvLines(LineReader):
     """Reads lines and can push them back. `reader` parses them, and `row_lines` contains the lines since `begin_row`.
 
     To bound memory, raises RowError if the lines of a row are too long in total. A single line that is too long is
-    shortened without changing where its row ends. `shortened` is the number of the row's first shortened line, or 0.
+    shortened without changing where its row ends. `first_shortened` is the number of the first shortened line, or 0.
     """
 
     def __init__(self, stream: TextIO, separator: str) -> None:
@@ -186,7 +186,7 @@ class _CsvLines(LineReader):
         self._words = re.compile(rf'[^"{re.escape(separator)}\r\n]+')
         self._pushed_back: list[str] = []
         self.row_lines: list[str] = []
-        self._size = self.shortened = 0
+        self._size = self.first_shortened = 0
 
     def __next__(self) -> str:
         if self._pushed_back:
@@ -196,7 +196,7 @@ class _CsvLines(LineReader):
             line = super().__next__()
         self.row_lines.append(line)
         if line.__class__ is _ShortenedLine:
-            self.shortened = self.shortened or self.number
+            self.first_shortened = self.first_shortened or self.number
         self._size += len(line)
         if self._size > self.max_length:
             raise RowError(f"a row of more than {self.max_length} characters; is there an unclosed quote?")
@@ -225,7 +225,7 @@ class _CsvLines(LineReader):
     def begin_row(self) -> None:
         self.row_lines.clear()
         self._size = 0
-        self.shortened = 0
+        self.first_shortened = 0
 
     def push_back(self, count: int) -> None:
         """Push back the last `count` lines, to be read again."""

@@ -143,8 +143,8 @@ class Tables:
     def _open_all(self, files: list[TableFile]) -> list[OpenTable | TableFile]:
         """Open all tables of a run. Raises TableError if the run must not start."""
         # Report arguments without a table, which may be misspelt, before reading any file.
-        if missing := [file.error for file in files if file.error is not None and file.is_named]:
-            raise TableError(" · ".join(dict.fromkeys(missing)))
+        if errors := [file.error for file in files if file.error is not None and file.is_named]:
+            raise TableError(" · ".join(dict.fromkeys(errors)))
         tables = [self._open(file) for file in number_names(files)]
         unreadable = [table for table in tables if isinstance(table, TableFile)]
         if len(unreadable) < len(tables):  # an unreadable file in a folder or glob becomes one invalid result
