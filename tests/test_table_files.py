@@ -322,8 +322,8 @@ def test_a_column_in_the_path_overrides_the_column_in_the_file_with_a_notice() -
         assert tables.carried.field("n").type == "string"
         first, second = tables.read_rows(RULES)
         notice = (
-            "t/height=128/n=5/a.parquet: column 'height' (and 1 more) is also in the path of the file, "
-            "and the value in the path is used"
+            "t/height=128/n=5/a.parquet: column 'height' is also in the path of the file, "
+            "and the value in the path is used, likewise for 1 more column"
         )
         assert notice in tables.notices
     assert isinstance(second, PromptRequest)

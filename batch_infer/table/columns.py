@@ -230,8 +230,9 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
     ]
     if overlaps:
         file, name = overlaps[0]
-        more = f" (and {len(overlaps) - 1:,} more)" if overlaps[1:] else ""
-        yield f"{file}: column {name!r}{more} is also in the path of the file, and the value in the path is used"
+        count = len(overlaps) - 1
+        more = f", likewise for {count:,} more column{'s' * (count > 1)}" if count else ""
+        yield f"{file}: column {name!r} is also in the path of the file, and the value in the path is used{more}"
 
 
 def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str]) -> Iterator[str]:

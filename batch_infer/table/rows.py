@@ -25,7 +25,7 @@ EARLIER_WORDINGS = (
         re.compile(r" cells, but the header has (\d+); quote cells that contain "),
         r" cells where the header names \1; quote cells that hold ",
     ),
-    (re.compile(r" (characters|columns); the maximum is (\d+)"), r" \1, and \2 are the most"),
+    (re.compile(r" has (\d+) (characters|columns); the maximum is (\d+)"), r" has \1 \2, and \3 are the most"),
     (re.compile(r" \(a model reads about 75 words\)"), ": a model reads some 75 words"),
     (re.compile(r": unknown file extension (.+); a table ends in "), r": unknown ending \1; a table ends in "),
     (
