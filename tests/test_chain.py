@@ -241,7 +241,11 @@ def test_batch_sizes_too_small_for_a_row_are_rejected(slots: int, decode: int) -
 @given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
 @pytest.mark.promises
 def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
-    """The evaluations are exact. The calls may differ by those of the longest row, because rows may overtake others."""
+    """The evaluations are exact, and so are the calls unless rows without guidance overtake others.
+
+    Then at most one of five slots is empty while a row waits, so both counts are within the bounds of list scheduling
+    (Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    """
     requests = sorted(
         (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
         key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
@@ -255,7 +259,10 @@ def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None
     (load,) = packing.costs.values()
     assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
     longest = max(Painter().solver.table(steps).evaluations for steps, _ in rows)
-    assert abs(load.ticks - chain.stages.ticks) <= longest
+    if len({guidance for _, guidance in rows}) == 1:
+        assert load.ticks == chain.stages.ticks
+    for ticks in (load.ticks, chain.stages.ticks):
+        assert load.row_forwards / 5 <= ticks <= load.row_forwards / 4 + longest
 
 
 # In the background
