@@ -54,7 +54,11 @@ def get_source(item: Item) -> tuple[str, int]:
 
 
 def is_finished(item: Item, entry: ManifestEntry | None) -> bool:
-    """Return whether `run` skips an item because its manifest entry is final."""
+    """Return whether `run` skips an item.
+
+    It does so if the fingerprint is unchanged, and the row has a final status, failed MAX_ATTEMPTS times or is still
+    invalid.
+    """
     if entry is None or entry.fingerprint != item.fingerprint:
         return False
     if isinstance(item, ResultRow):
@@ -84,9 +88,10 @@ def select_pending(
 def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | None = None) -> Iterator[PromptRequest]:
     """Yield requests in rendering order, window by window.
 
-    Rows of one size are adjacent, since all slots must empty before the size changes. Rows with many steps come first,
-    so that slots are idle only briefly at the end. `get_slots` returns the slots of all devices for a size. With it, up
-    to MAX_BALANCED_ROWS rows of one size are also balanced, so that all slots become idle at about the same time.
+    In a window, rows of one size are adjacent, since all slots must empty before the size changes. Among these rows,
+    those with many steps come first, so that slots are idle only briefly at the end. `get_slots` returns the total
+    number of slots of all devices for a size. With it, up to MAX_BALANCED_ROWS rows of one size are also balanced, so
+    that all slots become idle at about the same time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
         for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
@@ -162,8 +167,8 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
 class SizeCost:
     """Cost of all rows of one image size.
 
-    `row_forwards` counts batch elements of UNet calls, two per step for a row with guidance. `ticks` counts UNet calls
-    over all slots.
+    `row_forwards` counts the batch elements that rows use in UNet calls, two per call for a row with guidance. `ticks`
+    counts UNet calls over all slots.
     """
 
     slots: int

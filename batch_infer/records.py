@@ -15,7 +15,7 @@ import msgspec
 
 Status = Literal["ok", "flagged", "blocked", "invalid", "failed"]
 FINAL_STATUSES: frozenset[str] = frozenset({"ok", "flagged", "blocked"})
-"""Later runs skip rows with these statuses."""
+"""Later runs skip unchanged rows with these statuses."""
 
 MAX_ATTEMPTS = 3
 """Maximum number of attempts that `run` makes for a failing row."""

@@ -15,12 +15,12 @@ from batch_infer.settings import LoraSpec
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
 """Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
 UNSUPPORTED_NAME_PARTS = ("dora_scale", "lora_magnitude_vector", "hada_w", "lokr_")
-"""Substrings of the names of tensors of DoRA, LoHa and LoKr, which diffusers does not apply to these families."""
+"""Substrings of tensor names in DoRA, LoHa and LoKr files, which are refused."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
-"""Suffixes of the names of full weights and full differences, which diffusers also ignores."""
+"""Suffixes of the names of full weights and full differences, which are also refused."""
 ADAPTER = "lora"
 
-# diffusers logs why a LoRA does not fit and also raises an error with the same text.
+# Mute the log message on why a LoRA does not fit, because diffusers also raises an error with the same text.
 logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 
@@ -43,7 +43,10 @@ def is_lora(names: Collection[str]) -> bool:
 
 
 def read_lora(spec: LoraSpec) -> Lora:
-    """Read the header of a LoRA file. Raises ModelError for a missing, damaged or unsupported file."""
+    """Read the header of a LoRA file, and hash the file.
+
+    Raises ModelError for a file that is missing, unreadable or damaged, or not a plain LoRA.
+    """
     path = Path(spec.file).expanduser().absolute()
     if not path.is_file():
         raise ModelError(f"--lora {spec.file}: there is no such file")
@@ -59,7 +62,9 @@ def read_lora(spec: LoraSpec) -> Lora:
 
 
 def fuse_lora(pipeline: Any, lora: Lora, model: str) -> None:
-    """Fuse a LoRA into the weights of a loaded pipeline. Raises ModelError if the LoRA does not fit.
+    """Fuse a LoRA into the weights of a loaded pipeline.
+
+    Raises ModelError if the LoRA cannot be loaded, does not fit or makes weights non-finite.
 
     The loaded tensors are counted, because diffusers silently drops tensors that do not match the model.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
-    """Raise ModelError, suggesting similar names, if diffusers lacks a scheduler class or option."""
+    """Raise ModelError with a hint if diffusers lacks the scheduler class, or the class lacks one of the options."""
     classes = _find_classes()
     if spec.name not in classes:
         raise ModelError(f"diffusers has no scheduler {spec.name}; {_suggest(spec.name, classes)}")
@@ -33,7 +33,10 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
 
 
 def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
-    """Build the scheduler that `spec` names from the config of the model's original scheduler. Raises ModelError."""
+    """Build the scheduler that `spec` describes. Other options come from the model's original scheduler.
+
+    Raises ModelError.
+    """
     import diffusers
 
     refuse_unknown_scheduler(spec)
@@ -82,7 +85,7 @@ def _stem(name: str) -> str:
 
 @cache
 def _find_classes() -> dict[str, Path]:
-    """Map each scheduler class to its source file."""
+    """Map the name of each scheduler class for PyTorch to its source file."""
     classes = {}
     for file in sorted((diffusers_folder() / "schedulers").rglob("scheduling_*.py")):
         for line in file.read_text("utf-8").splitlines():

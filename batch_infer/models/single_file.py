@@ -1,4 +1,4 @@
-"""Convert single-file checkpoints into diffusers folders in the user's cache, once per file."""
+"""Convert single-file checkpoints into diffusers folders in the user's cache, once per file content."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def _refuse_parts(file: Path, names: Collection[str]) -> None:
 
 
 def _convert(file: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Convert in a temporary folder, in one process at a time."""
+    """Convert and check a checkpoint in a temporary folder, then rename it to `folder`.
+
+    Only one process at a time converts to the same `folder`.
+    """
     from batch_infer.models.conversion import convert
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def _convert(file: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path) ->
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             convert(file, shapes, temporary)
-            name = "the configs of its base model"  # files in the Hub's cache may be incomplete
+            name = "the configs of its base model"  # for errors, since the Hub's cache may be incomplete
             components = named_components(read_object(temporary / "model_index.json", name), name)
             check_weights(temporary, components, name, None)
             check_vocabularies(temporary, components, name)

@@ -33,7 +33,7 @@ class StableDiffusion(LatentDiffusion):
         return modules["unet"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return an embedding (77, width) per text, truncating longer texts."""
+        """Return an embedding (tokens, width) per text, usually with 77 tokens, truncating longer texts."""
         network = self.pipeline.text_encoder
         tokens = tokenize(self.pipeline.tokenizer, texts)
         use_mask = getattr(network.config, "use_attention_mask", False)
@@ -43,14 +43,14 @@ class StableDiffusion(LatentDiffusion):
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Tokenize texts, padding and truncating them to the text encoder's length."""
+    """Tokenize texts, padding and truncating them to the tokenizer's maximum length."""
     return tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
 
 
 def refuse_variations(config: Mapping[str, Any], card: ModelCard, family: str, embedding: str | None = None) -> None:
-    """Raise ModelError for a UNet with inputs unknown to its family, whose `addition_embed_type` is `embedding`."""
+    """Raise ModelError if a UNet's inputs are not its family's. `embedding` is the family's `addition_embed_type`."""
     expected = {"class_embed_type": None, "addition_embed_type": embedding, "encoder_hid_dim_type": None}
     for option, value in expected.items():
         if (actual := config.get(option)) != value:

@@ -33,14 +33,14 @@ class StableDiffusion3(LatentDiffusion):
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         modules = load_components(NETWORKS, card, dtype)
         if (card.path / T5).is_dir():
-            # With the argument `dtype`, transformers keeps those layers in float32 that would overflow in float16.
+            # Pass `dtype`, because transformers then keeps in float32 the layers that would overflow in float16.
             modules[T5] = load_network(T5EncoderModel, card, T5, dtype=dtype)
         else:
             modules |= {T5: None, "tokenizer_3": None}
         return modules["transformer"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return, per text, an embedding (77 + 256, width of T5) and the pooled embedding of both CLIP encoders."""
+        """Return, per text, an embedding (77 + 256, joint_attention_dim) and the pooled embedding of both CLIP encoders."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )

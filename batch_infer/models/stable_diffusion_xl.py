@@ -71,7 +71,7 @@ class StableDiffusionXL(LatentDiffusion):
         return output
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return, per text, an embedding (77, sum of both widths) and the second encoder's pooled embedding."""
+        """Return, per text, an embedding (tokens, sum of both widths) and the second encoder's pooled embedding."""
         hidden = []
         for suffix in ("", "_2"):
             network = getattr(self.pipeline, f"text_encoder{suffix}")
@@ -83,13 +83,13 @@ class StableDiffusionXL(LatentDiffusion):
         return [{"encoder_hidden_states": text, "text_embeds": projection} for text, projection in pairs]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return the negative prompt, or None if it is missing and the checkpoint uses zeros instead."""
+        """Return the negative prompt. For a missing one, return None if the checkpoint then uses zeros, else an empty text."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""
 
     def _make_inputs(self, params: SamplingParams) -> Context:
-        """Add the size inputs of an image that was neither scaled nor cropped."""
+        """Return the base class's inputs and the size inputs of an image that was neither scaled nor cropped."""
         size = (params.height, params.width)
         sizes = torch.tensor([*size, 0, 0, *size], dtype=self.dtype, device=self.device)
         return {"time_ids": sizes, **super()._make_inputs(params)}

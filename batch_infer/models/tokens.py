@@ -15,11 +15,11 @@ from batch_infer.models.families import FAMILIES
 from batch_infer.models.untrusted import loading_errors
 
 WINDOWS = 3
-"""Maximum number of windows of 77 tokens per prompt with --long-prompts."""
+"""Maximum number of windows, usually of 77 tokens, per prompt with --long-prompts."""
 COUNT_BATCH = 1024
-"""Number of prompts that are counted together."""
+"""Maximum number of prompts whose tokens are counted together."""
 MAX_PENDING = 8
-"""Maximum number of submitted batches, to bound the memory."""
+"""Number of submitted batches beyond which `add` waits for the oldest one, to bound the memory."""
 
 
 class TokenCounter:
@@ -28,7 +28,7 @@ class TokenCounter:
     def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
         self._tokenizers = tokenizers
         self.max_tokens: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
-        """Maximum number of tokens of a text that no text encoder truncates."""
+        """Maximum number of tokens, without start and end tokens, of a text that no text encoder truncates."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the maximum token count of each text over the tokenizers, without start, end and padding tokens."""
@@ -96,7 +96,7 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
 def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:
     """Limit a tokenizer's maximum length to the positions of its text encoder.
 
-    Raises ModelError if a token has no embedding, or if the limit leaves no room for a word.
+    Raises ModelError if a token has no embedding, or if the maximum length leaves no room for a word.
     """
     if isinstance(positions, int):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions))

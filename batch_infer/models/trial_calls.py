@@ -1,4 +1,4 @@
-"""Call a loaded pipeline to check that rows can share calls, that seeds determine all noise and that components fit."""
+"""Call a loaded pipeline to find out whether rows can share calls, seeds determine all noise and components fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors
 
 TEXTS = ("a", "a red circle beside two blue squares")
-"""Two texts of different lengths, short enough for every model."""
+"""Two texts of different lengths, shorter than the limits of common text encoders."""
 RANDOM_OPERATIONS = {
     *("randn", "randn_like", "rand", "rand_like", "randint", "randint_like", "randperm", "normal", "normal_"),
     *("uniform_", "random_", "exponential_", "bernoulli", "bernoulli_", "multinomial"),
@@ -33,8 +33,9 @@ Operation = tuple[str, tuple[tuple[int, ...], ...]]
 def can_share_calls(pipeline: Any, denoiser: Any, path: Path, arguments: Arguments) -> bool:
     """Return whether rows can share a call without depending on each other's text lengths.
 
-    Also decodes one image, to try the VAE. Raises ModelError, naming the checkpoint `path`, if the components do not
-    fit together or the pipeline draws noise from the global generator.
+    Also decodes one image to try the VAE, if the pipeline has one and `denoiser` is known. Raises ModelError if the
+    components do not fit together, naming the checkpoint `path`, or if the pipeline draws noise from the global
+    generator.
     """
     processors = dict(getattr(denoiser, "attn_processors", {}))
     try:
@@ -57,8 +58,8 @@ def can_share_calls(pipeline: Any, denoiser: Any, path: Path, arguments: Argumen
 def has_one_shape(pipeline: Any, arguments: Arguments) -> bool:
     """Return whether calls for texts of different lengths perform the same operations on the same shapes.
 
-    Operations are recorded until the end of the first step. Raises ModelError if one draws noise from the global
-    generator instead of a row's generator.
+    Operations with floating-point results are compared, until the end of the first step. Raises ModelError if an
+    operation draws noise from the global generator instead of a row's generator.
     """
     recordings: list[list[Operation]] = []
     for text in TEXTS:
@@ -82,14 +83,14 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.unseeded_operation: str | None = None
-        """The last operation that drew from the global generator."""
+        """Name of the last operation that drew from the global generator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func.overloadpacket.__name__ in RANDOM_OPERATIONS and kwargs.get("generator") is None:
             self.unseeded_operation = func.overloadpacket.__name__
-        # Skip operations on integers, such as positions and tokens: the number of tokens depends on the text.
+        # Skip operations with integer results, such as token ids, because their number depends on the text.
         if any(leaf.is_floating_point() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)):
             self.operations.append((str(func), _shapes((args, kwargs, output))))
         return output
@@ -142,7 +143,7 @@ def _refuse_misfit(pipeline: Any, denoiser: Any, path: Path, arguments: Argument
 
 
 def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments: Arguments) -> None:
-    """Decode one image. Raises ModelError if the decoder does not fit.
+    """Decode one image, unless the call fails earlier. Raises ModelError if the decoder does not fit.
 
     The denoiser runs once per input shape and its output is reused, so the call takes about as long as one step and one
     decoded image.
@@ -164,14 +165,17 @@ def _try_decoder(pipeline: Any, denoiser: torch.nn.Module, path: Path, arguments
         _replaced(pipeline.vae, "decode", try_decode),
         _replaced(denoiser, "forward", replay),
         out_of_memory_errors(),
-        suppress(*LOADING_ERRORS),  # `_refuse_misfit` raises errors of other components
+        suppress(*LOADING_ERRORS),  # only the decoder is tried here
     ):
         _call(pipeline, arguments)
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replace a method of an object by a function with the same signature, which pipelines inspect."""
+    """Temporarily replace a method of an object by a function.
+
+    The function gets the method's signature, because pipelines inspect it.
+    """
     setattr(owner, name, functools.wraps(getattr(owner, name))(function))
     try:
         yield

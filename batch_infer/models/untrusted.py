@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from batch_infer.errors import ModelError, first_line
 
 MAX_DEPTH = 64
-"""Maximum nesting of a JSON file. Libraries copy and print its content recursively."""
+"""Maximum nesting of a JSON file. Libraries would exceed the recursion limit when they copy or print deeper content."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of configs and vocabularies. Of a component's other files, only weights are read."""
@@ -46,7 +46,7 @@ File = TypeVar("File", bound=PurePath)
 
 @contextmanager
 def loading_errors(source: object) -> Iterator[None]:
-    """Re-raise library errors as ModelError naming `source`, a folder or file.
+    """Re-raise library errors as ModelError naming `source`, such as a folder or file.
 
     Device errors propagate unchanged, because the checkpoint does not cause them.
     """
@@ -129,7 +129,10 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def _has_variant(file: PurePath, variant: str | None) -> bool:
-    """Return whether a file has weights of a variant, such as `model.fp16.safetensors`; None means default weights."""
+    """Return whether a file contains weights of a variant, as `model.fp16.safetensors` does of fp16.
+
+    The variant None stands for the default weights.
+    """
     _, *infixes = file.name.removesuffix(".safetensors").split(".")
     file_variant = infixes[0].split("-")[0] if infixes else None
     return file.suffix == ".safetensors" and file_variant == variant
@@ -148,7 +151,10 @@ def choose_weights(files: Iterable[File], variant: str | None) -> list[File]:
 
 
 def check_weights(path: Path, components: Iterable[str], name: str, variant: str | None) -> None:
-    """Check that each component has a folder and that its weights are complete safetensors. Raises ModelError."""
+    """Check that components have folders, that any weights are complete safetensors, and that `variant` exists.
+
+    Raises ModelError.
+    """
     has_variant = False
     for component in sorted(components):
         folder = path / component
@@ -191,7 +197,10 @@ def _list_shards(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def hash_files(path: Path, components: Iterable[str], variant: str | None) -> str:
-    """Return a digest of the names and bytes of the components' loaded files. Raises ModelError."""
+    """Return a digest of the names and bytes of the components' configs, vocabularies and weights to load.
+
+    Raises ModelError.
+    """
     hasher = hashlib.sha256()
     for component in sorted(components):
         files = sorted((path / component).glob("*"))

@@ -1,6 +1,6 @@
 """Check prompts before rendering and images afterwards.
 
-An ImageChecker is a model on the device, and a Gate is a service. `protocols` has a registry for each.
+An ImageChecker calls a model on the device, and a Gate calls a service. `protocols` has a registry for each kind.
 """
 
 from typing import TYPE_CHECKING

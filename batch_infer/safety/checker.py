@@ -1,9 +1,9 @@
 """Run the safety checker of Stable Diffusion checkpoints, and return its scores.
 
 diffusers' StableDiffusionSafetyChecker paints a flagged image black and drops the scores. For square images, this
-module makes the same decision with the same weights. It compares the cosine similarity of the image's CLIP embedding to
-17 concepts with their thresholds, which are 0.01 lower if one of 3 special-care concepts matches (Rando et al., arXiv
-2210.04610).
+module makes the same decision with the same weights. Each of 17 concepts has a threshold for the cosine similarity of
+its embedding and the image's CLIP embedding. The thresholds are 0.01 lower if one of 3 special-care concepts matches
+(Rando et al., arXiv 2210.04610).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class StableDiffusionChecker:
 
 
 def _adjust_scores(concepts: list[float], care: list[float]) -> dict[str, float]:
-    """Return the scores of one tile, rounded to 3 decimal places as in diffusers. A score above 0 flags the tile."""
+    """Return the scores of one tile, rounded to 3 decimal places as in diffusers. A score above 0 or NaN flags it."""
     adjustment = SPECIAL_CARE_ADJUSTMENT if any(round(score, 3) > 0 for score in care) else 0.0
     if any(map(math.isnan, care)):
         adjustment = math.nan  # makes every score NaN, which flags the tile

@@ -86,7 +86,7 @@ class ContentSafety:
         return payloads.make_verdict("prompt", analyses, self._settings)
 
     def check_image(self, image: np.ndarray) -> Verdict:
-        """Check an image (H, W, 3) uint8. An image that is too small or too large for the service is scaled."""
+        """Check an image (H, W, 3) uint8. One outside the service's limits is scaled, padded or sent as JPEG."""
         attempt = partial(self._send_image, payloads.encode_image(image))
         analysis = self._retrying.call("image", attempt, partial(self._send_image, BLACK_IMAGE))
         return payloads.make_verdict("image", [analysis], self._settings)
@@ -207,7 +207,7 @@ def _make_credential(settings: ServiceSettings) -> AzureKeyCredential | DefaultA
 
 
 def _make_session(connections: int) -> Session:
-    """Create a session that keeps one connection per thread instead of the default of ten."""
+    """Create a session that keeps up to `connections` connections open, instead of the default of ten."""
     from requests import Session
     from requests.adapters import HTTPAdapter
 
@@ -218,7 +218,11 @@ def _make_session(connections: int) -> Session:
 
 
 def _describe(error: AzureError, status: int) -> str:
-    """Return one short line: the service's error code and message, or the cause of a connection error."""
+    """Return one short line about an error.
+
+    It contains the HTTP status with the service's error code and message, or the cause of a connection error. After a
+    successful status, it says that the response is unreadable.
+    """
     if 200 <= status < 300:
         return payloads.UNREADABLE
     if status:

@@ -19,7 +19,7 @@ from batch_infer.settings import CATEGORIES, ServiceSettings
 SERVICE = "Azure AI Content Safety"
 CHECKER_NAME = "azure_content_safety"
 Kind = Literal["prompt", "image"]
-"""Kind of content. The service has one model for each kind, and one may be down while the other works."""
+"""Kind of content. The service has a model for each kind, so outages are detected separately for each."""
 MAX_SEVERITY = 7
 UNREADABLE = "a response that cannot be parsed"
 
@@ -97,7 +97,7 @@ def make_verdict(kind: Kind, analyses: Iterable[Analysis], settings: ServiceSett
 
 
 def parse_retry_after(header: str | None) -> float | None:
-    """Convert a Retry-After header, a number or a date, to seconds. Returns None if it is neither."""
+    """Convert a Retry-After header, a number or a date, to seconds. Returns None if it is absent or neither."""
     if not header:
         return None
     try:
@@ -113,7 +113,7 @@ def parse_retry_after(header: str | None) -> float | None:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Yield pieces of up to 10,000 code points. Each begins with the last 200 of the previous piece.
+    """Yield pieces of up to 10,000 code points. Each later piece begins with the last 200 of the previous one.
 
     A phrase of up to 200 code points is therefore complete in at least one piece. An empty text is one empty piece.
     """
@@ -133,7 +133,7 @@ def encode_image(pixels: np.ndarray) -> bytes:
 
 
 def fit_image(image: Image.Image) -> Image.Image:
-    """Scale an image to sides of 50 to 2048 pixels, and add black borders if it is too narrow for both limits."""
+    """Scale an image, if necessary, to sides of 50 to 2048 pixels. If it is too narrow for both, add black borders."""
     scale = min(max(MIN_SIDE / min(image.size), 1), MAX_SIDE / max(image.size))
     width, height = (min(max(round(side * scale), 1), MAX_SIDE) for side in image.size)
     x, y = max(MIN_SIDE - width, 0), max(MIN_SIDE - height, 0)

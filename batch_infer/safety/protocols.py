@@ -1,6 +1,6 @@
 """Define the protocols of image checkers and safety services, and create them from registries.
 
-To add one, write a module and add one line to a registry.
+A new checker needs a module and one line in a registry. A new service also needs a class of settings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Gate(Protocol):
 
 
 def make_image_checker(module: Any, feature_extractor: Any, batch: int) -> ImageChecker:
-    """Create the image checker for a checkpoint's safety checker `module`, which it calls with `batch` images."""
+    """Create the image checker that calls `module`, a checkpoint's safety checker, with `batch` inputs at a time."""
     checker: ImageChecker = resolve_name(IMAGE_CHECKERS[type(module).__name__])(module, feature_extractor, batch)
     return checker
 

@@ -22,11 +22,11 @@ POLL_SECONDS = 0.05
 """Seconds between checks whether to stop."""
 
 Attempt: TypeAlias = Callable[[], Analysis]
-"""Sends one request and returns the response. Raises NoAnswerError if it may be sent again."""
+"""Sends one request and returns the response. Raises NoAnswerError if the request may be sent again."""
 
 
 class RetryingClient:
-    """Repeats requests that are not answered. Threads share the rate limit and the time of the last answer."""
+    """Repeats requests that are not answered. Threads share the rate limit and the times of the last answers."""
 
     def __init__(self, settings: ServiceSettings, stop: Callable[[], bool]) -> None:
         self._settings, self._stop = settings, stop
@@ -37,8 +37,8 @@ class RetryingClient:
         """Send a request, repeat it for at least `timeout_seconds` if necessary, and return the response.
 
         `probe` sends a harmless request of the same kind, to distinguish a bad row from a service that is down. Raises
-        FailedRowError if the service rejects this request or answers only others, ServiceError if it answers none, and
-        StoppedError.
+        FailedRowError if the service rejects this request or answers only others, ServiceError if it answers none,
+        SettingsError if it rejects the credentials or settings, and StoppedError.
         """
         retrying = Retrying(
             retry=retry_if_exception_type(NoAnswerError),
@@ -64,7 +64,7 @@ class RetryingClient:
         self._limiter.close()
 
     def _attempt(self, kind: Kind, attempt: Attempt) -> Analysis:
-        """Make an attempt, and store the time if the service answers, even if it rejects the request."""
+        """Make an attempt, and store the time if the service answers or rejects only this request."""
         try:
             analysis = attempt()
         except FailedRowError:
@@ -74,7 +74,7 @@ class RetryingClient:
         return analysis
 
     def _seconds_since_answer(self, kind: Kind) -> float:
-        """Return the seconds since the service last answered a request of this kind from any thread."""
+        """Return the seconds since the service last answered a request of this kind from any thread, or infinity."""
         return time.monotonic() - self._answered_at.get(kind, -math.inf)
 
     def _seconds_to_wait(self, state: RetryCallState) -> float:
@@ -91,7 +91,7 @@ class RetryingClient:
     def _gives_up(self, state: RetryCallState, kind: Kind) -> bool:
         """Return whether `timeout_seconds` have passed and the cause is clear.
 
-        If the last answer is more than half of `timeout_seconds` old, the service may be down. Retries then continue
+        If the last answer is at least half of `timeout_seconds` old, the service may be down. Retries then continue
         until it has not answered for `timeout_seconds`, so that an outage fails no row.
         """
         timeout, seconds = self._settings.timeout_seconds, self._seconds_since_answer(kind)
@@ -121,7 +121,7 @@ class RetryingClient:
 
 
 def make_rate(per_second: float) -> Rate:
-    """Return a limit of several requests per window, or of one request per longer window if the rate is low."""
+    """Return a limit of whole requests per window, or of one request per longer window if the rate is low."""
     count = int(per_second * SERVICE_WINDOW_SECONDS)
     seconds = WINDOW_SECONDS if count else WINDOW_SECONDS / SERVICE_WINDOW_SECONDS / per_second
     return Rate(max(count, 1), math.ceil(1000 * seconds))

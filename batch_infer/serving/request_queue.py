@@ -20,7 +20,7 @@ MAX_WAIT_SECONDS = 2.0
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """The requests that a client submitted together. `pending`: the indices that the chain has not taken."""
+    """The requests that a client submitted together. `pending` contains the indices of those still to be rendered."""
 
     requests: Sequence[PromptRequest]
     pending: deque[int]
@@ -70,9 +70,10 @@ class RequestQueue:
             self._drop(submission)
 
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
-        """Return the next request, or NOT_YET, since clients may submit requests at any time.
+        """Return the next request, or NOT_YET if none is pending or the chain has enough rows.
 
-        A chain passes a timeout only after finishing all rows that it took. Then END means that nothing is pending.
+        With a timeout, return END instead of NOT_YET. A chain passes a timeout only after finishing all rows that it
+        took, so that END means that nothing is pending.
         """
         with self._lock:
             in_chain = sum(submission.requests[index].params.slots for submission, index in self._in_chain.values())
@@ -98,9 +99,9 @@ class RequestQueue:
         submission.outcomes.put((index, replace(outcome, request=submission.requests[index])))
 
     def fail(self, error: BaseException, *, include_pending: bool = False) -> bool:
-        """Pass an error to the clients with requests in the chain, and return whether there are any.
+        """Pass an error to the clients with requests in the chain, and drop their pending requests.
 
-        `include_pending`: also pass it to clients with only pending requests.
+        With `include_pending`, also pass it to clients with only pending requests. Return whether any client got it.
         """
         with self._lock:
             failed = {submission for submission, _ in self._in_chain.values()}

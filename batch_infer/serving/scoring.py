@@ -41,7 +41,9 @@ def score(
     requests = {index: item for index, item in enumerate(items) if isinstance(item, PromptRequest)}
     indices = list(requests)
     for number, outcome in service.render(list(requests.values()), client):
-        objects[indices[number]] = _to_object(outcome, service.deployment)  # while the device renders the next rows
+        objects[indices[number]] = _to_object(
+            outcome, service.deployment
+        )  # encodes while the device renders the next rows
     return objects
 
 

@@ -73,9 +73,10 @@ class Deployment:
 
 
 class Service:
-    """Renders requests from any thread. Rows of all clients share the slots, and start and finish one by one.
+    """Renders requests from any thread. Rows of all clients share the slots.
 
-    Rows are decoded one at a time, so that a finished row does not wait for other rows.
+    With step-level batching, rows start and finish one by one, and are decoded one at a time, so that a finished row
+    does not wait for other rows. A model without a family renders rows together in calls of its pipeline.
     """
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
@@ -90,7 +91,9 @@ class Service:
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
-        self._pool = ThreadPoolExecutor(1, "render")  # also loads: a compiled network may be bound to its thread
+        self._pool = ThreadPoolExecutor(
+            1, "render"
+        )  # also loads the model: a compiled network may be bound to its thread
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
         uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
@@ -104,8 +107,8 @@ class Service:
         """Yield the outcomes of requests as they finish, each with the index of its request.
 
         Closing the generator cancels the rest, except for rows that the chain has already taken. Raises
-        RequestCancelledError, ServiceError and SettingsError from a safety service, StoppedError once the service is
-        closed, and errors from rendering these rows or rows in the same batch.
+        RequestCancelledError; ServiceError or SettingsError, if a safety service causes it; StoppedError once this
+        service is closed; and any error that stops the chain while it has these rows.
         """
         client.check()  # the client may have disconnected while the request waited for a thread
         submission = self._queue.submit(requests)
@@ -138,7 +141,7 @@ class Service:
                 return
             self._is_rendering = True
             work = self._pool.submit(self._render_pending)
-        work.add_done_callback(self._finish)  # runs at once if the work is already done
+        work.add_done_callback(self._finish)  # outside the lock: runs at once if the work is already done
 
     def _render_pending(self) -> None:
         """Render until nothing is pending. Requests that are submitted meanwhile take the next free slots."""
@@ -146,7 +149,7 @@ class Service:
             self._queue.deliver(outcome)
 
     def _finish(self, work: Future[None]) -> None:
-        """Fail the requests without an outcome, and render requests that were submitted too late for this round."""
+        """Fail submissions with unfinished requests in the chain, and render requests that were submitted too late for it."""
         error = work.exception()
         closed = StoppedError(CLOSED) if self._closed.is_set() else None
         no_outcome = RuntimeError("the chain returned no outcome for a request that it took")

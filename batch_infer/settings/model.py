@@ -36,8 +36,9 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-"""AUTOMATIC1111's sampler names, with the class and options that diffusers documents for each.
+"""Short names, most of them sampler names of AUTOMATIC1111, with diffusers' classes and options.
 
+diffusers documents many of these equivalents:
 https://huggingface.co/docs/diffusers/api/schedulers/overview
 """
 

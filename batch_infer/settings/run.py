@@ -1,4 +1,4 @@
-"""Define the settings of a run, which run.json stores under the names of their fields."""
+"""Define the settings of a run. run.json stores them under the names of their fields, unless these are renamed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELDS = (
     *("prompt", "id", "negative_prompt", "seed", "height", "width"),
     *("num_inference_steps", "guidance_scale", "guidance_rescale", "num_images_per_prompt"),
 )
-"""Table columns that determine what is rendered. All other columns are carried to the results."""
+"""Fields of a row that determine what is rendered. Table columns without a field are carried to the results."""
 
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -58,8 +58,9 @@ class OutputSettings:
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """Tables as the user names them. `columns` maps a field to the table column that contains it, or to '' for none.
+    """Tables as the user names them.
 
+    `columns` maps a field to its column if their names differ, or to '' if the field has no column.
     Table names are relative to `folder`, the command's working folder. A missing id is derived from the file and row
     number if `id_from` is `row`, and from the row's content if it is `content`.
     """
@@ -96,10 +97,10 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. None stands for the value in run.json, else for a default for the device.
+    """Requested compute settings. Except for `processes`, None stands for the value in run.json, else a default.
 
-    `processes` is the number of worker processes. With None, there is one for each device. With 0, the command itself
-    renders. Image bytes do not depend on `processes`.
+    `processes` is the number of worker processes. With None, there is one for each GPU, or one without GPUs. With 0,
+    the command itself renders. Image bytes do not depend on `processes`.
     """
 
     slots: Count | Literal["auto"] | None = None

@@ -23,8 +23,9 @@ CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "patience"}):
     """Settings for Azure AI Content Safety.
 
-    A severity above its category's threshold, or a match in a blocklist of the Azure resource, blocks a prompt or flags
-    an image. Thresholds are in the order of CATEGORIES. The API key is not a setting: it is read from the environment.
+    A severity above its category's threshold blocks a prompt or flags an image. A match in a blocklist of the Azure
+    resource blocks a prompt. Thresholds are in the order of CATEGORIES. The API key is not a setting: it is read from
+    the environment.
     """
 
     endpoint: str
@@ -33,7 +34,10 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
     requests_per_second: float = 100.0
     """Maximum rate of all workers together, which `split_among` divides. The service accepts 1,000 requests in 10 s."""
     timeout_seconds: float = 120.0
-    """Seconds without a successful response after which a run ends. The key in run.json is `patience`."""
+    """Seconds without an answer after which a row fails, or the run ends if the service answers no row.
+
+    The key in run.json is `patience`.
+    """
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
