@@ -33,7 +33,7 @@ def refuse_unknown_scheduler(spec: SchedulerSpec) -> None:
 
 
 def build_scheduler(spec: SchedulerSpec, original: Any) -> Any:
-    """Build the scheduler that `spec` describes. Other options come from the model's original scheduler.
+    """Build the scheduler that `spec` describes. Its other options come from the model's original scheduler.
 
     Raises ModelError.
     """

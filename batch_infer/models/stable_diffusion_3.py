@@ -40,7 +40,7 @@ class StableDiffusion3(LatentDiffusion):
         return modules["transformer"], modules
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
-        """Return, per text, an embedding (77 + 256, joint_attention_dim) and the pooled embedding of both CLIP encoders."""
+        """Return per text an embedding (77 + 256, joint_attention_dim) and both CLIP encoders' pooled embeddings."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             list(texts), None, None, device=self.device, do_classifier_free_guidance=False
         )

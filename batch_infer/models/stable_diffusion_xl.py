@@ -83,7 +83,7 @@ class StableDiffusionXL(LatentDiffusion):
         return [{"encoder_hidden_states": text, "text_embeds": projection} for text, projection in pairs]
 
     def _negative_prompt(self, request: PromptRequest) -> str | None:
-        """Return the negative prompt. For a missing one, return None if the checkpoint then uses zeros, else an empty text."""
+        """Return the negative prompt. If there is none, return None if the checkpoint then uses zeros, else ''."""
         if request.negative_prompt is None and self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return request.negative_prompt or ""

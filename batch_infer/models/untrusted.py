@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from batch_infer.errors import ModelError, first_line
 
 MAX_DEPTH = 64
-"""Maximum nesting of a JSON file. Libraries would exceed the recursion limit when they copy or print deeper content."""
+"""Maximum nesting of a JSON file. Libraries copy and print it recursively, and could exceed the recursion limit."""
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of configs and vocabularies. Of a component's other files, only weights are read."""
@@ -129,10 +129,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def _has_variant(file: PurePath, variant: str | None) -> bool:
-    """Return whether a file contains weights of a variant, as `model.fp16.safetensors` does of fp16.
-
-    The variant None stands for the default weights.
-    """
+    """Return whether a file contains weights of a variant, as in `model.fp16.safetensors`, or for None default weights."""
     _, *infixes = file.name.removesuffix(".safetensors").split(".")
     file_variant = infixes[0].split("-")[0] if infixes else None
     return file.suffix == ".safetensors" and file_variant == variant

@@ -121,7 +121,7 @@ class RetryingClient:
 
 
 def make_rate(per_second: float) -> Rate:
-    """Return a limit of whole requests per window, or of one request per longer window if the rate is low."""
+    """Return a limit of one or more requests per window, or of one request per longer window if the rate is low."""
     count = int(per_second * SERVICE_WINDOW_SECONDS)
     seconds = WINDOW_SECONDS if count else WINDOW_SECONDS / SERVICE_WINDOW_SECONDS / per_second
     return Rate(max(count, 1), math.ceil(1000 * seconds))

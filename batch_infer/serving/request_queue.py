@@ -20,7 +20,7 @@ MAX_WAIT_SECONDS = 2.0
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """The requests that a client submitted together. `pending` contains the indices of those still to be rendered."""
+    """The requests that a client submitted together. `pending` contains the indices of those still waiting."""
 
     requests: Sequence[PromptRequest]
     pending: deque[int]

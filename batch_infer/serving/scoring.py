@@ -41,9 +41,8 @@ def score(
     requests = {index: item for index, item in enumerate(items) if isinstance(item, PromptRequest)}
     indices = list(requests)
     for number, outcome in service.render(list(requests.values()), client):
-        objects[indices[number]] = _to_object(
-            outcome, service.deployment
-        )  # encodes while the device renders the next rows
+        # Encode each image here, while the device renders the next rows.
+        objects[indices[number]] = _to_object(outcome, service.deployment)
     return objects
 
 

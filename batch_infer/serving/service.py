@@ -91,9 +91,8 @@ class Service:
         self._closed = Event()
         self._lock = Lock()
         self._is_rendering = False
-        self._pool = ThreadPoolExecutor(
-            1, "render"
-        )  # also loads the model: a compiled network may be bound to its thread
+        # The thread also loads the model, because a compiled network may be bound to the thread that loaded it.
+        self._pool = ThreadPoolExecutor(1, "render")
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
         uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
@@ -149,7 +148,7 @@ class Service:
             self._queue.deliver(outcome)
 
     def _finish(self, work: Future[None]) -> None:
-        """Fail submissions with unfinished requests in the chain, and render requests that were submitted too late for it."""
+        """Fail submissions with unfinished requests in the chain, and render requests that were submitted too late."""
         error = work.exception()
         closed = StoppedError(CLOSED) if self._closed.is_set() else None
         no_outcome = RuntimeError("the chain returned no outcome for a request that it took")
