@@ -129,7 +129,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def _has_variant(file: PurePath, variant: str | None) -> bool:
-    """Return whether a file contains weights of a variant, as in `model.fp16.safetensors`, or for None default weights."""
+    """Return whether a file has weights of a variant, as in `model.fp16.safetensors`, or default weights for None."""
     _, *infixes = file.name.removesuffix(".safetensors").split(".")
     file_variant = infixes[0].split("-")[0] if infixes else None
     return file.suffix == ".safetensors" and file_variant == variant

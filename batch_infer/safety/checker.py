@@ -67,7 +67,7 @@ class StableDiffusionChecker:
 
 
 def _adjust_scores(concepts: list[float], care: list[float]) -> dict[str, float]:
-    """Return the scores of one tile, rounded to 3 decimal places as in diffusers. A score that is NaN or above 0 flags it."""
+    """Return the scores of one tile, rounded to 3 decimals as in diffusers. A score that is NaN or above 0 flags it."""
     adjustment = SPECIAL_CARE_ADJUSTMENT if any(round(score, 3) > 0 for score in care) else 0.0
     if any(map(math.isnan, care)):
         adjustment = math.nan  # makes every score NaN, which flags the tile
