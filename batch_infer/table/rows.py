@@ -53,7 +53,7 @@ EARLIER_WORDINGS = (
     (re.compile(r": the target of the link does not exist"), ": the link leads to no file"),
     (
         re.compile(
-            r"has an unsupported column ('.+?'|\".+?\"): its name is not UTF-8, or the table already has (\d+) columns"
+            r"has an unsupported column ('.*?'|\".*?\"): its name is not UTF-8, or the table already has (\d+) columns"
         ),
         r"has a column that the table cannot have, \1: it is not UTF-8, or there are \2 before it",
     ),
