@@ -21,7 +21,7 @@ from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
 
 TEXT_BATCH = 8
-"""Number of texts, after padding, that are passed to the encoder together. Other numbers change embeddings by about 1e-8."""
+"""Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
 CACHE_BYTES = 128 << 20
 """Maximum bytes of cached embeddings on the device: about 1,100 texts of SD 1.5 or 49 of SD 3.5 in half precision."""
 
