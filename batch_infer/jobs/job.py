@@ -184,8 +184,8 @@ def choose_compute(
     """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
     `dtype` is an exception: see `_choose_dtype`. `decode_batch` is derived from the slots of the first run and then
-    kept. Batch sizes for specific image sizes, which were measured or halved after running out of memory, are kept until
-    another number of slots is requested. Raises SettingsError if the model does not support --compile.
+    kept. Batch sizes for specific image sizes, which were measured or halved after running out of memory, are kept
+    until another number of slots is requested. Raises SettingsError if the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None

@@ -59,9 +59,7 @@ def merge_results(
         record = outdir.read_existing_run(out)
         outdir.refuse_while_rescoring(out, record)
         settings = read_settings(record, out)
-        formats = tuple(
-            dict.fromkeys((*settings.output.results, *results))
-        )  # or files in the other formats would be stale
+        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:

@@ -43,9 +43,9 @@ CLEARING = "overwriting"
 def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Remove from OUT, but not from its subfolders, the temporary files of dead processes on this machine and all temporary
-    results.* files, which only the lock holder writes. An OSError for a path in OUT becomes StorageError. Raises
-    LockedError, SettingsError, StorageError.
+    Remove from OUT, but not from its subfolders, the temporary files of dead processes on this machine and all
+    temporary results.* files, which only the lock holder writes. An OSError for a path in OUT becomes StorageError.
+    Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
     with locked_folder(out, IMAGE_FOLDERS) as pinned:

@@ -49,7 +49,7 @@ class RunFolder:
             outdir.write_run(self.out, self._record)
 
     def restore_record(self) -> None:
-        """Undo this run's changes of run.json, so that later runs need not match its settings."""
+        """Remove leftovers, and undo this run's changes of run.json, so that later runs need not match its settings."""
         if self.is_cleared:
             remove_leftovers(self.out)
             if self._earlier is not None:
