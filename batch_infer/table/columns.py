@@ -230,8 +230,8 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
     ]
     if overlaps:
         file, name = overlaps[0]
-        count = len(overlaps) - 1
-        more = f", likewise for {count:,} more column{'s' * (count > 1)}" if count else ""
+        files, names = map(set, zip(*overlaps, strict=True))
+        more = f" (columns: {len(names):,}, files: {len(files):,})" if overlaps[1:] else ""
         yield f"{file}: column {name!r} is also in the path of the file, and the value in the path is used{more}"
 
 
