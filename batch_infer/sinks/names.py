@@ -1,4 +1,4 @@
-"""Choose image file names that are valid on every file system. `FolderSink.path_of` says when case distinguishes them."""
+"""Choose image file names that are valid on every file system and, with rare exceptions, differ by more than case."""
 
 from __future__ import annotations
 
