@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Formats each record as one line, followed by its traceback, whose line breaks are kept."""
+    """Formats each record as one line, followed by its traceback if it has one. The traceback keeps its line breaks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape_controls(record.message)
@@ -48,7 +48,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def never_fail_to_encode(stream: object) -> None:
-    """Make a text stream replace unsupported characters with ASCII instead of raising UnicodeEncodeError."""
+    """Make a TextIOWrapper replace unsupported characters with ASCII instead of raising UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
         codecs.register_error(_ERROR_HANDLER, _as_ascii)
         stream.reconfigure(errors=_ERROR_HANDLER)

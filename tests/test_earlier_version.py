@@ -333,6 +333,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             'line 3 has an unsupported column "it\'s": its name is not UTF-8, or the table already has 1024 columns',
             'line 3 has a column that the table cannot have, "it\'s": it is not UTF-8, or there are 1024 before it',
         ),
+        (
+            "line 2 has an unsupported column '': its name is not UTF-8, or the table already has 1024 columns",
+            "line 2 has a column that the table cannot have, '': it is not UTF-8, or there are 1024 before it",
+        ),
         ("the prompt is empty", "the prompt is empty"),
     ],
 )

@@ -323,7 +323,7 @@ def test_a_column_in_the_path_overrides_the_column_in_the_file_with_a_notice() -
         first, second = tables.read_rows(RULES)
         notice = (
             "t/height=128/n=5/a.parquet: column 'height' is also in the path of the file, "
-            "and the value in the path is used, likewise for 1 more column"
+            "and the value in the path is used (columns: 2, files: 1)"
         )
         assert notice in tables.notices
     assert isinstance(second, PromptRequest)

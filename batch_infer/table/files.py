@@ -1,4 +1,7 @@
-"""Find the files that TABLE arguments refer to: files, folders, globs, URLs of these, and standard input."""
+"""Find the tables of TABLE arguments: files, folders, globs, URLs of these, and standard input.
+
+Remote tables are downloaded, and standard input is copied.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,14 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
     """Return the distinct files of all arguments, in argument order, and the ignored files.
 
     Relative paths are relative to `folder`. An argument without a table becomes a TableFile with an error. Raises
-    TableError if there is no argument, ServiceError if a service does not answer, StorageError if the disk fails.
+    TableError if there is nothing to return, for example without arguments, ServiceError if a service fails, and
+    StorageError if the disk fails or the temporary folder is full.
     """
     files: dict[str | Path, TableFile] = {}
     ignored = IgnoredFiles()
     for argument in dict.fromkeys(arguments):
         for file in _expand(argument, folder, scratch, ignored):
-            # Arguments that match the same file lead to the same URL or resolved path.
+            # Several arguments may match a file: identify it by its URL or resolved path if it has one.
             is_local = file.error is None and file.origin == "file"
             identity = file.url or (file.path.resolve() if is_local else file.name)
             first = files.setdefault(identity, file)
@@ -52,7 +56,7 @@ def find_files(arguments: Iterable[str], folder: Path, scratch: Scratch) -> tupl
 def number_names(files: Iterable[TableFile]) -> list[TableFile]:
     """Rename the second file named `t.csv` to `t.csv#2`, and so on.
 
-    URLs that differ only in a secret part, such as the query, have the same name.
+    Files have the same name if their URLs differ only in a secret part, such as the query.
     """
     counts = Counter[str]()
     numbered = []
@@ -97,7 +101,7 @@ def _copy_stdin(scratch: Scratch) -> TableFile:
 
 
 def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFile:
-    """Return the file at `path`. `relative` is its path relative to the argument.
+    """Return the file at `path`. Its stem, format and compression come from `relative`, its path below a folder.
 
     Raises TableError if `relative` has no table suffix.
     """
@@ -110,10 +114,10 @@ def _make_file(path: Path, name: str, relative: str, **options: Any) -> TableFil
 
 
 def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -> list[TableFile]:
-    """Download the tables at a URL.
+    """Download the tables at a URL. A table whose download is refused has an error.
 
-    Raises TableError if there are none, ServiceError if a service does not answer, StorageError if the temporary
-    folder is full.
+    Raises TableError if the URL cannot be opened or has no table, ServiceError if a service fails, and StorageError if
+    the temporary folder is full or cannot be created.
     """
     from batch_infer.table.remote import RemoteErrors, connect  # imports fsspec, which local tables do not need
 
@@ -121,7 +125,7 @@ def _find_remote(url: str, name: str, scratch: Scratch, ignored: IgnoredFiles) -
         remote = connect(url, name)
         listing = remote.list_files()
         if listing is None:
-            url = url.partition("#")[0] if is_http(url) else url  # fragments are never sent
+            url = url.partition("#")[0] if is_http(url) else url  # not sent, so it does not identify a file
             relative = split_chain(name)[1].rpartition("/")[2]
             files = {remote.path: _make_file(scratch.new_path(), name, relative, origin="url", url=url)}
         else:
@@ -173,9 +177,10 @@ def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[Tabl
 
 
 class _LocalFolder:
-    """Finds the tables in a local folder. `user_path` is the folder as the user wrote it.
+    """Finds the tables in a local folder. `user_path` is the folder as the user wrote it, with `~` expanded.
 
-    Methods raise TableError if there is no table, and OSError if nothing can be read.
+    `choose` raises TableError if there is no table, OSError if an unreadable folder may be the reason for finding no
+    file, and StorageError if the disk fails.
     """
 
     def __init__(self, argument: str, user_path: Path, folder: Path, ignored: IgnoredFiles) -> None:
@@ -186,7 +191,7 @@ class _LocalFolder:
         )
 
     def walk(self, relative: str) -> Iterator[str]:
-        """Yield the files in a folder and its subfolders, except ignored folders and links to folders."""
+        """Yield the files in a folder and its subfolders, but not those in ignored or linked folders."""
         for path, folders, files in os.walk(self._folder / relative, onerror=self._unreadable.append):
             parent = Path(path).relative_to(self._folder)
             folders[:] = [name for name in folders if self._should_list((parent / name).as_posix())]
@@ -214,7 +219,7 @@ class _LocalFolder:
                         self._unreadable.append(error)
 
     def _should_list(self, relative: str) -> bool:
-        """Return whether to list a folder. An ignored folder may contain millions of images, so it is skipped."""
+        """Return whether to list a folder, or record why not. An ignored folder may contain millions of images."""
         if self._filter.is_ignored(f"{relative}/"):
             return False
         if (self._folder / relative).is_symlink():
@@ -223,7 +228,7 @@ class _LocalFolder:
         return True
 
     def choose(self, relatives: Iterable[str]) -> list[TableFile]:
-        """Return the tables among files, and a TableFile with an error for each broken link or unreadable folder."""
+        """Return the tables among files, and a TableFile with an error for each unreadable folder or broken link."""
         relatives = list(dict.fromkeys(relatives))
         if self._unreadable and not relatives:
             raise self._unreadable[0]

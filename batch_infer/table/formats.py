@@ -50,7 +50,7 @@ _NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMP
 
 
 def parse_name(relative: str) -> tuple[str, str, str] | None:
-    """Return a path's stem for default ids, format and compression, or None if it has no table suffix."""
+    """Return the stem (for default ids), format and compression of a path, or None if it has no table suffix."""
     match = _NAME.fullmatch(relative)
     if match is None:
         return None
@@ -58,7 +58,7 @@ def parse_name(relative: str) -> tuple[str, str, str] | None:
 
 
 def get_stem(name: str) -> str:
-    """Return the stem for the default ids of a path, which need not have a table suffix."""
+    """Return a path's stem for default ids. The path need not have a table suffix."""
     parts = parse_name(name)
     return parts[0] if parts else _to_stem(name.rpartition(".")[0] or name)
 
@@ -68,7 +68,11 @@ def _to_stem(relative: str) -> str:
 
 
 def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a file. Raises TableError if it cannot be read, StorageError if the disk fails."""
+    """Open a file.
+
+    Raises TableError if it cannot be read, is empty or has too many columns, and StorageError if the disk fails or the
+    temporary folder is full.
+    """
     try:
         reader = FORMATS[file.format](file, prompt_column, scratch)
     except (*READ_ERRORS, csv.Error) as error:
@@ -82,7 +86,7 @@ def open_reader(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader
 
 
 def detect_format(file: TableFile) -> TableFile:
-    """Return a file with the format and compression that its content suggests. Raises OSError."""
+    """Return a file with the format and compression that its content suggests. Raises OSError, StorageError."""
     with file.path.open("rb") as stream:
         start = stream.read(MAGIC_BYTES)
     compression = next((suffix for suffix, candidate in COMPRESSIONS.items() if candidate.magic.match(start)), "")
@@ -96,7 +100,7 @@ def detect_format(file: TableFile) -> TableFile:
                 content.read(len(UTF_8_MARK))
             nonblank = filter(None, map(bytes.strip, iter(lambda: content.readline(MAX_ROW_SIZE), b"")))
             return replace(file, format=_detect_text_format(next(nonblank, b""), next(nonblank, b"")))
-    except OSError:  # the compressed data is damaged at its start, and `open_reader` reports it
+    except OSError:  # damaged compressed data, which `open_reader` reports whatever the format
         return replace(file, format=".csv")
 
 

@@ -1,4 +1,4 @@
-"""Assign unique row ids. They are stored on disk, so that memory use does not grow with the table."""
+"""Assign unique row ids. A temporary file stores the ids in use, so that memory use does not grow with the table."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from batch_infer.table.formats import get_stem, parse_name
 
 
 class Ids:
-    """Tracks the ids in use. With `distinct`, no two rows may request the same id, and no id is stored."""
+    """Tracks the ids in use. With `distinct`, the caller ensures that no id repeats, and no id is stored."""
 
     def __init__(self, find_conflict: Callable[[str, str], str | None] | None = None, *, distinct: bool) -> None:
-        """`find_conflict` takes an id and a file, and returns an error message if the id belongs to another file."""
+        """`find_conflict` takes an id and a file. It returns an error if another file may use the id, else None."""
         self._distinct, self._find_conflict = distinct, find_conflict
         self._has_collisions = False
         self._database = temporary_database()
@@ -81,7 +81,7 @@ class Ids:
         return name
 
     def reserve_numbered(self, name: str, file: str) -> str:
-        """Reserve and return `name` with the number of its earlier occurrences appended."""
+        """Reserve and return `name` with the number of its earlier occurrences, and with + if the id is in use."""
         self._execute("INSERT INTO counts VALUES (?, 0) ON CONFLICT (name) DO UPDATE SET number = number + 1", (name,))
         (number,) = self._execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
         return self.reserve_unique(f"{name}-{number}", file)
@@ -97,7 +97,11 @@ def find_colliding_stems(stems: Iterable[str]) -> frozenset[str]:
 
 
 def assign_stems(names: Iterable[str]) -> dict[str, str]:
-    """Return a unique stem for each file of a folder. If files share a stem, the first table by name gets it."""
+    """Return a unique stem for each file of a folder.
+
+    If files share a stem, the first table by name gets it, or the first file if none is a table. The others get their
+    full name, with + appended until it is unused.
+    """
     ordered = sorted(names, key=lambda name: (parse_name(name) is None, name))
     owners: dict[str, str] = {}
     for name in ordered:

@@ -33,7 +33,7 @@ PAYLOAD_START = re.compile(rb'\s*\{\s*("input_data"|"(columns|data|index)"\s*:\s
 """Matches the start of an Azure ML payload whose first key is on the first line."""
 PAYLOAD_KEY = re.compile(rb'"(input_data|columns|data)"\s*:')
 MAX_COMPLETE_BYTES = 4000
-"""If the first line is longer than this and fails to parse, `peek` may have cut it off."""
+"""A first line that is longer than this and fails to parse may be valid but cut off by `BufferedReader.peek`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class DocumentFormat:
     """The layout of a document.
 
     `columns` contains the names of the cells of a row that is a list or a bare prompt. `parameters` contains the
-    default cells of all rows.
+    values of missing and null cells, by column.
     """
 
     is_payload: bool
@@ -76,7 +76,10 @@ def parse_element(element: Any, document: DocumentFormat) -> dict[str, Any]:
 
 
 def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a .json file and find its format and columns. Raises OSError, and TableError if no row can be read."""
+    """Open a JSON file and find its format and columns.
+
+    Raises OSError, StorageError, and TableError if the form is not supported or no row can be read.
+    """
     if _is_json_lines(file, prompt_column):
         return open_jsonl(file, prompt_column, scratch)
     document, renamed = _read_format(file, prompt_column or "prompt")
@@ -85,10 +88,11 @@ def open_json(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
 
 
 def _is_json_lines(file: TableFile, prompt_column: str) -> bool:
-    """Return whether a .json file contains JSON Lines, as written by Spark and `datasets.to_json`. Raises OSError.
+    """Return whether a .json file contains JSON Lines, as written by Spark and `datasets.to_json`.
 
     The second line of a document starts with a key, and the second line of JSON Lines with another object. A single
-    line is JSON Lines if it has a prompt. Only the start of the file is read, since a document may be one long line.
+    line is JSON Lines if it has a prompt or, if it is too long to parse here, no key of a payload. Only the start of
+    the file is read, since a document may be one long line. Raises OSError, StorageError, and TableError for UTF-16.
     """
     with open_bytes(file) as stream:
         start = stream.peek(BUFFER)

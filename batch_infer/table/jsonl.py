@@ -22,7 +22,7 @@ SIZE = re.compile("([0-9]{1,9})[xX]([0-9]{1,9})")
 FLOAT_DIGITS = 15
 """Maximum number of decimal digits that always survive conversion to float and back (IEEE 754 binary64)."""
 MAX_INTEGER_DIGITS = 4000
-"""Maximum number of digits to convert to an integer. Python's own limit is 4300."""
+"""Maximum digits before the point of a number such as 12.0 that becomes an integer. Python's own limit is 4300."""
 
 _NULL, _BOOL, _INTEGER, _FLOAT, _TEXT, _INEXACT = 0, 1, 2, 4, 8, 16
 """Bit flags for the values in a column. _INEXACT marks an integer that float64 cannot represent exactly."""
@@ -38,7 +38,10 @@ _TYPES = {
 
 
 def open_jsonl(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a file and find its columns in one pass. Raises OSError, and TableError if no line can be read."""
+    """Open a file and find its columns in one pass.
+
+    Raises OSError, StorageError, and TableError for UTF-16 or if no line can be read.
+    """
     with open_text(file, newline="\n"):
         pass  # raises OSError if the file cannot be opened; `Reader.read_rows` would turn the error into a row
     return open_objects(file, lambda: _read_objects(file))
@@ -50,10 +53,10 @@ def open_objects(
     columns: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Reader:
-    """Read all rows once to find their columns and types, and return a reader of them.
+    """Read all rows once to find their columns and types, and return a reader of these rows.
 
     `columns` exist even if no row has them. Rows that are appended to the file later are left to the next run. Raises
-    TableError if no row can be read.
+    TableError if no row can be read, StorageError if the disk fails.
     """
     flags: dict[str, int] = dict.fromkeys(columns, _NULL)
     error: str | None = None
@@ -71,7 +74,10 @@ def open_objects(
 
 
 def _add_flags(cells: Mapping[str, Any], columns: dict[str, int]) -> None:
-    """Add the flags of a row's values to `columns`, except for invalid names, which `_check_row` rejects."""
+    """Add the flags of a row's values to `columns`.
+
+    Skip names that are not UTF-8 or exceed MAX_COLUMNS. `_check_row` rejects their rows.
+    """
     for name, value in cells.items():
         flags = _FLAGS.get(value.__class__)
         if flags is None:  # int, Decimal or JsonNumber
@@ -102,7 +108,7 @@ def _check_row(row: RawRow, columns: frozenset[str]) -> RawRow:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Return whether a list or object is nested too deeply for recursive code."""
+    """Return whether a list or object has more than MAX_DEPTH levels, too many for recursive code."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -171,10 +177,10 @@ def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | Non
 
 
 def parse_exact_float(text: str) -> float | int | Decimal | JsonNumber:
-    """Parse a JSON number with a decimal point or exponent without rounding, to a float if possible.
+    """Parse a JSON number that has a decimal point or an exponent, without rounding it.
 
-    A float is exact if it prints as the same number, like 0.1. A number whose exponent is too large for Decimal stays
-    text.
+    Return a float if it prints as the same number, like 0.1. Otherwise, return an int for a whole number without an
+    exponent, or a Decimal. A number whose exponent is too large for Decimal becomes a JsonNumber.
     """
     value = float(text)
     is_plain = "e" not in text.lower()

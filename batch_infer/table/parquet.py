@@ -31,7 +31,7 @@ BATCH_BYTES = 32 << 20
 MIN_VALUE_BYTES = 16
 """Minimum bytes to assume per value, since a long list of equal values takes only a few bytes in the file."""
 BUFFER = 1 << 20
-"""Bytes per read of a column. Without this limit, pyarrow reads a column's whole row group at once."""
+"""Bytes per read of a column. Without this limit, pyarrow reads all of a column in a row group at once."""
 PLAUSIBLE_ROWS = 1 << 20
 """Number of rows that even a tiny row group can have, since a million equal rows take only a few bytes."""
 
@@ -39,7 +39,7 @@ _HAS_LENGTH = (types.is_string, types.is_large_string, types.is_binary, types.is
 
 
 def open_parquet(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a Parquet file. Raises OSError, pa.ArrowException and UnicodeError."""
+    """Open a Parquet file. Raises OSError, pa.ArrowException, UnicodeError and StorageError."""
     # The path is absolute because Arrow parses a relative path with a colon as a URI.
     path = decompress(file, scratch.new_path()) if file.compression else file.path.absolute()
     schema = pq.read_schema(path)
@@ -82,9 +82,9 @@ class _ParquetRows:
     has_renamed_fields: bool
 
     def read(self) -> Iterator[RawRow]:
-        """Yield as many rows as the footer counts. Rows that cannot be read have an error.
+        """Yield as many rows as the footer counts in each row group. Rows that cannot be read have an error.
 
-        If a count in the footer is implausible, a single row with an error says so.
+        If a count in the footer is implausible, a single row with an error takes the place of the missing rows.
         """
         row_number = counted_rows = 0
         with self._open_file() as parquet:
@@ -153,7 +153,7 @@ class _ParquetRows:
 
 
 def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
-    """Return the text and bytes columns that at least one row group stores as a dictionary, except nested columns."""
+    """Return the text and bytes columns, without a dot in their path, that any row group stores as a dictionary."""
     repeated = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
@@ -164,7 +164,7 @@ def _find_repeated(metadata: pq.FileMetaData) -> list[str]:
 
 
 def _choose_batch_size(group: pq.RowGroupMetaData) -> int:
-    """Return the number of rows of a row group to read at a time, so that they take at most about BATCH_BYTES."""
+    """Return the number of rows of a row group to read at a time: up to BATCH_ROWS, or about BATCH_BYTES if less."""
     columns = map(group.column, range(group.num_columns))
     size = sum(max(column.total_uncompressed_size, MIN_VALUE_BYTES * column.num_values) for column in columns)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * int(group.num_rows) // max(1, int(size))))
@@ -184,7 +184,7 @@ def _read_batch(batch: pa.RecordBatch, row_number: int) -> Iterator[RawRow]:
 
 
 def _measure_cells(column: pa.Array) -> pa.Array:
-    """Return the size of each cell in bytes. Cells of a fixed width, such as numbers, count as 0."""
+    """Return the size of each cell in bytes. Primitive values, such as numbers, count as 0."""
     dtype = column.type
     if types.is_dictionary(dtype):
         sizes = _measure_cells(column.dictionary).take(column.indices)

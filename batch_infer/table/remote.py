@@ -31,7 +31,7 @@ CLIENTS = {
     *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub", "paramiko"),
     *("requests", "smbprotocol", "urllib3"),
 }
-"""Client packages of services. fsspec does not translate their errors, many of which are not OSErrors."""
+"""Client packages of services. Their errors, many of which are not OSErrors, also mean that a service failed."""
 ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
 """Class names of errors without an HTTP status that clients raise if a service refuses access."""
 READ_TIMEOUT_SECONDS = 60
@@ -39,7 +39,10 @@ READ_TIMEOUT_SECONDS = 60
 
 
 class RemoteListing(NamedTuple):
-    """The fsspec paths of the files in a folder or glob, and the path and URL of that folder."""
+    """The fsspec paths of the files in a folder or glob.
+
+    For a glob, `folder` and `url` end before the first component with a wildcard.
+    """
 
     folder: str
     url: str
@@ -55,7 +58,7 @@ class RemoteFiles:
     url: str
 
     def list_files(self) -> RemoteListing | None:
-        """List a folder or glob. Return None for a single file, even if its name contains wildcards."""
+        """List a folder or glob. Return None for an HTTP URL or a single file, whose name may contain wildcards."""
         if is_http(split_chain(self.url)[1]):
             return None
         try:
@@ -119,12 +122,12 @@ def _make_http_options() -> dict[str, Any]:
 class RemoteErrors:
     """Translates the errors of fsspec and its clients into TableError, ServiceError or StorageError.
 
-    The original error is not chained, since its message may contain the whole URL with a signature.
+    TableError and ServiceError do not chain the original error, whose message may contain a URL with its signature.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._temporary = temporary_file_errors(reads=True)  # a chained URL may store local copies
+        self._temporary = temporary_file_errors(reads=True)  # downloads write to the temporary folder
 
     def __enter__(self) -> None:
         self._temporary.__enter__()
@@ -153,7 +156,7 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
 def _is_service_error(error: Exception) -> bool:
     """Return whether an error comes from the network or a service, not from content such as an archive."""
     modules = {base.__module__ for base in type(error).__mro__}
-    if isinstance(error, EOFError):  # ftplib raises it if the server hangs up, and gzip if a file is cut off
+    if isinstance(error, EOFError):  # see whether ftplib (the server hung up) or gzip (a file is cut off) raised it
         modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
     packages = {module.partition(".")[0] for module in modules}
     return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)

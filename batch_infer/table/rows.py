@@ -53,14 +53,14 @@ EARLIER_WORDINGS = (
     (re.compile(r": the target of the link does not exist"), ": the link leads to no file"),
     (
         re.compile(
-            r"has an unsupported column ('.+?'|\".+?\"): its name is not UTF-8, or the table already has (\d+) columns"
+            r"has an unsupported column ('.*?'|\".*?\"): its name is not UTF-8, or the table already has (\d+) columns"
         ),
         r"has a column that the table cannot have, \1: it is not UTF-8, or there are \2 before it",
     ),
 )
-"""Patterns of errors, and their wording in earlier versions.
+"""Patterns that match current error messages, each with the earlier wording.
 
-The fingerprint of an invalid row depends on its error, so it is computed from the earlier wording.
+An invalid row's fingerprint includes its error. It is computed from the earlier wording, so that it stays the same.
 """
 
 HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
@@ -94,7 +94,7 @@ class RowRules:
 class RowCells:
     """The cells of a row: those of fields (None if empty), and those carried to the results.
 
-    `id` is unique among the rows of a run's tables, but not among those of `parse_rows`. `too_large` is an error
+    `id` is unique among the rows of a run's tables, but may repeat in `parse_rows`. `too_large` is an error
     message if carried cells were dropped because of their size. PromptRequest documents `id_collides` and
     `stem_collides`.
     """
@@ -111,10 +111,10 @@ class RowCells:
 def parse_rows(
     rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
 ) -> Iterator[PromptRequest | ResultRow]:
-    """Yield the requests for each row of a server request or data frame, or its invalid result.
+    """For each row of a data frame or HTTP request, yield its prompt requests or one invalid result.
 
-    `columns` maps fields to columns with a different name, '' for no column. Other columns are ignored. Ids need not be
-    unique, since they only determine the seeds of rows without one.
+    `columns` maps a field to its column if their names differ, or to '' if the field has no column. Other columns are
+    ignored. Ids need not be unique: they only determine the seeds of rows without a seed.
     """
     field_columns = {field: name for field in FIELDS if (name := columns.get(field, field))}
     for number, row in enumerate(rows):
@@ -123,7 +123,7 @@ def parse_rows(
         name = make_default_id(REQUEST_STEM, number) if value is None else format_id(value)
         cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
         not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
-        if not_utf8:  # `find_encoding_error` would advise saving the table as UTF-8
+        if not_utf8:  # there is no table to save as UTF-8, as `find_encoding_error` may advise
             yield make_invalid(
                 cells, f"the {not_utf8[0]} contains a lone surrogate, which is half a character: send whole characters"
             )

@@ -13,14 +13,17 @@ from batch_infer.table.streams import BUFFER, MAX_ROW_SIZE
 
 
 class Scanner:
-    """Reads JSON text from start to end. All methods raise OSError if the text is not JSON or cannot be read.
+    """Reads JSON text from start to end.
+
+    Methods raise StorageError if the disk fails, and OSError if the text cannot be read, is not JSON, or contains a
+    value that is too long or nested too deeply.
 
     The standard library's decoder reads each value. ijson is unsuitable: it stops at lone surrogates and at bytes that
     are not UTF-8, or silently changes them, and its memory use grows with the square of the nesting depth.
     """
 
     def __init__(self, stream: io.BufferedReader, max_length: int = MAX_ROW_SIZE) -> None:
-        """`max_length` is the maximum length of a value in characters."""
+        """Values of up to `max_length` characters are read, and those of more than about twice as many are rejected."""
         self._stream, self._max_length = stream, max_length
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._decode = json.JSONDecoder(parse_float=parse_exact_float).raw_decode

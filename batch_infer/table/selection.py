@@ -33,17 +33,17 @@ MAX_SIMILAR, MAX_SHOWN = 3, 8
 
 
 def is_ignored_name(name: str, *, is_folder: bool = False) -> bool:
-    """Return whether a file or folder is hidden, a marker or documentation, unlike Spark's `_year=2026/`."""
+    """Return whether a file or folder is hidden, a marker (but not a Spark folder `_year=2026/`) or documentation."""
     if name.startswith("_"):
         return not (is_folder and "=" in name)
     return name.startswith(".") or (not is_folder and _DOCUMENTATION.fullmatch(name) is not None)
 
 
 class IgnoredFiles(dict[str, str]):
-    """Maps the displayed names of ignored files in folders and globs to reasons. Names of folders end in /."""
+    """Maps the displayed names of ignored files and folders to reasons. Names of folders end in /."""
 
     def group(self) -> dict[str, dict[str, int]]:
-        """Return file counts by reason and name. If more than MAX_SIMILAR files are similar, they share one entry."""
+        """Return counts by reason and name. If more than MAX_SIMILAR names are similar, they share one entry."""
         groups = {reason: [name for name in self if self[name] == reason] for reason in REASONS}
         return {reason: _count_similar(names) for reason, names in groups.items() if names}
 
@@ -59,7 +59,7 @@ def _count_similar(names: Collection[str]) -> dict[str, int]:
 
 
 def _make_pattern(name: str) -> str:
-    """Return a pattern for files with the same suffix or, if they have none, the same name."""
+    """Return a pattern for files with the same suffix or, for folders and files without one, the same name."""
     path = PurePosixPath(name)
     if name.endswith("/"):
         return f"*/{path.name}/"
@@ -75,7 +75,8 @@ def _join(counts: dict[str, int]) -> str:
 class TableFilter:
     """Chooses the tables in a local or remote folder. Paths are relative to the folder.
 
-    Ignores the output of earlier runs. The folder may be an OUT or contain one, which has a run.json.
+    Ignores hidden files, markers, documentation, files without a table suffix, and the output of earlier runs: the
+    folder may be an OUT, which has a run.json, or contain one.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TableFilter:
         self._has_run = cache(lambda folder: is_file(f"{folder}/run.json" if folder else "run.json"))
 
     def find_reason(self, relative: str) -> tuple[str, str] | None:
-        """Return the path that causes a file or a folder (ending in /) to be ignored, and the reason, or None."""
+        """Return the path that causes a file or a folder (ending in /) to be ignored, and why, or None if none does."""
         is_folder = relative.endswith("/")
         parts = relative.rstrip("/").split("/")
         for depth, part in enumerate(parts, 1):
@@ -106,7 +107,7 @@ class TableFilter:
         return reason is not None
 
     def choose(self, relatives: Iterable[str]) -> list[str]:
-        """Return the tables in pathlib's order, and record the other files. Raises TableError if there is no table."""
+        """Return the tables, sorted by path components, and record other files. Raises TableError without any table."""
         ordered = sorted(relatives, key=lambda relative: relative.split("/"))
         tables = [relative for relative in ordered if not self.is_ignored(relative)]
         if not tables:

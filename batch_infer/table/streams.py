@@ -21,10 +21,13 @@ from batch_infer.store import create_temporary
 from batch_infer.table.base import TableFile, raise_storage_error
 
 MAX_ROW_SIZE = 16 << 20
-"""Maximum number of characters in a row, or of bytes in a Parquet row. A longer quoted cell counts as unclosed."""
+"""Maximum number of characters in a row (in a JSON document, up to twice as many), or of bytes in a Parquet row.
+
+A longer quoted cell counts as unclosed.
+"""
 BUFFER = 1 << 16
 ZSTD_READ = 1 << 12
-"""Bytes per zstd read. If a read fails, Arrow loses the data that it has decompressed in this read."""
+"""Bytes per zstd read. It is small because Arrow loses the data of a read that fails."""
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF_8_MARK = b"\xef\xbb\xbf"
 MAGIC_BYTES = 10
@@ -49,7 +52,7 @@ COMPRESSIONS = {
 
 
 class _RawFile(io.FileIO):
-    """Reads a file on disk. Raises StorageError naming the table if the disk fails."""
+    """Reads a file on disk. Raises a StorageError that names the table if the disk fails."""
 
     def __init__(self, file: TableFile) -> None:
         super().__init__(file.path)
@@ -64,7 +67,7 @@ class _RawFile(io.FileIO):
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads the content of a compressed file. Returns the data before any damage, and then raises OSError."""
+    """Reads the content of a compressed file. Returns most data before any damage, and then raises OSError."""
 
     def __init__(self, raw: BinaryIO, suffix: str) -> None:
         self._raw, self._name = raw, COMPRESSIONS[suffix].name
@@ -105,7 +108,10 @@ def open_decompressed(file: TableFile) -> io.BufferedReader:
 
 
 def open_bytes(file: TableFile) -> io.BufferedReader:
-    """Open a text file for reading its bytes after any byte order mark. Raises OSError, and TableError for UTF-16."""
+    """Open a text file for reading its bytes, without a byte order mark at the start.
+
+    Raises OSError, StorageError if the disk fails, and TableError for UTF-16.
+    """
     with ExitStack() as stack:
         stream = stack.enter_context(open_decompressed(file))
         start = stream.peek(4)
@@ -118,12 +124,12 @@ def open_bytes(file: TableFile) -> io.BufferedReader:
 
 
 def open_text(file: TableFile, newline: str | None) -> TextIO:
-    """Open a text file. Bytes that are not UTF-8 become lone surrogates. Raises OSError, and TableError for UTF-16."""
+    """Open a text file. Bytes that are not UTF-8 become lone surrogates. Raises the errors of `open_bytes`."""
     return io.TextIOWrapper(open_bytes(file), encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
 def decompress(file: TableFile, path: Path) -> Path:
-    """Write the decompressed file to `path` and return `path`. Raises OSError, and StorageError for write errors."""
+    """Write the decompressed file to `path` and return `path`. Raises OSError, StorageError."""
     with open_decompressed(file) as stream, create_temporary(path) as copy:
         shutil.copyfileobj(stream, copy, BUFFER)
     return path

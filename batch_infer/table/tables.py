@@ -34,7 +34,7 @@ from batch_infer.table.urls import parse_path_columns
 class SharedFolder:
     """A folder in which this run reads only some tables. `names` contains the names of all files in the folder.
 
-    `has_id(id, file)` returns whether a file other than `file` uses the id.
+    `has_id(id, file)` returns whether a file that sorts before `file` has committed a row with this id.
 
     If files share a stem, the first table by name uses the stem in its default ids, and the others use their full name
     (`p.txt-00000000` next to p.csv). No file is rejected, since it is unknown which files will be read. For the same
@@ -57,9 +57,9 @@ class Tables:
     ) -> None:
         """Open every file and find its columns.
 
-        Without `shared_folder`, raises TableError if a named file cannot be read, if no file can be read, or if default
-        ids would collide. Raises ServiceError if a service does not answer, StorageError if the disk fails or the
-        temporary folder is full.
+        Raises TableError if no TABLE is given. Without `shared_folder`, also raises it if a named file cannot be read,
+        if no file can be read, or if default ids would collide. Raises ServiceError if a service fails, StorageError
+        if the disk fails or the temporary folder is full.
         """
         self._settings, self._shared_folder = settings, shared_folder
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
@@ -106,7 +106,7 @@ class Tables:
 
     @property
     def notices(self) -> list[str]:
-        """Notices about files and, after `read_rows` ends, about rows. They are not errors."""
+        """Notices about files, and about the rows of the last pass that ended. They are not errors."""
         return [*self._notices, *self._notice_counts.format_sentences()]
 
     @property
@@ -121,7 +121,7 @@ class Tables:
     def read_rows(
         self, rules: RowRules, has_final_result: HasFinalResult = lambda _: False
     ) -> Iterator[PromptRequest | ResultRow]:
-        """Yield the requests for every row, or its invalid result, in input order. See `make_requests`."""
+        """For each row up to the limit, in input order, yield requests or an invalid result. See `make_requests`."""
         return (item for item, _ in self.compare_rows(rules, [], has_final_result))
 
     def compare_rows(
@@ -173,7 +173,7 @@ class Tables:
         columns = self._settings.columns
         try:
             reader = open_reader(file, columns.get("prompt", "prompt"), self._scratch)
-            # In a shared folder, file.name is only the last part of the path.
+            # In a shared folder, file.name lacks the folders of the path, which may be columns.
             path_columns = parse_path_columns(file.path.as_posix() if self._shared_folder else file.name)
             names = list(dict.fromkeys([*reader.schema.names, *path_columns]))
             fields = map_fields(file, names, columns, reader.renamed)
@@ -183,7 +183,7 @@ class Tables:
         return OpenTable(file, reader, path_columns, fields, carried)
 
     def _find_conflict(self, name: str, file: str) -> str | None:
-        """Return an error message if an id in this file belongs to another file, else None."""
+        """Return an error message if an id in this file belongs or may belong to another file, else None."""
         stem, _, number = name.rstrip("+").rpartition("-")
         owner = self._owners.get(stem, file) if len(number) == ID_DIGITS and number.isdecimal() else file
         if owner != file:
@@ -193,7 +193,7 @@ class Tables:
 
     def _read_cells(self, notices: NoticeCounts) -> Iterator[tuple[RowCells, str | None]]:
         """Yield the cells of at most `limit` rows, each with an error message or None."""
-        # Default ids are distinct if their stems differ by more than case.
+        # Default ids are distinct, and need no storage, if their stems differ by more than case.
         stems = {file.stem.lower() for file in self._files}
         is_distinct = len(stems) == len(self._files) and not any("id" in table.fields for table in self._readable)
         with closing(Ids(self._find_conflict if self._shared_folder else None, distinct=is_distinct)) as ids:

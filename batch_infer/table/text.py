@@ -22,7 +22,7 @@ LOOKS_LIKE_OPTIONS = (
 
 
 def open_plain_text(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
-    """Open a plain text file. Raises OSError, and TableError for an empty file."""
+    """Open a plain text file. Raises OSError, StorageError, and TableError if the file is empty or UTF-16."""
     with open_bytes(file) as stream:
         if not stream.peek(1):
             raise TableError(f"{file.name} is empty")

@@ -31,7 +31,7 @@ def is_http(argument: str) -> bool:
 def redact_url(argument: str) -> str:
     """Remove the query, the password and usually the user, which is often a token, from a URL or the links of a chain.
 
-    Names, ids and messages contain only redacted arguments.
+    Remove the fragment too if the protocol is HTTP. Names, ids and messages contain only redacted arguments.
     """
     if get_protocol(argument) is None:
         return argument
@@ -67,7 +67,7 @@ def split_chain(url: str) -> tuple[str, str, str]:
 
 
 def split_query(link: str) -> tuple[str, str]:
-    """Split a link of a chain into the part before its query, and the rest."""
+    """Split a link of a chain into the part before its query (with HTTP, also before its fragment), and the rest."""
     head = re.split("[?#]", link, maxsplit=1)[0] if is_http(link) else QUERY.sub("", link)
     return head, link[len(head) :]
 
@@ -90,7 +90,7 @@ def parse_path_columns(name: str) -> dict[str, str | None]:
     if get_protocol(name) is not None:
         link = split_chain(name)[1]
         path = link.partition("://")[2]
-        if is_http(link):  # HTTP encodes the path once more
+        if is_http(link):  # skip the host, and decode the path, which HTTP encodes once more
             path = "/".join(unquote(part) for part in path.split("/")[1:])
     columns: dict[str, str | None] = {}
     for folder in path.split("/")[:-1]:

@@ -1,4 +1,4 @@
-"""Commit rows and their images so that a kill at any time loses none of them."""
+"""Commit rows and their images so that a kill at any time loses no committed image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
 
 COMMIT_ROWS = 256
-"""Maximum number of rows in a manifest part."""
+"""Maximum number of rows that `Committer` commits at once, as one manifest part."""
 COMMIT_SECONDS = 2.0
 """Number of seconds after which a batch of stored rows is committed, even if it is not full.
 
@@ -29,7 +29,7 @@ The README promises three seconds. The remaining second is for storing images an
 STORING_AHEAD = 64
 """Maximum number of images that are not stored yet. At this limit, the device waits."""
 COMMITTING_AHEAD = 4 * COMMIT_ROWS
-"""Maximum number of uncommitted rows, kept in memory without their pixels. At this limit, the device waits."""
+"""Maximum number of uncommitted rows. Once stored, they are kept without pixels. At this limit, the device waits."""
 
 Stored = TypeVar("Stored")
 
@@ -45,8 +45,9 @@ def commit_images(
 ) -> None:
     """Rename written images to their final paths, commit rows, and remove previous images that no row refers to.
 
-    If a written image has the path of a previous image, that image is backed up until the rows are committed. After a
-    kill, `jobs.recovery` restores the backups. Raises StorageError.
+    If a written image has the path of a previous image, the previous one is backed up until the rows are committed.
+    After a kill, `jobs.recovery` restores the backups of images whose replacement was not committed. Raises
+    StorageError.
     """
     new_paths, row_paths = set(written), {row.generated_image for row in rows}
     replaced = [path for path in previous if path in new_paths]
@@ -61,7 +62,7 @@ def commit_images(
 def commit_failed(
     settings: WorkerSettings, requests: Sequence[PromptRequest], reason: str, worker: str
 ) -> list[ResultRow]:
-    """Commit requests as failed, and return their rows. Raises StorageError."""
+    """Commit requests as failed, remove their previous images, and return their rows. Raises StorageError."""
     scheduler = settings.card.scheduler_name
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
     previous = [request.replaces for request in requests if request.replaces]
@@ -73,8 +74,9 @@ def commit_failed(
 class Committer(Generic[Stored]):
     """Commits rows in order and in batches, on its own thread, once their images are stored.
 
-    As a context manager, it commits all added rows on exit. `add` or the exit raises the first error of storing or
-    committing, and nothing is committed after that error.
+    As a context manager, it commits the remaining rows on exit. After an error in storing or committing, it commits
+    nothing more. `add` or the exit raises that error, unless the context ends with an error of another class than
+    BatchInferError.
     """
 
     def __init__(self, commit: Callable[[list[Stored]], None]) -> None:

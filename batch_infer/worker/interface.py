@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Everything that a worker needs to render. It can be sent to another process."""
+    """The settings with which a worker renders. They can be sent to another process."""
 
     card: ModelCard
     compute: Compute
@@ -37,10 +37,10 @@ class WorkerSettings:
 class WorkerReport:
     """Stages by image size, compute settings, MFU, and peak memory in bytes.
 
-    `compute` contains the final batch sizes, which are halved after running out of memory. `mfu` is the model FLOP
-    utilisation (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows,
-    divided by the FLOPs that the device could have computed in that time. It is None before the final report, for
-    pipelines that run their own call, and if the device's peak is unknown.
+    `compute` contains the current batch sizes, which shrink when memory runs out. `mfu` is the model FLOP utilisation
+    (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows, divided by
+    the FLOPs that the device could have computed in the rendering time. It is None before the final report, for
+    pipelines that run their own call, if the device's peak is unknown, and if nothing was rendered.
     """
 
     stages: Mapping[Size, Stages]
@@ -55,7 +55,7 @@ class WorkerReport:
 
 
 def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
-    """Sum the stages of each image size over all workers. `seconds` adds up the time of all devices."""
+    """Sum the stages of each image size, including `seconds`, over all workers."""
     sums: dict[Size, Stages] = {}
     for report in reports:
         for size, stages in report.stages.items():
@@ -64,7 +64,7 @@ def sum_stages_by_size(reports: Iterable[WorkerReport]) -> dict[Size, Stages]:
 
 
 def take_smallest_batches(computes: Sequence[Compute]) -> Compute:
-    """Return settings with the smallest batch sizes of each image size, so that they fit on every device."""
+    """Return the first settings with the smallest batch sizes of each image size, so that they fit on every device."""
     shapes = []
     for size in sorted({(shape.height, shape.width) for compute in computes for shape in compute.by_size}):
         candidates = [compute.shape_of(*size) for compute in computes]

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def load_chain(
     card: ModelCard, compute: Compute, safety: SafetySettings, stop: Callable[[], bool] = lambda: False
 ) -> Chain:
-    """Load a model and return its chain, with the safety checker and service of the settings.
+    """Load a model and return its chain, with the safety checker and service if the settings use them.
 
-    Raises ModelError, SettingsError.
+    Raises ModelError, SettingsError, and torch.OutOfMemoryError if the model does not fit into the device's memory.
     """
     with_checker = safety.uses_checker(has_checker=card.has_checker)
     chain = make_chain(load_model(card, compute, with_checker=with_checker), compute, stop)
@@ -31,7 +31,7 @@ def load_chain(
 
 
 def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
-    """Load a model, or its diffusers pipeline if the model has no family. Raises ModelError."""
+    """Load a model, or a diffusers pipeline for pipeline-call batching. Raises ModelError, torch.OutOfMemoryError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
         if card.uses_pipeline_call:
@@ -44,7 +44,7 @@ def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Late
 
 
 def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:
-    """Load a model's safety checker without the model. Raises ModelError."""
+    """Load a model's safety checker without the model. Raises ModelError, torch.OutOfMemoryError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
         checker, feature_extractor = load_checker(card, device, dtype)
@@ -69,7 +69,7 @@ def make_chain(
     checker = None
     if model.safety_checker is not None:
         checker = make_image_checker(model.safety_checker, model.feature_extractor, batch_sizes.decode)
-    # isinstance would import AnyPipeline, which is slow, and most runs do not need it.
+    # isinstance would need AnyPipeline, whose import is slow and unnecessary in most runs.
     if getattr(model, "uses_pipeline_call", False):
         return PipelineCallChain(cast("AnyPipeline", model), batch_sizes, checker, stop)
     return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop)

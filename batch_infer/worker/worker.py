@@ -35,7 +35,7 @@ ChainLoader: TypeAlias = Callable[[ModelCard, Compute, SafetySettings, Callable[
 """A function like `load_chain`."""
 
 StoredRow: TypeAlias = tuple[ResultRow, str | None]
-"""A row whose image, if it has one, is written, and the path of the image that it replaces, or None."""
+"""A row, whose image (if any) is written, and the path of the previous image that the row replaces, or None."""
 
 
 class Worker:
@@ -44,14 +44,14 @@ class Worker:
     def __init__(
         self, settings: WorkerSettings, name: str, load: ChainLoader, stop: Callable[[], bool] = lambda: False
     ) -> None:
-        """Load the chain. Every result row has `name` as its `worker`. Raises ModelError, SettingsError."""
+        """Load the chain. Every result row has `name` as its `worker`. Raises the errors of `load`."""
         self._settings, self._name = settings, name
         self._sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
-        """Return statistics of all rendered rows. Only the final report has an MFU, since counting FLOPs takes time."""
+        """Return statistics of the rows so far. Only a final report can have an MFU: counting FLOPs takes time."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
         mfu = self._compute_mfu() if final else None
@@ -75,8 +75,8 @@ class Worker:
     def render(self, requests: Iterable[PromptRequest], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:
         """Render, store and commit requests, and call `on_commit` with committed rows on another thread.
 
-        Returns early once `stop` returns True. Commits the finished rows before it returns or raises. Raises
-        StorageError, and the errors of a safety service.
+        Returns early once `stop` returns True. Commits the finished rows before it returns or raises, unless storing
+        or committing fails. Raises StorageError, CompilationError, and the errors of a safety service.
         """
         with (
             ThreadPoolExecutor(count_storing_threads(self._settings.compute), "storing") as pool,
