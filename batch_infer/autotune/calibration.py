@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEW_STEPS = (1, 2, 4, 10, 20)
 """Step counts to try for the short rendering, and in reverse order for the plateau, as a scheduler may refuse some."""
 LONG_SECONDS = 1.0
-"""Number of seconds by which the long rendering should exceed the short rendering."""
+"""Approximate number of seconds for the additional steps, if the short rendering has one step."""
 MAX_MORE_STEPS = 25
 """Maximum number of additional steps of the long rendering, unless the scheduler accepts only larger numbers."""
 REPEATS = 2

@@ -108,7 +108,7 @@ def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> Non
 
 
 def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
-    """Estimate the total seconds of one round per name, by a contender's last round or the mean if it has had none."""
+    """Estimate the seconds of one round per name from each contender's last round, or from the mean if it had none."""
     mean = statistics.mean(seconds.values())
     return sum(seconds.get(name, mean) for name in names)
 

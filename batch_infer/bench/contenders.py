@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
 TARGET_SECONDS = 1.0
-"""Approximate duration of a measurement of the bare UNet. If a call takes about as long, only one is timed."""
+"""Approximate duration of a measurement of the bare UNet. If a call takes about as long or longer, one is timed."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 MATMUL_REPEATS = 6
 

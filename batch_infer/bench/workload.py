@@ -90,7 +90,7 @@ def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
 
 
 def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
-    """Make rows with random prompts, sizes and steps, some of them unguided. Other parameters are `defaults`."""
+    """Make rows with random prompts, sizes, steps and use of guidance. Other parameters are `defaults`."""
     generator = random.Random(SEED)
     rows = []
     for index in range(settings.rows):
