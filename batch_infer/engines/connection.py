@@ -33,7 +33,7 @@ LISTEN_SECONDS = 0.5
 class SupervisorConnection:
     """A worker's end of its connection.
 
-    If an error leaves the context, the connection reports it and ends the process. A KeyboardInterrupt is only reported,
+    If an error leaves the context, the connection reports it and ends the process. It only reports a KeyboardInterrupt,
     as a normal end.
     """
 
