@@ -67,7 +67,7 @@ class CommittedImage:
 
 
 class ManifestIndex:
-    """Indexes committed images in a temporary file, so that memory does not grow with the manifest."""
+    """Indexes committed images in a temporary file instead of in memory, because there may be millions."""
 
     def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
         """Index parts. Each DamagedPartError is passed to `on_damage`, or raised if `on_damage` is None.

@@ -102,7 +102,7 @@ class CompilerCache(ExitStack):
     """The folder in which this process caches the results of torch.compile. Closing it removes a temporary one.
 
     By default, other processes and later runs share the folder. If a process is killed while it writes a file, later
-    compilations of the same code fail on the truncated file.
+    compilations may fail on the truncated file.
     """
 
     _is_temporary = False
