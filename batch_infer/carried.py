@@ -241,8 +241,8 @@ def make_result_names(
     """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
     Case is ignored because SQL engines ignore it. Conflicting names are prefixed with `input_` until they are unique.
-    With `reuse_prefixed`, an earlier `input_<name>` in `names` is taken to be the result name of a conflicting `name`,
-    and both have that result name.
+    With `reuse_prefixed`, an `input_<name>` that precedes a conflicting `name` in `names` is taken to be its result
+    name, and both have that result name.
     """
     distinct = dict.fromkeys(names)
     used = {name.lower() for name in reserved}

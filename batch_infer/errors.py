@@ -32,7 +32,7 @@ class UsageError(BatchInferError):
 
 
 class SettingsError(UsageError):
-    """Settings are invalid or conflict, or they need something that this machine lacks."""
+    """Settings are invalid or conflict, or do not suit OUT, this machine or a service."""
 
 
 class CompilationError(SettingsError):

@@ -37,7 +37,7 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
 def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest]) -> list[Conditioning]:
     """Encode prompts. On a GPU, a separate stream is used, so that small copies do not wait for UNet calls.
 
-    Later work on the UNet's stream waits for the encoding, but the host does not.
+    Later work on the UNet's stream waits for the encoding to end, but the host need not.
     """
     stream = stream_for(model.device, "encode")
     if stream is None:

@@ -32,7 +32,7 @@ LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
-"""Variables that Kubernetes sets in every pod of a namespace with a service named batch-infer or batch-infer-NAME
+"""Variables that Kubernetes sets by default in pods of a namespace with a service named batch-infer or batch-infer-NAME
 (https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables)."""
 SYNONYMS = {
     **dict.fromkeys(("num-inference-steps", "inference-steps", "num-steps", "sampling-steps"), "steps"),

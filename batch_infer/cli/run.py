@@ -123,7 +123,7 @@ def _execute(
         summary, settings = result
         metrics.model = settings.model.name or "demo"
         code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
-        # The rows that remain after a retry never had a result, and only `run` renders those.
+        # After a retry, the remaining rows are left to `run`, so they do not change the exit code.
         if summary.unfinished or (summary.counts.remaining and not is_retry):
             code = StoppedError.exit_code
         metrics.conclude(summary, code)

@@ -33,8 +33,8 @@ LISTEN_SECONDS = 0.5
 class SupervisorConnection:
     """A worker's end of its connection.
 
-    As a context manager, it reports an error that leaves the context and ends the process. It reports KeyboardInterrupt
-    as a normal end, and does not suppress it.
+    If an error leaves the context, the connection reports it and ends the process. It only reports a KeyboardInterrupt,
+    as a normal end.
     """
 
     def __init__(self, connection: Connection, stop: Callable[[], bool] = lambda: False) -> None:

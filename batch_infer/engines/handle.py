@@ -35,7 +35,7 @@ from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerReport
 
 START_SECONDS = 1.0
-"""Maximum delay of a stop while a process starts."""
+"""Maximum number of seconds by which the start of a process delays a stop."""
 JOIN_SECONDS = 10.0
 """Maximum number of seconds to wait for a thread to end, or for a process that was killed or closed its connection."""
 FLUSH_SECONDS = 1.0

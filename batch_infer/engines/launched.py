@@ -188,7 +188,7 @@ def _listen(rank_info: RankInfo) -> socket.socket:
 def join_launch(
     rank_info: RankInfo, requested_device: str, out: Path, card: ModelCard, stop: Callable[[], bool]
 ) -> None:
-    """Render as a rank other than 0, with this machine's copy of the model, until rank 0 has no more rows or `stop`.
+    """Render as a rank other than 0 until rank 0 has no more rows or `stop` returns True. Loads this machine's model.
 
     Reports an error in rendering to rank 0 and ends the process. Raises ServiceError if rank 0 cannot be found, and
     StorageError if OUT cannot be used to find it.

@@ -13,7 +13,7 @@ from batch_infer.records import PromptRequest
 CHUNK_ROWS = 32
 """Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish at about the same time."""
 RETRY_ROWS = 16
-"""Maximum number of rows that are retried together after one worker has ended without committing them."""
+"""Maximum number of rows that are retried together after one worker ended or became idle without committing them."""
 MAX_DEATHS = 3
 """A row fails after this many workers died or became idle without committing it, the last one with no other row."""
 

@@ -87,7 +87,7 @@ class WorkerError(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerDone(msgspec.Struct, tag=True, frozen=True):
-    """The worker ends normally. `report` is None if a stop signal interrupted the worker."""
+    """The worker ends without an error. `report` is None if a stop signal interrupted it."""
 
     report: WorkerReport | None
 

@@ -20,7 +20,7 @@ from batch_infer.worker import WorkerReport, commit_failed
 
 POLL_SECONDS = 0.2
 MAX_STARTS = 2
-"""The run ends after a required worker has died this many times in a row while loading the model, or sent an error.
+"""The run ends after a required worker died this many times in a row, or sent an error, while loading the model.
 
 Any worker that has died this many times in a row without a commit gets rows to retry before new rows.
 """

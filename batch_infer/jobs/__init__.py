@@ -1,6 +1,6 @@
 """Implement the commands run, plan, status, retry, merge, rescore and export-mlflow from start to finish.
 
-For each command, one function takes its arguments and returns what it prints. The other functions are for the command
+For each command, one function does the work and returns the values to print. The other functions are for the command
 line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
 """
 

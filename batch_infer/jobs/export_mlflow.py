@@ -1,7 +1,7 @@
 """Export an MLflow model for no-code deployments, whose signature extends that of Azure's text-to-image models.
 
-The MLflow model contains the diffusion model and the code of batch-infer, and no pickled object: MLflow runs model.py
-(https://mlflow.org/docs/latest/ml/model/models-from-code).
+The MLflow model contains the diffusion model and the code of batch-infer. MLflow runs model.py instead of unpickling an
+object (https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def merge_results(
 
 
 def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
-    """Merge in the order of the run's tables. If there are none or they cannot be read again, merge the manifest."""
+    """Merge in the order of the run's tables, or the whole manifest if there are no tables that can be read again."""
     out, rules = settings.out, read_rules(record, settings.out)
     if not settings.table.tables:  # an endpoint
         return merge_parts(Manifest(out), [], out, output)

@@ -37,7 +37,7 @@ from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Maximum number of results to check and commit together. All their pixels are in memory."""
+"""Maximum number of results to check and commit together, since all their pixels are in memory."""
 DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",

@@ -26,7 +26,7 @@ from batch_infer.worker import commit_images, explain_flag, format_worker_name, 
 
 READING_THREADS = 8
 IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
-"""Text in the stored `error` of flagged results without an original. Do not change it: OUT may contain it."""
+"""Text that a rescore adds to the error of a flagged result without an original. Do not change it: OUT may have it."""
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ class Rescorer:
     def _store_image(
         self, result: StoredResult, content: bytes, original: np.ndarray, *, is_flagged: bool
     ) -> StoredImage | None:
-        """Store the image as the policy requires, unless it already is. Return None if the policy drops the image."""
+        """Store the image as the policy requires, unless it is stored that way. Return None if the policy drops it."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.apply_policy(original, policy) if is_flagged else original
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")

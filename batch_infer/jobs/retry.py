@@ -35,11 +35,11 @@ def retry_rows(
 
     `tables` replaces that run's tables unless it is empty. The safety service's endpoint comes from the environment.
     Each row gets one more attempt, no matter how often it failed. Rows without a result are left to `run`. Raises
-    UsageError if OUT contains no run or its tables cannot be read again, and the errors of `render_tables`.
+    BatchInferError, for example UsageError if OUT contains no run.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))
-    settings = replace(settings, rerender_changed=True)  # affects only the selected rows
+    settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))

@@ -21,7 +21,7 @@ MAX_BAD_RESULTS = 20
 
 
 class JsonStruct(msgspec.Struct):
-    """Values for --json or run.json. `rename` sets the key of a field."""
+    """Values for --json or run.json. The class argument `rename` maps fields to other keys."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(msgspec.to_builtins(self))

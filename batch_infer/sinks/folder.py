@@ -102,8 +102,8 @@ class FolderSink:
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
         """Return an image's path in the folder `top` of OUT.
 
-        `folder` and `name` are safe path components for the request's file and id. If case is ignored, only both
-        together are unique.
+        `folder` and `name` are safe path components for the request's file and id. If case is ignored, `name`
+        may be unique only within `folder`.
         """
         number = request.source.row // ROWS_PER_FOLDER
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"

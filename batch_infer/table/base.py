@@ -44,7 +44,7 @@ _PATH_ERRNOS = {
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read. If `error` is set, it says why this file or argument cannot be read.
+    """A file to read. If `error` is set, it says why this file, folder or argument cannot be read.
 
     `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, usually the path
     relative to the argument, with `-` for `/` and without suffixes. `compression` is a suffix such as `.gz`, or ''.
@@ -102,7 +102,7 @@ class RawRow(NamedTuple):
     """A row as read from its file. It is a tuple for speed, because a table may have millions of rows.
 
     `number` is the row number, from 0. `line` is the number of the row's first line, from 1, or None in formats
-    that do not consist of lines. `error` says why the row cannot be read. Rows with a BLANK_ROW notice are skipped.
+    that do not consist of lines. `error` says why the row cannot be read. `Tables` skips rows with a BLANK_ROW notice.
     """
 
     number: int
