@@ -1,4 +1,4 @@
-"""Limit GPU memory, copy tensors to devices and recognise device errors."""
+"""Set torch's memory limit and float32 precision, copy tensors to devices, and recognise device errors."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def has_memory_headroom(device: torch.device) -> bool:
 def set_float32_precision(dtype: torch.dtype) -> None:
     """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
-    TF32 stays on for half-precision models. Stable Diffusion XL then still decodes in float32, but from the output of a
-    half-precision UNet, which is no more precise than TF32.
+    TF32 is enabled for half-precision models. Stable Diffusion XL then still decodes in float32, but from the output of
+    a half-precision UNet, which is no more precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
 def copy_to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
-    """Copy a CPU tensor to a device without blocking the host. Copies to a GPU use pinned memory."""
+    """Return a CPU tensor on a device. A copy to a GPU uses pinned memory, and the host does not wait for it."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 @contextmanager
 def out_of_memory_errors() -> Iterator[None]:
-    """Re-raise every error about exhausted device memory as torch.OutOfMemoryError."""
+    """Re-raise a RuntimeError that contains one of the texts in OUT_OF_MEMORY as torch.OutOfMemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -73,5 +73,5 @@ def out_of_memory_errors() -> Iterator[None]:
 def is_device_error(error: BaseException) -> bool:
     """Return whether the device, its memory or its libraries caused an error, rather than the computation itself."""
     if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
-        return True  # AcceleratorError exists since torch 2.8
+        return True  # torch before 2.8 has no AcceleratorError
     return any(text in str(error) for text in (*OUT_OF_MEMORY, *DEVICE_FAULTS))

@@ -1,7 +1,8 @@
 """Carry column values from tables to results exactly, in a common type or as text.
 
-Between reading and writing, a cell is a plain value: an integer for a date, time or duration, and the storage value for
-an extension type. Plain values preserve years beyond 9999 and nanoseconds, unlike Python's own types such as datetime.
+Between reading and writing, a cell is a plain value: for example, an integer for a date, time, timestamp or duration,
+and the storage value for an extension type. Plain values preserve years beyond 9999 and nanoseconds, unlike Python's
+own types such as datetime.
 """
 
 from __future__ import annotations
@@ -24,31 +25,32 @@ Convert = Callable[[Any], Any]
 
 @lru_cache(maxsize=4096)
 def to_result_type(dtype: pa.DataType) -> pa.DataType:
-    """Return the type of a column in the results, without dictionaries and views.
+    """Return the type that a column of type `dtype` has in the results.
 
-    Types that Arrow cannot build from plain values become their storage type or text.
+    Dictionary, run-end encoded and view types are replaced by plain types. An extension type that Arrow cannot build
+    from plain values becomes its storage type, and any other such type becomes text.
     """
     if types.is_string(dtype) or types.is_null(dtype) or types.is_primitive(dtype) and not types.is_temporal(dtype):
-        return dtype  # pa.array, used below, imports pandas, which takes a third of a second
+        return dtype  # return early: pa.array, used below, imports pandas, which takes a third of a second
     candidate = dtype if isinstance(dtype, pa.BaseExtensionType) else _convert_leaves(dtype, _to_result_leaf)
     try:
         plain = _to_plain_type(candidate)
         _cast(pa.nulls(1, candidate), plain)
         _from_plain(pa.nulls(1, plain), candidate)
         pa.array([None], candidate).take(pa.array([0]))
-    except (NotImplementedError, ValueError, TypeError):  # Arrow's own errors are subclasses of these
+    except (NotImplementedError, ValueError, TypeError):  # or Arrow's subclasses of these
         return to_result_type(dtype.storage_type) if isinstance(dtype, pa.BaseExtensionType) else pa.string()
     return candidate
 
 
 def to_result_array(array: pa.Array) -> pa.Array:
-    """Cast an array to its result type. Return it unchanged if only text can represent its values."""
+    """Cast an array to its result type. Return it unchanged if its result type is text but its own type is not."""
     dtype = to_result_type(array.type)
     return array if types.is_string(dtype) and not _is_text(array.type) else _cast(array, dtype)
 
 
 def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the plain values of an array. Raises ValueError (UnicodeDecodeError) for text that is not UTF-8."""
+    """Return the plain values of an array. Raises ValueError for text that is not UTF-8."""
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in to_values(chunk)]
     if isinstance(array, pa.DictionaryArray):  # convert each distinct value only once
@@ -62,7 +64,7 @@ def to_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
-    """Return an array of a result type from plain values or Python's own types such as datetime."""
+    """Return an array of a result type from plain values or from values of Python's own types such as datetime."""
     values = list(values)
     try:
         return _from_plain(pa.array(values, _to_plain_type(dtype)), dtype)
@@ -71,7 +73,10 @@ def to_array(values: Iterable[Any], dtype: pa.DataType) -> pa.Array:
 
 
 def make_python_reader(dtype: pa.DataType) -> Convert | None:
-    """Return a function that converts plain values to Python's own types such as datetime, or None if not needed."""
+    """Return a function that converts a column's plain values to Python's own types such as datetime.
+
+    A value that does not fit becomes text. Returns None if plain values of this type need no conversion.
+    """
     result = to_result_type(dtype)
     if _to_plain_type(result) == result:
         return None
@@ -79,14 +84,17 @@ def make_python_reader(dtype: pa.DataType) -> Convert | None:
     def read(value: Any) -> Any:
         try:
             return to_array([value], result)[0].as_py()
-        except (ValueError, OverflowError):  # beyond the range of Python's type
+        except (ValueError, OverflowError):  # beyond the range or precision of Python's type
             return to_text(value, result)
 
     return read
 
 
 def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the values of an array in Python's own types such as datetime, or as text if they do not fit."""
+    """Return the values of an array in Python's own types such as datetime.
+
+    If one of them may not fit, convert all as in `_to_json_value`.
+    """
     dtype = to_result_type(array.type)
     if "time64[ns]" not in str(dtype):  # datetime.time would lose the nanoseconds
         with suppress(ValueError, OverflowError):
@@ -112,7 +120,7 @@ def estimate_bytes(values: Iterable[Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class JsonNumber:
-    """The JSON text of a number beyond the range of Python's numeric types."""
+    """The JSON text of a number whose exponent is out of Decimal's range."""
 
     text: str
 
@@ -121,7 +129,7 @@ class JsonNumber:
 
 
 def to_text(value: Any, dtype: pa.DataType | None = None) -> str:
-    """Return a plain value of type `dtype` as exact text: bytes in base64, lists and structs as JSON."""
+    """Return a plain value of type `dtype` as exact text: bytes in base64, and booleans and nested values as JSON."""
     value = _to_json_value(value, dtype)
     if isinstance(value, (bool, list, dict)):
         return _format_json(value)
@@ -142,7 +150,11 @@ def _format_json(value: Any) -> str:
 
 
 def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
-    """Convert a plain value of type `dtype`, or the values in it, to text if JSON has no type for them."""
+    """Convert a plain value of type `dtype` and the values in it to JSON types.
+
+    Decimals, bytes, UUIDs and temporal values become text, and maps become lists of pairs. Without `dtype`, values in a
+    list or dict are not converted.
+    """
     if isinstance(value, (Decimal, JsonNumber)):
         return str(value)
     if value is None or dtype is None:
@@ -161,27 +173,28 @@ def _to_json_value(value: Any, dtype: pa.DataType | None = None) -> Any:
 
 
 _EXTENSIONS: dict[str, Convert] = {"arrow.bool8": bool, "arrow.uuid": lambda value: str(uuid.UUID(bytes=value))}
-"""Converters for extension types whose values differ from their storage values."""
+"""Conversions of storage values to JSON types by extension name. Other values are converted like their storage type."""
 
 
 def _format_temporal(value: int, dtype: pa.DataType) -> str:
-    """Format the plain value of a date, time or duration as text. A timestamp with a time zone is in UTC."""
+    """Format the plain value of a date, time, timestamp or duration. A timestamp with a time zone is given in UTC."""
     if types.is_duration(dtype):
         return f"{value} {dtype.unit}"
     has_zone = types.is_timestamp(dtype) and dtype.tz is not None
     naive = pa.timestamp(dtype.unit) if has_zone else dtype
     text = str(to_array([value], naive).cast(pa.string())[0].as_py())
-    if text.startswith("<"):  # beyond the years of Arrow's calendar
+    if text.startswith("<"):  # `<value out of range: ...>`, beyond the years of Arrow's calendar
         unit = "days" if types.is_date32(dtype) else "ms" if types.is_date64(dtype) else dtype.unit
         text = f"{value} {unit} since 1970-01-01 00:00:00"
     return f"{text}Z" if has_zone else text
 
 
 def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] | None = None) -> pa.DataType:
-    """Return a type that can represent every value of all these result types. If no other type can, it is text.
+    """Return a type that can represent every value of these result types.
 
-    Whether 64-bit integers share a type with floats, or uint64 with signed integers, depends on the values in `arrays`,
-    which are only read in these cases. Without `arrays`, they become text.
+    Different types become a common integer, float or binary type if possible, and otherwise text. Whether 64-bit
+    integers share a type with floats, or uint64 with signed integers, depends on the values in `arrays`, which are only
+    read in these cases. Without `arrays`, the type is text in these cases.
     """
     distinct = set(dtypes) - {pa.null()}
     if len(distinct) < 2:
@@ -202,7 +215,7 @@ def find_common_type(dtypes: Iterable[pa.DataType], arrays: Iterable[pa.Array] |
 
 
 def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
-    """Return int64 or float64 if it represents all values exactly, else text."""
+    """Return int64 if it represents all values exactly, else float64 if that does, else text."""
     candidates = [pa.int64(), pa.float64()]
     for array in arrays:
         for dtype in list(candidates):
@@ -214,10 +227,10 @@ def _find_lossless_type(arrays: Iterable[pa.Array]) -> pa.DataType:
 
 
 def make_converter(source: pa.DataType, target: pa.DataType) -> Convert | None:
-    """Return a function that converts plain values of one type to a common type, or None if not needed."""
+    """Return a function that converts plain values of a result type to a common type, or None if none is needed."""
     if types.is_string(target):
         return partial(to_text, dtype=None if types.is_string(source) else source)
-    if types.is_float64(target):  # a JSON column of floats may contain integers
+    if types.is_float64(target):  # even if `source` is float64: a JSON column of floats may contain integers
         return float
     return int if types.is_integer(target) and types.is_floating(source) else None
 
@@ -228,8 +241,8 @@ def make_result_names(
     """Return a result name for each name. Ignoring case, no result name equals another or a name in `reserved`.
 
     Case is ignored because SQL engines ignore it. Conflicting names are prefixed with `input_` until they are unique.
-    With `reuse_prefixed`, `input_<name>` in `names` is an earlier result name of the column `name`, and both have that
-    result name.
+    With `reuse_prefixed`, an `input_<name>` that precedes a conflicting `name` in `names` is taken to be its result
+    name, and both have that result name.
     """
     distinct = dict.fromkeys(names)
     used = {name.lower() for name in reserved}
@@ -246,7 +259,7 @@ def make_result_names(
 
 
 def convert_items(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """Return the type of a map, list or struct with converted item types. List views become lists."""
+    """Return a map, list or struct type with its item types converted. List views become lists."""
     if types.is_map(dtype):
         key, item = (field.with_type(convert(field.type)) for field in (dtype.key_field, dtype.item_field))
         return pa.map_(key, item, dtype.keys_sorted)
@@ -259,7 +272,10 @@ def convert_items(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataTy
 
 
 def _convert_leaves(dtype: pa.DataType, convert: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """Return a type in which each innermost type is converted. Extension types become their storage type."""
+    """Return a type in which each innermost type is converted.
+
+    Extension types become their storage type; dictionary and run-end encoded types become their value type.
+    """
     if isinstance(dtype, pa.BaseExtensionType):
         return _convert_leaves(dtype.storage_type, convert)
     if types.is_dictionary(dtype) or types.is_run_end_encoded(dtype):

@@ -32,18 +32,18 @@ class UsageError(BatchInferError):
 
 
 class SettingsError(UsageError):
-    """An option is invalid, or options conflict."""
+    """Settings are invalid or conflict, or do not suit OUT, this machine or a service."""
 
 
 class CompilationError(SettingsError):
     """torch.compile failed.
 
-    `run` continues without it unless --compile was given, OUT already contains images, or a launcher started the run.
+    `run` continues without torch.compile unless --compile was given, OUT contains images, or a launcher started it.
     """
 
 
 class TableError(UsageError):
-    """A table or request cannot be read."""
+    """A table, or the body of an HTTP request, cannot be read."""
 
 
 class ModelError(UsageError):

@@ -70,7 +70,7 @@ def _quote(value: Any) -> str:
 
 
 def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
-    """Encode an image (H, W, 3) uint8 as a file that also contains its parameters and XMP."""
+    """Encode an image (H, W, 3) uint8 as a file that also contains its parameters, shortened if too long, and XMP."""
     image, stream = Image.fromarray(pixels), io.BytesIO()
     parameters = _shorten(parameters, MAX_TEXT_LENGTH)
     if image_format == "png":
@@ -124,7 +124,7 @@ def hash_pixels(pixels: np.ndarray) -> str:
 
 
 def _shorten(text: str, length: int) -> str:
-    """Shorten a text to `length` characters: replace its end with `…`, but keep a short last line."""
+    """Shorten a text to at most `length` characters: replace its end with `…`, but keep a short last line."""
     if len(text) <= length:
         return text
     start, _, last = text.rpartition("\n")
@@ -135,7 +135,7 @@ def _shorten(text: str, length: int) -> str:
 def apply_policy(pixels: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
     """Return the pixels to store for a flagged image, or None to store no image.
 
-    `blank` is a black image, as in diffusers. `blur` uses a radius of 1/16 of the longer side, which hides all shapes.
+    `blank` is a black image, as in diffusers. `blur` uses a radius of 1/16 of the longer side, which hides details.
     """
     match on_flagged:
         case "blank":

@@ -12,8 +12,7 @@ class Stages:
 
     `seconds` is the total without `compilation`, the time to compile networks for new shapes. With step-level
     batching on a GPU, decoding and checking run concurrently with the UNet, so the seconds of these stages overlap.
-    `ticks` counts UNet calls, `slot_ticks` their batch elements, and `row_forwards` UNet evaluations: the elements that
-    belong to a row.
+    `ticks` counts UNet calls, `slot_ticks` their batch elements, and `row_forwards` the elements that belong to a row.
     `started_at` is the start of the first UNet call, and `ended_at` the end of the last.
     """
 
@@ -48,7 +47,7 @@ class Stages:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each stage in the total seconds of all stages."""
+        """Share of each stage in the summed seconds of these four stages."""
         by_stage = {name: getattr(self, name) for name in ("encode", "denoise", "decode", "check")}
         total = sum(by_stage.values()) or 1.0
         return {name: round(seconds / total, 4) for name, seconds in by_stage.items()}

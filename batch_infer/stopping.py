@@ -1,8 +1,8 @@
 """Stop a command early, on a signal or at the time limit.
 
-Killing a command at any moment loses no committed work, so a stop raises StopRequested in the main thread immediately.
-Code inside `deferred` checks for a stop itself and finishes its work. A watchdog thread ends the process if the main
-thread is inside a library that neither returns nor lets the exception through.
+Killing a command at any moment loses no committed work, so outside `deferred`, a stop raises StopRequested in the main
+thread immediately. Code inside `deferred` checks for a stop itself and finishes its work. A watchdog thread ends the
+process if the main thread is inside a library that neither returns nor lets the exception through.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from batch_infer.errors import StoppedError
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 3.0
-"""Seconds in which a command may finish its work after a stop, for example merge results."""
+"""Seconds in which a command may finish its work after a deferred stop, for example merge results."""
 END_SECONDS = 1.5
 """Seconds to wait for an interrupted process to exit before the watchdog ends it."""
 REPEAT_SECONDS = 0.5
@@ -57,16 +57,16 @@ class Stopper:
         log_error: Callable[[str], object],
         remove_files: Callable[[], object],
     ) -> None:
-        """Start the time limit, in seconds. `hint` ends the error message and says what to do after a stop.
+        """Start the time limit, in seconds, if any. `hint` ends the error message and says what to do after a stop.
 
-        `log_stop` is called in the main thread if a signal arrives while a stop is deferred indefinitely. Before the
-        watchdog ends the process, it calls `remove_files`, and `log_error` with the error message.
+        `log_stop` is called in the main thread if the first signal arrives while a stop is deferred indefinitely.
+        Before the watchdog ends the process, it calls `remove_files`, and `log_error` with the error message.
         """
         self.time_limit, self._hint = time_limit, hint
         self._deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
         self._log_stop, self._log_error, self._remove_files = log_stop, log_error, remove_files
         self._grace = 0.0
-        """Seconds by which a stop at this moment is deferred."""
+        """Maximum number of seconds by which a stop would be deferred at this moment."""
         self._has_timer = self._interrupted = False
         self._first_signal_time: float | None = None
         self._previous_handlers: dict[int, Any] = {}
@@ -102,7 +102,7 @@ class Stopper:
         self._wakeup_sender.setblocking(False)
         for number in STOP_SIGNALS:
             if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup
+                continue  # nohup lets the command outlive its terminal
             self._install(number, self._handle)
         if _ALARM is not None:
             self._install(_ALARM, self._handle_alarm)
@@ -158,7 +158,7 @@ class Stopper:
         raise StopRequested
 
     def _set_timer(self, seconds: float) -> None:
-        """Interrupt after this many seconds unless a timer is already set."""
+        """Interrupt after this many seconds, unless this was already called or there is no SIGALRM."""
         if not self._has_timer and _ALARM in self._previous_handlers:
             self._has_timer = True
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -181,7 +181,7 @@ class Stopper:
                 overdue_seconds = overdue_seconds + TICK_SECONDS if first_signal and is_due else 0.0
                 grace = GRACE_SECONDS if self._has_timer or 0 < self._grace < math.inf else 0.0
                 if overdue_seconds >= END_SECONDS + grace:
-                    self.reason = self.reason or _signal_name(first_signal)  # the main thread has not handled it
+                    self.reason = self.reason or _signal_name(first_signal)  # None if the signal is unhandled
                     self._end_process()
         if self._interrupted:
             self._limit_shutdown()
@@ -210,7 +210,7 @@ def _signal_name(number: int) -> str:
 
 @contextmanager
 def deferred(seconds: float = math.inf) -> Iterator[None]:
-    """Defer a stop inside the context, where code checks for it, by at most this many seconds.
+    """Defer a stop by at most this many seconds inside the context, whose code must check for a stop.
 
     If a stop was requested, the code after the context has up to GRACE_SECONDS to finish. Without an active Stopper,
     this does nothing.

@@ -1,6 +1,7 @@
 """Detect the device, and measure the throughput plateau and the cost of an image.
 
-Results are cached between commands. The probe measures in a separate process, so that the parent does not need torch.
+Commands can save the results for later commands. The probe measures in a separate process, so that the parent does not
+need torch.
 """
 
 from typing import TYPE_CHECKING

@@ -25,8 +25,8 @@ class Rates:
     """Costs of rendering images of one size. Times are in seconds.
 
     `start` is the time until the model is loaded, `tick` the time of one UNet call over all slots, and `image` the
-    other device time per image. On a CPU, `image` includes the encoding of the image file. `image_bytes` is the mean
-    size of an image file.
+    remaining rendering time per image. On a CPU, a measured `image` includes the encoding of the image file, which
+    shares the cores. `image_bytes` is the mean size of an image file.
     """
 
     start: float
@@ -38,7 +38,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Batch sizes at the throughput plateau of one image size: batch elements per UNet call, and images per decode."""
+    """Batch sizes for one image size: batch elements per UNet call, and images per decode.
+
+    They are at the throughput plateau, or smaller if a run with the sizes at the plateau ran out of memory.
+    """
 
     slots: int
     decode_batch: int
@@ -56,7 +59,7 @@ def load_calibration(value_type: type[Value], conditions: Mapping[str, Any], nam
         return msgspec.convert(measured, value_type, str_keys=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # the file is damaged or from another version
+    except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, damaged or from another version
         log.debug("cannot read the cached %s, so it is measured again: %s", name, error)
         return None
 

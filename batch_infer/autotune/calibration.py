@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
-"""Step counts to try for the short rendering, since a scheduler may refuse some of them."""
+"""Step counts to try for the short rendering, and in reverse order for the plateau, as a scheduler may refuse some."""
 LONG_SECONDS = 1.0
-"""Number of seconds by which the long rendering should exceed the short rendering."""
+"""Approximate number of seconds for the additional steps, if the short rendering has one step."""
 MAX_MORE_STEPS = 25
 """Maximum number of additional steps of the long rendering, unless the scheduler accepts only larger numbers."""
 REPEATS = 2
-"""Number of repetitions. The fastest one counts, since other work on the machine can only slow one down."""
+"""Number of timings of each rendering. The shortest counts, since other work on the machine can only prolong them."""
 
 _load_solver = cache(load_solver)
 
@@ -41,7 +41,8 @@ def import_renderer() -> None:
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
     """Return how often a row with `steps` steps evaluates the model, or why the scheduler refuses that step count.
 
-    The reason is returned instead of raised, since unpickling the error could import torch in the parent process.
+    A pipeline without a family is assumed to evaluate the model once per step. The reason is returned instead of
+    raised, since unpickling the error could import torch in the parent process.
     """
     if card.uses_pipeline_call:
         return steps
@@ -52,14 +53,17 @@ def count_evaluations(card: ModelCard, steps: int) -> int | str:
 
 
 def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
-    """Return the throughput plateau for a size (height, width) in pixels. Raises ModelError, SettingsError."""
+    """Return the throughput plateau for a size (height, width) in pixels.
+
+    Raises ModelError, SettingsError, and RowError if a pipeline without a family does not support the size.
+    """
     from torch import OutOfMemoryError
 
     from batch_infer.autotune.plateau import find_pipeline_plateau, find_plateau
     from batch_infer.models import AnyPipeline
 
     with explain_out_of_memory():
-        # Compilation hardly changes the plateau, and would take a minute for each batch size.
+        # Do not compile: it would hardly change the plateau, but take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
@@ -92,7 +96,7 @@ def measure_rates(
     encode_seconds, image_bytes = _encode(images, image_format)
     if compute.device == "cpu":  # rendering and encoding share the cores
         image += encode_seconds / compute.threads
-    # If the slots did not fit into memory, a run makes proportionally more calls.
+    # If the chain had to halve the slots to fit into memory, a run needs several calls to evaluate as many elements.
     tick *= compute.shape_of(*size).slots / chain.batch_sizes.for_size(size)[0]
     return Rates(start, tick, image, image_bytes, utc_now())
 
@@ -119,7 +123,7 @@ def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
 
 
 def _choose_few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return the first accepted step count. A pipeline without a family gets up to 4 steps, which few refuse."""
+    """Return the first accepted step count, or at most 4 for a pipeline without a family: most accept so few steps."""
     return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
 
 
@@ -144,7 +148,7 @@ def _encode(images: list[np.ndarray], image_format: ImageFormat) -> tuple[float,
     """Encode images in memory. Return the mean seconds per image and the mean file size in bytes."""
     from batch_infer.images import encode
 
-    if not images:  # no image was finite, which the run reports for each row
+    if not images:  # no row has an image; a run reports the reason for each row
         return 0.0, 0.0
     started = time.perf_counter()
     sizes = [len(encode(pixels, image_format, "")) for pixels in images]

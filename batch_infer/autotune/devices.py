@@ -42,7 +42,7 @@ def detect_device(requested: str) -> Device:
     count = _count_cuda_devices()
     if requested == "cuda" and not count:
         raise SettingsError("--device cuda: torch finds no CUDA device here")
-    # Without `cpu`, accelerate reports a world size of one on every rank of a machine without CUDA.
+    # On a machine without CUDA, pass `cpu`: otherwise accelerate reports a world size of one on every rank.
     kind = PartialState(cpu=requested == "cpu" or not torch.cuda.is_available()).device.type
     if kind == "cuda":
         return Device(kind, torch.cuda.get_device_name(), count)
@@ -73,7 +73,7 @@ def read_processor_name() -> str:
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Raise SettingsError instead of torch's error if a model does not fit on its device.
+    """Raise SettingsError instead of torch.OutOfMemoryError if a model does not fit on its device.
 
     The parent process could not unpickle torch's error without importing torch.
     """
@@ -109,11 +109,11 @@ def save_device(requested: str, device: Device) -> None:
 def _device_conditions(requested: str) -> dict[str, Any] | None:
     """Return everything that determines the result of `detect_device`, or None if only torch can determine it.
 
-    `detect_device` uses CUDA if torch.cuda counts a device, and otherwise the CPU. That count and the name of device 0
-    depend on the machine, on the build of torch (version.py names its CUDA or ROCm), on the driver and its GPUs (the
-    files below change if a GPU is added, replaced or MIG-partitioned), and on the variables that hide or reorder GPUs.
-    A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg), no file contains the
-    GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
+    Unless the CPU is requested, `detect_device` uses CUDA if torch.cuda counts a device. That count and the name of
+    device 0 depend on the machine, on the build of torch (version.py names its CUDA or ROCm), on the driver and its
+    GPUs (the files read below change if a GPU is added, replaced or MIG-partitioned), and on the variables that hide,
+    reorder or select GPUs. A container with fewer GPUs has fewer device nodes. Outside Linux, and under WSL (/dev/dxg),
+    no file contains the GPU's model, so nothing is cached there. Only `plan` uses a cached device. `run` uses torch.
     """
     if sys.platform != "linux" or Path("/dev/dxg").exists():
         return None

@@ -19,20 +19,22 @@ if TYPE_CHECKING:
 SLOTS = (2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_BATCHES = (1, 2, 4, 8, 16)
 SUFFICIENT_SHARE = 0.95
-"""Share of the best throughput that suffices.
+"""Share of the best measured throughput that a batch size must reach to be chosen.
 
-The smallest batch size that reaches it is chosen, since it leaves the fewest slots empty at the end of a run.
+The smallest such size is chosen, since it leaves the fewest slots empty at the end of a run. From the third size on,
+the search ends as soon as a size's throughput exceeds the best before it by less than 1 - SUFFICIENT_SHARE.
 """
 TRIAL_SECONDS = 0.4
-"""Minimum number of seconds for which to measure a batch size."""
+"""Minimum number of seconds for which to time a batch size, after the warm-up."""
 
 Trial = Callable[[], object]
 
 
 def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
-    """Measure larger and larger batches of rows with `params` until throughput stops rising or memory is full.
+    """Return the batch sizes at the plateau for rows with `params`.
 
-    Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    Time larger and larger UNet calls, and then decoder calls, until throughput stops rising, memory is almost full, or
+    the largest size is reached. Raises torch.OutOfMemoryError if not even the smallest batch fits.
     """
     slots, full_slots = _search(SLOTS, lambda size: _make_tick(model, params, size), model.device)
     sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
@@ -42,9 +44,10 @@ def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
 
 
 def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """Measure larger and larger batches of a pipeline's own calls. The decode batch is derived from the result.
+    """Time the pipeline's own call on larger and larger batches, until throughput stops rising or memory is full.
 
-    Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    The decode batch is derived from the slots. Raises torch.OutOfMemoryError if not even the smallest batch fits, and
+    RowError if the pipeline does not support `params`.
     """
     request = _make_request(params, "a trial")
 
@@ -101,7 +104,7 @@ def _synchronize() -> None:
 
 
 def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
-    """Return a trial of one UNet call over `size` full slots."""
+    """Return a function that makes one UNet call with all `size` slots filled."""
     latent_shape = model.latent_shape(params.height, params.width)
     slots: Slots[None] = Slots(model, size, latent_shape, model.device, model.dtype)
     table = model.solver.table(params.num_inference_steps)
@@ -117,7 +120,7 @@ def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Tri
 
 
 def _make_decode(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
-    """Return a trial of one decoder call over `size` images."""
+    """Return a function that decodes `size` images in one call."""
     latents = torch.zeros(size, *model.latent_shape(params.height, params.width), device=model.device)
     return lambda: model.decode(latents)
 

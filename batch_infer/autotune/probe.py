@@ -33,17 +33,18 @@ Result = TypeVar("Result")
 class Probe:
     """Measures in a separate process, which imports torch and is started by the first call that needs it.
 
-    It must be used as a context manager, which ends the process.
+    Use it as a context manager, which ends the process. If the process dies, methods raise ModelError, or SettingsError
+    if the main script has no main guard.
     """
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._other_children = set(active_children())
         self._evaluations: dict[int, int | str] | None = None
-        """Model evaluations by step count, or why the scheduler refuses that count."""
+        """Model evaluations by step count, or why the scheduler refuses that count, for one model."""
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
-        """Number of seconds spent waiting for the process."""
+        """Number of seconds spent starting the process and waiting for its results."""
 
     def detect_device(self, requested: str) -> Device:
         """Return the device for `--device`. Raises SettingsError if the requested device is missing."""
@@ -55,11 +56,11 @@ class Probe:
         return device
 
     def inspect_pipeline(self, path: Path) -> SamplingRules:
-        """Return the sampling rules of a checkpoint's pipeline, which diffusers determines. Raises ModelError."""
+        """Return the sampling rules that diffusers determines for a checkpoint's pipeline. Raises ModelError."""
         return self._call(_inspect_pipeline, path)
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
-        """Return how often a row evaluates the model. Raises RowError if the scheduler refuses the step count."""
+        """Return how often a row evaluates the model. Raises ModelError, and RowError if `steps` is refused."""
         if card.uses_pipeline_call:
             return steps
         if self._evaluations is None:
@@ -76,7 +77,7 @@ class Probe:
     def measure_plateau(
         self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]
     ) -> Plateau:
-        """Measure the throughput plateau for a size (height, width). Raises ModelError, SettingsError."""
+        """Measure the throughput plateau for a size (height, width). Raises ModelError, SettingsError, RowError."""
         return self._call(measure_plateau, card, compute, safety, size)
 
     def measure_rates(
@@ -87,7 +88,7 @@ class Probe:
         image_format: ImageFormat,
         size: tuple[int, int],
     ) -> Rates:
-        """Measure the rates for a size (height, width) by rendering a few images. Raises ModelError, SettingsError."""
+        """Measure the rates for a size (height, width) by rendering full batches. Raises ModelError, SettingsError."""
         if self._import_seconds is None:
             self._call(import_renderer)
             self._import_seconds = self.seconds_waited
@@ -98,7 +99,7 @@ class Probe:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is not None:  # the pending result is no longer needed
+        if exc_type is not None:  # do not wait for a result that is no longer needed
             for process in set(active_children()) - self._other_children:
                 process.kill()
         if self._pool is not None:
@@ -109,7 +110,7 @@ class Probe:
         started = time.perf_counter()
         processes: set[BaseProcess] = set()
         try:
-            if self._pool is None:  # creating a pool takes time, since it starts the resource tracker
+            if self._pool is None:  # this counts as waiting, since it starts the resource tracker
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
             future = self._pool.submit(function, *args, **kwargs)
             processes = set(active_children()) - self._other_children
@@ -125,7 +126,7 @@ class Probe:
 
 
 def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
-    """Return everything that determines how often a row evaluates the model."""
+    """Return everything apart from the step count that determines how often a row evaluates the model."""
     return {
         "scheduler": [card.scheduler_name, card.scheduler_fingerprint],
         "family": card.family,

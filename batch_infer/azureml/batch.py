@@ -1,10 +1,11 @@
-"""The scoring script of an Azure ML batch endpoint, which renders tables of prompts and returns a row per image.
+"""The scoring script of an Azure ML batch endpoint, which renders tables of prompts and returns their results.
 
 Azure calls `init` once per worker process, and `run` with the paths of a few files at a time. The settings are the
 environment variables of `batch-infer run` (BATCH_INFER_STEPS=30 is --steps 30) and BATCH_INFER_PREDICTIONS=card, which
-selects the five columns of the model catalog's deployments. By default, rows have the columns of results.* and, last,
-`carried`, a JSON object of the table's other columns. The model is in AZUREML_MODEL_DIR. Images and the manifest are
-written to AZUREML_BI_OUTPUT_PATH. `batch-infer merge` writes results.* to the same folder.
+selects the five columns of the model catalog's deployments. By default, results have the same columns as a run's
+results.*, but the table's own columns are in the last one, `carried`, as a JSON object. The model is in
+AZUREML_MODEL_DIR. Images and the manifest are written to AZUREML_BI_OUTPUT_PATH. `batch-infer merge` writes results.*
+to the same folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from batch_infer.jobs import shorten_float32, to_json
 from batch_infer.manifest import SCHEMA
 
 BLOCKED = "Blocked By Azure AI Content Safety"
-"""Text that the model catalog's samples write instead of an image path."""
+"""Text that the model catalog's samples write instead of the image path of a blocked prompt."""
 _OUT = "AZUREML_BI_OUTPUT_PATH"
 _COLUMNS = "BATCH_INFER_PREDICTIONS"
 _PANDAS_TYPES = {
@@ -41,7 +42,7 @@ _worker: MiniBatchScorer | None = None
 
 
 def init() -> None:
-    """Load the model. Raises UsageError if a setting is invalid or not supported, StorageError."""
+    """Load the model. Raises UsageError, for example if a setting is invalid or not supported, StorageError."""
     global _worker
     _choose_columns()
     out = os.environ.get(_OUT)
@@ -54,7 +55,8 @@ def run(mini_batch: Sequence[str], context: Any = None) -> pd.DataFrame:
     """Return the results of the tables at these paths. Finished rows are not rendered again.
 
     Invalid rows, failed rows and unreadable files have results too. Raises TableError if no file can be read,
-    ServiceError if a safety service does not answer, StorageError.
+    SettingsError if `mini_batch` is not a list of paths or OUT belongs to another deployment, ServiceError if a safety
+    service does not answer, StorageError.
     """
     if _worker is None:
         raise RuntimeError("call init() before run()")
@@ -82,7 +84,7 @@ def _choose_columns() -> Callable[[pa.Table], pa.Table]:
 
 
 def _select_card(results: pa.Table) -> pa.Table:
-    """Return the columns of the model catalog's deployments. generated_image is relative to predictions.csv."""
+    """Return the columns of the model catalog's deployments. Paths are relative to the folder of predictions.csv."""
     columns = {
         "row_number_per_file": results["source_row"],
         "prompt": results["prompt"],

@@ -23,7 +23,7 @@ from batch_infer.settings import RunSettings, TableSettings
 MODEL_DEPTH = 4
 """Folder levels below AZUREML_MODEL_DIR to search for a model. A registered model may be several levels down."""
 READ_ATTEMPTS, RETRY_SECONDS = 10, 2.0
-"""Maximum number of attempts to read a run.json that cannot be parsed, and the seconds between attempts."""
+"""Maximum number of attempts to read an invalid run.json, and the seconds between attempts."""
 _FILE_OPTIONS = ("RESULTS", "MAX_FAILED", "PRICE_PER_HOUR", "TIME_LIMIT", "METRICS_FILE", "OUT")
 _TERMINAL_OPTIONS = ("JSON", "QUIET", "VERBOSE", "NO_PROGRESS")
 IGNORED = tuple(f"BATCH_INFER_{option}" for option in (*_FILE_OPTIONS, *_TERMINAL_OPTIONS))
@@ -34,17 +34,17 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class AzureDeployment(Deployment):
-    """A deployment in Azure ML. `record` is its run.json, and `earlier` is the run.json already in OUT, if any."""
+    """A deployment in Azure ML. `record` is its content for run.json, and `earlier` that of OUT's run.json, or None."""
 
     record: Mapping[str, Any]
     earlier: Mapping[str, Any] | None
 
 
 def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> AzureDeployment:
-    """Return the deployment that the environment describes. Raises UsageError.
+    """Return the deployment that the environment describes. Raises UsageError, StorageError.
 
-    OUT need not exist. It is None for a deployment that writes no files. `is_only_worker`: no other worker runs on this
-    machine.
+    `out` is a folder that need not exist, or None for a deployment without a manifest. `is_only_worker`: no other
+    worker runs on this machine.
     """
     unused = Path(tempfile.gettempdir(), f"batch-infer-{uuid4().hex}")
     requested = settings_from_environment("-", out or str(unused), IGNORED)
@@ -63,7 +63,7 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
 
 
 def read_cached_run(out: Path) -> dict[str, Any] | None:
-    """Return run.json, or None if OUT has none. Raises UsageError.
+    """Return the content of run.json, or None if OUT has none. Raises UsageError, StorageError.
 
     An invalid file is read again, because another worker may just have written it: a mount of a storage account
     that caches file sizes, such as blobfuse, may temporarily truncate a new file to the size of the old file.
@@ -76,9 +76,10 @@ def read_cached_run(out: Path) -> dict[str, Any] | None:
 
 
 def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettings:
-    """Convert the settings of a run for an endpoint. Raises SettingsError if an endpoint does not support them.
+    """Convert the settings of a run for an endpoint.
 
-    The model is BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model.
+    The model is BATCH_INFER_MODEL, else the model registered with the deployment, else the built-in model. Raises
+    SettingsError if an endpoint does not support the settings, or if the registered model is missing or ambiguous.
     """
     unsupported = {
         "BATCH_INFER_OVERWRITE": settings.overwrite,
@@ -101,8 +102,8 @@ def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettin
 def find_model_path(folder: Path) -> str:
     """Return the path of the only diffusers folder, or else of the only .safetensors file, in or below a folder.
 
-    If several levels contain models, only the highest one counts. Files, which may be LoRAs, count only if there is no
-    diffusers folder on any level. Raises SettingsError.
+    If several levels contain models, only the highest such level counts. Files, which may be LoRAs, count only if there
+    is no diffusers folder on any level down to MODEL_DEPTH. Raises SettingsError if there is no model, or several.
     """
     variable = f"AZUREML_MODEL_DIR={folder}"
     if not folder.is_dir():
@@ -134,6 +135,6 @@ def _refuse_worker_without_gpu(settings: RunSettings) -> None:
 
 
 def _count_gpus() -> int:
-    """Return the number of GPUs on this machine according to Azure. A batch job has one worker per GPU."""
+    """Return the number of GPUs on this machine according to Azure, or 0 if Azure does not set it."""
     count = os.environ.get("AZ_BATCHAI_GPU_COUNT_FOUND", "")
     return int(count) if count.isdecimal() else 0

@@ -17,9 +17,10 @@ log = logging.getLogger("batch_infer")
 
 
 class FolderFiles(NamedTuple):
-    """A folder with files of a mini-batch: their names in order, and the names of all files that exist in the folder.
+    """A folder with files of a mini-batch.
 
-    A file that was removed no longer owns ids.
+    `files`: their names in order; `existing`: these names and, if the folder can be listed, all other names in it. A
+    file that no longer exists does not own ids.
     """
 
     path: Path
@@ -28,7 +29,7 @@ class FolderFiles(NamedTuple):
 
 
 def group_by_folder(files: Sequence[str]) -> tuple[list[FolderFiles], list[ResultRow]]:
-    """Return the files by folder, and an invalid result for each file with the name of an earlier file.
+    """Return the files by folder, and an invalid result for each file named like an earlier one in another folder.
 
     A row is identified by the name of its file without the folder, since a worker does not see other mini-batches.
     Hidden files, markers and documentation are left out, as in a folder of `batch-infer run`.
@@ -57,7 +58,7 @@ def _make_invalid_row(file: Path, other: Path) -> ResultRow:
     name = f"{file.parent.name}/{file.name}"
     earlier_error = f"{file} and {other} have one name, by which their rows and images are known: rename one"
     return ResultRow(
-        id=make_default_id(name, 0),  # default ids of tables contain no slash
+        id=make_default_id(name, 0),  # unique, since the default id of a table's row contains no slash
         image_index=0,
         prompt=None,
         status="invalid",
@@ -71,7 +72,7 @@ def _make_invalid_row(file: Path, other: Path) -> ResultRow:
 
 
 class CommittedId(NamedTuple):
-    """The result columns of a row that was committed under an id from its table."""
+    """The id, location and image path of a committed result."""
 
     id: str
     image_index: int
@@ -81,7 +82,7 @@ class CommittedId(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether the id is the default id of its row, which no other row can have."""
+        """Whether the id is the default id of its row, perhaps with + appended. No other row can have that id."""
         file, row = self.source_file, self.source_row
         default_ids = make_default_id(Source(file, row).stem, row), make_default_id(file.rstrip("+"), row)
         return self.id.rstrip("+") in default_ids
@@ -90,11 +91,11 @@ class CommittedId(NamedTuple):
 class IdOwnership:
     """A temporary database of all rows that were ever committed under an id from a table.
 
-    If several files of a folder contain an id, the first file by name owns it. Two workers may check before
-    either of them commits, so both render the row. Therefore each worker checks again after its commit. Parts are never
-    removed, so the worker that commits last sees both rows, and also settles the row of the other file. Both workers
-    settle rows in the same way, so settling a row twice does no harm. If a worker dies before its second check, its
-    mini-batch is retried, and the retry begins with a check.
+    If several files of a folder contain an id, the first file by name owns it. Two workers with such files may check
+    before either of them commits, and then each renders its row. Therefore each worker checks again after its commit.
+    Only damaged parts are removed, so the worker that commits last sees both rows, and also settles that of the other
+    file. Both workers settle rows in the same way, so settling a row twice does no harm. If a worker dies before its
+    second check, its mini-batch is retried, and the retry begins with a check.
     """
 
     def __init__(self) -> None:
@@ -107,7 +108,7 @@ class IdOwnership:
         self._part_names: set[str] = set()
 
     def add(self, parts: Iterable[Path]) -> None:
-        """Read the parts that have not been read yet. Raises DamagedPartError, StorageError."""
+        """Read the parts that have not been read yet. Raises DamagedPartError, NewerPartError, StorageError."""
         for part in parts:
             if part.name not in self._part_names:
                 with unless_removed(part):  # another worker may set it aside
@@ -118,12 +119,12 @@ class IdOwnership:
                     self._part_names.add(part.name)
 
     def has_earlier_owner(self, name: str, file: str, folder: FolderFiles) -> bool:
-        """Return whether a file of the folder that sorts before `file` has a row under the id `name`."""
+        """Return whether a file of the folder that sorts before `file` has a committed row with the id `name`."""
         query = "SELECT DISTINCT source_file FROM ids WHERE id = ? AND source_file < ?"
         return any(other in folder.existing for (other,) in self._database.execute(query, (name, file)))
 
     def find_conflicts(self, folder: FolderFiles) -> frozenset[CommittedId]:
-        """Return all rows under ids that a file of the mini-batch shares with another existing file."""
+        """Return the rows of existing files with ids that a file of the mini-batch shares with other existing files."""
         query = (
             "SELECT DISTINCT a.id FROM ids AS a JOIN ids AS b ON b.id = a.id AND b.source_file <> a.source_file"
             " WHERE a.source_file = ?"

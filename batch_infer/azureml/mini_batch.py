@@ -1,4 +1,4 @@
-"""Score mini-batches of table files in one worker, regardless of how often each mini-batch is delivered."""
+"""Score mini-batches of table files in one worker, although Azure may deliver a mini-batch more than once."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ MAX_PASSES = 5
 
 
 class MiniBatchScorer:
-    """A worker with a loaded model. Several workers may write to the same OUT.
+    """Scores mini-batches with a loaded model. Several workers may write to the same OUT.
 
     Workers do not lock OUT: the image of a row, its file name and its key in the manifest depend only on the row, so
-    two workers can render the same row. A row that any worker has committed is not rendered again.
+    two workers can render the same row. A row that any worker has finished is skipped, unless the manifest has its id
+    for a row of another existing file.
     """
 
     def __init__(self, deployment: AzureDeployment) -> None:
@@ -64,8 +65,10 @@ class MiniBatchScorer:
         """Render the pending rows of files and return the results of all their rows.
 
         Results are grouped by folder, in the order of the folder's files. A file that cannot be read has one invalid
-        result, and an ignored file has none. Raises TableError after committing these results if no file can be read,
-        ServiceError if a safety service does not answer, StorageError.
+        result, and an ignored file has none. A file with the name of an earlier file counts as unreadable, and its
+        result is at the end. Raises TableError after committing these results if no file can be read, UsageError if OUT
+        belongs to other workers or its run.json is invalid, ServiceError if a safety service does not answer,
+        StorageError.
         """
         self._check_identity()
         folders, refused = group_by_folder(files)
@@ -93,8 +96,8 @@ class MiniBatchScorer:
     def _check_identity(self) -> None:
         """Raise SettingsError if OUT belongs to workers with another model, scheduler, dtype or safety policy.
 
-        The check is repeated for every mini-batch: on file systems without hard links, two workers that start at the
-        same moment may both write run.json. One of them is refused by a later check.
+        The check is repeated before and after every mini-batch: on file systems without hard links, two workers that
+        start at the same moment may both write run.json. One of them is refused by a later check.
         """
         if (record := read_cached_run(self._path)) is None:
             return
@@ -106,7 +109,7 @@ class MiniBatchScorer:
     def _score_folder(self, folder: FolderFiles) -> tuple[pa.Table, dict[str, str]]:
         """Return the results of a folder's files, and an error message for each file that cannot be read."""
         files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
-        # Remove temporary files of workers that died with these files, and restore the images that they backed up.
+        # Remove temporary files of dead workers, and restore images whose replacements were never committed.
         leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
         if originals := remove_abandoned(self._path, leftover_folders):
             retry_without_damaged_parts(
@@ -134,7 +137,7 @@ class MiniBatchScorer:
         self._commit_pending(job, folder)
         conflicts = self._ids.find_conflicts(folder)
         if conflicts != conflicts_before:
-            return None  # the ids of these rows have changed
+            return None  # an id may have a new owner, so the ids of rows may change
         self._settle_conflicts(conflicts, folder)
         counts = Counts()
         batches = list(read_results(job.items(self._index), self._index, job.tables.carried, counts))
@@ -144,7 +147,7 @@ class MiniBatchScorer:
     def _commit_pending(
         self, job: Job, folder: FolderFiles, sources: Collection[tuple[str, int]] | None = None
     ) -> None:
-        """Render and commit pending rows, or only those of `sources` (file name, row number).
+        """Render and commit all pending rows or, with `sources` (file name, row number), only the pending rows there.
 
         The ids of the rows depend only on the parts that were read before this call.
         """

@@ -11,11 +11,11 @@ in tables, a missing seed is derived from BATCH_INFER_SEED and the row's id or, 
 Therefore the same request returns the same images. Send a `seed` for other images.
 
 The object of an invalid row, such as one with a prompt of more than 10,000 characters, has the reason in `error`. A
-malformed request, an unknown key or parameter, an invalid parameter, or a row with too few cells gets status 400. A
-request for more than 256 images gets status 413. The status is 503 if content safety does not answer, or if the images
-are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body of these responses is `{"error": "a
-sentence"}`. The server itself refuses a body that is not UTF-8, with status 400 and `message`. When a client
-disconnects, the rest of its request is not rendered.
+malformed request, an unknown key or parameter, an invalid parameter, or a row with too few or too many cells gets
+status 400. A request for more than 256 images gets status 413. The status is 503 if content safety does not answer, if
+the server is being stopped, or if the images are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body
+of these responses is `{"error": "a sentence"}`. The server itself refuses a body that is not UTF-8, with status 400 and
+`message`. Once the server notices that a client has disconnected, it renders no further rows of its request.
 
 Settings are the BATCH_INFER_* variables. The server has one thread by default. With GUNICORN_CMD_ARGS="--threads 32",
 rows of concurrent requests share the UNet calls.
@@ -51,7 +51,7 @@ log = logging.getLogger("batch_infer")
 
 
 def init() -> None:
-    """Load the model and render a first image, so that compilation does not delay the first request.
+    """Load the model and try to render a first image, so that compilation does not delay the first request.
 
     Raises UsageError.
     """
@@ -71,7 +71,10 @@ def init() -> None:
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Return the objects for a request, or a server response with an error status."""
+    """Return the objects for a request, or a server response with an error status.
+
+    Without the inference server's library, raises the error instead.
+    """
     service = _load_service()
     deployment = service.deployment
     try:
@@ -89,7 +92,7 @@ def run(raw_data: str | bytes) -> Any:
     except RequestCancelledError as error:
         log.warning("%s", error)
         return _make_response(error, UNAVAILABLE, str(error))
-    except RetryableError as error:  # its message may contain addresses that clients must not see
+    except RetryableError as error:  # the message is not sent to the client, since it may contain addresses
         log.error("%s", error)
         return _make_response(error, UNAVAILABLE, BUSY)
 

@@ -32,7 +32,7 @@ class TooManyImagesError(TableError):
 
 
 class Payload(NamedTuple):
-    """The cells of each row by column, and the request-level parameters, which the rows already contain."""
+    """The cells of each row by column, with the request-level parameters as defaults, and these parameters."""
 
     rows: list[dict[str, Any]]
     parameters: dict[str, Any]
@@ -41,7 +41,7 @@ class Payload(NamedTuple):
 def read_payload(text: str | bytes, columns: Mapping[str, str] | None = None) -> Payload:
     """Parse a request. `columns` maps fields to columns with a different name.
 
-    Raises TableError if the request is malformed.
+    Raises TableError if the request is malformed, and TooManyImagesError if it has too many rows.
     """
     names = {field: (columns or {}).get(field) or field for field in FIELDS}
     prompt = names["prompt"]

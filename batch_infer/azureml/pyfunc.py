@@ -37,11 +37,12 @@ class PromptsToImages:
             self._service = Service(read_deployment())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """Return a row per prompt: prompt, generated_image and nsfw_content_detected (None if no checker ran).
+        """Return a row per image: prompt, generated_image and nsfw_content_detected (None if no checker ran).
 
         generated_image is a file in base64 or, in a batch endpoint's job, the name of a file next to predictions.csv.
         The column `error` says why a row has no image. In a batch endpoint's job, which appends all rows to one file,
-        the column is always present, otherwise only if a row has an error. Raises ServiceError, StorageError.
+        the column is always present, otherwise only if a row has an error. Raises StorageError, and the errors of
+        `Service.render`.
         """
         parameters = {name: value for name, value in (params or {}).items() if value is not None}
         rows = [{**parameters, "prompt": prompt} for prompt in model_input["prompt"]]
@@ -68,7 +69,7 @@ def _default_variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _store_image(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write a row's image to a file, and return the row with the file name.
+    """Write a row's image to a file, if there is one, and return the row with the file name.
 
     The name is a digest of the content, so that a retry does not write a second file.
     """

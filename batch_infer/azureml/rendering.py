@@ -1,6 +1,6 @@
 """Render the pending rows of a mini-batch, so that a row that crashes its process does not fail other rows.
 
-Markers in OUT list the rows that a worker is rendering. They remain if its process dies.
+Markers in OUT list rows that a worker may be rendering. They remain if the worker's process dies.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MiniBatchRenderer:
     """Renders and commits rows with a loaded model."""
 
     def __init__(self, deployment: AzureDeployment, out: PinnedFolder) -> None:
-        """Load the model. Raises ModelError."""
+        """Load the model. Raises ModelError, SettingsError, StorageError."""
         self._chain = load_chain(deployment.card, deployment.compute, deployment.settings.safety)
         self._out, self._manifest, self.markers = out, Manifest(out), ProgressMarkers(out.path)
         self._failed: set[Key] = set()
@@ -61,7 +61,8 @@ class MiniBatchRenderer:
     def render(self, job: Job, requests: Iterable[PromptRequest], index: ManifestIndex) -> None:
         """Render and commit requests. Rows that failed or were in progress in a crash come last, in smaller groups.
 
-        Raises ServiceError, StorageError.
+        After too many crashes, rows are committed as failed without rendering. Raises StorageError, and the errors of a
+        safety service.
         """
         history = self.markers.read_crashes()
         suspects: list[tuple[PromptRequest, int]] = []
@@ -111,7 +112,7 @@ def _count_failures(request: PromptRequest, index: ManifestIndex) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CrashHistory:
-    """The number of crashes in which each row was in progress, and the rows that were the only ones in a crash."""
+    """The number of crashes in which each row may have been in progress, and the rows that were alone in a crash."""
 
     counts: Counter[Key] = field(default_factory=Counter)
     alone: set[Key] = field(default_factory=set)
@@ -119,7 +120,7 @@ class CrashHistory:
     def group(
         self, suspects: Iterable[tuple[PromptRequest, int]]
     ) -> tuple[list[PromptRequest], list[Sequence[PromptRequest]]]:
-        """Return the rows that have failed, and the groups in which to retry the other rows, least suspect first.
+        """Return the rows to commit as failed, and the groups in which to retry the other rows, least suspect first.
 
         Each suspect is a row and the number of its earlier `failed` results. A row with such results is retried alone.
         """
@@ -139,7 +140,9 @@ class CrashHistory:
 
 
 class ProgressMarkers:
-    """The in-progress markers in OUT. The context manager removes them at the end, or keeps them after a crash.
+    """The in-progress markers in OUT. On exit, the context manager removes those of this worker that are still open.
+
+    If a row may have caused an error, it instead keeps them under names that count as those of a crash.
 
     A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
     rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
@@ -180,7 +183,7 @@ class ProgressMarkers:
         pass
 
     def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
-        """Remove the open markers. If a row may have caused the error, keep them although this process continues."""
+        """Remove the open markers. If a row may have caused the error, rename them so that they count as a crash."""
         with self._lock:
             for path in list(self._open):
                 if error is None or isinstance(error, BatchInferError):  # a service or a disk has failed
@@ -205,7 +208,7 @@ class ProgressMarkers:
         return history
 
     def remove_settled(self, index: ManifestIndex) -> None:
-        """Remove markers of processes that may have died if the index contains all rows. Raises StorageError."""
+        """Remove each marker of a process that may have died if the index has all its rows. Raises StorageError."""
         for path, _, keys in self._read_markers():
             if all(index.find(key) for key in keys):
                 self._remove(path)

@@ -1,4 +1,4 @@
-"""Run the benchmark: all contenders render the same rows round by round, then batch-infer with other slot counts."""
+"""Run the benchmark: time all contenders on one workload round by round, then batch-infer with other slot counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ log = logging.getLogger("batch_infer")
 
 
 def benchmark(settings: BenchSettings) -> BenchReport:
-    """Load the model, measure all contenders, and draw the plot if one is requested. Raises UsageError."""
+    """Load the model, measure all contenders, and draw the requested plot unless the benchmark was stopped.
+
+    Raises UsageError, StorageError, and KeyboardInterrupt after a stop before the first figure.
+    """
     if settings.plot is not None:
         check_plot(settings.plot)
     subject = load_subject(settings)
@@ -51,8 +54,8 @@ def benchmark(settings: BenchSettings) -> BenchReport:
 def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
     """Compare the contenders on a loaded model. After a stop, the report has the figures measured so far.
 
-    Raises SettingsError if the model does not support the sizes or steps, or if a baseline is unavailable, and
-    KeyboardInterrupt after a stop before the first figure.
+    Raises SettingsError if the model does not support the sizes or steps, or if a baseline is unavailable, ModelError
+    if batch-infer renders no image for a row, and KeyboardInterrupt after a stop before the first figure.
     """
     workload = make_workload(settings.workload, subject)
     contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
@@ -105,13 +108,13 @@ def _run_rounds(contenders: Sequence[Contender], settings: BenchSettings) -> Non
 
 
 def _estimate_seconds(names: Sequence[str], seconds: Mapping[str, float]) -> float:
-    """Estimate the total seconds of one round of each of these contenders from the seconds of their last rounds."""
+    """Estimate the seconds of one round per name from each contender's last round, or from the mean if it had none."""
     mean = statistics.mean(seconds.values())
     return sum(seconds.get(name, mean) for name in names)
 
 
 def measure_sweep(sweep: Sweep, slot_counts: Sequence[int], subject: Subject, workload: Workload) -> None:
-    """Add a point for each number of slots, and stop at the first that does not fit into memory."""
+    """Add a point for each number of slots, and stop at the first number that does not fit into memory."""
     for slots in slot_counts:
         try:
             with out_of_memory_errors():
@@ -157,8 +160,8 @@ def _find_peak(settings: BenchSettings, subject: Subject) -> Peak:
 
 def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: Peak) -> Measurement:
     seconds = statistics.median(contender.seconds)
-    # The median of the ratios is robust: other work on the machine slows all contenders of a round. After a stop, the
-    # last round may be incomplete.
+    # Compare round by round, since other work on the machine slows all contenders of a round. `zip` is not strict,
+    # because the last round may be incomplete after a stop.
     ratios = [their / our for their, our in zip(contender.seconds, ours.seconds, strict=False)]
     tflop = workload.unet_tflop if isinstance(contender, BareUNet) else workload.tflop
     return Measurement(
@@ -174,7 +177,7 @@ def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: 
 
 
 def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
-    """Compare our images with those of the first baseline that renders images."""
+    """Compare our images with those of the first baseline that renders images, or return None if there is none."""
     ours, *baselines = (contender for contender in contenders if isinstance(contender, RenderingContender))
     if not baselines:  # none was requested, or the benchmark was stopped first
         return None
@@ -184,7 +187,7 @@ def _compare_images(contenders: Sequence[Contender]) -> Parity | None:
 
 
 def _peak_memory(subject: Subject, contenders: Sequence[Contender], sweep: Sweep) -> dict[str, int]:
-    """Return the peak memory in bytes. Each measurement resets the GPU's peak, so return the largest of them."""
+    """Return the peak memory in bytes. Each round resets the GPU's peak, so use the largest that was recorded."""
     memory = read_peak_memory(subject.compute.device)
     if "device_bytes" in memory:
         peaks = [contender.device_bytes for contender in contenders] + [point.device_bytes for point in sweep.points]

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from batch_infer.models import LatentDiffusion
 
 TARGET_SECONDS = 1.0
-"""Approximate duration of a measurement of the bare UNet. A slower call is measured once."""
+"""Approximate duration of a measurement of the bare UNet. If a call takes about as long or longer, one is timed."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 MATMUL_REPEATS = 6
 
 
 class Contender:
-    """A way to render the workload, timed round by round.
+    """Times a way to render the workload, or only its UNet calls, round by round.
 
-    `seconds`: duration of the whole workload in each round; `device_bytes`: peak GPU memory of the last round, or None
-    on a CPU; `sampled_rows`: number of timed rows if not all rows are timed; `details`: more figures for --json.
+    `seconds`: measured or extrapolated duration of the whole workload in each round; `device_bytes`: peak GPU memory of
+    the last round, or None on a CPU or before the first round; `sampled_rows`: number of timed rows if not all rows are
+    timed; `details`: more figures for --json.
     """
 
     sampled_rows: int | None = None
@@ -45,7 +46,7 @@ class Contender:
         raise NotImplementedError
 
     def measure(self) -> float:
-        """Do the work once and return the seconds for the whole workload."""
+        """Measure once and return the measured or extrapolated seconds for the whole workload."""
         raise NotImplementedError
 
     def run_round(self) -> None:
@@ -60,7 +61,7 @@ class Contender:
 class RenderingContender(Contender):
     """Times a renderer on its rows.
 
-    The rows may be a sample of the workload, of whose UNet evaluations they need the `share`. `images` maps the ids in
+    The rows may be a sample, which needs only a `share` of the workload's UNet evaluations. `images` maps the ids in
     `compared` to pixels.
     """
 
@@ -81,7 +82,7 @@ class RenderingContender(Contender):
         self._compared, self._share = frozenset(compared), share
 
     def warm_up(self) -> None:
-        """Render every batch shape once, with few steps, so that compilation and allocation are not timed."""
+        """Render a full batch for each size and use of guidance in the rows, so that compilation is not timed."""
         examples = {(size_of(row), row.params.uses_guidance): row for row in self._rows}
         rows = []
         for shape, row in examples.items():
@@ -102,9 +103,9 @@ class RenderingContender(Contender):
 
 
 class BareUNet(Contender):
-    """Times the workload's UNet calls alone, with all slots full, which is the ceiling for any renderer.
+    """Times only UNet calls with all slots full, which sets a ceiling for renderers with as many slots.
 
-    It measures each size for about a second and extrapolates.
+    It times each size for about a second, or for one call if that takes longer, and extrapolates to the workload.
     """
 
     def __init__(self, name: str, subject: Subject, workload: Workload) -> None:
@@ -157,7 +158,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the TFLOP/s of a large matrix product.
 
-    Use the fastest of several runs, because other processes slow some of them down.
+    Use the fastest of several runs after a warm-up, because other processes may slow some of them down.
     """
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

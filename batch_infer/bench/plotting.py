@@ -19,7 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(file: Path) -> None:
-    """Raise SettingsError if matplotlib is missing or a plot cannot be written to this file."""
+    """Raise SettingsError if matplotlib, a supported file ending or the file's folder is missing."""
     if find_spec("matplotlib") is None:
         raise SettingsError("--plot needs matplotlib: pip install 'batch-infer[plot]'")
     if file.suffix.lower() not in FORMATS:
@@ -29,7 +29,7 @@ def check_plot(file: Path) -> None:
 
 
 def draw(report: BenchReport, file: Path) -> None:
-    """Plot the sweep of a report to a file. Raises StorageError."""
+    """Plot the sweep and baselines of a report to a file. Raises StorageError."""
     from matplotlib.figure import Figure
 
     # Avoid pyplot, which keeps global state and may select a GUI backend.
@@ -56,10 +56,10 @@ def _draw_sweep(axes: Axes, report: BenchReport) -> None:
 
 
 def _draw_baselines(axes: Axes, report: BenchReport) -> None:
-    """Draw the baselines and the device's ceiling.
+    """Draw the diffusers baselines and the device's ceiling.
 
-    Grouped baselines are drawn at their number of slots, or at the largest if it differs between image sizes. The other
-    lines do not depend on slots.
+    Grouped baselines are points at their number of slots, or at the largest number if it differs between image sizes.
+    The others do not depend on slots, so they are horizontal lines.
     """
     markers = iter(("s", "D", "^", "v"))
     slots = max(report.ours.details["slots"].values())

@@ -65,8 +65,9 @@ class BatchInfer:
 class PlainDiffusers:
     """Renders with the diffusers pipeline on the same networks, with one generator per row and no safety checker.
 
-    It calls the networks uncompiled, but with their other GPU optimisations (channels last, fused projections). With
-    `compiled`, it calls the compiled networks, and pads batches so that torch.compile does not compile for every size.
+    By default, it calls the networks uncompiled, but with their other GPU optimisations (channels last, fused
+    projections). With `compiled`, it calls the compiled networks, and pads batches so that torch.compile does not
+    compile for every number of rows.
     """
 
     def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
@@ -74,7 +75,7 @@ class PlainDiffusers:
         self._grouped, self._compiled = grouped, compiled
         self._pipeline = _build_pipeline(model)
         self.decodes_singly = False
-        """Whether images are decoded one by one because a batch of images does not fit into memory."""
+        """Whether images are decoded one by one because a batch ran out of memory."""
 
     def capacity(self, row: PromptRequest) -> int:
         return self._compute.shape_of(*size_of(row)).slots // row.params.slots if self._grouped else 1
@@ -105,7 +106,7 @@ class PlainDiffusers:
         except torch.OutOfMemoryError:
             if self.decodes_singly:
                 raise
-        # Not in the except block, because the traceback would keep tensors alive.
+        # Retry outside the except block, where the traceback would keep tensors alive.
         self.decodes_singly = True
         return self._render(batch)
 
@@ -153,7 +154,7 @@ def _build_pipeline(model: LatentDiffusion) -> Any:
 
 
 class UNetAdapter(torch.nn.Module):
-    """Wraps a UNet that diffusers lacks, and adds the attributes that the diffusers pipeline reads."""
+    """Wraps a UNet of a class that diffusers lacks, and adds the attributes that the diffusers pipeline reads."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()

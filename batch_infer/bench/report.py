@@ -26,8 +26,8 @@ class Measurement:
 
     `seconds`: duration of the whole workload in each round; `ratio`: how many times as fast batch-infer is, None for
     batch-infer itself; `mfu`, `mfu_of_matmul`: model FLOPS utilisation relative to the device's peak and to a matrix
-    product; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then extrapolated by UNet
-    evaluations.
+    product; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then extrapolated in
+    proportion to UNet evaluations, as they always are for the bare UNet.
     """
 
     seconds: Sequence[float]
@@ -76,7 +76,7 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: whether figures are missing."""
+    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: whether a stop left some out."""
 
     conditions: Mapping[str, Any]
     workload: Workload

@@ -20,7 +20,7 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 ASPECT = 1.5
-"""Aspect ratio of the two sizes in a mixed workload that are not the model's native size."""
+"""Approximate ratio of the sides of the two sizes in a mixed workload that are not the model's native size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class WorkloadSettings:
     """Settings of the rows to render.
 
     `steps`: minimum and maximum; `sizes`: `mixed`, `native`, or width x height as in `640x448,512x512`; `unguided`:
-    share of rows without guidance.
+    probability that a row has no guidance.
     """
 
     rows: int = 200
@@ -37,7 +37,7 @@ class WorkloadSettings:
     unguided: float = 0.2
 
     def sizes_of(self, rules: SizeRules) -> tuple[Size, ...]:
-        """Return the sizes for a model. Raises SettingsError for a size that the model does not support."""
+        """Return the sizes for a model. Raises SettingsError for an invalid or unsupported size."""
         native = rules.native_height, rules.native_width
         match self.sizes:
             case "native":
@@ -50,7 +50,7 @@ class WorkloadSettings:
 
 
 def _scale(rules: SizeRules, factor: float) -> Size:
-    """Multiply the native sides by a factor, and round them to multiples that the deepest UNet level supports."""
+    """Multiply the native sides by a factor, and round them to multiples of the smallest supported side."""
     unit = rules.min_side
     height, width = (max(1, round(side * factor / unit)) for side in (rules.native_height, rules.native_width))
     return unit * height, unit * width
@@ -78,7 +78,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def parse_sweep(text: str) -> tuple[int, ...]:
-    """Parse numbers of slots, separated by commas. Raises SettingsError."""
+    """Parse numbers of slots, separated by commas, and sort them. Raises SettingsError."""
     counts = tuple(sorted({int(part) for part in text.split(",") if part.strip().isdecimal()}))
     if len(counts) != len(set(text.split(","))) or min(counts) < 2:
         raise SettingsError(f"--sweep {text}: write numbers of slots, at least 2 each: 4,8,16,32,64")

@@ -54,8 +54,8 @@ class Subject:
 def load_subject(settings: BenchSettings) -> Subject:
     """Load the model, or build the architecture.
 
-    Raises ModelError, and SettingsError if the device is missing or has too little memory, or if the model runs in its
-    diffusers pipeline.
+    Raises ModelError, and SettingsError, for example if the device is missing or has too little memory, or if the model
+    runs in its diffusers pipeline.
     """
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
@@ -83,7 +83,10 @@ def _defaults(sizes: SizeRules, *guidance: Any) -> SamplingParams:
 
 
 def tune_batch_sizes(subject: Subject, sizes: Sequence[Size]) -> Compute:
-    """Return `subject.compute` with the batch sizes that `--slots auto` measures for these image sizes."""
+    """Return `subject.compute` with the batch sizes that `--slots auto` measures for these image sizes.
+
+    Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    """
     shapes = []
     for size in sizes:
         params = SamplingParams(*size, subject.few_steps, subject.defaults.guidance_scale, 0.0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batch_infer.bench.subject import Subject
 
 SEED = 7
-"""Seed of the rows' parameters. The noise of row k has seed k."""
+"""Seed of the rows' prompts and parameters. The noise of row k has seed k."""
 WORDS = (
     ("small", "large"),
     ("red", "green", "blue", "yellow", "purple", "orange", "white", "black"),
@@ -70,7 +70,7 @@ class Workload:
         return sum(work.row_forwards / rates[size] for size, work in self.sizes.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the cost as --json prints it."""
+        """Return the settings and the cost as --json prints them."""
         totals = {name: getattr(self, name) for name in ("row_forwards", "unet_tflop", "tflop")}
         shape = {"rows": len(self.rows), "steps": self.settings.steps, "unguided": self.settings.unguided}
         return {**shape, **totals, "sizes": [asdict(work) for work in self.sizes.values()]}
@@ -90,7 +90,7 @@ def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
 
 
 def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
-    """Make rows with random prompts, sizes and steps, some of them unguided. Other parameters are `defaults`."""
+    """Make rows with random prompts, sizes, steps and use of guidance. Other parameters are `defaults`."""
     generator = random.Random(SEED)
     rows = []
     for index in range(settings.rows):

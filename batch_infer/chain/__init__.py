@@ -1,7 +1,7 @@
-"""Chains render requests on one device: they encode prompts, denoise and decode latents, and check the images.
+"""Chains render requests on one device: they encode prompts, denoise and decode latents, and may check images.
 
 StepLevelChain batches rows for each denoising step, and PipelineCallChain for each call of a diffusers pipeline.
-GatedChain wraps one of them, and also has a safety service check the prompts and images.
+GatedChain wraps one of them, and sends the prompts and images to a safety service.
 """
 
 from typing import TYPE_CHECKING

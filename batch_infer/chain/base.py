@@ -1,4 +1,4 @@
-"""Define request sources, batch sizes and outcomes, and the rendering loop that chains share."""
+"""Define request sources, batch sizes and outcomes, and the base classes of chains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("batch_infer")
 
 IDLE_SECONDS = 0.2
-"""Seconds for which an idle chain waits for a request before it checks again whether to stop."""
+"""Timeout in seconds with which an idle chain polls its source, so that it soon checks again whether to stop."""
 
 Size: TypeAlias = tuple[int, int]
 """Height and width of an image in pixels."""
@@ -34,7 +34,7 @@ Stage: TypeAlias = Literal["denoise", "decode"]
 class RenderedImage:
     """An image (H, W, 3) uint8 and its safety verdict.
 
-    `seconds` is the time that the row spent in the slots or, with pipeline-call batching, the duration of the call.
+    `seconds` is the time that the row spent in the slots or, with pipeline-call batching, the time to render its batch.
     """
 
     request: PromptRequest
@@ -47,9 +47,9 @@ class RenderedImage:
 
 @dataclass(frozen=True, slots=True)
 class UnrenderedRow:
-    """A request without an image.
+    """A request that yields no image.
 
-    It is `invalid` if the model rejects its values, `blocked` if its prompt is unsafe, and otherwise `failed`.
+    It is `invalid` if the model rejects its values, `blocked` if its prompt is refused, and otherwise `failed`.
     """
 
     request: PromptRequest
@@ -106,7 +106,7 @@ class ReadAhead:
         self._requests: deque[PromptRequest] = deque()
 
     def peek(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
-        """Return the next request without removing it."""
+        """Return the next request without removing it, or the reason why there is none."""
         if self._requests:
             return self._requests[0]
         request = self._source.poll(timeout)
@@ -115,12 +115,12 @@ class ReadAhead:
         return request
 
     def has(self, key: object, key_of: Callable[[PromptRequest], object] = size_of) -> bool:
-        """Return whether the next request has this key, by default an image size."""
+        """Return whether there is a next request and it has this key, by default an image size."""
         request = self.peek()
         return isinstance(request, PromptRequest) and key_of(request) == key
 
     def take(self, key: object, limit: int, key_of: Callable[[PromptRequest], object] = size_of) -> list[PromptRequest]:
-        """Remove and return up to `limit` requests, stopping before the first with another key."""
+        """Remove and return the next requests with this key, up to `limit` and as far as they are available."""
         requests: list[PromptRequest] = []
         while len(requests) < limit and self.has(key, key_of):
             requests.append(self._requests.popleft())
@@ -152,9 +152,9 @@ class BatchSizes:
         return self.by_size.get(size, (self.slots, self.decode))
 
     def halve(self, size: Size, stage: Stage) -> BatchSizes | None:
-        """Halve the batch size of a stage for one image size, or that of the other stage if this one is at its minimum.
+        """Return a copy in which the batch size of a stage is halved for one image size.
 
-        Returns None if both are at their minimum.
+        If that size is at its minimum, the other stage's is halved. Returns None if both are at their minimum.
         """
         slots, decode = self.for_size(size)
         if slots < 4 and decode < 2:
@@ -165,7 +165,7 @@ class BatchSizes:
 
 
 class Chain(ABC):
-    """Renders requests on one device and checks the images. The worker compresses and writes them on other threads."""
+    """Renders requests on one device and may check the images. The worker stores the images on other threads."""
 
     uses_pipeline_call: bool
     """Whether a diffusers pipeline runs the denoising loop."""
@@ -187,17 +187,17 @@ class Chain(ABC):
         """Render requests and yield outcomes in the order in which they finish.
 
         Requests with the same image size, or for pipeline-call batching with the same `batch_key`, should be adjacent,
-        because only adjacent requests can share a batch. If the device runs out of memory, the chain halves the batch
-        size and renders the rows of the batch again.
+        because only adjacent requests can share a batch. If the device runs out of memory, the chain makes later
+        batches smaller and renders the unfinished rows again. They fail if batches cannot be smaller.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Close connections."""
+        """Close the connection to the safety service, if there is one."""
 
 
 class DeviceChain(Chain):
-    """Base class of chains that render by themselves. GatedChain wraps one of them."""
+    """Base class of the chains that render. GatedChain delegates to a DeviceChain."""
 
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
@@ -215,9 +215,9 @@ class DeviceChain(Chain):
             yield from outcomes
 
     def steps(self, source: RequestSource) -> Iterator[Sequence[RowOutcome]]:
-        """Render requests and yield new outcomes, possibly none, at least once per UNet call or pipeline-call batch.
+        """Render requests and yield new outcomes, possibly none, at least once per step or pipeline-call batch.
 
-        The caller can do other work between calls.
+        The caller can do other work in between.
         """
         requests, started = ReadAhead(source), time.perf_counter()
         while (first := requests.peek(IDLE_SECONDS)) is not NoRequest.END and not self._stop():
@@ -232,14 +232,15 @@ class DeviceChain(Chain):
 
     @abstractmethod
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the first request and the next ones that can share its batch. See `steps`."""
+        """Render `first`, which is next, and the following requests that can share its batch. See `steps`."""
 
     def _retry_or_fail(
         self, requests: ReadAhead, rows: Sequence[PromptRequest], size: Size, change: str | None, message: str
     ) -> list[RowOutcome]:
-        """Put back the rows of a batch that ran out of memory.
+        """Put back the rows of a batch that ran out of memory, or return them as failed.
 
-        `change` describes how later batches are smaller. If it is None, the rows fail instead.
+        `change` describes the smaller batch for the log. If it is None, the batch cannot shrink further and the rows
+        fail.
         """
         height, width = size
         if change is None:

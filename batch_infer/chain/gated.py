@@ -26,23 +26,23 @@ from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import Gate
 
 PROMPTS_AHEAD = 32
-"""Maximum number of prompts to check before slots are free for them."""
+"""Maximum number of rows whose prompts are checked before slots are free for them."""
 IMAGES_AHEAD = 32
-"""Maximum number of images that wait for a verdict. The device waits if there are more."""
+"""Number of images that may wait for a verdict before rendering pauses."""
 CACHED_PROMPTS = 1024
-"""Maximum number of cached verdicts on prompts. Images of the same row share one, as do rows with equal prompts."""
+"""Maximum number of cached verdicts on prompts. Images of one row share a verdict, as do rows with equal prompts."""
 BLOCKED_AHEAD = 64
-"""Maximum number of blocked rows that are collected before they are yielded."""
+"""Maximum number of rows, blocked or failed because of their prompts, that are collected before they are yielded."""
 BATCHING_SECONDS = 1.0
-"""Maximum number of seconds to wait for each verdict on a prompt before a pipeline call, to fill its batch."""
+"""Maximum number of seconds to wait for the verdict on the next prompt while the batch of a pipeline call is filled."""
 POLL_SECONDS = 0.2
-"""Seconds between checks whether to stop while waiting for the service."""
+"""Maximum number of seconds between checks whether to stop while only verdicts on images are missing."""
 GRACE_SECONDS = 5.0
 """Maximum number of seconds to wait for verdicts on rendered images after a stop."""
 
 
 class GatedChain(Chain):
-    """Has another chain render requests whose prompts pass, and yields only images that the service has checked."""
+    """Lets another chain render requests whose prompts pass, and yields only images that the service has checked."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class GatedChain(Chain):
         make_gate: Callable[[Callable[[], bool]], Gate],
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`make_gate` takes a function that returns whether the gate must stop waiting."""
+        """`make_gate` creates the gate from a function that returns whether the gate must stop waiting."""
         self._chain, self._stop = chain, stop
         self._has_ended, self._grace_end = False, math.inf
         self._gate = make_gate(self._must_stop_gate)
@@ -68,8 +68,8 @@ class GatedChain(Chain):
         """Render requests whose prompts pass, and yield outcomes in the order in which they finish.
 
         A request may overtake others whose prompts take longer to check. After a stop, rendered images are yielded if
-        the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError after yielding everything
-        that was checked before.
+        the service checks them within GRACE_SECONDS. Raises ServiceError and SettingsError, after yielding the outcomes
+        of image checks that had started.
         """
         with ThreadPoolExecutor(self._gate.concurrency, "gate") as pool:
             images = _ImageGate(self._gate, pool)
@@ -98,7 +98,7 @@ class GatedChain(Chain):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _must_stop_gate(self) -> bool:
-        """Return True after a stop, once `render` has ended or GRACE_SECONDS have passed."""
+        """After a stop, return True once `render` has ended or GRACE_SECONDS have passed."""
         if not self._stop():
             return False
         self._grace_end = min(self._grace_end, time.monotonic() + GRACE_SECONDS)
@@ -106,12 +106,12 @@ class GatedChain(Chain):
 
 
 class _PromptGate:
-    """A request source that passes on the requests whose prompts are safe."""
+    """A request source that passes on the requests whose prompts are safe, and collects the outcomes of the others."""
 
     def __init__(
         self, source: RequestSource, gate: Gate, pool: ThreadPoolExecutor, images: _ImageGate, *, batching: bool
     ) -> None:
-        """`batching`: wait up to BATCHING_SECONDS for a verdict even if the device has other work."""
+        """`batching`: even if `poll` has no timeout, it waits up to BATCHING_SECONDS for a verdict, to fill a batch."""
         self._source, self._gate, self._pool, self._images = source, gate, pool, images
         self._batching = batching
         self._is_at_end = False
@@ -121,9 +121,9 @@ class _PromptGate:
         self._blocked: list[UnrenderedRow] = []
 
     def poll(self, timeout: float = 0.0) -> PromptRequest | NoRequest:
-        """Return the first request whose prompt has passed. See `RequestSource`.
+        """Return the oldest request whose prompt has passed. See `RequestSource`.
 
-        A verdict on an image also ends the wait, so that the image is yielded immediately.
+        A verdict on an image or a refused prompt also ends the wait, so that the chain can yield the outcome.
         """
         while len(self._blocked) < BLOCKED_AHEAD:
             self._submit_ahead(timeout)
@@ -155,7 +155,8 @@ class _PromptGate:
     def _submit_ahead(self, timeout: float) -> None:
         """Read requests, and submit prompts to the service.
 
-        Requests with the same prompt share a check. If it fails, the next request with that prompt is checked again.
+        Requests with the same prompt share a check while it is cached. After a check that raised an error, the next
+        request with the same prompt gets a new one.
         """
         while len(self._pending) < PROMPTS_AHEAD:
             is_idle = not self._pending and not self._images.pending
@@ -172,7 +173,7 @@ class _PromptGate:
             self._pending.append((request, future))
 
     def _take(self, index: int) -> PromptRequest | None:
-        """Remove a request whose check is done, and return it if its prompt has passed, otherwise None."""
+        """Remove a request whose check is done. Return it if its prompt has passed, otherwise collect its outcome."""
         request, future = self._pending.pop(index)
         try:
             verdict = future.result()
@@ -203,7 +204,7 @@ class _ImageGate:
         yield from self.take_checked()
 
     def take_checked(self) -> Iterator[RowOutcome]:
-        """Yield checked images, after waiting for one if more than IMAGES_AHEAD are pending."""
+        """Yield the outcomes of finished checks, after waiting for one if more than IMAGES_AHEAD are pending."""
         if len(self.pending) > IMAGES_AHEAD:
             wait(self.pending, return_when=FIRST_COMPLETED)
         for future in list(self.pending):
@@ -211,7 +212,7 @@ class _ImageGate:
                 yield self._take(future)
 
     def finish(self, seconds: float | None = None) -> Iterator[RowOutcome]:
-        """Yield images that the service checks within `seconds`.
+        """Yield the outcomes of checks that finish within `seconds`. Errors other than FailedRowError are ignored.
 
         Without a time limit, wait for checks that have started and cancel the rest.
         """

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from batch_infer.models import Conditioning, LatentDiffusion
 
 CALLS_AHEAD = 3
-"""Maximum number of unfinished UNet calls on a GPU: enough to keep it busy, few enough to limit memory."""
+"""Maximum number of unfinished UNet calls on a GPU when the host submits another one.
+
+This is enough to keep the GPU busy, and few enough to limit memory.
+"""
 
 
 @cache
@@ -34,7 +37,7 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
 def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest]) -> list[Conditioning]:
     """Encode prompts. On a GPU, a separate stream is used, so that small copies do not wait for UNet calls.
 
-    Later work on the UNet's stream waits for the encoding, but the host does not.
+    Later work on the UNet's stream waits for the encoding to end, but the host need not.
     """
     stream = stream_for(model.device, "encode")
     if stream is None:
@@ -54,7 +57,7 @@ def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest
 
 
 class Pacer:
-    """Adds the seconds of UNet calls to the stages. On a CPU, a call is complete when it returns."""
+    """Adds the seconds of UNet calls on a CPU, where a call is complete when it returns, to the stages."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
@@ -68,11 +71,11 @@ class Pacer:
         self._stages.denoise += self._stages.ended_at - self._started
 
     def finish(self) -> None:
-        """Wait for unfinished calls."""
+        """Wait for unfinished calls. On a CPU, there are none."""
 
 
 class CudaPacer(Pacer):
-    """Times calls with CUDA events. The host waits until at most CALLS_AHEAD calls are unfinished."""
+    """Times calls with CUDA events. `end` blocks the host until at most CALLS_AHEAD calls are unfinished."""
 
     def __init__(self, stages: Stages) -> None:
         super().__init__(stages)

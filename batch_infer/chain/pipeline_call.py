@@ -1,4 +1,4 @@
-"""Pipeline-call batching: one call of a diffusers pipeline renders rows with equal sampling parameters."""
+"""Pipeline-call batching: rows with equal sampling parameters share a diffusers pipeline call where possible."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class PipelineCallChain(DeviceChain):
     """Renders with a pipeline that runs the denoising loop itself.
 
-    Batches are padded to a fixed number of rows, so that the bytes of an image do not depend on the number of rows in
-    its call.
+    A call that rows can share is padded to the number of rows that fit into the slots, so that the bytes of an image do
+    not depend on the number of rows in its call.
     """
 
     uses_pipeline_call = True
@@ -51,7 +51,7 @@ class PipelineCallChain(DeviceChain):
         """The chain calls `stop` before each batch, and renders no more batches once it returns True."""
         super().__init__(model, batch_sizes, checker, stop)
         self._single_row_sizes: set[Size] = set()
-        """Image sizes for which two rows without guidance do not fit into memory."""
+        """Image sizes at which each row without guidance has its own call: the smallest batch did not fit."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
         """Render the next requests that can share a pipeline call and fit into the slots."""
@@ -66,13 +66,13 @@ class PipelineCallChain(DeviceChain):
             return
         except torch.OutOfMemoryError as error:
             message = first_line(error)
-        # Outside the except block, whose traceback would keep the call's tensors alive.
+        # Free memory outside the except block, whose traceback would keep the call's tensors alive.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield self._retry_or_fail(requests, rows, size, self._shrink(size, first.params.slots), message)
 
     def _shrink(self, size: Size, slots_per_row: int) -> str | None:
-        """Make later batches smaller and describe the change. Returns None if the call rendered only one image."""
+        """Make later batches smaller and describe the change. Returns None if no smaller batch is left to try."""
         slots = self.batch_sizes.for_size(size)[0]
         if slots_per_row == 1 and slots < 4 and size not in self._single_row_sizes:
             self._single_row_sizes.add(size)
@@ -84,10 +84,10 @@ class PipelineCallChain(DeviceChain):
         return f"{smaller.for_size(size)[0]} slots instead of {slots}"
 
     def _render_rows(self, rows: Sequence[PromptRequest], slots: int, stages: Stages) -> list[RowOutcome]:
-        """Render a batch, or its rows one by one if the pipeline rejects the batch.
+        """Render a batch, or its rows one by one if the pipeline rejects the batch or raises an error.
 
-        A rejected row therefore affects no other row. A single row is padded with copies of itself to the same batch
-        size, so that its bytes stay the same.
+        A rejected row therefore affects no other outcome. A single row is padded with copies of itself to the same
+        batch size, so that its bytes stay the same.
         """
         try:
             return self._call_pipeline(rows, slots, stages)
@@ -118,10 +118,10 @@ class PipelineCallChain(DeviceChain):
 
     @contextmanager
     def _timed(self, stages: Stages) -> Iterator[None]:
-        """Add the duration of a pipeline call to the stages.
+        """Add the duration of a batch to the stages.
 
-        Time before the first denoiser call counts as encoding, time in these calls as denoising, and the rest as
-        decoding.
+        Time before the first denoiser call counts as encoding, time in denoiser calls as denoising, and the rest as
+        decoding. If the denoiser is unknown, all time counts as decoding.
         """
         pacer, denoise_before = make_pacer(self.model.device, stages), stages.denoise
         started = time.perf_counter()

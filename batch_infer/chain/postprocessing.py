@@ -30,8 +30,9 @@ MIN_MICRO_BATCHES_AHEAD = 2
 class Postprocessing:
     """Decodes and checks finished rows.
 
-    On a GPU this happens in the background, on a separate thread and stream, so that the next UNet call does not wait
-    for it. On a CPU it happens in the calling thread, because a second torch thread would compete for the same cores.
+    With `in_background`, the default on a GPU, this happens on a separate thread, so that the next UNet call does not
+    wait for it. Otherwise it happens in the calling thread: on a CPU, a second torch thread would compete for the same
+    cores. A GPU uses a separate stream in both cases.
     """
 
     def __init__(
@@ -49,18 +50,18 @@ class Postprocessing:
         self._rows: list[FinishedRow[Tag]] = []
         """Rows that wait until a micro-batch is full."""
         self.micro_batches_ahead = max(MIN_MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
-        """Maximum number of micro-batches that wait for the decoder. The UNet waits if there are more.
+        """Maximum number of unfinished micro-batches. The next UNet call waits if there are more.
 
         Rows that are admitted together and have equal step counts finish in one UNet call. The queue has room for all
-        of them while those of an earlier call are still being decoded. The latents of a waiting row take 64 kB if its
-        image has 512x512 pixels.
+        of them while those of an earlier call are still being decoded. The latents of a waiting row take 64 KiB if they
+        have 4x64x64 values.
         """
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
         self._stream = stream_for(model.device, "postprocess")
 
     def compile(self, latent_shape: tuple[int, int, int]) -> None:
-        """Compile the decoder in this thread. torch must not compile while another thread calls compiled code."""
+        """Compile the decoder in the calling thread. It must not happen while another thread calls compiled code."""
         with torch.inference_mode():
             self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
@@ -78,7 +79,7 @@ class Postprocessing:
         yield from self._take_finished(0)
 
     def close(self) -> None:
-        """Drop unfinished rows."""
+        """Drop unfinished rows, after waiting for a micro-batch that is being processed."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._futures.clear()
@@ -98,14 +99,14 @@ class Postprocessing:
         self._futures.append(self._pool.submit(self._process, batch, latents, ready))
 
     def _take_finished(self, limit: int) -> Iterator[list[RowOutcome]]:
-        """Wait until at most `limit` micro-batches are unfinished, and yield the outcomes of the others."""
+        """Yield outcomes of micro-batches in order: of those already finished, and of others until `limit` are left."""
         while self._futures and (len(self._futures) > limit or self._futures[0].done()):
             yield self._futures.popleft().result()
 
     def _process(
         self, batch: list[FinishedRow[Tag]], latents: torch.Tensor, ready: torch.cuda.Event | None
     ) -> list[RowOutcome]:
-        # Not torch.cuda.stream(None), which would initialize CUDA.
+        # torch.cuda.stream(None) would initialize CUDA even if the device is a CPU.
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if ready is not None:
                 ready.wait()
@@ -141,14 +142,14 @@ def check_images(
 def to_pixels(images: torch.Tensor) -> tuple[list[np.ndarray], list[bool]]:
     """Convert images (B, 3, H, W) to arrays (H, W, 3) uint8 on the host, and return whether each image is finite.
 
-    0 is black and 1 is white.
+    In `images`, 0 is black and 1 is white, and other values are clipped to this range.
     """
     are_finite = torch.isfinite(images).flatten(1).all(1)
     images = images.nan_to_num().clamp(0, 1)
-    # Rounds half to even, like diffusers' image processor.
+    # round() rounds half to even, like diffusers' image processor.
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if pixels.is_cuda:
-        # A copy to pinned memory waits only for this stream.
+        # Copy to pinned memory, because such a copy waits only for this stream.
         pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return [image.copy() for image in pixels.numpy()], are_finite.tolist()

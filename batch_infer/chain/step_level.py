@@ -1,4 +1,4 @@
-"""Step-level batching: rows with any step count and guidance share UNet calls and leave as soon as they finish."""
+"""Step-level batching: rows of one size share UNet calls at any step count and guidance, and leave when they finish."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class StepLevelChain(DeviceChain):
         *,
         in_background: bool | None = None,
     ) -> None:
-        """The chain calls `stop` before each UNet call, and drops unfinished rows once it returns True.
+        """The chain calls `stop` before each step. Once it returns True, rows that are not yet denoised are dropped.
 
-        `in_background`: whether to decode and check on another thread. The default is True only on a GPU.
+        `in_background`: whether to decode and check on another thread. By default, True on a GPU and False on a CPU.
         """
         super().__init__(model, batch_sizes, checker, stop)
         self._in_background = model.device.type == "cuda" if in_background is None else in_background
@@ -67,7 +67,7 @@ class StepLevelChain(DeviceChain):
             if must_compile and not size_pass.must_compile:
                 self._compiled.add((size, batch_sizes))
             postprocessing.close()
-        # Outside the except block, whose traceback would keep the tensors alive.
+        # Free memory outside the except block, whose traceback would keep the tensors alive.
         del size_pass, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -101,13 +101,13 @@ class _SizePass:
         self._pacer = make_pacer(model.device, stages)
         self.unfinished: dict[tuple[str, int], PromptRequest] = {}
         self.stage: Stage = "denoise"
-        """The stage that is running or ran out of memory."""
+        """The stage whose batch size shrinks first if memory runs out now."""
         self.must_compile = must_compile
 
     def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
-        """Render until all rows are finished and the next request has another size or has not arrived yet.
+        """Render until all rows are finished and no further request with this size is available.
 
-        After a stop, unfinished rows are dropped.
+        After a stop, yield rows that are fully denoised, and drop the others.
         """
         model, slots = self._model, self._postprocessing.slots
         self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
@@ -124,9 +124,9 @@ class _SizePass:
         yield from self._postprocess(self._postprocessing.finish())
 
     def _compile(self) -> None:
-        """Compile both networks for these shapes by calling them once, and drop the results.
+        """Compile the UNet and the decoder for these shapes by calling each once, and drop the results.
 
-        The time is excluded from all stages and from figures that are derived from them.
+        The time counts as `Stages.compilation`, but not in the seconds of any stage or in the total.
         """
         started = time.perf_counter()
         self._slots.evaluate()
@@ -147,9 +147,9 @@ class _SizePass:
         self.stage = "denoise"
 
     def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
-        """Encode the prompts of rows that will wait for slots.
+        """Encode the prompts of the rows to admit next.
 
-        The queue is refilled to one row per slot when it is at most half full.
+        When at most one encoded row per two slots is waiting, their number is increased to one per slot.
         """
         if len(self._encoded) > self._slots.size // 2:
             return
@@ -164,7 +164,7 @@ class _SizePass:
     def _admit(self) -> list[RowOutcome]:
         """Move rows into free slots, oldest first, and return the rows whose step count the scheduler rejects.
 
-        If a single slot is free, only a row without guidance fits.
+        If a single slot is free, a row without guidance overtakes rows with guidance, which need two.
         """
         outcomes: list[RowOutcome] = []
         waiting, self._encoded = self._encoded, []

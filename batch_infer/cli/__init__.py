@@ -1,4 +1,4 @@
-"""Define the command line. Each command turns options into settings, makes one call and returns an exit code.
+"""Define the command line. Each command passes its options to functions that do the work, and returns an exit code.
 
 Slow libraries are imported only when a command runs, so that --help is fast.
 """

@@ -119,7 +119,7 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
 
 
 class SimulationProgress:
-    """Shows a bar on a terminal, logs at most one line per LOG_INTERVAL elsewhere, or does nothing."""
+    """If `shown`, shows a bar (see shows_bar) or logs at most one line per LOG_INTERVAL. Otherwise does nothing."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown, self._logged_at = shown, time.monotonic()
@@ -183,7 +183,8 @@ def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     if find_spec("mlflow") is None:
         raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
     with stoppable(hint=NOTHING_KEPT):
-        from batch_infer.jobs import export_model  # imports torch, which takes seconds
+        # This slow import is done here so that a signal during it stops the command cleanly.
+        from batch_infer.jobs import export_model
 
         card = export_model(folder.expanduser(), make_model_settings(options), make_compute_settings(options))
     if not quiet:

@@ -102,7 +102,8 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
         peak_tflops=options["peak_tflops"],
     )
     with stoppable(hint=NOTHING_KEPT):
-        from batch_infer.bench import benchmark  # imports torch
+        # This slow import is done here so that a signal during it stops the command cleanly.
+        from batch_infer.bench import benchmark
 
         report = benchmark(settings)
     if as_json or report.stopped or not quiet:

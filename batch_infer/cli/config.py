@@ -1,4 +1,4 @@
-"""Read options from environment variables and the --config file, and suggest names for misspelt ones.
+"""Read options from environment variables and the --config file, and suggest corrections of misspelt names.
 
 A flag overrides the environment, and the environment overrides the file.
 """
@@ -32,7 +32,7 @@ LAUNCH_VARIABLES = ("BATCH_INFER_LAUNCH_SECRET",)
 _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
-"""Variables that Kubernetes sets in every pod of a namespace with a service named batch-infer or batch-infer-NAME
+"""Variables that Kubernetes sets by default in pods of a namespace with a service named batch-infer or batch-infer-NAME
 (https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables)."""
 SYNONYMS = {
     **dict.fromkeys(("num-inference-steps", "inference-steps", "num-steps", "sampling-steps"), "steps"),
@@ -49,7 +49,7 @@ SYNONYMS = {
     "sampler": "scheduler",
     "max-failures": "max-failed",
 }
-"""Names of our options in other tools."""
+"""Names that users of other tools may expect, and our options for them."""
 _SIMILARITY = 0.7
 
 
@@ -77,7 +77,7 @@ def variables_of(command: click.Command) -> set[str]:
 
 
 def _options_by_name(command: click.Command) -> dict[str, click.Option]:
-    """Return the options of a command or group by long name without dashes, except --config and --help."""
+    """Return the options of a command or group, except --config and --help, by long name without the leading dashes."""
     names = [(name, option) for option in _options_of(command) for name in option.opts if name.startswith("--")]
     return {name.removeprefix("--"): option for name, option in names if name not in ("--config", "--help")}
 
@@ -91,7 +91,7 @@ def _suggest(name: str, options: Iterable[str]) -> str | None:
 
 
 def _check_environment(group: click.Group) -> None:
-    """Raise SettingsError if a BATCH_INFER_ variable has a value but sets no option."""
+    """Raise SettingsError if a BATCH_INFER_ variable has a value but is unknown to batch-infer and Kubernetes."""
     variables = variables_of(group).union(ENDPOINT_VARIABLES, LAUNCH_VARIABLES)
     options = {variable.removeprefix(PREFIX).lower().replace("_", "-"): variable for variable in variables}
     errors = []
@@ -106,7 +106,7 @@ def _check_environment(group: click.Group) -> None:
 
 
 def with_suggestion(error: click.ClickException) -> click.ClickException:
-    """Add a suggestion to the error for an unknown option. Return other errors unchanged."""
+    """Return the error for an unknown option with a hint, if there is one, and other errors unchanged."""
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         return error
     command, name = error.ctx.command, error.option_name.removeprefix("--")
@@ -126,14 +126,14 @@ def detect_log_format() -> None:
     if name is None and (path := _option_value("config")) is not None:
         try:
             values = _read(Path(path))
-        except SettingsError:  # raised again when click processes the option
+        except SettingsError:  # ignored here, because it is raised again when click processes the option
             values = {}
         name = values.get("log-format", values.get("log_format"))
     set_log_format("json" if name == "json" else "text")
 
 
 def _option_value(option: str) -> str | None:
-    """Return the value of an option on the command line, else that of its environment variable."""
+    """Return the value of an option on the command line, else that of its environment variable, else None."""
     value = os.environ.get(variable_of(option)) or None
     for previous, argument in zip(sys.argv, sys.argv[1:], strict=False):
         if previous == f"--{option}":
@@ -173,7 +173,7 @@ def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None
             match = _suggest(name, all_options)
             hint = f"did you mean {match!r}?" if match else f"the options are {', '.join(sorted(all_options))}"
             raise SettingsError(f"{path}: there is no option {key!r}; {hint}")
-        if name in command_options:  # one file may serve several commands
+        if name in command_options:  # ignore other commands' options: one file may serve several
             option = command_options[name]
             if earlier := values.get(str(option.name)):
                 _check_single([earlier.key, key], str(path))
@@ -198,7 +198,7 @@ class ConfigValue:
     key: str
 
     def __call__(self) -> Any:
-        """Return the value in the form that click reads from the command line. Raises SettingsError."""
+        """Return the value as click expects it: a boolean for a flag, else text or a list. Raises SettingsError."""
         option, value = self.option, self.value
         if option.is_flag:
             if not isinstance(value, bool):

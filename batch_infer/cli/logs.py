@@ -1,4 +1,4 @@
-"""Log to stderr as text or JSON lines. As JSON, tracebacks and the raw output of libraries are logged too."""
+"""Log to stderr as text or JSON lines. As JSON, tracebacks and what libraries write to sys.stderr are logged too."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def is_json() -> bool:
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     """Send the package's log and Python's warnings to stderr, from level INFO up, or from DEBUG if `verbose`.
 
-    With `quiet`, log only errors and the reason for an early stop. If the log is JSON, tracebacks and the output of
-    libraries to stderr become JSON lines too.
+    With `quiet`, log only errors and the reason for an early stop. If the log is JSON, tracebacks and what
+    libraries write to sys.stderr become JSON lines too.
     """
     handler = StderrHandler(logging.DEBUG if verbose else logging.INFO)
     if quiet:
@@ -68,12 +68,12 @@ class StderrHandler(logging.Handler):
     """Writes log lines to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == _warnings_log.name:  # Python formats a warning as two lines
+        if record.name == _warnings_log.name:  # join the two lines in which Python formats a warning
             record.msg, record.args = " ".join(record.getMessage().split()), ()
         stream = sys.stderr.original if isinstance(sys.stderr, LoggedStream) else sys.stderr
         try:
             tqdm.write(self.format(record), file=stream)
-        except OSError:  # stderr is closed or full, which must not end a run
+        except OSError:  # a closed pipe or a full disk, which must not end a run
             # Discard all further output: at exit, Python would flush stderr again and fail.
             if isinstance(sys.stderr, LoggedStream):
                 sys.stderr.original = io.StringIO()
@@ -82,7 +82,7 @@ class StderrHandler(logging.Handler):
 
 
 def _capture_stderr() -> None:
-    """Log tracebacks and each line written to stderr."""
+    """Log tracebacks and each line written to sys.stderr."""
     if not isinstance(sys.stderr, LoggedStream):
         sys.stderr = LoggedStream(sys.stderr)
     sys.excepthook = _log_exception
@@ -103,7 +103,7 @@ def _log_exception(exc_type: type[BaseException], error: BaseException | None, t
 
 
 class LoggedStream(io.StringIO):
-    """A stream that logs each line. If a line is overwritten, like a progress bar, only the final text is logged."""
+    """A stream that logs nonempty lines. If a line is overwritten, as by a progress bar, it logs only the last text."""
 
     def __init__(self, original: TextIO) -> None:
         super().__init__()

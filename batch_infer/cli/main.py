@@ -32,7 +32,7 @@ for command in (run, plan, status, retry, rescore, merge, bench, azureml_simulat
 def settings_from_environment(table: str, out: str, ignored: Collection[str] = ()) -> RunSettings:
     """Return the settings of `batch-infer run TABLE --out OUT` in this environment. Raises SettingsError.
 
-    The options of `ignored` variables always have their defaults, even if a --config file sets them.
+    The options of `ignored` variables always have their defaults, even if the file in BATCH_INFER_CONFIG sets them.
     """
     endpoint_run = copy.copy(run)
     endpoint_run.params = [_without_sources(param, ignored) for param in run.params]
@@ -45,7 +45,7 @@ def settings_from_environment(table: str, out: str, ignored: Collection[str] = (
 
 
 def _without_sources(param: click.Parameter, ignored: Collection[str]) -> click.Parameter:
-    """Return a copy of an ignored option that always has its default, and other parameters unchanged."""
+    """Return a copy of an ignored option (not --out) that always has its default, and other parameters unchanged."""
     if not isinstance(param, click.Option) or param.name == "out" or not {*variables_of_option(param)} & {*ignored}:
         return param
     option = copy.copy(param)

@@ -47,10 +47,11 @@ BUG = 1
 
 
 class Metrics:
-    """Writes the metrics file of a run on progress and at the end of the context. Without a file, it does nothing.
+    """Writes the metrics file of a run on progress and at the end of the context. Without a file, it writes nothing.
 
-    If the run ends before it has locked OUT, only its end is written. If another run has locked OUT, nothing is
-    written, because the file belongs to that run. Values that are not known yet are kept from an earlier file.
+    If the run ends before it has locked OUT, the file is written only at the end. If another run has locked OUT,
+    nothing is written, because the file belongs to that run. Values that are not known yet are kept from an earlier
+    file for the same OUT, except the numbers of workers and of their deaths.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
@@ -67,7 +68,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         """Check that the file can be written. Raises SettingsError."""
         if self._file is not None:
-            try:  # each write creates a temporary file next to the metrics file
+            try:  # create a temporary file next to the metrics file, as each write does
                 tempfile.NamedTemporaryFile(dir=self._file.parent, prefix=f"{self._file.name}.").close()
             except OSError as error:
                 reason = error.strerror or error
@@ -101,7 +102,7 @@ class Metrics:
             self._write()
 
     def close(self) -> None:
-        """Do nothing: the run continues after rendering."""
+        """Do nothing when rendering ends: the run continues."""
 
     def conclude(self, summary: Summary, code: int) -> None:
         """Set the final values. They are written at the end of the context."""
@@ -191,7 +192,7 @@ class Metrics:
 
 
 def _is_first_rank() -> bool:
-    """Return whether this process is the command itself or a launcher's rank 0. Other ranks write no metrics."""
+    """Return whether no launcher started this process, or it is the launcher's rank 0. Other ranks write no metrics."""
     from batch_infer.engines import read_rank_info
 
     rank_info = read_rank_info()

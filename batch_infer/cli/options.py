@@ -24,7 +24,7 @@ _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for un
 
 def parse_duration(value: object) -> float:
     """Convert a duration such as `1h30m`, or a number of seconds, to seconds."""
-    # Libraries for durations are unmaintained, or accept neither days nor a number without a unit.
+    # No library is used: those for durations are unmaintained, or accept neither days nor a number without a unit.
     text = str(value).strip()
     if re.fullmatch(_NUMBER, text, re.ASCII):
         text += "s"
@@ -38,7 +38,7 @@ def parse_duration(value: object) -> float:
 
 
 def parse_slots(value: Any) -> Any:
-    """Return `auto` or a number of slots."""
+    """Convert a number of slots to an integer, and return `auto` unchanged."""
     if value == "auto":
         return value
     try:
@@ -48,7 +48,7 @@ def parse_slots(value: Any) -> Any:
 
 
 class SemicolonList(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, but not in 8.1
-    """A string. In an environment variable, semicolons separate several, because names and paths may contain spaces."""
+    """A string. In an environment variable, semicolons separate several values, which may contain spaces."""
 
     name = "TEXT"
     envvar_list_splitter = ";"
@@ -83,12 +83,12 @@ def command(*params: click.Parameter, name: str | None = None) -> Callable[[Call
 
 
 def option(*names: str, **attributes: Any) -> click.Option:
-    """Return an option whose help shows its default."""
+    """Return an option whose help shows its default, if one is given."""
     return click.Option(names, show_default="default" in attributes, **attributes)
 
 
 def option_with_aliases(*names: str, **attributes: Any) -> click.Option:
-    """Return an option whose aliases are environment variables and --config keys too."""
+    """Return an option with an environment variable and a --config key for each of its names."""
     return option(*names, envvar=[variable_of(name) for name in names], **attributes)
 
 

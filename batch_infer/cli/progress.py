@@ -1,4 +1,4 @@
-"""Show progress on stderr: a bar on a terminal, log lines elsewhere."""
+"""Show progress on stderr: a bar on a terminal if the log is text, otherwise log lines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 LOADING = "loading model"
 LOG_INTERVAL = 10.0
-"""Minimum number of seconds between log lines."""
+"""Minimum number of seconds between log lines of progress, except before the last."""
 
 
 def shows_bar() -> bool:
-    """Return whether stderr is a terminal on which a bar can be drawn."""
+    """Return whether to draw a progress bar: stderr is a terminal and the log is not JSON."""
     return sys.stderr.isatty() and not is_json()
 
 
 def make_progress(*, shown: bool) -> Progress:
-    """Return a progress bar on a terminal, a progress log elsewhere, or an object that shows nothing."""
+    """If `shown`, return a progress bar or log (see shows_bar), otherwise an object that shows nothing."""
     if not shown:
         return ProgressGroup()
     return ProgressBar() if shows_bar() else ProgressLog()
@@ -56,7 +56,7 @@ class ProgressGroup:
 
 
 class ProgressCounts:
-    """Counts results and logs how many to render. Base class of ProgressBar and ProgressLog, which show the counts."""
+    """Counts results and logs how many remain to be rendered. ProgressBar and ProgressLog also show the counts."""
 
     def __init__(self) -> None:
         self.total = self.done = self.flagged = self.failed = self.invalid = 0
@@ -129,7 +129,7 @@ class ProgressBar(ProgressCounts):
 
 
 class ProgressLog(ProgressCounts):
-    """Logs at most one line per LOG_INTERVAL when results are committed, and the final counts at the end."""
+    """Logs counts of committed results at most once per LOG_INTERVAL, and at the end those not logged yet."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

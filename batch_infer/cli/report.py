@@ -33,7 +33,7 @@ NOTHING_KEPT = "nothing is kept. Run the same command again"
 def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterator[Stopper]:
     """Inside the context, stop the command on SIGINT, SIGTERM or SIGHUP, or after `time_limit` seconds.
 
-    `hint` says what is kept and what to do next. Raises StoppedError.
+    `hint` says what is kept and what to do next. Raises StoppedError if the stop interrupted the context.
     """
     stopping = "stopping; finished images are being committed (press Ctrl-C again to stop at once)"
     log_stop, log_stop_error = partial(stop_log.warning, stopping), partial(log_error, code=StoppedError.exit_code)
@@ -59,7 +59,7 @@ def log_time_limit(stop: Stopper, remaining: int) -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Let the context print to stdout. If stdout is closed or full, log an error and continue."""
+    """Let the context print to stdout. If stdout is closed or its disk is full, log an error and continue."""
     try:
         yield
         if sys.stdout is not None:
@@ -71,7 +71,7 @@ def printing() -> Iterator[None]:
 
 
 def print_result(lines: Iterable[str], data: Mapping[str, Any] | None = None) -> None:
-    """Print `data` as JSON, or lines of text if `data` is None."""
+    """Print `data` as JSON, or `lines` as text if `data` is None."""
     with printing():
         if data is None:
             print_lines(lines)
@@ -113,7 +113,7 @@ def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterat
 
 
 def format_counts(counts: Counts) -> str:
-    """Format the number of rows, and the number of results by status."""
+    """Format the numbers of rows, results by status and truncated prompts, and of images if they outnumber the rows."""
     images = f", {counts.images:,} images" if counts.images > counts.rows else ""
     parts = [f"{format_count(counts.rows, 'row')}{images}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
     parts += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]

@@ -53,7 +53,7 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
 
     def render(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings] | None:
         settings = make_run_settings(options)
-        from batch_infer.jobs import join_run, render_tables  # takes seconds, so a signal may arrive meanwhile
+        from batch_infer.jobs import join_run, render_tables  # slow, so imported where a signal stops it cleanly
 
         return None if join_run(settings, stop) else (render_tables(settings, progress, stop), settings)
 
@@ -123,7 +123,7 @@ def _execute(
         summary, settings = result
         metrics.model = settings.model.name or "demo"
         code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
-        # Rows that remain after a retry have no result yet: `run` renders them.
+        # After a retry, the remaining rows are left to `run`, so they do not change the exit code.
         if summary.unfinished or (summary.counts.remaining and not is_retry):
             code = StoppedError.exit_code
         metrics.conclude(summary, code)

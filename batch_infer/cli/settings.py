@@ -144,7 +144,7 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
 
 
 def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
-    """Return the table's column for each field. Raises SettingsError."""
+    """Return the given column name of each field. Raises SettingsError if an option has no `=` or an unknown field."""
     columns: dict[str, str] = {}
     for text in options:
         field, equals, name = text.partition("=")
@@ -169,7 +169,10 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
 
 
 def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
-    """Return the settings of the safety checks, with the service from the environment. Raises SettingsError."""
+    """Return the settings of the safety checks.
+
+    The service, if the mode may use it, is configured by environment variables. Raises SettingsError.
+    """
     mode, service = options["safety"], None
     if mode in ("auto", "azure", "checker,azure"):
         service = s.ServiceSettings.from_environment(os.environ)

@@ -1,7 +1,7 @@
-"""Pack rows into a UNet batch with a fixed shape, which they enter and leave at any step.
+"""Pack rows into a UNet batch of fixed shape. A row can enter or leave the batch between any two UNet calls.
 
 A slot is one batch position. A row with guidance uses two slots, a row without guidance one. Rows with any step count,
-guidance and progress share a UNet call, and a finished row frees its slots for the next one. Because the shape of the
+guidance and progress share a UNet call, and a finished row frees its slots for another row. Because the shape of the
 batch never changes, the bytes of a row do not depend on its neighbours.
 """
 
@@ -21,7 +21,10 @@ from batch_infer.records import SamplingParams
 
 Tag = TypeVar("Tag")
 Context = Mapping[str, torch.Tensor]
-"""One row's denoiser inputs other than the sample, by argument name. Tensors have no batch dimension."""
+"""Denoiser inputs other than sample and timestep, by argument name.
+
+The tensors of a single slot's context have no batch dimension. Those passed to `denoise` have one.
+"""
 
 
 class Denoiser(Protocol):
@@ -32,7 +35,7 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FinishedRow(Generic[Tag]):
-    """A row's tag, its final latents (C, h, w) float32, and the seconds that it spent in the slots."""
+    """A row's tag, its final latents (C, h, w) float32, and the seconds from the row's admission to its last step."""
 
     tag: Tag
     latents: torch.Tensor
@@ -43,8 +46,9 @@ class FinishedRow(Generic[Tag]):
 class _Row(Generic[Tag]):
     """A row in the batch.
 
-    `terms` has one line for each term of the row's sums (see CoefficientTable), and its first `term_count` lines are
-    filled. `guidance` is the scale and the rescale factor.
+    `terms` (terms, elements) holds y of CoefficientTable. Its first `term_count` entries are known so far.
+    `coefficients` are the table's, on the device. `guidance` is the scale and the rescale factor, and (1.0, 0.0)
+    without guidance.
     """
 
     tag: Tag
@@ -60,15 +64,18 @@ class _Row(Generic[Tag]):
 
 
 def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinned: bool = False) -> torch.Tensor:
-    """Draw unit noise (C, h, w) float32 from a row's CPU generator, as diffusers does."""
+    """Draw unit normal noise (C, h, w) float32 from a row's CPU generator, in the same way as diffusers.
+
+    With `pinned`, it is in page-locked memory, from which CUDA copies asynchronously.
+    """
     return torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned)
 
 
 class Slots(Generic[Tag]):
-    """`size` slots for latents of one shape (C, h, w), on the UNet's device.
+    """Holds rows in `size` slots, for latents of one shape (C, h, w), on the UNet's device.
 
-    Samples and terms (noise, model outputs, draws) are float32 for any UNet dtype. With 64x64 latents, the terms of a
-    row with 1,000 steps take 66 MB, or 131 MB with a draw per step.
+    Samples and terms (initial noise, model outputs, noise drawn at later steps) are float32 for any UNet dtype. With
+    4x64x64 latents, the terms of a row with 1,000 UNet calls take 66 MB, or 131 MB with a draw after each call.
     """
 
     def __init__(
@@ -84,11 +91,11 @@ class Slots(Generic[Tag]):
         self._denoiser = denoiser
         self._device, self._dtype = device, dtype
         self._rows: dict[int, _Row[Tag]] = {}
-        """Each row by its first position, which is also its index in tensors with one entry per row."""
+        """Rows by first position. A row's entry in tensors such as `_samples` is also at its first position."""
         self._free_positions = list(range(size))
         self._samples = torch.zeros(size, *latent_shape, device=device)
         self._context: dict[str, torch.Tensor] = {}
-        # Rows with the same table share a copy. A cache on a method would keep this object in memory.
+        # A cache, so that rows with the same table share a copy. On a method, it would keep this object in memory.
         self._copy_to_device: Callable[[CoefficientTable], torch.Tensor] = lru_cache(CACHED_TABLES)(
             lambda table: copy_to(device, table.coefficients)
         )
@@ -111,7 +118,11 @@ class Slots(Generic[Tag]):
         table: CoefficientTable,
         context: tuple[Context, Context | None],
     ) -> None:
-        """Add a row. `context` has a conditional and, for a row with guidance, an unconditional part."""
+        """Add a row, for which there must be enough free slots.
+
+        `context` has a conditional and, for a row with guidance, an unconditional part. Raises ValueError if the latter
+        is missing.
+        """
         positions = tuple(self._free_positions.pop(0) for _ in range(params.slots))
         for position, part in zip(positions, context, strict=False):
             if part is None:
@@ -129,7 +140,7 @@ class Slots(Generic[Tag]):
 
     @torch.inference_mode()
     def tick(self) -> list[FinishedRow[Tag]]:
-        """Make one UNet call with all slots, advance every row by one step, and return the finished rows."""
+        """Make one UNet call with all slots, advance each row by a line of its table, and return the finished rows."""
         output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
         advanced = [self._advance(index, guided[index]) for index in list(self._rows)]
@@ -137,7 +148,7 @@ class Slots(Generic[Tag]):
 
     @torch.inference_mode()
     def evaluate(self) -> torch.Tensor:
-        """Call the UNet without advancing rows. Returns (slots, C, h, w) in the UNet's dtype."""
+        """Call the UNet without advancing rows. Return its output (slots, C, h, w) in the UNet's dtype."""
         if self._is_layout_stale:
             self._send_layout()
         timestep, input_scale = self._send_steps()
@@ -145,7 +156,10 @@ class Slots(Generic[Tag]):
         return self._denoiser.denoise(sample.to(self._dtype), timestep, self._context)
 
     def _advance(self, index: int, output: torch.Tensor) -> FinishedRow[Tag] | None:
-        """Advance one row by one line of its table. Shapes, and therefore bytes, depend only on this row."""
+        """Advance one row by one line of its table, and return it if it is finished.
+
+        The shapes of all operations here depend only on this row, and so do the bytes of the result.
+        """
         row = self._rows[index]
         row.terms[row.term_count] = output.flatten()
         row.term_count += 1
@@ -175,7 +189,7 @@ class Slots(Generic[Tag]):
         row.term_count += 1
 
     def _send_layout(self) -> None:
-        """Send the row at each position, and the positions and guidance of each row, to the device."""
+        """Send to the device: for each position, the index of its row; for each row, its positions and guidance."""
         row_at, positions_of, guidance = [0] * self.size, [(0, 0)] * self.size, [(1.0, 0.0)] * self.size
         for index, row in self._rows.items():
             positions_of[index], guidance[index] = (row.positions[0], row.positions[-1]), row.guidance
@@ -188,7 +202,7 @@ class Slots(Generic[Tag]):
         self._is_layout_stale = False
 
     def _send_steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send the timestep and input scale of each position to the device. Results of free positions are unused.
+        """Send the timestep and input scale of each position to the device. Free positions get placeholders.
 
         Both tensors are contiguous, because torch.compile would compile again for a timestep with another stride.
         """
@@ -210,7 +224,8 @@ def guide(
     """Combine the two predictions of each row (Ho & Salimans, arXiv 2207.12598, eq. 6).
 
     conditional, unconditional (R, C, h, w); scale, rescale (R,). `rescale` (Lin et al., arXiv 2305.08891, section 3.4)
-    is None if no row uses it. For a row without guidance, both predictions are the same: u + s (c - u) is exactly c.
+    is None if no row uses it. For a row without guidance, both predictions are the same and the scale is 1, so that
+    u + s (c - u) is exactly c if c is finite.
     """
     guided = unconditional + scale.reshape(-1, 1, 1, 1) * (conditional - unconditional)
     if rescale is None:
@@ -219,5 +234,5 @@ def guide(
     ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     factor = rescale.reshape(-1, 1, 1, 1)
     rescaled = factor * (guided * ratio) + (1 - factor) * guided
-    # Not 0 * ...: the bytes of a row without rescale must not change even if its ratio is not finite.
+    # Use `where`, because multiplying a non-finite ratio by 0 gives NaN in rows without rescale.
     return torch.where(factor > 0, rescaled, guided)

@@ -1,8 +1,8 @@
-"""Convert a diffusers scheduler to a table of coefficients, so that each row advances by one line of its own table.
+"""Convert a diffusers scheduler to tables of coefficients. At each UNet call, a row advances by one line of its table.
 
-A scheduler's samples are linear in the initial noise, the model outputs and the noise that it draws. Running it once
-on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler ancestral, ...). diffusers
-remains the single source of truth, and this package implements no solver.
+The samples of most schedulers are linear in the initial noise, the model outputs and the noise that they draw. Running
+such a scheduler once on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler
+ancestral, ...). diffusers remains the single source of truth, and this package implements no solver.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.overrides import TorchFunctionMode
 from batch_infer.errors import ModelError, RowError, first_line
 
 TOLERANCE = 1e-4
-"""Maximum difference between a table and its scheduler on random data, at each step, relative to the largest value.
+"""Maximum difference between the samples of a table and its scheduler on random data, relative to the largest value.
 
-It allows for schedulers that compute in float32.
+It is checked at each evaluation, and allows for schedulers that compute in float32.
 """
 CACHED_TABLES = 32
-"""Maximum number of cached tables.
+"""Maximum number of tables that a Solver caches, and of copies on the device that Slots caches.
 
 A table for 1,000 steps takes 4 MB, 8 MB if the sampler draws noise at each step, and 24 MB if it also evaluates the
 model twice per step.
@@ -39,7 +39,7 @@ class NotBatchableError(RowError):
 
 
 class Scheduler(Protocol):
-    """The part of a diffusers scheduler that this module uses."""
+    """The part of a diffusers scheduler that this module requires."""
 
     config: Any
     timesteps: torch.Tensor
@@ -91,15 +91,15 @@ class Solver:
         self._probe()
 
     def table(self, num_inference_steps: int) -> CoefficientTable:
-        """Return the table for a step count. Raises RowError if the scheduler rejects that count."""
+        """Return the table for a step count. Raises RowError if there is no valid table for that count."""
         table = self._tables(num_inference_steps)
         if isinstance(table, RowError):
-            # The error is cached, and its traceback would grow with every row.
+            # Without this, the traceback of the cached error would grow with every row.
             raise table.with_traceback(None)
         return table
 
     def _probe(self) -> None:
-        """Compute one table to check the scheduler. Raises ModelError if it is unusable."""
+        """Compute a table for the first step count that works. Raises ModelError if the scheduler is unusable."""
         refusals = []
         for steps in (10, 20, 4, 1):
             try:
@@ -114,7 +114,7 @@ class Solver:
         raise ModelError(f"{refusals[0]} (nor 20, 4 or 1); choose other settings with --scheduler")
 
     def _make(self, steps: int) -> CoefficientTable | RowError:
-        """Compute a table and compare it with the scheduler on random data. Returns a RowError if either fails."""
+        """Compute a table and compare it with the scheduler on random data. Return a RowError if either fails."""
         refusal = f"{self.name} does not take num_inference_steps={steps}"
         try:
             terms, run = self._run_on_random_data(steps, seed=0, intercepts=True)
@@ -173,7 +173,7 @@ class _Run:
 
 def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -> CoefficientTable:
     """Compute a table by running the scheduler on basis vectors, one for each term."""
-    # Some solvers, such as UniPC, require samples of rank 4. Each channel is one entry of the basis vector.
+    # Each basis vector is a sample with one channel per entry, because some solvers, such as UniPC, require rank 4.
     basis = list(torch.eye(term_count, dtype=torch.float64).reshape(term_count, 1, -1, 1, 1))
     timesteps = tuple(scheduler.timesteps.float().tolist())
     run = _run_scheduler(scheduler, lambda: basis.pop(0), intercepts=intercepts)
@@ -181,14 +181,13 @@ def _compute_table(scheduler: Scheduler, term_count: int, *, intercepts: bool) -
 
 
 def _run_scheduler(scheduler: Scheduler, supply: Callable[[], torch.Tensor], *, intercepts: bool) -> _Run:
-    """Run a scheduler. `supply` returns the initial noise, and then for each evaluation the model output and the draws.
+    """Run a scheduler. `supply` returns the initial noise, then for each evaluation the model output and the draws.
 
-    Without `intercepts`, the scheduler draws the noise itself, which is twice as fast.
+    Without `intercepts`, the scheduler draws the noise itself, which is twice as fast, and draws are not counted.
     """
     input_scale, draws, samples = [], [], []
     generator = torch.Generator()
-    # If the scheduler has these arguments, pipelines pass the row's generator and their own default of eta, which
-    # differs from TCD's.
+    # Pass what pipelines pass if `step` takes it: the row's generator, and 0 as eta (the default of TCD differs).
     parameters = inspect.signature(scheduler.step).parameters
     arguments = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)

@@ -1,4 +1,4 @@
-"""Send the rows of a run to workers, replace workers that die, and account for every row.
+"""Send the rows of a run to workers, replace workers that die where possible, and account for every row.
 
 An engine renders in the command's own process, in local worker processes, or in the processes of a launcher.
 """

@@ -31,7 +31,11 @@ LISTEN_SECONDS = 0.5
 
 
 class SupervisorConnection:
-    """A worker's end of its connection. As a context manager, it reports an error and then ends the process."""
+    """A worker's end of its connection.
+
+    If an error leaves the context, the connection reports it and ends the process. It only reports a KeyboardInterrupt,
+    as a normal end.
+    """
 
     def __init__(self, connection: Connection, stop: Callable[[], bool] = lambda: False) -> None:
         """`stop` returns whether to stop even if the supervisor has not sent StopTask."""
@@ -47,14 +51,14 @@ class SupervisorConnection:
                 message = messages.decode_to_worker(self._connection.recv_bytes(messages.MAX_MESSAGE_BYTES))
                 if isinstance(message, messages.StopTask):
                     self._is_stopped.set()
-                    if not self._has_task.is_set():  # `wait_for_settings` ends the process
+                    if not self._has_task.is_set():  # then `wait_for_settings` ends the process
                         self._is_done.set()
                         return
                 self._inbox.put(message)
         except (EOFError, OSError, msgspec.DecodeError):
             pass
         finally:
-            if not self._is_done.is_set():  # the supervisor has died or closed the connection
+            if not self._is_done.is_set():  # the supervisor died, closed the connection or sent an invalid message
                 os._exit(1)
 
     def send(self, message: messages.FromWorker) -> None:
@@ -66,9 +70,9 @@ class SupervisorConnection:
             os._exit(1)
 
     def stop(self) -> bool:
-        """Return whether to stop. The chain calls this at every step, so it also sends heartbeats."""
+        """Return whether to stop. The chain calls this before each UNet call or batch, so it also sends heartbeats."""
         now = time.monotonic()
-        if self._last_heartbeat is None:  # the first call precedes the first step
+        if self._last_heartbeat is None:  # the first call precedes the first step, and only starts the clock
             self._last_heartbeat = now
         elif now - self._last_heartbeat >= HEARTBEAT_SECONDS:
             self._last_heartbeat = now

@@ -14,7 +14,7 @@ def make_engine(device: str, processes: int | None, rank_info: RankInfo | None, 
     if rank_info is not None:
         return LaunchedEngine(device, rank_info, out)
     if processes == 0:
-        from batch_infer.engines.inline import InlineEngine  # imports torch
+        from batch_infer.engines.inline import InlineEngine  # imports torch, which the other engines do not need
 
         return InlineEngine(device)
     return LocalEngine(device, processes)

@@ -35,9 +35,9 @@ from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerReport
 
 START_SECONDS = 1.0
-"""Maximum delay of a stop while a process starts."""
+"""Maximum number of seconds by which the start of a process delays a stop."""
 JOIN_SECONDS = 10.0
-"""Maximum number of seconds to wait for a process that was killed or has closed its connection to end."""
+"""Maximum number of seconds to wait for a thread to end, or for a process that was killed or closed its connection."""
 FLUSH_SECONDS = 1.0
 """Maximum number of seconds to wait for unsent messages to a launched worker before its connection is closed."""
 INTERVALS = 99
@@ -47,17 +47,20 @@ log = logging.getLogger("batch_infer")
 
 
 class WorkerCrashError(RuntimeError):
-    """A worker hung or crashed, but not with an error of this package. The message is its traceback or the cause."""
+    """A worker ended with an exception that is not a BatchInferError, or hung or died after it had loaded its model.
+
+    The message is the traceback of that exception, or else the cause.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds without a heartbeat after which a worker counts as hung.
+    """Limits on a worker's silence, in seconds except for `factor`. After a longer silence, the worker counts as hung.
 
-    `load` applies until it has loaded its model, and `start` until its second heartbeat, since the model may be
-    compiled before the first. After that, the limit is `factor` times the usual interval, but at least `least`. While
-    stopping, it is twice the usual interval, but at least `stop`. `device` limits the time in which the first worker
-    must report its device.
+    `load` applies until the worker has loaded its model, and `start` until its second heartbeat, since the model may be
+    compiled before the first. After that, the limit is `factor` times the usual interval, but at least `least`. Once
+    the task is being stopped, the limit is twice the usual interval, but at least `stop`. `device` limits the time in
+    which the first worker must report its device.
     """
 
     load: float = 3600.0
@@ -159,7 +162,7 @@ class WorkerHandle:
         return silence if silence > limit else None
 
     def describe_exit(self) -> str:
-        """Describe how a worker ended. Waits for the end of a child process."""
+        """Describe how a worker ended. Wait up to JOIN_SECONDS for the end of a child process."""
         if self._process is None:
             return "its connection broke"
         self._process.join(JOIN_SECONDS)
@@ -173,7 +176,10 @@ class WorkerHandle:
         return f"killed by signal {-code}"
 
     def exit_error(self, cause: str) -> Exception:
-        """Return the error of a worker that has ended: the error that it sent, or a new one that names the cause."""
+        """Return an error for a worker that has ended or hangs.
+
+        It is based on the error that the worker sent, if any, and otherwise contains `cause` or advice.
+        """
         if self.error is not None:
             known = getattr(errors, self.error.class_name, None)
             if isinstance(known, type) and issubclass(known, BatchInferError):
@@ -188,13 +194,13 @@ class WorkerHandle:
         )
 
     def kill(self) -> None:
-        """Kill a child process, and close the connection. A launched process ends when its connection is closed."""
+        """Kill a child process, and close the connection, which makes a launched process end."""
         self._outbox.put(None)
         if self._process is None:
-            self._threads[0].join(FLUSH_SECONDS)  # there may be an unsent StopTask
+            self._threads[0].join(FLUSH_SECONDS)  # let it send a pending StopTask
         else:
             self._process.kill()
-            self._process.join(JOIN_SECONDS)  # SIGKILL does not end a process that waits for a dead disk or device
+            self._process.join(JOIN_SECONDS)  # with a limit, since a dead disk or device can outlast SIGKILL
         shut_down(self._connection)
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
@@ -217,7 +223,7 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
     """Start a worker's process."""
     context = get_context("spawn")  # a forked process would inherit held locks without the threads that hold them
     connection, worker_connection = context.Pipe()
-    leave_removed_folder()  # a worker may be replaced hours after the start of the command
+    leave_removed_folder()  # it may be removed hours after the start, when a worker is replaced
     process = context.Process(target=run_worker, args=(worker_connection, spec), name=f"batch-infer worker {spec.rank}")
     # If the start were interrupted, the process could not read all of its arguments, and would print a traceback.
     with _stop_signals_blocked(), deferred(START_SECONDS):
@@ -228,11 +234,11 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals in processes that start inside the context. A worker unblocks them once it ignores them."""
+    """Block stop signals in this thread and processes that it starts. A worker unblocks them once it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # otherwise the start of the process would start it, which unblocks the signals
+    resource_tracker.ensure_running()  # otherwise `Process.start` would start it, and that unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -14,7 +14,7 @@ from batch_infer.worker import Worker, format_worker_name, load_chain
 
 
 class InlineEngine:
-    """Renders in this process, for a debugger or a notebook, or where no other process may be started."""
+    """Renders in this process, which suits a debugger, a notebook, or a system where worker processes cannot start."""
 
     worker_count = 1
 
@@ -32,7 +32,7 @@ class InlineEngine:
         on_ready()
         with deferred():
             worker.render(requests, on_commit)
-        seconds = time.monotonic() - started  # excludes the final report, which takes time
+        seconds = time.monotonic() - started  # before the final report, which takes time to count FLOPs
         return TaskReport([worker.report(final=True)], seconds)
 
     def __enter__(self) -> InlineEngine:

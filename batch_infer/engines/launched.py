@@ -1,8 +1,8 @@
 """Render in the processes of a launcher (torchrun, accelerate launch), on one machine or many.
 
-Rank 0 hands out the rows, and starts a process that renders its own share. The other ranks find rank 0 through the
-rendezvous file in OUT. Both ends of a connection prove that they know its key. The ranks form no process group, so they
-never wait for each other.
+Rank 0 hands out the rows, and starts a child process that renders rank 0's share. The other ranks find rank 0 through
+the rendezvous file in OUT. Both ends of a connection prove that they know its key. The ranks form no torch process
+group, so a late or dead rank does not block the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARRIVAL_SECONDS = 1800.0
 LATE_SECONDS = 20.0
 """Maximum number of seconds that rank 0 waits at the end for ranks that have not connected yet, to stop them."""
 HANDSHAKE_SECONDS = 30.0
-"""Number of seconds in which the other end must prove that it knows the key."""
+"""Maximum number of seconds to connect, and then to prove at both ends that the key is known."""
 HELLO_BYTES = 256
 PROCESS_START = time.monotonic()
 
@@ -66,7 +66,10 @@ class RankInfo:
 
 
 def read_rank_info() -> RankInfo | None:
-    """Return the rank of this process, or None if no launcher started it. Raises SettingsError if it is invalid."""
+    """Return the rank of this process, or None if no launcher started it.
+
+    Raises SettingsError if a rank or size in the environment is not a number.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     values = [os.environ.get(name, "") for name in names]
     if not all(values):
@@ -102,7 +105,7 @@ class LaunchedEngine(LocalEngine):
         try:
             if kind is None:
                 self._stop_late_ranks()
-            if kind is None and self._missing_ranks > 0:  # ranks that start even later need not wait
+            if kind is None and self._missing_ranks > 0:  # tell ranks that start even later not to wait
                 write_rendezvous(self._out, msgspec.structs.replace(self._rendezvous, has_ended=True))
             else:
                 remove_rendezvous(self._out)
@@ -128,7 +131,7 @@ class LaunchedEngine(LocalEngine):
             yield self._arrivals.get()
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Restart the child process. Only the launcher can restart the other ranks."""
+        """Restart the child process. For other ranks, return None, since only the launcher can restart them."""
         return self._start_child(rank) if rank == 0 else None
 
     def _accept(self) -> None:
@@ -185,9 +188,10 @@ def _listen(rank_info: RankInfo) -> socket.socket:
 def join_launch(
     rank_info: RankInfo, requested_device: str, out: Path, card: ModelCard, stop: Callable[[], bool]
 ) -> None:
-    """Render as a rank other than 0, with this machine's copy of the model, until rank 0 has no more rows.
+    """Render as a rank other than 0 until rank 0 has no more rows or `stop` returns True. Loads this machine's model.
 
-    Raises ServiceError if this rank cannot find rank 0.
+    Reports an error in rendering to rank 0 and ends the process. Raises ServiceError if rank 0 cannot be found, and
+    StorageError if OUT cannot be used to find it.
     """
     if (connection := connect_to_rank_0(out, rank_info.launch_id, stop)) is None:
         return
@@ -201,7 +205,7 @@ def join_launch(
         return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
-    with suppress(StopRequested):  # the other ranks continue
+    with suppress(StopRequested):  # not an error: the other ranks continue
         work(SupervisorConnection(connection, stop), spec, localize)
 
 
@@ -209,8 +213,10 @@ def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Co
     """Connect to rank 0. Return None once `stop` returns True or rank 0 of this launch has ended.
 
     Ignores the rendezvous of another launch or user, since rank 0 of this launch will replace it. Launches may share an
-    id, so a rendezvous with `has_ended` counts only if it was written after this process started. Raises ServiceError
-    if rank 0 is not found in time.
+    id, so a rendezvous with `has_ended` counts only if it was written after this process started.
+
+    Raises ServiceError if rank 0 is not found in time or its address cannot be resolved, and StorageError if the age of
+    the rendezvous file cannot be determined.
     """
     deadline, warning = time.monotonic() + ARRIVAL_SECONDS, ""
     while not stop():

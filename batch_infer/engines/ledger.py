@@ -13,16 +13,19 @@ from batch_infer.records import PromptRequest
 CHUNK_ROWS = 32
 """Maximum number of rows in a chunk. The last chunks are shorter, so that all workers finish at about the same time."""
 RETRY_ROWS = 16
-"""Maximum number of rows that are retried together after one worker has ended without committing them."""
+"""Maximum number of rows that are retried together after one worker ended or became idle without committing them."""
 MAX_DEATHS = 3
-"""A row fails after this many workers have died with it, the last one with no other row."""
+"""A row fails after this many workers died or became idle without committing it, the last one with no other row."""
 
 Key = tuple[str, int]
 Item = TypeVar("Item")
 
 
 def prefetch_first(items: Iterable[Item]) -> Iterator[Item]:
-    """Fetch the first item, and return an iterator over all items. It may take minutes: sorting reads all tables."""
+    """Fetch the first item now, and return an iterator over all items.
+
+    The first request of a run may take minutes, since sorting the requests reads all tables.
+    """
     source = iter(items)
     return chain(list(islice(source, 1)), source)
 
@@ -36,7 +39,7 @@ class Chunk:
 
 
 class Ledger:
-    """Hands out rows. Each row is unassigned, assigned to one worker, waiting to be retried, or committed."""
+    """Hands out rows. Each row is unassigned, assigned to one worker, waiting to be retried, committed, or failed."""
 
     def __init__(self, requests: Iterable[PromptRequest], expected: int, workers: int) -> None:
         """`expected` is the approximate number of requests. It only affects how rows are divided among workers."""
@@ -53,13 +56,13 @@ class Ledger:
 
     @property
     def is_done(self) -> bool:
-        """Whether every row is committed."""
+        """Whether every row is committed or has failed, and `next_chunk` has found no more rows."""
         return self._source_ended and not self._retries and not any(self._assigned.values())
 
     def next_chunk(self, worker: int, loading: int = 0) -> Chunk | None:
         """Return the next rows for a worker, or None if there are none for it now.
 
-        While other workers load the model (`loading` of them), a worker gets no more than its share of all rows.
+        While other workers load the model (`loading` of them), a worker gets at most its share of uncommitted rows.
         """
         count = max(1, min(CHUNK_ROWS, -(-self._expected // (2 * self._workers))))
         if loading and self._expected > 0:
@@ -94,7 +97,10 @@ class Ledger:
         self._retry(list(self._assigned.pop(worker, {}).values()), RETRY_ROWS)
 
     def record_death(self, worker: int) -> list[PromptRequest]:
-        """Split the rows of a dead worker into smaller chunks to retry. Return the rows that have now failed."""
+        """Split the rows of a worker that died, or became idle without committing them, into small chunks to retry.
+
+        Return the rows that have now failed.
+        """
         requests = list(self._assigned.pop(worker, {}).values())
         self._deaths.update(request.key for request in requests)
         self._retry([request for request in requests if self._deaths[request.key] == 1], RETRY_ROWS)

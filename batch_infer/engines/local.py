@@ -1,4 +1,4 @@
-"""Render with one worker process per device of this machine."""
+"""Render with worker processes on this machine, by default one per GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LocalEngine:
         timeouts: Timeouts | None = None,
         load: ChainLoader | None = None,
     ) -> None:
-        """`processes` is the number of workers. By default, there is one per visible GPU, or one without GPUs."""
+        """`processes` is the number of workers. If it is None, there is one per visible GPU, or one on a CPU."""
         self.timeouts = timeouts or Timeouts()
         self.worker_count = self._child_count = processes or 1
         self._requested_device, self._processes, self._load = requested_device, processes, load
@@ -40,7 +40,7 @@ class LocalEngine:
         self._other_children = set(active_children())
 
     def __enter__(self) -> LocalEngine:
-        self._first_worker = self._start_child(0)  # it imports libraries while tables are read
+        self._first_worker = self._start_child(0)  # the worker imports libraries while this process reads tables
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -77,7 +77,10 @@ class LocalEngine:
 
 
 def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
-    """Return the device that a worker reports. Raises WorkersLostError on timeout, for example if the driver hangs."""
+    """Return the device that a worker reports.
+
+    Raises the worker's own error if it ends before, and WorkersLostError on timeout, for example if the driver hangs.
+    """
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() <= deadline:

@@ -54,7 +54,7 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
 
 class CommitReport(msgspec.Struct, tag=True, frozen=True):
-    """The rows are in the manifest. They are sent without prompts and carried cells."""
+    """The rows are in the manifest. They are sent without prompts and without carried cells."""
 
     rows: Sequence[ResultRow]
     report: WorkerReport
@@ -87,7 +87,7 @@ class WorkerError(msgspec.Struct, tag=True, frozen=True):
 
 
 class WorkerDone(msgspec.Struct, tag=True, frozen=True):
-    """The worker ends normally. `report` is None if a stop signal interrupted the worker."""
+    """The worker ends without an error. `report` is None if a stop signal interrupted it."""
 
     report: WorkerReport | None
 
@@ -99,7 +99,7 @@ class StartTask(msgspec.Struct, tag=True, frozen=True):
 
 
 class RowChunk(msgspec.Struct, tag=True, frozen=True):
-    """Rows to render, and their carried cells as an Arrow IPC stream."""
+    """Rows to render. `carried` has their carried cells as an Arrow IPC stream, and is empty if there are none."""
 
     requests: tuple[PromptRequest, ...]
     is_isolated: bool
@@ -130,7 +130,7 @@ class RowChunk(msgspec.Struct, tag=True, frozen=True):
 
 
 class NoMoreRows(msgspec.Struct, tag=True, frozen=True):
-    """There are no more rows for now. An idle worker then ends."""
+    """There are no more rows for now. A worker that is idle ends, and any other worker first finishes its rows."""
 
 
 class StopTask(msgspec.Struct, tag=True, frozen=True):
@@ -153,7 +153,7 @@ ToWorker = StartTask | RowChunk | NoMoreRows | StopTask
 
 
 def escape_surrogates(text: str) -> str:
-    """Escape surrogates, which UTF-8 cannot encode. They represent bytes of file names that are not UTF-8."""
+    """Escape surrogates, which UTF-8 cannot encode. In file names, they represent bytes that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -177,4 +177,4 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_from_bytes)
 encode = msgspec.msgpack.Encoder(enc_hook=_to_bytes).encode
 decode_from_worker, decode_to_worker = _from_worker.decode, _to_worker.decode
-"""Decode a message. Raises msgspec.DecodeError if the bytes are not a message to or from a worker."""
+"""Decode a message from or to a worker. Raises msgspec.DecodeError if the bytes are no such message."""

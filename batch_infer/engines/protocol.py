@@ -19,7 +19,10 @@ Stop = Callable[[], bool]
 
 
 class WorkersLostError(RetryableError):
-    """No worker is left, a worker cannot be replaced during rendering, or the first worker finds no device in time."""
+    """No worker is left, or a worker cannot start.
+
+    An initial worker cannot load the model after another was ready, or the first worker reports no device in time.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """Reports of all workers, and the seconds from the time when the first was ready until the last ended.
+    """The latest report of each worker that sent one, and the seconds from when the first was ready until all ended.
 
-    `processes` counts worker processes, and is 0 if the command's own process rendered. `deaths` counts workers that
-    died. `lost_remote_worker` says whether one of them was not a child of this process: it may still write to OUT.
+    If the command's own process rendered, `seconds` ends when all rows are committed, and `processes` is 0. Otherwise
+    `processes` is the engine's number of workers, even if fewer were needed. `deaths` counts workers that died.
+    `lost_remote_worker` says whether one of these was not a child of this process, and may still write to OUT.
     """
 
     worker_reports: Sequence[WorkerReport]
@@ -47,14 +51,15 @@ class TaskReport:
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Renders a task with one or more workers, each on its own device.
+    """Renders a task with one or more workers. Each has its own GPU, or they share the CPU.
 
-    A run enters the engine, calls `detect_device` once and then `render`, and exits. It may call `render` again after a
-    CompilationError. `__enter__` may start workers, so that they import libraries while tables are read. Every worker
-    calls `batch_infer.worker.Worker.render`, which stores and commits rows itself. The engine decides which worker gets
-    which rows, reports committed rows, and accounts for every row: a row that no worker can render is committed as
-    failed. An engine whose workers are other processes can leave this to `supervisor.Supervisor` if it is also a
-    `WorkerSource`, as `LocalEngine` is. `InlineEngine` is the shortest example.
+    A run enters the engine, calls `detect_device` once, calls `render` if rows are pending, and exits. It may call
+    `render` again, for example after a CompilationError. `__enter__` may start workers, so that they import libraries
+    while tables are read. Every worker calls `batch_infer.worker.Worker.render`, which stores and commits rows itself.
+    The engine decides which worker gets which rows, reports committed rows, and, unless it raises an error, accounts
+    for every row: a row that no worker can render is committed as failed. An engine whose workers are other processes
+    can leave this to `supervisor.Supervisor` if it is also a `WorkerSource`, as `LocalEngine` is. `InlineEngine` is the
+    shortest example.
     """
 
     @property
@@ -65,16 +70,17 @@ class Engine(AbstractContextManager["Engine"], Protocol):
     def detect_device(self) -> Device:
         """Return the device of the workers.
 
-        Raises SettingsError if the requested device is missing, and WorkersLostError if no device is found in time.
+        Raises SettingsError if the requested device is missing or there are too few GPUs, WorkersLostError if no device
+        is found in time, and the error of a worker that cannot detect its device.
         """
         ...
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
         """Render and commit all requests. Once `stop` returns True, only commit the rows that are already finished.
 
-        Calls `on_ready` once, when the first worker has loaded its model, and `on_commit` with rows that are in the
-        manifest. Their prompts and carried cells may be missing. Raises ModelError only before anything is rendered,
-        and SettingsError, StorageError, ServiceError and WorkersLostError at any time.
+        Calls `on_ready` at most once, when the first worker can start to render, and `on_commit` with rows that are in
+        the manifest, perhaps without their prompts and carried cells. Raises ModelError only before anything is
+        rendered, and SettingsError, StorageError, ServiceError and WorkersLostError at any time.
         """
         ...
 
@@ -88,7 +94,10 @@ class WorkerSource(Protocol):
     def timeouts(self) -> Timeouts: ...
 
     def start(self, expected_count: int) -> Iterable[WorkerHandle]:
-        """Return the first workers for this many rows. The run ends if one of them cannot load the model."""
+        """Start and return the initial workers, no more than are needed for this many rows.
+
+        The run ends if one of them cannot load the model.
+        """
         ...
 
     def arrivals(self) -> Iterable[WorkerHandle]:
@@ -96,5 +105,5 @@ class WorkerSource(Protocol):
         ...
 
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Restart a worker, or return None if only its launcher can restart it."""
+        """Restart a worker and return it, or return None if only its launcher can restart it."""
         ...

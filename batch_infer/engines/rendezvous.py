@@ -1,4 +1,4 @@
-"""Write and read the rendezvous file in OUT: the address of rank 0 and the key of its connections.
+"""Write and read the rendezvous file in OUT: the address of rank 0 and, without a shared secret, the connections' key.
 
 Other users may be able to write to OUT. The file is therefore trusted only if its owner and mode prove that this user
 wrote it, or if the ranks share a secret in their environment.
@@ -24,7 +24,10 @@ MAX_BYTES = 4096
 
 
 class Rendezvous(msgspec.Struct, frozen=True):
-    """The address of a launch's rank 0, the key of its connections, and whether rank 0 has ended."""
+    """The address of a launch's rank 0, the key of its connections, and whether rank 0 has ended.
+
+    `key` is in hexadecimal, and empty in a file whose ranks share a secret.
+    """
 
     launch_id: str
     host: str
@@ -43,7 +46,10 @@ class TrustedRendezvous:
 
 
 def write_rendezvous(out: Path, rendezvous: Rendezvous) -> bytes:
-    """Write the file and return the key. Raises SettingsError if the file cannot prove who wrote it."""
+    """Write the file and return the key.
+
+    Raises StorageError, and SettingsError if there is no secret and the file cannot prove who wrote it.
+    """
     path, secret = out / FILE_NAME, os.environ.get(SECRET)
     if secret:
         rendezvous = msgspec.structs.replace(rendezvous, key="")
@@ -61,7 +67,7 @@ def write_rendezvous(out: Path, rendezvous: Rendezvous) -> bytes:
 
 
 def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
-    """Return the rendezvous in OUT, the reason why its file is ignored, or None if there is no readable file."""
+    """Return the rendezvous in OUT, the reason why its file is ignored, or None if the file is missing or invalid."""
     path, secret = out / FILE_NAME, os.environ.get(SECRET)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -84,7 +90,7 @@ def read_rendezvous(out: Path) -> TrustedRendezvous | str | None:
 def age_seconds(trusted: TrustedRendezvous, out: Path) -> float:
     """Return the age of a rendezvous file in seconds, by comparing it with a file that is written now.
 
-    The clock of a file server may differ from this machine's clock. Raises StorageError.
+    Both times are from the clock of OUT's file server, which may differ from this machine's. Raises StorageError.
     """
     probe = temporary_path(out / FILE_NAME)
     with write_errors(probe):

@@ -20,7 +20,10 @@ from batch_infer.worker import WorkerReport, commit_failed
 
 POLL_SECONDS = 0.2
 MAX_STARTS = 2
-"""The run ends after a required worker has died this many times in a row while loading the model."""
+"""The run ends after a required worker died this many times in a row, or sent an error, while loading the model.
+
+Any worker that has died this many times in a row without a commit gets rows to retry before new rows.
+"""
 SUSPENDED_SECONDS = 5.0
 """If one turn of the loop takes longer than this, this process is assumed to have been suspended."""
 MAX_FAILURES = 10
@@ -154,7 +157,7 @@ class Supervisor:
                 self._remove(worker)
 
     def _hand_out_rows(self) -> None:
-        """Send rows to idle workers. Once all rows are committed, let workers end that are idle or still loading."""
+        """Send rows to idle workers. Once all rows are committed, let them end, and kill children that still load."""
         if self._is_stopping:
             return
         for worker in list(self._workers.values()):
@@ -171,7 +174,7 @@ class Supervisor:
                 self._remove(worker)
 
     def _next_rows(self, worker: WorkerHandle) -> Chunk | None:
-        """Return new rows, or else rows to retry. A worker that keeps dying gets rows to retry first."""
+        """Return new rows, or else rows to retry, or else None. A worker that keeps dying gets rows to retry first."""
         retry = self._ledger.next_retry
         if self._failures[worker.rank] < MAX_STARTS:
             return self._next_chunk(worker) or retry(worker.rank)
@@ -185,7 +188,10 @@ class Supervisor:
         worker.send(messages.RowChunk.from_chunk(chunk, carried) if chunk else messages.NoMoreRows())
 
     def _compare_device(self, worker: WorkerHandle, device: Device) -> None:
-        """Stop if workers compute on different kinds of devices, since image bytes would depend on the worker."""
+        """Stop with an error if a worker computes on another kind of device, since image bytes would depend on it.
+
+        Warn if it computes on a device of the same kind with another name.
+        """
         compute = self._task.settings.compute
         if device.kind != compute.device:
             message = f"worker {worker.rank} computes on {device.kind} and others on {compute.device}: set --device"
@@ -207,14 +213,14 @@ class Supervisor:
                 self._replace(worker, f"no heartbeat for {seconds:.0f} s")
 
     def _replace(self, worker: WorkerHandle, cause: str) -> None:
-        """Restart a worker that has died and retry its rows, or end the task with its error."""
+        """Retry the rows of a worker that has died or hangs, and restart it if possible, or stop with its error."""
         rank, error = worker.rank, worker.exit_error(cause)
         must_start = worker.is_required and not worker.is_loaded
         self._failures[rank] += 1
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
         if (must_start and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
             self._remove(worker)
-            if self._rendering_since is not None and isinstance(error, ModelError):  # another run can continue
+            if self._rendering_since is not None and isinstance(error, ModelError):  # so that another run continues
                 error = WorkersLostError(f"worker {rank} cannot start: {last_line(error)}")
             self._error = self._error or error
             self._stop()

@@ -50,7 +50,7 @@ class WorkerSpec:
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
-    """Run a worker's process until its task ends, or until the supervisor closes the connection or is killed."""
+    """Run a worker's process until its task ends or fails, or the supervisor closes the connection or is killed."""
     for number in STOP_SIGNALS:  # the parent handles these, and sends StopTask
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -63,13 +63,13 @@ def work(
     spec: WorkerSpec,
     localize: Callable[[WorkerSettings], WorkerSettings] = lambda settings: settings,
 ) -> None:
-    """Render the rows that the supervisor sends. Ends the process on an error.
+    """Render the rows that the supervisor sends. Ends the process on an error, or on a stop before its task starts.
 
     `localize` adapts the supervisor's settings to this machine.
     """
     select_gpu(spec)
     leave_removed_folder()
-    # Imported objects stay alive, and scanning them for garbage takes a sixth of the import time.
+    # Off until the model is loaded: imported objects stay alive, and scanning them takes a sixth of the import time.
     gc.disable()
     with supervisor:
         supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
@@ -96,9 +96,10 @@ def leave_removed_folder() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model inside the context, and explain its errors. Leaves the current folder first if it was removed.
+    """Load a model inside the context, and explain some errors. Leave the current folder first if it was removed.
 
-    Raises StorageError if the folder is removed during loading, and SettingsError if the device's memory is too small.
+    Raises StorageError if a file is not found because the current folder was removed during loading, and SettingsError
+    if the device's memory is too small.
     """
     leave_removed_folder()
     try:
@@ -115,7 +116,7 @@ def loading() -> Iterator[None]:
 
 
 def select_gpu(spec: WorkerSpec) -> None:
-    """Hide the launcher and, unless `gpu` is 0, other GPUs from torch and accelerate. They use GPU 0 by default."""
+    """Hide the launcher from accelerate and, unless `gpu` is 0, other GPUs from torch, which uses GPU 0 by default."""
     for name in LAUNCHER_NAMES:
         os.environ.pop(name, None)
     if spec.gpu and spec.requested_device != "cpu":
@@ -129,7 +130,7 @@ def select_gpu(spec: WorkerSpec) -> None:
 def _logging(out: Path, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
     """Write log records to a file in OUT, and send them to the supervisor, which owns the terminal.
 
-    The traceback of an error or a crash and the output of a child process are also written to the file.
+    The traceback of an error or a crash, and the output of a child process, are also written to the file.
     """
     with open_log(out / "logs" / f"worker-{spec.rank}.log") as file:
         faulthandler.enable(file)

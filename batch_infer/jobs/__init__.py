@@ -1,7 +1,7 @@
 """Implement the commands run, plan, status, retry, merge, rescore and export-mlflow from start to finish.
 
-One function per command takes settings and returns the values to print. The other functions are for the command
-line, for `bench`, and for endpoints, whose workers share OUT without locking it.
+For each command, one function does the work and returns the values to print. The other functions are for the command
+line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
 """
 
 from typing import TYPE_CHECKING

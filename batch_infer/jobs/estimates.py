@@ -1,6 +1,7 @@
 """Provide batch sizes for --slots auto, and rates for time and cost estimates, both by image size.
 
-Values that an earlier plan or run measured under the same conditions are reused. Other values are measured.
+Values that an earlier plan or run measured under the same conditions are reused. Other values are measured for up to
+MAX_MEASURED_SIZES image sizes, and scaled from these for further sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ log = logging.getLogger("batch_infer")
 
 
 class BatchShapes:
-    """Provides the batch sizes for a job's image sizes. With --slots auto, loads or measures them on first use."""
+    """Provides the batch sizes for a job's image sizes.
+
+    With --slots auto, loads them on first use, or else measures them, or scales them beyond MAX_MEASURED_SIZES.
+    """
 
     def __init__(self, job: Job, probe: Probe) -> None:
         self._job, self._probe = job, probe
@@ -44,13 +48,16 @@ class BatchShapes:
         self._measured: dict[Size, BatchShape] = {}
 
     def for_size(self, size: Size) -> BatchShape:
-        """Return the batch sizes for an image size. Raises ModelError if measuring fails."""
+        """Return the batch sizes for an image size. Raises ModelError or SettingsError if measuring fails."""
         if size not in self._shapes:
             self._shapes[size] = self._load_or_measure(size) if self._is_auto else self._job.compute.shape_of(*size)
         return self._shapes[size]
 
     def choose(self, sizes: Iterable[Size]) -> Compute:
-        """Return the job's compute settings with the batch sizes for these image sizes."""
+        """Return the job's compute settings, with the batch sizes for these image sizes if --slots auto was given.
+
+        Raises ModelError or SettingsError if measuring fails.
+        """
         compute = self._job.compute
         return compute.with_shapes([self.for_size(size) for size in sizes]) if self._is_auto else compute
 
@@ -59,7 +66,7 @@ class BatchShapes:
         plateau = load_calibration(Plateau, conditions)
         if plateau is None:
             if len(self._measured) >= MAX_MEASURED_SIZES:
-                nearest = _find_nearest(size, self._measured)  # keep the number of pixels per call
+                nearest = _find_nearest(size, self._measured)  # keep its number of pixels per call
                 shape, factor = self._measured[nearest], math.prod(nearest) / math.prod(size)
                 slots = max(2, int(shape.slots * factor))
                 return BatchShape(*size, slots - slots % 2, max(1, int(shape.decode_batch * factor)))
@@ -71,7 +78,7 @@ class BatchShapes:
 
 
 def remember_shapes(job: Job, compute: Compute) -> None:
-    """With --slots auto, save the batch sizes that were halved after running out of memory for later commands."""
+    """If --slots auto was given, save batch sizes that a run has halved, for want of memory, for later commands."""
     for shape in compute.by_size if job.settings.compute.slots == "auto" else ():
         size = shape.height, shape.width
         if shape != job.compute.shape_of(*size):
@@ -79,7 +86,7 @@ def remember_shapes(job: Job, compute: Compute) -> None:
 
 
 def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[Size, Rates]:
-    """Return the rates for every image size. Raises ModelError if measuring fails."""
+    """Return the rates for every image size in `costs`. Raises ModelError or SettingsError if measuring fails."""
     measured = {size: rates for size in costs if (rates := load_calibration(Rates, _rate_conditions(job, size)))}
     costliest = sorted(costs, key=lambda size: costs[size].row_forwards * math.prod(size), reverse=True)
     for size in costliest[:MAX_MEASURED_SIZES]:
@@ -91,7 +98,7 @@ def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[S
 
 
 def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
-    """Measure one size. If compiling fails and a run would continue without torch.compile, measure without it."""
+    """Measure one size. If compiling fails, measure without torch.compile, unless --compile was given."""
 
     def measure(compute: Compute) -> Rates:
         return probe.measure_rates(job.card, compute, job.settings.safety, job.settings.output.image_format, size)
@@ -106,10 +113,10 @@ def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
 
 
 def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mapping[Size, int], startup: float) -> None:
-    """Save the rates of a run, which are more accurate than those of a short measurement.
+    """Save the rates of a run for sizes with enough UNet calls. They are more accurate than a short measurement's.
 
-    `image_bytes` is the total over all images of a size. `startup` is the number of seconds until the first worker is
-    ready, without the time to scan tables.
+    `image_bytes` is the total file size of all images of a size. `startup` is the number of seconds until the first
+    worker is ready, without the time to scan tables.
     """
     for size, stages in by_size.items():
         if stages.images and stages.ticks >= MIN_TICKS:
@@ -120,7 +127,7 @@ def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mappin
 
 
 def _scale_rates(size: Size, measured: Mapping[Size, Rates]) -> Rates:
-    """Scale the nearest size's rates by the number of pixels."""
+    """Return the rates of the size nearest in number of pixels, with all but `start` scaled to this size."""
     nearest = _find_nearest(size, measured)
     rates, factor = measured[nearest], math.prod(size) / math.prod(nearest)
     return replace(rates, tick=rates.tick * factor, image=rates.image * factor, image_bytes=rates.image_bytes * factor)

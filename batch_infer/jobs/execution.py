@@ -39,7 +39,7 @@ class Progress(Protocol):
     """Receives the events of a run."""
 
     def start(self, scan: ScanResult) -> None:
-        """Called after the tables have been scanned and before the model is loaded."""
+        """Called before the pending rows are rendered. Not called if there are none."""
         ...
 
     def ready(self, throughput: Throughput) -> None:
@@ -57,19 +57,19 @@ class RunExecution:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
         self._folder = RunFolder(job, stop)
         self._has_uncommitted_invalid = False
-        """Whether invalid rows must still be committed, because --overwrite has not cleared OUT yet."""
+        """Whether invalid rows must still be committed, because OUT was not cleared when the tables were scanned."""
         self._setup_seconds = 0.0
         self._summary = Summary()
-        self._throughput: Throughput | None = None  # until the first worker is ready
+        self._throughput: Throughput | None = None  # None until the first worker is ready
         self._bytes_by_size: Counter[Size] = Counter()
 
     @property
     def _committed(self) -> int:
-        """Number of results that the workers committed during this run."""
+        """Number of results that the workers have committed since the last scan."""
         return self._throughput.committed if self._throughput else 0
 
     def execute(self, started: float) -> Summary:
-        """Execute the run. `started` is the value of `time.monotonic` at the start of the command."""
+        """Execute the run. `started` is the value of `time.monotonic` when preparation began."""
         workers, threads = self._engine.worker_count, self._job.compute.threads
         if count_parallel(workers, self._job.compute) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
@@ -89,8 +89,8 @@ class RunExecution:
     def _scan_render_merge(self) -> Counts:
         """Scan, render pending rows and merge.
 
-        Raises DamagedPartError if carried columns, which only the merge reads, are damaged: their rows must be rendered
-        again.
+        Raises DamagedPartError if a part is damaged in a place that the scan does not read, such as a carried column.
+        The caller then sets the part aside and calls this again, so that its rows are rendered again.
         """
         self._summary, self._throughput = Summary(), None
         self._bytes_by_size.clear()
@@ -103,7 +103,7 @@ class RunExecution:
                     if self._committed:
                         self._merge_after_error(scan)
                         if isinstance(error, SettingsError):
-                            raise ServiceError(str(error)) from error  # the key was valid when the run began
+                            raise ServiceError(str(error)) from error  # e.g. the key expired: a new run may continue
                     elif isinstance(error, UsageError):
                         self._folder.restore_record()
                     raise
@@ -112,7 +112,7 @@ class RunExecution:
         return self._merge(scan)
 
     def _scan(self, index: ManifestIndex) -> ScanResult:
-        # Compare before replacing run.json: if interrupted, the next run must compare with the same earlier run.
+        # Compare before replacing run.json, so that after an interruption the next run compares with the same record.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
@@ -127,7 +127,7 @@ class RunExecution:
         self._folder.update_record(compute=asdict(compute))
 
     def _render(self, index: ManifestIndex, scan: ScanResult) -> None:
-        """Render the pending rows."""
+        """Render the pending rows. With --slots auto, choose their batch sizes first."""
         if self._job.settings.compute.slots == "auto":
             from batch_infer.autotune import Probe
 
@@ -146,11 +146,11 @@ class RunExecution:
             self._conclude(report, self._setup_seconds + time.monotonic() - started - report.seconds)
 
     def _conclude(self, report: TaskReport, startup_seconds: float) -> None:
-        """Add a report to the summary, clean up after workers that died, and save measurements for later estimates."""
+        """Add a report to the summary, clean up after dead local workers, and save batch sizes or rates for later."""
         if (throughput := self._throughput) is not None:
             self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
         self._summary.add(report)
-        if report.lost_remote_worker:  # the next run removes that worker's files
+        if report.lost_remote_worker:  # it may still be writing, so leave its files to the next run
             self._folder.update_record(has_strays=True)
         elif report.deaths:
             remove_leftovers(self._folder.out)
@@ -183,7 +183,7 @@ class RunExecution:
 
     def _on_ready(self, scan: ScanResult) -> None:
         self._folder.clear()
-        # This many results are in progress at a time if every row uses guidance, which takes two slots.
+        # Estimate how many results are in progress at a time as if every row used guidance, which takes two slots.
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         self._throughput = Throughput(in_flight=in_flight)
@@ -203,7 +203,7 @@ class RunExecution:
     def _disable_compiling(self, error: CompilationError, scan: ScanResult) -> None:
         """Disable torch.compile in all workers, or raise CompilationError if the run cannot continue without it.
 
-        Compiled and uncompiled networks produce different bytes, so OUT must not contain any image yet. A run with
+        Compiled and uncompiled networks produce different bytes, so no image of these tables may exist yet. A run with
         --compile does not continue, nor does a run under a launcher, whose other ranks have already exited.
         """
         if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
@@ -219,9 +219,10 @@ class RunExecution:
 
     @deferred(GRACE_SECONDS)
     def _merge(self, scan: ScanResult) -> Counts:
-        """Merge. While the manifest lists fewer results than expected, list it again for about a minute.
+        """Commit invalid rows if the scan could not, and merge.
 
-        Network file systems such as NFS and FUSE may list a directory as it was up to a minute ago.
+        While the manifest lists fewer results than expected, list it again for about a minute, because network file
+        systems such as NFS may list a directory as it was up to a minute ago.
         """
         try:
             if self._has_uncommitted_invalid and not self._job.tables.changed_files():

@@ -1,7 +1,7 @@
-"""Export an MLflow model for no-code deployments, with the signature of the text-to-image models in Azure's catalog.
+"""Export an MLflow model for no-code deployments, whose signature extends that of Azure's text-to-image models.
 
-The MLflow model contains the diffusion model and the code of batch-infer, but no pickle: MLflow runs model.py
-(https://mlflow.org/docs/latest/ml/model/models-from-code).
+The MLflow model contains the diffusion model and the code of batch-infer. MLflow runs model.py instead of unpickling an
+object (https://mlflow.org/docs/latest/ml/model/models-from-code).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # packaging a model needs no network
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # an export must not send usage data
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import pandas as pd
@@ -50,7 +50,7 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""The catalog models' signature, plus `error` and parameters that apply to all rows of a call."""
+"""The signature of the text-to-image models in Azure's catalog, plus `error` and parameters for all rows of a call."""
 CODE = """\
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -79,7 +79,8 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
         raise SettingsError("--slots auto: give a number here; `batch-infer bench` measures which one suits a device")
     card, target = read_card(model), folder.absolute()
     extras = ["azure", *["lora"] * bool(card.loras), *["long-prompts"] * model.long_prompts]
-    # Next to the folder: if the model is on the same disk, its files are hard-linked and take no space.
+    # The temporary folder is next to the target, so that it can be renamed to it. If the model is on the same disk, its
+    # files are hard-linked and take no space.
     temporary = temporary_path(target)
     scratch = temporary / "scratch"
     with write_errors(folder):
@@ -97,19 +98,19 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
 
 
 def _save(path: Path, scratch: Path, card: ModelCard, variables: Mapping[str, str], extras: Sequence[str]) -> None:
-    """Save the model to a new folder. `scratch` is an empty folder on the same disk."""
+    """Save the model to the new folder `path`. `scratch` is an empty folder on the same disk as `path`."""
     code, package = scratch / "model.py", scratch / _PACKAGE.name
     code.write_text(CODE, "utf-8")
-    # If the built-in model is exported, it is an artifact like any other model.
+    # Leave the built-in model out of the package: if it is exported, it is an artifact like any other model.
     shutil.copytree(_PACKAGE, package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
-    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # run.json contains it
+    name = card.path.name if card.path == DEMO_MODEL else card.name.rpartition("/")[2]  # the model's name in run.json
     files = {"model": (card.path, name)}
     files |= {
         f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)
     }
     for artifact, (source, file_name) in files.items():
         (scratch / artifact).mkdir()
-        # Follow the symbolic links of the Hub's cache, which MLflow refuses.
+        # MLflow refuses symbolic links, such as those in the Hub's cache, so link or copy the files they point to.
         copy = partial(shutil.copytree, copy_function=_link_or_copy) if source.is_dir() else _link_or_copy
         copy(str(source), str(scratch / artifact / file_name))
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -133,7 +134,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSettings) -> dict[str, str]:
-    """Return environment variables for an endpoint. When it starts, `{artifact}` is replaced by the artifact's path."""
+    """Return an endpoint's environment variables. On startup, it replaces `{artifact}` with that artifact's path."""
     variables = {
         "VARIANT": card.variant,
         "DTYPE": None if model.dtype == "auto" else model.dtype,
@@ -150,9 +151,10 @@ def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSetti
 
 
 def _list_requirements(extras: Sequence[str]) -> list[str]:
-    """Return the requirements of batch-infer, whose own code is part of the model.
+    """Return the requirements of batch-infer with these extras, but not batch-infer, whose code is in the model.
 
-    Packages that affect pixels are pinned to their installed versions. More pins could conflict with those of MLflow.
+    The packages in PINNED, which affect pixels, are pinned to their installed versions. More pins could conflict with
+    those of MLflow.
     """
     requirements = []
     for line in metadata.requires("batch-infer") or []:

@@ -33,7 +33,10 @@ log = logging.getLogger("batch_infer")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything a run needs. `record` is its run.json, and `earlier` that of the run it continues, or None."""
+    """Everything a run needs to start, except an engine.
+
+    `record` is the first content of its run.json, and `earlier` that of the run that it continues, or None.
+    """
 
     settings: RunSettings
     tables: Tables
@@ -49,12 +52,18 @@ class Job:
         return int(self.record.get("run_number", 0))
 
     def items(self, index: ManifestIndex) -> Iterator[Item]:
-        """Yield one item per image or invalid row of the tables, in input order. `index` identifies finished rows."""
+        """Yield one item per image or invalid row of the tables, in input order.
+
+        `index` identifies finished rows, which are valid even if their texts or cells exceed the current limits.
+        """
         return self.tables.read_rows(self.rules, make_finished_check(index))
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
-    """Make paths independent of the working folder. Arrow would read a relative path with a colon as a URI."""
+    """Make OUT and the folder of the tables absolute. Raises SettingsError.
+
+    Arrow would read a relative path with a colon as a URI.
+    """
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
         out = _absolute(settings.out)
@@ -73,7 +82,10 @@ def _absolute(path: Path) -> Path:
 
 
 def open_tables(settings: RunSettings) -> Tables:
-    """Open the tables and log which files in folders and globs are ignored. Raises TableError, ServiceError."""
+    """Open the tables and log which files in folders and globs are ignored.
+
+    Raises TableError, ServiceError, StorageError.
+    """
     tables = Tables(settings.table, SCHEMA.names)
     if ignored := str(tables.ignored_files):
         log.info("files ignored %s", ignored)
@@ -81,10 +93,11 @@ def open_tables(settings: RunSettings) -> Tables:
 
 
 def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules] | None = None) -> ModelCard:
-    """Download the model if needed, and return its card. Warn if images will not be checked.
+    """Download the model if needed, and return its card. Warn if images cannot be checked for lack of a checker.
 
     `read_facts` reads model properties that only diffusers knows. The default imports torch in this process. Raises
-    ModelError, and SettingsError if the safety settings contradict each other or require a checker that is missing.
+    ModelError, and SettingsError if the safety settings contradict each other or require a checker or key that is
+    missing.
     """
     safety, service = settings.safety, settings.safety.service
     card = read_card(settings.model, read_facts, needs_checker=safety.uses_checker(has_checker=True))
@@ -108,10 +121,10 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
 def prepare(
     settings: RunSettings, existing: Mapping[str, Any] | None, tables: Tables, card: ModelCard, device: Device
 ) -> Job:
-    """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError.
+    """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError, StorageError.
 
-    `existing` is the content of run.json. If an earlier --overwrite was stopped before OUT was empty, the job finishes
-    it.
+    `existing` is the content of run.json, or None. If an earlier --overwrite was stopped before OUT was empty, the job
+    finishes it.
     """
     if existing and existing.get(outdir.CLEARING):
         settings = replace(settings, overwrite=True)
@@ -127,7 +140,7 @@ def prepare(
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
     history = parse_record(earlier or {})
-    number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # run.json may be missing
+    number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # use parts too: run.json may be missing
     record |= {
         "run_number": number,
         # After a kill, recover all runs since the last one that ended cleanly.
@@ -146,7 +159,7 @@ def resolve_run(
     earlier: Mapping[str, Any] | None,
     tables: Tables | None = None,
 ) -> tuple[RunSettings, Compute, dict[str, Any], RowRules]:
-    """Complete the settings from the earlier run, model and device, and describe the run for run.json.
+    """Return the settings with the policy for flagged images, the compute settings, run.json, and the rules for rows.
 
     `tables` is None for an endpoint, which receives its tables one at a time. Raises SettingsError.
     """
@@ -170,9 +183,9 @@ def choose_compute(
 ) -> Compute:
     """Return the requested compute settings, else those of the earlier run, else defaults for the device.
 
-    `decode_batch` is derived from the slots of the first run and then kept. Batch sizes for specific image sizes, which
-    were measured or halved after running out of memory, are kept until another number of slots is requested. Raises
-    SettingsError if the model does not support --compile.
+    `dtype` is an exception: see `_choose_dtype`. `decode_batch` is derived from the slots of the first run and then
+    kept. Batch sizes for specific image sizes, which were measured or halved after running out of memory, are kept
+    until another number of slots is requested. Raises SettingsError if the model does not support --compile.
     """
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
@@ -196,8 +209,8 @@ def _choose_dtype(
 ) -> str:
     """Return the requested dtype, else float32 on a CPU, and either float16 or bfloat16 on a GPU.
 
-    Stable Diffusion 3 and models that run through their pipeline's call often overflow in float16. If an earlier
-    version started a Stable Diffusion 3 run in float16, then the default, the run continues in float16.
+    Stable Diffusion 3 and models that run through their pipeline's call use bfloat16, since they often overflow in
+    float16. A Stable Diffusion 3 run that began in float16, the default of earlier versions, continues in it.
     """
     if settings.model.dtype != "auto":
         return settings.model.dtype
@@ -214,7 +227,10 @@ def _choose_dtype(
 def _choose_compiled(
     settings: RunSettings, device: Device, earlier_compute: Mapping[str, Any], card: ModelCard | None
 ) -> bool:
-    """Return whether to use torch.compile, which on a GPU needs Triton and a C compiler."""
+    """Return whether to use torch.compile: as requested, else as in the earlier run, else on a GPU if possible.
+
+    On a GPU, it needs Triton and a C compiler. Raises SettingsError if the model does not support it.
+    """
     requested = settings.compute.compiled
     if card is not None and card.uses_pipeline_call:
         if requested:
@@ -228,12 +244,15 @@ def _choose_compiled(
 
 
 def count_workers(settings: RunSettings, device: Device) -> int:
-    """Return the requested number of workers, else one per device. With 0, the command itself renders."""
+    """Return the requested number of workers, else the number of GPUs, or 1 on a CPU.
+
+    With 0 workers, the command itself renders.
+    """
     return device.count if settings.compute.processes is None else settings.compute.processes
 
 
 def count_parallel(workers: int, compute: Compute) -> int:
-    """Return how many workers compute at the same time, which the number of CPU cores limits."""
+    """Return how many workers compute at the same time. On a CPU, the number of cores limits them."""
     if compute.device == "cpu":
         workers = min(workers, count_cores() // compute.threads)
     return max(1, workers)

@@ -33,7 +33,7 @@ from batch_infer.store import path_exists
 BATCH = 2048
 """Maximum number of results to read and write together."""
 BATCH_BYTES = 64 << 20
-"""Maximum bytes of texts and carried cells to read and write together."""
+"""Size in bytes of the texts and carried cells at which a batch ends early."""
 
 log = logging.getLogger("batch_infer")
 
@@ -45,10 +45,10 @@ class MissingResultsError(StorageError):
 def merge_results(
     out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
 ) -> tuple[Counts, tuple[ResultsFormat, ...]]:
-    """Write results.* in these formats and those of the run. Return the counts and all formats.
+    """Write results.* in these formats and those of the run. Return the counts and the formats.
 
-    Store the counts in run.json too, for `status`. Raises UsageError if OUT contains nothing to merge or no format
-    supports base64, LockedError while another process holds the lock, StorageError.
+    If OUT has a run.json, store the counts in it, for `status`. Raises LockedError, StorageError, ServiceError, and
+    UsageError, for example if OUT contains nothing to merge or no format supports base64.
     """
     out = out.absolute()
     if not path_exists(out / "run.json") and not Manifest(out).parts():
@@ -59,7 +59,7 @@ def merge_results(
         record = outdir.read_existing_run(out)
         outdir.refuse_while_rescoring(out, record)
         settings = read_settings(record, out)
-        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the run's files would become stale
+        formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
@@ -77,7 +77,7 @@ def merge_results(
 
 
 def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
-    """Merge in the order of the run's tables. If they cannot be read again, merge all results in the manifest."""
+    """Merge in the order of the run's tables, or the whole manifest if there are no tables that can be read again."""
     out, rules = settings.out, read_rules(record, settings.out)
     if not settings.table.tables:  # an endpoint
         return merge_parts(Manifest(out), [], out, output)
@@ -112,8 +112,8 @@ def merge(
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    Raises StorageError, and MissingResultsError if there are fewer than `min_results`. In the latter case, results.*
-    stay unchanged.
+    Raises StorageError, DamagedPartError, the errors of reading `items`, and MissingResultsError if there are fewer
+    than `min_results` results. In the last case, results.* stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, min_results)
@@ -126,7 +126,8 @@ def merge_parts(
 ) -> Counts:
     """Write and count all results in the manifest, even of rows that were removed or changed since.
 
-    This is for tables that cannot be read again. Results are in the order of `tables`. Raises the errors of `merge`.
+    This is for a run whose tables cannot be read again or are unknown. Results of `tables` come first, in that order.
+    Raises StorageError, DamagedPartError, NewerPartError and MissingResultsError, as `merge` does.
     """
     schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
@@ -179,9 +180,9 @@ def make_results_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
 
 def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
-    """Count the committed results of these items, and yield them in tables of at most BATCH rows.
+    """Yield the committed results of these items in tables of at most BATCH rows, and add them to `counts`.
 
-    Skip results of rows that changed after the commit.
+    Items without a result, and those whose rows changed after the commit, are skipped and count as remaining.
     """
     ids, bad_ids = set[str](), set[str]()
     for batch in split_batches(items, BATCH, BATCH_BYTES):

@@ -36,15 +36,16 @@ OWN_NAMES = (*FOLDERS, *RESULTS, "run.json")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 _REMEDY = "remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
-"""Key that run.json contains while --overwrite removes the contents of OUT."""
+"""Key that run.json contains from when --overwrite begins to remove the old files of OUT until all are removed."""
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[PinnedFolder]:
     """Lock OUT, creating it if missing, and yield it as a pinned folder.
 
-    Remove temporary files of dead processes, and all temporary results.* files, which only the lock holder writes. An
-    OSError for a path in OUT becomes StorageError. Raises LockedError, SettingsError, StorageError.
+    Remove from OUT, but not from its subfolders, the temporary files of dead processes on this machine and all
+    temporary results.* files, which only the lock holder writes. An OSError for a path in OUT becomes StorageError.
+    Raises LockedError, SettingsError, StorageError.
     """
     refuse_unprintable(out)
     with locked_folder(out, IMAGE_FOLDERS) as pinned:
@@ -54,7 +55,7 @@ def locked(out: Path) -> Iterator[PinnedFolder]:
 
 
 def refuse_unprintable(out: Path) -> None:
-    """Raise SettingsError if the path is not UTF-8, since neither Parquet libraries nor JSON can store it."""
+    """Raise SettingsError if the path is not UTF-8, since Parquet libraries do not accept such paths."""
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -85,7 +86,11 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def read_existing_run(out: Path) -> dict[str, Any]:
-    """Return run.json. Raises UsageError if OUT contains no run or `run --overwrite` was stopped while clearing it."""
+    """Return run.json. Raises StorageError and UsageError.
+
+    UsageError means that OUT contains no run, that run.json is damaged, or that `run --overwrite` was stopped while
+    clearing OUT.
+    """
     record = read_run(out)
     if not record or "identity" not in record:
         raise UsageError(f"{out} contains no run: it has no run.json written by batch-infer")
@@ -101,7 +106,10 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def create_run_json(out: Path, record: Mapping[str, Any]) -> None:
-    """Write run.json unless it exists, even if several processes start at the same time. Raises StorageError."""
+    """Write run.json unless it exists. Raises StorageError.
+
+    If several processes start at the same time, only one writes it, provided that the file system has hard links.
+    """
     path = out / "run.json"
     temporary = temporary_path(path)
     with write_errors(path):
@@ -128,7 +136,10 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def refuse_foreign_files(out: Path, tables: Iterable[Path], earlier: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if a run would overwrite or remove its own tables or another program's files."""
+    """Raise SettingsError if a run would overwrite or remove its own tables or another program's files.
+
+    Also raise it for the reasons of `_check_kinds`. Raises StorageError.
+    """
     _check_kinds(out)
     own_paths = [(out / name).resolve() for name in OWN_NAMES]
     for table in tables:
@@ -160,7 +171,7 @@ def _check_kinds(out: Path) -> None:
 
 
 def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if a rescore is unfinished, since OUT then contains results under two safety policies."""
+    """Raise UsageError if a rescore is unfinished, since OUT then contains results under different safety settings."""
     if (record or {}).get("rescoring"):
         mode = require(parse_record(record).settings, "settings", out).safety.mode
         raise SettingsError(
@@ -170,7 +181,7 @@ def refuse_while_rescoring(out: Path, record: Mapping[str, Any] | None) -> None:
 
 
 def refuse_to_clear(out: Path) -> None:
-    """Raise SettingsError if OUT may contain another program's files."""
+    """Raise UsageError if OUT may contain another program's files or run.json is damaged. Raises StorageError."""
     names = (name for name in OWN_NAMES if name != "logs")  # a run that fails to start creates only logs/
     if "identity" not in (read_run(out) or {}) and any(path_exists(out / name) for name in names):
         raise SettingsError(

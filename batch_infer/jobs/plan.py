@@ -1,4 +1,4 @@
-"""Validate every row and estimate the cost of a run, without rendering or writing anything."""
+"""Validate the rows and estimate the cost of a run, without rendering the rows or writing to OUT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from batch_infer.settings import IdSource, RunSettings
 from batch_infer.worker import make_row
 
 TABLE_READS = 3
-"""Number of times that a run reads the tables: to scan, to render and to merge."""
+"""Number of times that a run usually reads the tables: to scan, to render and to merge."""
 
 
 @dataclass(slots=True)
@@ -51,11 +51,12 @@ class SizePlan:
 class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     """What a run would do.
 
-    `total`, `invalid`, `finished` and `pending` count results, one per image. `seconds` is the estimated duration of
-    `run`. In `sizes`, it is device time, which the `processes` share. `truncated` counts rows whose prompt is too long
-    for the model, or is None if only its pipeline can count tokens. `reasons` counts pending results by reason,
-    `changes` names the options that changed, and `refusal` is the error with which `run` would refuse to start. `files`
-    maps each table to its number of rows. `left_out` counts the ignored files of folders and globs by reason and name.
+    `total`, `invalid`, `finished` and `pending` count results: one per image, or one for a row with invalid cells.
+    `seconds` is the estimated duration of `run`. In `sizes`, it is device time, which the `processes` share.
+    `truncated` counts rows whose prompt is too long for the model, or is None if only its pipeline can count tokens.
+    `reasons` counts pending results by reason, `changes` names the options that changed, and `refusal` is the error
+    with which `run` would refuse these changes, or None. `files` maps each table to its number of rows. `left_out`
+    counts the ignored files of folders and globs by reason and name.
     """
 
     rows: int = 0
@@ -88,7 +89,11 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
-    """Return what `run` would do, and call `report` with every invalid row. Raises the UsageErrors of `run`."""
+    """Return what `run` would do, and call `report` with every invalid result.
+
+    Raises UsageError as `run` does, except for changed options: `refusal` is that error. Raises StorageError,
+    ServiceError.
+    """
     end_unguarded_process()
     settings = make_paths_absolute(settings)
     existing = outdir.read_run(settings.out)
@@ -101,7 +106,7 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
 
 
 class _Planner:
-    """Reads the tables once and counts results and costs."""
+    """Reads the tables, counts results and estimates costs."""
 
     def __init__(
         self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
@@ -138,7 +143,7 @@ class _Planner:
         return self._shapes.for_size(size).slots
 
     def _pending_rows(self) -> Iterator[PromptRequest]:
-        """Count all rows, report the invalid ones and yield the pending ones."""
+        """Count all rows and results, report the invalid results, and yield the pending requests."""
         plan, card = self._plan, self._job.card
         plan.files = dict.fromkeys(self._job.tables.files, 0)
         for item in self._job.items(self._index):

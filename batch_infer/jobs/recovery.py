@@ -1,4 +1,4 @@
-"""Recover OUT after processes were killed: remove their temporary files, and restore or find missing images."""
+"""Recover OUT after processes were killed: remove their temporary files, restore images, and find missing ones."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from batch_infer.store import (
 )
 
 RECENT_SECONDS = 600.0
-"""Recovery checks images that were committed up to this many seconds before the last commit.
+"""Recovery checks images that were committed up to this many seconds before the last commit by the same clock.
 
-It finds images that a disk or file system lost because it acknowledged a flush too early.
+This finds images that a disk or file system lost because it acknowledged a flush too early. See `commit_time`.
 """
 READING_THREADS = 8
 BATCH = 2048
@@ -52,10 +52,10 @@ T = TypeVar("T")
 def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
     """Clean up after killed runs, and return the keys of recent images that are missing or damaged.
 
-    `since_run` is the first run after the last one that ended cleanly. Remove leftovers, and set damaged parts aside so
-    that their rows are rendered again. To save time, check only images that were committed in the last RECENT_SECONDS
-    of these runs, and read only their parts in full. The caller holds the lock and has written nothing yet. Raises
-    StorageError.
+    `since_run` is the first run after the last one that ended cleanly. Remove leftovers, and set aside the damaged
+    parts that are found, so that their rows are rendered again. To save time, check only images that were committed in
+    the last RECENT_SECONDS of these runs, and read only their parts in full. The caller holds the lock and has written
+    nothing yet. Raises StorageError, NewerPartError.
     """
     retry_without_damaged_parts(lambda: remove_leftovers(out))
     sink, missing = make_sink(out), list[dict[str, Any]]()
@@ -76,10 +76,10 @@ def recover(out: Path, since_run: int = 0) -> frozenset[tuple[str, int]]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove a killed run's temporary files and lock holder file from OUT, and restore the images that it backed up.
+    """Remove a killed run's temporary files and lock holder file from OUT, and restore or remove its image backups.
 
     The caller holds the lock, whose marker is kept. Links are not followed, except images/ and quarantine/. Raises
-    StorageError, DamagedPartError.
+    StorageError, and DamagedPartError or NewerPartError if there are backups.
     """
     marker = marker_name()
     backups: list[str] = []
@@ -130,7 +130,7 @@ def _sweep(out: Path, folder: Path, is_leftover: Callable[[str], bool], backups:
 
 
 def restore_images(out: Path, backups: Sequence[str], index: ManifestIndex) -> None:
-    """Restore image backups whose replacements were never committed, and remove all others.
+    """Restore image backups whose replacements were not committed, and remove all others.
 
     `backups` contains the paths of the backups. A backup is restored if it matches the committed result and the file at
     its original path does not. Raises StorageError, and DamagedPartError before changing any file.
@@ -165,7 +165,10 @@ def set_aside(damage: DamagedPartError) -> Path:
 def retry_without_damaged_parts(
     work: Callable[[], T], on_damage: Callable[[DamagedPartError], object] = set_aside
 ) -> T:
-    """Return the value of `work`. For each damaged part, call `on_damage` and `work` again. Raises StorageError."""
+    """Call `work` until it raises no DamagedPartError, and return its value. Call `on_damage` after each such error.
+
+    Raises the other errors of `work`, and those of `on_damage`.
+    """
     while True:
         try:
             return work()
@@ -174,14 +177,14 @@ def retry_without_damaged_parts(
 
 
 def is_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bool:
-    """Return whether a stored image has not changed since it was written. Raises StorageError."""
+    """Return whether the image at a path exists and has this hash and size. Raises StorageError."""
     return read_intact(sink, path, sha256, byte_count) is not None
 
 
 def read_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bytes | None:
-    """Return the bytes of an image, or None if it is missing, damaged or outside OUT.
+    """Return the bytes of an image, or None if it is missing, damaged or outside images/ and quarantine/.
 
-    Raises StorageError if it cannot be read.
+    Raises StorageError if it cannot be read for another reason.
     """
     if byte_count is None:
         return None
@@ -195,7 +198,7 @@ def read_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | Non
 
 
 def _recent_parts(parts: Sequence[Path]) -> list[Path]:
-    """Return the parts from the last RECENT_SECONDS of each machine's clock. Set damaged parts aside."""
+    """Return the parts of the last RECENT_SECONDS of each clock (see `commit_time`). Set damaged parts aside."""
     times = {part: time for part in parts if (time := _read_or_set_aside(commit_time, part)) is not None}
     latest: dict[str, float] = {}
     for clock, seconds in times.values():

@@ -37,7 +37,7 @@ from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.table import Tables
 
 BATCH = 64
-"""Maximum number of results to check and commit together. All their pixels are in memory."""
+"""Maximum number of results to check and commit together, since all their pixels are in memory."""
 DISCARDING_POLICIES: Mapping[OnFlagged, str] = {
     "blank": "replaced by a black image",
     "blur": "replaced by a blurred image",
@@ -57,9 +57,10 @@ def rescore_images(
 ) -> tuple[RescoreCounts, Counts]:
     """Check the stored images of OUT with the checkers in `safety`, and merge.
 
-    If `safety` has no policy for flagged images, the run's policy applies. If the policy discards originals, a warning
-    is logged first. Until the rescore finishes, run.json marks it as unfinished, and `run`, `retry` and `merge` refuse
-    OUT. A call with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
+    `tables` replaces the run's tables unless it is empty. If `safety` has no policy for flagged images, the run's
+    policy applies. If the policy discards originals, a warning is logged before the first check. Until the rescore
+    finishes, run.json marks it as unfinished, and `run` without --overwrite, `retry` and `merge` refuse OUT. A call
+    with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
     LockedError, ServiceError, StorageError, StoppedError.
     """
     out = out.absolute()
@@ -69,7 +70,7 @@ def rescore_images(
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; use checker, azure or both")
         with outdir.locked(out):
-            record = outdir.read_existing_run(out)  # another command may have changed it before the lock
+            record = outdir.read_existing_run(out)  # it may have changed before OUT was locked
             execution = _RescoreExecution(record, _read_settings(record, out, tables, safety), opened_tables, card)
             if tables:
                 execution.refuse_missing_tables()
@@ -86,8 +87,8 @@ def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], 
 class _RescoreExecution:
     """Rescores a locked OUT.
 
-    Until the rescore finishes, OUT contains results under the rules of earlier runs and stopped rescores. `_sources`
-    maps the fingerprints of these rules to their policies.
+    Until the rescore finishes, OUT contains results under the rules of the run and of stopped rescores. `_sources` maps
+    the fingerprints of these rules, except those of this rescore, to their policies.
     """
 
     def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
@@ -107,7 +108,7 @@ class _RescoreExecution:
         }
 
     def refuse_missing_tables(self) -> None:
-        """Raise SettingsError if these tables lack results of the run's tables, which results.* would then lose."""
+        """Raise SettingsError if these tables have fewer results than the run's, since results.* would lose some."""
         results = sum(1 for _ in self._tables.read_rows(self._rules, lambda _: True))
         total = count_scanned_results(self._record)
         if results < total:
@@ -120,7 +121,7 @@ class _RescoreExecution:
     ) -> tuple[RescoreCounts, Counts]:
         """Check results, merge, and store the new settings in run.json.
 
-        Raises StorageError, ServiceError, StoppedError.
+        Raises UsageError, StorageError, ServiceError, StoppedError.
         """
         out = self._settings.out
         if self._is_resumed or not ended_cleanly(self._record):
@@ -153,7 +154,10 @@ class _RescoreExecution:
                 report(rescorer.counts)
 
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:
-        """Yield the results of current rows that were not stored under the new rules."""
+        """Yield the results of current rows that were not stored under the new rules.
+
+        If the rescore is resumed, also remove duplicate files of the results that were.
+        """
         items, collisions = self._items(index), rescorer.sink.collisions(index)
         while batch := list(islice(items, BATCH)):
             matches: list[tuple[PromptRequest, CommittedImage, OnFlagged]] = []

@@ -26,7 +26,7 @@ from batch_infer.worker import commit_images, explain_flag, format_worker_name, 
 
 READING_THREADS = 8
 IMAGE_NOT_KEPT = "its image was not kept and cannot be judged again"
-"""Part of the stored `error` that identifies such rows. Do not change it: OUT may contain it."""
+"""Text that a rescore adds to the error of a flagged result without an original. Do not change it: OUT may have it."""
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class Rescorer:
     def __init__(
         self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
     ) -> None:
-        """Load the checker if the settings require it. Raises ModelError, SettingsError."""
+        """Load the checker if one is used. Raises ModelError, SettingsError, StorageError."""
         self._settings, self._card = settings, card
         self.sink = make_sink(settings.out, settings.output.image_format)
         self._manifest = Manifest(settings.out, record.get("run_number") or 0)
@@ -89,9 +89,9 @@ class Rescorer:
     def rescore(self, results: Sequence[StoredResult], carried: pa.Schema) -> None:
         """Check the original images, apply the policy, and commit. A kill at any time loses no image.
 
-        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again.
-        Otherwise its result is left to `run`. If a check raises ServiceError, SettingsError or StoppedError, none of
-        these results is changed. Raises StorageError.
+        A flagged image that was not kept stays flagged. A blocked prompt stays blocked if the service refuses it again,
+        and fails if it cannot be checked. Otherwise its result is left to `run`. If a check raises ServiceError,
+        SettingsError or StoppedError, no result is committed. Raises StorageError.
         """
         self._rescore_images([result for result in results if result.is_original])
         without_original = [result for result in results if not result.is_original]
@@ -107,7 +107,7 @@ class Rescorer:
                 self.counts.unchecked += 1
                 reason = (row.error or "").removesuffix(f"; {IMAGE_NOT_KEPT}")
                 self._add(result, replace(row, error=f"{reason}; {IMAGE_NOT_KEPT}"))
-            elif row.status != "blocked":  # it failed earlier, or the model refused it
+            elif row.status != "blocked":  # it failed or was invalid, and stays so
                 self._add(result, row)
         written, replaced = self._written_paths, self._replaced_paths
         commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
@@ -167,7 +167,7 @@ class Rescorer:
         return verdicts
 
     def _check_prompts(self, results: Sequence[StoredResult]) -> list[Verdict | FailedRowError]:
-        """Return the service's verdict on each prompt. Send each distinct prompt once."""
+        """Return the service's verdict on each prompt, or empty verdicts without a service. Send equal prompts once."""
         if self._gate is None:
             return [Verdict()] * len(results)
         prompts = list(dict.fromkeys(result.request.prompt for result in results))
@@ -189,7 +189,7 @@ class Rescorer:
     def _store_image(
         self, result: StoredResult, content: bytes, original: np.ndarray, *, is_flagged: bool
     ) -> StoredImage | None:
-        """Store the image as the policy requires, unless it is already stored that way."""
+        """Store the image as the policy requires, unless it is stored that way. Return None if the policy drops it."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.apply_policy(original, policy) if is_flagged else original
         path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
@@ -207,7 +207,7 @@ class Rescorer:
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:
-        """Fail closed: without a verdict, remove the image, which the next run renders again."""
+        """Fail closed: add a failed result without the image, which the next run renders again."""
         self.counts.failed += 1
         row = with_image(with_verdict(result.row, Verdict()), None)
         self._add(result, replace(row, status="failed", error=error))

@@ -57,7 +57,7 @@ def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink |
 
 
 def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, Any]]:
-    """Yield rows as dictionaries. With `images`, generated_image contains bytes, as in Azure's model card."""
+    """Yield rows as dictionaries. With `images`, generated_image contains bytes, or None if the image is missing."""
     for cells in zip(*map(to_python_values, table.columns), strict=True):
         row = dict(zip(table.column_names, cells, strict=True))
         if images is not None and row["generated_image"] is not None:
@@ -72,7 +72,7 @@ def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, An
 
 
 def shorten_float32(value: float | None) -> float | None:
-    """Round a float32 to its 7 significant digits. Conversion to double adds meaningless digits."""
+    """Round to 7 significant digits, because converting a float32 to double adds meaningless digits."""
     return None if value is None else float(f"{value:.7g}")
 
 

@@ -33,13 +33,13 @@ def retry_rows(
 ) -> tuple[Summary, RunSettings]:
     """Render rows with these statuses again with the settings of the last run in OUT, and merge.
 
-    `tables` replaces that run's tables unless it is empty. Each row gets one more attempt, no matter how often it
-    failed. Rows without a result are left to `run`. Raises UsageError if OUT contains no run, and the errors of
-    `render_tables`.
+    `tables` replaces that run's tables unless it is empty. The safety service's endpoint comes from the environment.
+    Each row gets one more attempt, no matter how often it failed. Rows without a result are left to `run`. Raises
+    BatchInferError, for example UsageError if OUT contains no run.
     """
     record = outdir.read_existing_run(out)
     settings = _with_service(read_settings(record, out, tables))
-    settings = replace(settings, rerender_changed=True)  # affects only the selected rows
+    settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, out)
     summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
@@ -65,10 +65,10 @@ def _with_service(settings: RunSettings) -> RunSettings:
 
 
 class _SkipOtherStatuses:
-    """Skips all images except those with these statuses. Implements SkipRule.
+    """Skips all images except those with these statuses. This is a SkipRule.
 
-    An invalid row has one result. If the row is valid now and this result is selected, select all its images: the rule
-    is called for the images of a row in order. Skip rows that are invalid now.
+    An invalid row has one result. If the row is valid now and this result is selected, all its images are selected,
+    since the rule is called for a row's images in order. Rows that are invalid now are skipped.
     """
 
     def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:

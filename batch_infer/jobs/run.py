@@ -27,7 +27,7 @@ log = logging.getLogger("batch_infer")
 def render_tables(
     settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
-    """Render the tables into OUT, continuing earlier runs. Raises the errors of `batch_infer.errors`."""
+    """Render the tables into OUT, continuing earlier runs unless --overwrite is given. Raises BatchInferError."""
     end_unguarded_process()
     started = time.monotonic()
     settings = make_paths_absolute(settings)
@@ -49,7 +49,7 @@ def render_tables(
 def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:
     """Render for rank 0 and return True if a launcher started this process as a higher rank, else return False.
 
-    Raises the errors of `batch_infer.errors`.
+    Raises BatchInferError.
     """
     settings = make_paths_absolute(settings)
     rank = _read_rank(settings)
@@ -70,7 +70,10 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
 
 
 def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
-    """Recover OUT if the earlier run did not end cleanly. Return a rule that does not skip missing images."""
+    """Recover OUT if the earlier run did not end cleanly, unless --overwrite is given.
+
+    Return a rule that skips what `skip` does, except images that are missing or damaged.
+    """
     out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):
         return skip

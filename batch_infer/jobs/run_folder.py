@@ -36,7 +36,10 @@ class RunFolder:
         self._earlier = job.earlier
 
     def index(self) -> ManifestIndex:
-        """Return the index of the results from which the run continues. Set damaged parts aside."""
+        """Return the index of the results from which the run continues: none until OUT is cleared.
+
+        Set damaged parts aside.
+        """
         return self.manifest.index(on_damage=set_aside) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
@@ -46,7 +49,7 @@ class RunFolder:
             outdir.write_run(self.out, self._record)
 
     def restore_record(self) -> None:
-        """Restore the previous run.json, or remove this run's, so that later runs need not match its settings."""
+        """Remove leftovers, and undo this run's changes of run.json, so that later runs need not match its settings."""
         if self.is_cleared:
             remove_leftovers(self.out)
             if self._earlier is not None:
@@ -56,7 +59,7 @@ class RunFolder:
                     (self.out / "run.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """For --overwrite, remove the old files. Raises StoppedError, StorageError."""
+        """For --overwrite, remove the old files. Raises StoppedError, StorageError, UsageError."""
         if self.is_cleared:
             return
         if self._stop():
@@ -71,9 +74,9 @@ def clear(out: Path, stop: Callable[[], bool] = lambda: False) -> None:
     """Remove the files and folders of earlier runs from OUT, except logs/. Files under other names are kept.
 
     First mark OUT as being cleared in run.json: after a kill, no command reads results from OUT, and the next run
-    continues to clear it. If images/ or quarantine/ is a link, keep the link, and remove only files that the manifest
-    names from its target. Raises SettingsError if the files may belong to another program, StorageError, and
-    StoppedError once `stop` returns True.
+    continues to clear it. If images/ or quarantine/ is a link, keep the link, and remove from its target only the files
+    that the manifest names. Without run.json, remove nothing. Raises UsageError, for example if the files may belong to
+    another program, StorageError, and StoppedError once `stop` returns True.
     """
     outdir.refuse_to_clear(out)
     if not path_exists(out / "run.json"):

@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pil
 
 
 class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
-    """The counts of a `ScanResult` that commands read."""
+    """The entries of a recorded `ScanResult` that commands read."""
 
     finished_at: datetime
     total: int = 0
@@ -38,7 +38,7 @@ class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipp
 
 
 class SummaryRecord(Counts):
-    """Counts from a `Summary`, or from results.* if they were merged after an unfinished run."""
+    """Counts of results.* at the end of the run, or after a later `merge` or `rescore`."""
 
     images_per_second: float | None = None
 
@@ -52,7 +52,7 @@ class NameRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The keys of run.json that commands read. The other keys are for human readers."""
+    """The typed keys of run.json. The other keys, except `out.CLEARING`, are for human readers."""
 
     identity: Mapping[str, str] | UnsetType = UNSET
     batch_infer: str | None = None
@@ -80,7 +80,7 @@ class RunRecord:
 
     @property
     def ids_from(self) -> str | None:
-        """Source of default ids, or None if no row has one. Earlier versions recorded only --id-from."""
+        """Source of default ids, or None if none were used. Earlier versions recorded only --id-from."""
         if not isinstance(self.default_ids, UnsetType):
             return self.default_ids
         return None if isinstance(self.settings, UnsetType) else self.settings.table.id_from
@@ -120,7 +120,7 @@ def require(value: T | UnsetType, key: str, out: Path) -> T:
 
 
 def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
-    """Return a recorded run's settings for this OUT. If given, `tables` replace its tables. Raises UsageError."""
+    """Return a recorded run's settings for this OUT. `tables` replace the run's tables if given. Raises UsageError."""
     settings = require(parse_record(record).settings, "settings", out)
     folder, table, model = settings.table.folder, settings.table, settings.model
     if tables:
@@ -143,7 +143,7 @@ def count_scanned_results(record: Mapping[str, Any]) -> int:
 
 
 def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
-    """Raise SettingsError for tables that cannot be read again: standard input, and URLs stored without secrets."""
+    """Raise UsageError if tables cannot be read again: an endpoint's, standard input, and URLs stripped of secrets."""
     if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(
             f"{out} was written by an endpoint, which receives its tables one by one; name the TABLEs after OUT"

@@ -20,7 +20,7 @@ from batch_infer.table import RowRules
 INVALID_BATCH = 1024
 """Maximum number of invalid rows to commit together."""
 INVALID_BYTES = 64 << 20
-"""Maximum bytes of texts and carried cells to commit together."""
+"""Size in bytes of the texts and carried cells at which a batch ends early."""
 MAX_LOGGED_INVALID = 20
 """Maximum number of invalid rows to log as warnings. results.* contain all."""
 OPTIONS = {
@@ -39,12 +39,12 @@ log = logging.getLogger("batch_infer")
 
 
 class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", "uncommitted": "unsettled"}):
-    """Counts of all results that the tables require (one per image).
+    """Counts of all results that the tables require: one per image or invalid row.
 
-    `finished` counts the valid results to skip. `skipped` counts them by status, or as `left` if they do not exist:
-    `retry` leaves these to `run`. `uncommitted` counts the invalid rows that `retry` leaves to `run`. `sizes` lists the
-    sizes (height, width) of pending results, and `reasons` counts these results by reason. `changes` names the options
-    that changed rows.
+    `finished` counts the results to skip, except invalid ones. `skipped` counts them by status, or as `left` if the
+    current rows have no results yet: `retry` leaves these to `run`. `uncommitted` counts the invalid rows that `retry`
+    leaves to `run`. `sizes` lists the sizes (height, width) of pending results, and `reasons` counts these results by
+    reason. `changes` names the options that changed rows.
     """
 
     total: int = 0
@@ -103,7 +103,9 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 def scan_tables(
     job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
-    """Count the results of the tables, and commit invalid rows, which need no device. Raises StorageError.
+    """Count the results of the tables, and commit new invalid rows, which need no device.
+
+    Raises StorageError, and the errors of reading the tables.
 
     `changes` names the options that changed rows. Without `writes`, leave invalid rows to `commit_invalid`.
     """
@@ -134,13 +136,13 @@ def scan_tables(
 
 
 def commit_invalid(job: Job) -> None:
-    """Commit invalid rows after --overwrite cleared OUT. Raises StorageError."""
+    """Commit all invalid rows after --overwrite cleared OUT. Raises StorageError, and the errors of the tables."""
     with ManifestIndex(()) as index:
         _commit_invalid(job, (item for item in job.items(index) if isinstance(item, ResultRow)), index)
 
 
 def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex) -> None:
-    """Commit invalid rows, and remove the images of rows that were valid before."""
+    """Commit invalid rows, and remove the image that each result replaces, if any."""
     manifest, sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
     for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
         entries = [index.find(row.key) for row in batch]
@@ -176,9 +178,11 @@ class Changes:
 
 
 def find_changes(job: Job, index: ManifestIndex) -> Changes:
-    """Count the finished images that this run's options would replace. Ignore rows whose own cells changed.
+    """Count the finished images that this run's options would replace.
 
-    Scan the tables only if a default ever differed in this OUT, --column differs, or run.json is missing.
+    Ignore rows whose own cells changed, unless the source of default ids differs or run.json is missing.
+
+    Scan the tables only if the rules for rows ever differed in this OUT, --column differs, or run.json is missing.
     """
     if job.earlier is None:
         items = job.items(index) if _count_finished(index) else ()

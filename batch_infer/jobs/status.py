@@ -18,12 +18,13 @@ STATUSES = get_args(Status)
 
 
 class RunStatus(JsonStruct, rename={"remaining": "left"}):
-    """Number of results by status. `remaining` is None if the total is unknown, as while the tables are scanned.
+    """State and progress of a run. `counts` counts results by status.
 
-    `state` is running, finished, stopped (run again to continue), rescoring (unfinished), open (written by an endpoint,
-    so that the total is unknown) or unknown (unfinished, and this user may not read the lock). `holder` is the process
-    that holds the lock. `is_stale` means that results.* lack results that were committed later. `images_per_second` is
-    the rate since the first worker was ready, and `seconds_left` is None unless the run is active.
+    `remaining` is None if the total is unknown, as while the tables are scanned. `state` is running, finished, stopped
+    (run again to continue), rescoring (unfinished), open (written by an endpoint, so that the total is unknown) or
+    unknown (unfinished, and this user may not read the lock). `holder` describes the process that holds the lock, if
+    any. `is_stale` means that results.* may lack results that were committed later. `images_per_second` is the rate
+    since the first worker was ready, if known, and `seconds_left` is None unless the run is active.
     """
 
     state: str
@@ -37,7 +38,7 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
 
 
 def read_status(out: Path) -> RunStatus:
-    """Return the status of OUT without locking it. Raises UsageError if OUT contains no run."""
+    """Return the status of OUT without locking it. Raises StorageError, and UsageError, e.g. if OUT contains no run."""
     record = parse_record(outdir.read_existing_run(out))
     try:
         holder = find_holder(out)
@@ -47,7 +48,7 @@ def read_status(out: Path) -> RunStatus:
     status = RunStatus(state, holder, require(record.started_at, "started_at", out))
     is_open = not require(record.settings, "settings", out).table.tables
     summary = record.summary or (None if is_open else record.merged)
-    if summary is not None:  # the earlier run's summary if an active run has not replaced run.json yet
+    if summary is not None:  # an active run may not have replaced the earlier run.json yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
         status.remaining = summary.remaining
         if not holder:
@@ -86,7 +87,7 @@ def _count_results(status: RunStatus, record: RunRecord, manifest: Manifest) -> 
 
 
 def _estimate(status: RunStatus, record: RunRecord, rendered: Counter[str]) -> None:
-    """Compute the rate up to now instead of up to the last commit, so that it drops while a run is stalled."""
+    """Set the rate and the remaining time. The rate is that up to now, so that it drops while a run is stalled."""
     committed = rendered.total()
     if record.rendering_since is None or committed < max(1, record.in_flight):
         return

@@ -21,14 +21,17 @@ MAX_BAD_RESULTS = 20
 
 
 class JsonStruct(msgspec.Struct):
-    """Values for --json or run.json. `rename` sets the key of a field."""
+    """Values for --json or run.json. The class argument `rename` maps fields to other keys."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(msgspec.to_builtins(self))
 
 
 class Counts(JsonStruct, rename={"remaining": "left"}):
-    """Number of rows, and of results (one per image) by status. `remaining` results do not exist yet."""
+    """Number of rows, of stored images, and of results (one per image or invalid row) by status.
+
+    `remaining` results do not exist yet.
+    """
 
     rows: int = 0
     images: int = 0
@@ -70,8 +73,8 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
 class Throughput:
     """Measures images per second from when the first worker is ready to the latest commit.
 
-    Create it when the first worker is ready, since loading the model does not count. Progress, metrics and the summary
-    use this rate. Failed and blocked results do not count as images.
+    Create it when the first worker is ready, since loading the model does not count. Progress and metrics use this
+    rate. Only `ok` and `flagged` results count as images.
 
     Rows rendered together finish together, but their results arrive one by one. The rate is None until `in_flight`
     results, the number in progress at a time, are committed. Until then, it would divide the first few of these results
@@ -99,7 +102,7 @@ class Throughput:
         return self.rendered / self.seconds if self._is_settled and self.rendered and self.seconds else None
 
     def estimate_seconds(self, results: int) -> float | None:
-        """Estimate the seconds for this many more results."""
+        """Estimate the seconds for this many more results, or return None until `in_flight` results are committed."""
         return results * self.seconds / self.committed if self._is_settled else None
 
     @property
@@ -111,12 +114,12 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     """Results and performance of one run. Only `counts` includes results of earlier runs.
 
     `row_forwards` counts the UNet batch elements that belong to a row, and `ticks` UNet calls. `occupancy` is the share
-    of slots that were full. `unet_busy` is the share of time spent in UNet calls between the first and the last call.
-    `mfu` is the model FLOPS utilisation, or None if the device's peak is unknown. `stage_shares` are shares of the sum
-    of all stages' times, since stages overlap on a GPU. Shares are means over workers. `processes` is the number of
-    workers, or 0 if the command itself rendered, and `deaths` the number of workers that died. `peak_memory` is the
-    maximum over processes, in bytes. `unfinished` images remain for the next run. `rendered` and `rendering_seconds`
-    come from `Throughput`.
+    of UNet batch elements that belong to a row. `unet_busy` is the share of time spent in UNet calls between the first
+    and the last call. `mfu` is the model FLOPS utilisation, or None if it is unknown. `stage_shares` are shares of the
+    sum of all stages' times, since stages overlap on a GPU. Shares cover all workers together. `processes` is the
+    number of workers, or 0 if nothing was rendered or the command itself rendered, and `deaths` the number of workers
+    that died. `peak_memory` is the maximum over processes, in bytes. `unfinished` results remain for the next run.
+    `rendered` and `rendering_seconds` come from `Throughput`.
     """
 
     counts: Counts = msgspec.field(default_factory=Counts)
@@ -136,14 +139,14 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     unfinished: int = 0
 
     def add(self, report: TaskReport) -> None:
-        """Add the workers' reports."""
+        """Set the figures that come from the workers' reports."""
         self.processes, self.deaths = report.processes, report.deaths
         for worker in report.worker_reports:
             self.add_peak_memory(worker.peak_memory)
         totals = [worker.total for worker in report.worker_reports]
         stages = sum(totals, Stages())
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
-        if not stages.ticks:  # stopped before the first row
+        if not stages.ticks:  # stopped before the first UNet call
             return
         self.occupancy = round(stages.occupancy, 4)
         self.stage_shares = stages.shares
@@ -155,7 +158,7 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
             self.mfu = round(sum(mfu * seconds for mfu, seconds in measured) / total_seconds, 4)
 
     def add_peak_memory(self, peaks: Mapping[str, int]) -> None:
-        """Update the peak of each memory kind, in bytes."""
+        """Update the peak of each kind of memory, in bytes."""
         for name, peak in peaks.items():
             self.peak_memory[name] = max(peak, self.peak_memory.get(name, 0))
 
@@ -164,7 +167,7 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
         return self.rendered / self.rendering_seconds if self.rendered and self.rendering_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys of run.json and --json."""
+        """Return the summary with the keys of run.json and --json."""
         figures = super().as_dict()
         counts, rate = figures.pop("counts"), self.images_per_second
         del figures["rendering_seconds"]

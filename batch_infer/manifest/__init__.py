@@ -1,7 +1,7 @@
 """Store committed results in Parquet parts, the only source of truth about finished rows.
 
 A part is written after its images. A row that is rendered again is added to a later part with a higher attempt. For
-each (id, image_index), the highest attempt counts.
+each (id, image_index), the highest attempt counts and, among equal attempts, the one that finished last.
 """
 
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table

@@ -49,9 +49,10 @@ def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
 
 
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Cast a table of results to a schema. Missing columns become null.
+    """Cast a table of results to a schema. Columns that are missing from the table are null.
 
-    A carried column whose name is not in the schema gets the prefix `input_`, repeated until the schema has its name.
+    A column whose name is not in the schema gets the prefix `input_`, repeated until its name is in the schema. If that
+    never happens, the column is dropped.
     """
     names = {_name_in(schema, name): name for name in table.column_names}
     columns = [
@@ -77,7 +78,7 @@ def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
 
 
 def upgrade_table(table: pa.Table, names: Sequence[str], version: int) -> pa.Table:
-    """Upgrade a table from an earlier format version to these result columns, followed by its carried columns.
+    """Upgrade a table from an earlier format version to the result columns `names` and its carried columns.
 
     Result columns added after that version are null. A carried column with the name of an added column is renamed to
     input_<name>, as in prompt tables.

@@ -20,7 +20,10 @@ from batch_infer.records import ResultRow, digest
 from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, temporary_database, unless_removed
 
 CACHED_BYTES = 64 << 20
-"""Maximum size in bytes of cached parts. They are cached because rows in table order may alternate between parts."""
+"""Maximum total size in bytes of cached parts, except that the last part read is kept even if it is larger.
+
+Parts are cached because rows in table order may alternate between them.
+"""
 _VALUES = ("status", "fingerprint", "attempt", "generated_image", "source_file", "source_row", "finished_at")
 _COLUMNS = ("id", "image_index", *_VALUES)
 _SELECT = (
@@ -36,7 +39,8 @@ _CREATE = (
     "CREATE TEMPORARY TABLE paths (name PRIMARY KEY)",
     "CREATE TEMPORARY TABLE tables (name PRIMARY KEY, position)",
 )
-# Two workers commit the same attempt if one dies before it reports the row as finished. The later image is on disk.
+# Two workers commit the same attempt if the first dies before it reports the row as finished. Of equal attempts, the
+# later one counts, because its image is the one on disk.
 _UPSERT = (
     f"INSERT INTO committed VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})"
     + " ON CONFLICT (id, image_index) DO UPDATE SET "
@@ -47,7 +51,10 @@ _UPSERT = (
 
 @dataclass(frozen=True, slots=True)
 class CommittedImage:
-    """Manifest entry for one image. `failures` is the number of failed attempts with this fingerprint."""
+    """Manifest entry for one image, which is row number `row` of the part named `part`.
+
+    `path` is None without an image file. `failures` is the number of failed attempts with this fingerprint.
+    """
 
     status: str
     fingerprint: str
@@ -60,10 +67,10 @@ class CommittedImage:
 
 
 class ManifestIndex:
-    """Indexes committed images in a temporary file, so that memory does not grow with the manifest."""
+    """Indexes committed images in a temporary file instead of in memory, because there may be millions."""
 
     def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index parts. Each DamagedPartError is passed to `on_damage`, or raised if that is None.
+        """Index parts. Each DamagedPartError is passed to `on_damage`, or raised if `on_damage` is None.
 
         Raises NewerPartError, StorageError.
         """
@@ -84,9 +91,10 @@ class ManifestIndex:
             raise
 
     def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
-        """Index the parts that are not indexed yet. Raises DamagedPartError, NewerPartError, StorageError.
+        """Index the parts that are not indexed yet. Without `on_damage`, raises DamagedPartError.
 
-        After an error, the next call continues. A part that another process has moved is skipped.
+        Raises NewerPartError, StorageError. After an error, the next call indexes the remaining parts. A part that
+        another process has removed or renamed is skipped.
         """
         for part in parts:
             if part.name not in self.parts:
@@ -112,7 +120,7 @@ class ManifestIndex:
 
     def find(self, key: tuple[str, int]) -> CommittedImage | None:
         """Return the committed image for (id, image_index) with the highest attempt, or None."""
-        if not self.parts:  # a first run looks up every row
+        if not self.parts:  # saves a first run one query per row
             return None
         row = self._database.execute(f"{_SELECT} WHERE id = ? AND image_index = ?", key).fetchone()
         return CommittedImage(*row) if row else None
@@ -125,7 +133,7 @@ class ManifestIndex:
         return {row[3]: CommittedImage(*row) for row in rows}
 
     def similar_ids(self, name: str) -> list[tuple[str, str]]:
-        """Return the ids that differ from this id only by case, each with the path of an image."""
+        """Return (id, path) of each image file whose id differs from this id only by the case of ASCII letters."""
         if not self.parts:
             return []
         select = "SELECT id, generated_image FROM committed WHERE id != ?1 AND generated_image IS NOT NULL AND"
@@ -135,7 +143,10 @@ class ManifestIndex:
         return similar.fetchall()
 
     def iterate_in_table_order(self, tables: Sequence[str]) -> Iterator[CommittedImage]:
-        """Yield the images of these tables in the order of their rows, then those of other tables by table name."""
+        """Yield all images: first those of these tables, in this order, then those of other tables by table name.
+
+        Within a table, they are in the order of its rows.
+        """
         self._database.execute("DELETE FROM tables")
         self._database.executemany("INSERT OR IGNORE INTO tables VALUES (?, ?)", zip(tables, count()))
         order = "ORDER BY position IS NULL, position, source_file, source_row, id, image_index"
@@ -153,14 +164,14 @@ class ManifestIndex:
         return Counter(dict(self._database.execute("SELECT status, count(*) FROM committed GROUP BY status")))
 
     def read_results(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
-        """Return the results of committed images in order, cast to a schema. Columns missing from a part are null.
+        """Return the results of `images` in their order, cast to a schema. Columns missing from a part are null.
 
         Raises DamagedPartError, StorageError.
         """
         positions: dict[str, list[int]] = {}
         for position, image in enumerate(images):
             positions.setdefault(image.part, []).append(position)
-        # Carried columns can be large, and not every part has them.
+        # Carried columns can be large, so skip them if the schema has none. Otherwise read all: parts may lack some.
         names = tuple(schema.names) if set(schema.names) <= set(SCHEMA.names) else None
         pieces = [schema.empty_table()]
         for part, part_positions in positions.items():
@@ -170,7 +181,7 @@ class ManifestIndex:
         return pa.concat_tables(pieces).take(pc.sort_indices(by_part))
 
     def _read_part(self, part: str, columns: tuple[str, ...] | None) -> pa.Table:
-        """Read these columns of a part, or all columns if None, and cache up to CACHED_BYTES of recent tables."""
+        """Read these columns of a part, or all if `columns` is None, and cache recent tables up to CACHED_BYTES."""
         key = part, columns
         if key not in self._cache:
             self._cache[key] = read_part(self.parts[part], columns)
@@ -200,9 +211,10 @@ class Manifest:
         self.folder = self._out.path / "manifest"
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
-        """Write rows as one part, and return its file name, which ends with a digest of the rows.
+        """Write rows as one part, and return its file name. Raises StorageError.
 
-        The rows are durable when this returns. A crash before that keeps all of them or none. Raises StorageError.
+        The name contains a digest of the rows' ids, image indices, fingerprints and attempts. The rows are durable when
+        this returns. A crash before that keeps all of them or none.
         """
         content = digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])
         name = f"part-{self._run:05d}-{content}.parquet" if self._run else f"part-{content}.parquet"
@@ -226,7 +238,7 @@ class Manifest:
     def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
         """Index the parts from run number `since_run` on.
 
-        Damaged parts are skipped, and their errors are passed to `on_damage`. Without it, DamagedPartError is raised.
-        Raises NewerPartError, StorageError.
+        With `on_damage`, damaged parts are skipped and their errors are passed to it. Without it, raises
+        DamagedPartError. Raises NewerPartError, StorageError.
         """
         return ManifestIndex(self.parts(since_run), on_damage)

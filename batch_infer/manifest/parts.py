@@ -19,9 +19,10 @@ from batch_infer.store import atomic_write
 
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
-"""Metadata key of the format version and a checksum of the column names, which page checksums do not cover.
+"""Metadata key of the format version (except in version 1) and a checksum of the column names.
 
-The checksum omits types: another version of Arrow may read carried columns as different types.
+Page checksums do not cover the names. The checksum omits types: another version of Arrow may read carried columns as
+different types.
 """
 _COMMITTED_KEY = b"batch-infer-committed"
 """Metadata key of the commit time: the name of the clock, and seconds."""
@@ -42,9 +43,9 @@ def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read these columns of a part, or all columns if None. Result columns added after the part's version are null.
+    """Read these result columns of a part, or all its columns if None.
 
-    Raises DamagedPartError, NewerPartError, StorageError.
+    Result columns added after the part's version are null. Raises DamagedPartError, NewerPartError, StorageError.
     """
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as (file, version):
@@ -75,10 +76,11 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
 
 
 def commit_time(part: Path) -> tuple[str, float]:
-    """Return the name of a clock and the commit time in seconds. Times of the same clock are in commit order.
+    """Return the name of a clock and the commit time in seconds. Times of a named clock are in commit order.
 
-    A clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has the
-    time of day, and its clock is "". Raises DamagedPartError, NewerPartError, StorageError.
+    A named clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has
+    no commit time: its clock is "", and the seconds are the time of day at which its last row finished. Raises
+    DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as (file, _):
         mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
@@ -93,8 +95,8 @@ def commit_time(part: Path) -> tuple[str, float]:
 def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
     """Open a part, read only its footer, and yield the file with its format version.
 
-    Raises NewerPartError, DamagedPartError, and StorageError if the disk cannot be read or the part does not exist,
-    because both may be temporary. Errors of reads inside the context are converted too.
+    Raises NewerPartError, DamagedPartError, StorageError. A missing part and a disk that cannot be read are not damage,
+    because either may be temporary: they raise StorageError. Errors of reads inside the context are converted too.
     """
     try:
         with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:

@@ -1,11 +1,11 @@
-"""Describe a checkpoint as a ModelCard without loading its weights, or load it with the class of its model family.
+"""Describe a checkpoint as a ModelCard without loading its weights, or load it with its family's class or AnyPipeline.
 
 Each model family has one module, and each pipeline class of a family has one entry in the registry in families.py.
 """
 
 import os
 
-# Set before the imports. These libraries log hints for developers, for example about image processors.
+# Set before these libraries are imported. Otherwise they log hints for developers, such as about image processors.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # Otherwise transformers would, for some networks, fetch kernels from the Hub and run them.

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAX_SHAPES = 256
 """Maximum number of compiled shapes per network. torch's default is 8, and a table may contain more sizes."""
 UNRELATED = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton", "LoweringException")
-"""torch._inductor errors that damaged cache files do not cause, such as a missing compiler.
+"""Names of torch._inductor errors that damaged cache files do not cause: they report, say, a missing compiler.
 
 A list of the errors that damaged files do cause would be too broad: it would include RuntimeError (a truncated .py
 file, or any error in a compilation process) and CppCompileError (a truncated .cpp file).
@@ -82,7 +82,7 @@ class Compiled:
         self._compiled = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the compiled method. Raises CompilationError.
+        """Run the compiled method. Raises CompilationError, StorageError.
 
         There is no fallback to the uncompiled method: its bytes differ, and other workers would not fall back.
         """
@@ -99,10 +99,10 @@ class Compiled:
 
 
 class CompilerCache(ExitStack):
-    """The folder in which this process caches the results of torch.compile. Closing it removes a temporary folder.
+    """The folder in which this process caches the results of torch.compile. Closing it removes a temporary one.
 
-    By default, other processes and later runs share the folder. If a process is killed while it writes a file, every
-    later compilation fails on the truncated file.
+    By default, other processes and later runs share the folder. If a process is killed while it writes a file, later
+    compilations may fail on the truncated file.
     """
 
     _is_temporary = False
@@ -136,7 +136,8 @@ def _reason(error: BaseException) -> str:
 def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """Return the FLOP of one denoiser evaluation for one batch element, on latents (C, h, w).
 
-    A multiply-add counts as two FLOP. Attention is included. The prompt is encoded, but the denoiser only traced.
+    Only matrix products, including those of attention, and convolutions count, with two FLOP per multiply-add. An empty
+    prompt is encoded, but the denoiser is only traced.
     """
     params = SamplingParams(8 * latent_shape[1], 8 * latent_shape[2], 1, 1.0, 0.0)
     (conditioning,) = model.condition([PromptRequest("flops", 0, "", None, 0, params, Source("", 0), "")])
@@ -155,7 +156,7 @@ def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
 
 
 def _count_flops(call: Callable[[], object]) -> int:
-    # The counter does not support all fused attention kernels, and compiled code would hide its operations.
+    # Neither fuse attention nor compile: the counter does not support all fused kernels and cannot see compiled code.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),

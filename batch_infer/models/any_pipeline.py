@@ -33,11 +33,11 @@ REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "nu
 IMAGE_INPUTS = {"control_image", "mask_image"}
 VIDEO_INPUTS = {"num_frames", "video_length"}
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
-"""Candidates for the parameter that receives a row's guidance_scale. The first with a numeric default is used."""
+"""Candidates for the parameter that receives a row's guidance_scale. `_guidance_argument` chooses one."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 """Components that may be the denoiser. The first that is a network is used."""
 NATIVE_SIDE = 1024
-"""Default image side in pixels for a pipeline without one."""
+"""Default image side in pixels for a pipeline that defines none."""
 
 
 class AnyPipeline:
@@ -73,7 +73,7 @@ class AnyPipeline:
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-            pipeline.vae.enable_slicing()  # decodes one image at a time: less memory, and the bytes of a single row
+            pipeline.vae.enable_slicing()  # decodes images separately: less memory, and equal bytes in any batch
         model = cls(pipeline, card, device, dtype)
         if with_checker:
             model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
@@ -83,7 +83,8 @@ class AnyPipeline:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
 
         Rows get separate calls, or share one call, which is padded to `batch` with copies of the last row. Raises
-        RowError if the pipeline does not support a row, and FailedRowError for other errors of the pipeline.
+        RowError if the pipeline does not support a row, FailedRowError for other RuntimeErrors and TypeErrors of the
+        pipeline, and device errors unchanged.
         """
         if self.needs_separate_calls:
             return torch.cat([self._call([request]) for request in requests])
@@ -91,7 +92,10 @@ class AnyPipeline:
         return self._call([*requests, *padding])[: len(requests)]
 
     def count_tokens(self, request: PromptRequest) -> Conditioning:
-        """Count a prompt's tokens with the first tokenizer. It is unknown whether the pipeline truncates the prompt."""
+        """Count a prompt's tokens with the pipeline's `tokenizer`, if it has one.
+
+        Whether the pipeline truncates the prompt is unknown.
+        """
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         count = len(tokenizer(request.prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
@@ -149,7 +153,7 @@ def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> 
 
 
 def find_class(name: str) -> Any:
-    """Return diffusers' pipeline class `name`. Raises ModelError unless it generates images from text alone."""
+    """Return diffusers' pipeline class `name`. Raises ModelError if it is unavailable or not text-to-image."""
     pipeline_type: Any = getattr(diffusers, name, None)
     if backends := getattr(pipeline_type, "_backends", None):
         missing = [library for library in backends if find_spec(library) is None]
@@ -171,7 +175,7 @@ def _parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]) -> Iterator[str]:
-    """Yield the names of required inputs other than text."""
+    """Yield inputs other than text that are required or, like `mask_image`, mark a pipeline that needs an image."""
     for name, parameter in list(call.items())[1:]:
         has_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         is_required = has_name and parameter.default is parameter.empty
@@ -187,7 +191,7 @@ def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]
 
 
 def _build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: SchedulerSpec | None = None) -> Any:
-    """Build a checkpoint's pipeline from the networks that `load` returns by class and name. Raises ModelError.
+    """Build a checkpoint's pipeline from the networks that `load` returns for a class and name. Raises ModelError.
 
     The pipeline gets no safety checker, because batch-infer loads and calls it separately.
     """
@@ -271,9 +275,9 @@ def _build_without_weights(path: Path, network_type: Any, name: str) -> Any | No
 
 
 def _size_rules(pipeline: Any, denoiser: Mapping[str, Any]) -> SizeRules:
-    """Return the pipeline's default image size, and the side multiples, in pixels, that fit whole patches.
+    """Return the pipeline's default image size, the side multiple that fits whole patches, and the shortest side.
 
-    If a pipeline has stricter rules, it refuses the row, and its message becomes the row's error.
+    If a pipeline has stricter rules, rows that break them get an error when they are rendered.
     """
     scales = (getattr(pipeline, name, None) for name in ("vae_scale_factor", "vae_scale_factor_spatial"))
     scale = next((value for value in scales if isinstance(value, int)), None)

@@ -107,7 +107,7 @@ def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> t
 
 
 def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
-    """Build a Stable Diffusion 1.5 pipeline around a UNet, with the demo model's tokenizer."""
+    """Build a Stable Diffusion 1.5 pipeline with the demo model's tokenizer. `unet` may be None."""
     tokenizer = _load_tokenizer()
     with _initialized_on(device, dtype):
         vae = AutoencoderKL(**AUTOENCODER, sample_size=512, scaling_factor=0.18215)
@@ -143,9 +143,9 @@ def _make_text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig
 
 @contextmanager
 def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Initialize networks with reproducible random weights directly on a device and in a dtype.
+    """Give networks built in the context reproducible random weights, directly on a device and in a dtype.
 
-    Otherwise they would first be initialized in float32 in host memory.
+    Outside it, they would first be initialized in float32 in host memory.
     """
     previous_dtype = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []

@@ -36,9 +36,10 @@ class SamplingRules:
 class ModelCard(SamplingRules):
     """A local checkpoint and its sampling rules.
 
-    `name` is the Hub id, the name of the folder, or the name of the file without its suffix. `revision` is the commit
-    of a Hub checkpoint. `pipeline` is the class in model_index.json. `scheduler` is the requested scheduler, or None
-    for the checkpoint's default. `windows` is the maximum number of windows of 77 tokens in a prompt.
+    `name` is the Hub id, the name of the folder, the name of the file without its suffix, or "built-in demo model".
+    `revision` is the commit of a Hub checkpoint, otherwise None. `pipeline` is the class in model_index.json.
+    `scheduler` is the requested scheduler, or None for the checkpoint's default. `windows` is the maximum number of
+    windows of 77 tokens per prompt with --long-prompts, and 1 without.
     """
 
     name: str

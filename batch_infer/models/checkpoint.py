@@ -23,16 +23,17 @@ from batch_infer.settings import ModelSettings
 DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
-"""Components that have their own fingerprints and are excluded from the model's fingerprint."""
+"""Components whose files are covered by separate fingerprints instead of the model's fingerprint."""
 
 
 def read_card(
     settings: ModelSettings, inspect: Callable[[Path], SamplingRules] | None = None, *, needs_checker: bool = True
 ) -> ModelCard:
-    """Read a checkpoint's card. For a Hugging Face id, missing files are downloaded first. Raises ModelError.
+    """Read a checkpoint's card. Raises ModelError.
 
-    `inspect` returns the sampling rules of a folder without a model family; the default imports torch in this process.
-    Without `needs_checker` the safety checker may be missing.
+    First, missing files of a Hugging Face id are downloaded, and a single file is converted if it is new. `inspect`
+    returns the sampling rules of a folder without a model family; the default imports torch in this process. Without
+    `needs_checker` the safety checker may be missing.
     """
     if settings.scheduler:
         refuse_unknown_scheduler(settings.scheduler)
@@ -55,7 +56,7 @@ def read_card(
 
 
 def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
-    """Return the model's folder, and its Hub repository if files may have to be downloaded."""
+    """Return the model's folder, after converting a single file, and its Hub repository, if any. Raises ModelError."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():
         raise ModelError(f"--revision {settings.revision} needs a Hugging Face id, but {path} is local")
@@ -77,7 +78,7 @@ def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
 
 
 def _choose_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
-    """Map each component to load to its library and class. Raises ModelError if a required component is missing."""
+    """Map each component to load to its library and class. Raises ModelError if one is missing or unsupported."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.isidentifier():
         raise ModelError(f"{name} is a {pipeline}, but only pipeline classes of diffusers are supported")
@@ -168,7 +169,7 @@ def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:
-    """Return a digest of everything that defines the model except its scheduler and safety checker."""
+    """Return a digest of what defines the model, except the files of its scheduler and safety checker."""
     if family is OTHER_FAMILY:
         weights = digest([{**index, "_diffusers_version": None}, weights])
     elif family.pixel_options:

@@ -34,13 +34,16 @@ REFUSED_KEYS = {
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
 """Suffixes of keys whose value may name a kernel, which transformers would fetch from the Hub and run."""
 ATTENTIONS = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
-"""Attention implementations that torch and transformers include."""
+"""Implementations of attention and experts that torch and transformers include."""
 QUANTIZERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum"}
-"""The package that contains the kernels of each quantization method. Kernels of other methods come from the Hub."""
+"""The module that contains the kernels of each quantization method. Other methods may fetch kernels from the Hub."""
 
 
 def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str, str]]:
-    """Map each component in model_index.json to its library and class. Raises ModelError for an unsupported class."""
+    """Map each component that model_index.json does not set to null to its library and class.
+
+    Raises ModelError for an unsupported library or class.
+    """
     components = {}
     for key, value in index.items():
         match value:
@@ -60,7 +63,7 @@ def named_components(index: Mapping[str, Any], name: str) -> dict[str, tuple[str
 def is_library(name: str) -> bool:
     """Return whether `name` is diffusers, transformers or one of diffusers' pipeline folders.
 
-    diffusers interprets any other name as a Python file in the model's folder.
+    For any other name, diffusers would run a Python file in the component's folder or import another package.
     """
     folder = diffusers_folder() / "pipelines" / name
     return name in COMPONENT_LIBRARIES or (name.isidentifier() and (folder / "__init__.py").is_file())
@@ -111,7 +114,7 @@ def _refuse_code_keys(settings: Mapping[str, Any], source: str) -> None:
 
 
 def _refuse_quantizer(settings: Any, source: str) -> None:
-    """Raise ModelError for a quantization method that needs code from the Hub or a missing package."""
+    """Raise ModelError for a quantization method that may need code from the Hub or needs a missing package."""
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if not isinstance(method, str) or method not in QUANTIZERS:
         raise ModelError(
@@ -124,9 +127,9 @@ def _refuse_quantizer(settings: Any, source: str) -> None:
 
 
 def check_vocabularies(path: Path, components: Mapping[str, tuple[str, str]], name: str) -> None:
-    """Raise ModelError for a tokenizer without a vocabulary.
+    """Raise ModelError for a tokenizer whose vocabulary is missing or incomplete.
 
-    transformers would create an empty vocabulary and encode every prompt as the empty prompt.
+    Without one, transformers would create an empty vocabulary and encode every prompt as the empty prompt.
     """
     for component, (_, class_name) in sorted(components.items()):
         if not component.startswith("tokenizer"):

@@ -18,7 +18,7 @@ from batch_infer.models.untrusted import choose_weights, json_objects, read_obje
 MAX_IMAGE_SIDE = 8192
 """Maximum side of an image or latents in the config of a network or image processor."""
 MAX_SIZE = 1 << 24
-"""Maximum for all other sizes, such as the number of positions of a language model."""
+"""Maximum for the keys in POSITIVE and LAYER_COUNTS, such as the number of positions of a language model."""
 MAX_TRAIN_TIMESTEPS = 100_000
 SHORTEST_TEXT = 3
 """Minimum number of tokens of a text: a start token, one token and an end token."""
@@ -147,10 +147,10 @@ def _shorten(value: Any) -> str:
 
 
 def check_widths(path: Path, family: Family, name: str) -> None:
-    """Compare the configs of a family's components. Raises ModelError naming both components.
+    """Compare the configs of a family's components. Raises ModelError for a mismatch.
 
-    The denoiser and the VAE must have the same latent channels. The denoiser's text inputs must be as wide as the text
-    encoders' outputs.
+    The denoiser's input and output channels must equal the VAE's latent channels. Its text inputs must be as wide as
+    the text encoders' outputs. In Stable Diffusion 3, the CLIP encoders' outputs may be narrower: they are padded.
     """
     denoiser = family.denoiser or ""
     network = _read_config(path, denoiser, name)

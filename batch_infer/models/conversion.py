@@ -27,9 +27,9 @@ PIPELINES: dict[str, Any] = {
     "v2": StableDiffusionPipeline,
     "xl_base": StableDiffusionXLPipeline,
 }
-"""Pipeline class for each type of checkpoint that diffusers infers."""
+"""Pipeline class for each supported type of checkpoint. diffusers infers more types."""
 ABSENT_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components of the original repository that a single file does not contain."""
+"""Components of the base model's repository that a single file does not contain."""
 READING_ERRORS = (*LOADING_ERRORS, SingleFileComponentError)
 
 log = logging.getLogger("batch_infer")
@@ -83,7 +83,7 @@ def _write_networks(file: Path, pipeline_class: Any, folder: Path) -> None:
     absent = dict.fromkeys(ABSENT_COMPONENTS[:2])
     try:
         pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **absent)
-    except NotImplementedError as error:  # raised by torch for tensors on the meta device
+    except NotImplementedError as error:  # torch raises it for missing tensors, which are on the meta device
         raise ModelError(f"{file} lacks tensors of a network; is the file complete? ({first_line(error)})") from error
     except READING_ERRORS as error:
         raise ModelError(f"{file} could not be read by diffusers: {describe(error)}") from error
@@ -106,7 +106,10 @@ def _narrow(module: Any) -> Any:
 
 
 def _set_scheduler(file: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Set velocity prediction if the file has a tensor `v_pred`. Logs a warning for 2.x checkpoints without it."""
+    """Set velocity prediction if the file has a tensor `v_pred`, and zero terminal SNR if it also has `ztsnr`.
+
+    Logs a warning for 2.x checkpoints without `v_pred`.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_object(path, file.name)
     if "v_pred" in shapes:

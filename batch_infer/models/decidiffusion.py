@@ -67,8 +67,8 @@ class FlexibleUNetConfig:
     def read(cls, config: Mapping[str, Any], source: object) -> FlexibleUNetConfig:
         """Parse the content of flexible_unet/config.json. Error messages name `source`.
 
-        Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError naming the key if a key
-        is missing, invalid, unknown or contradicts other keys.
+        Keys outside `configurations` describe a stock UNet and are ignored. Raises ModelError for another class
+        and, naming the key, if a key is missing, invalid or unknown or contradicts other keys.
         """
         settings: Any = config.get("configurations")
         if (name := config.get("_class_name")) != CLASS_NAME:
@@ -99,7 +99,10 @@ class FlexibleUNetConfig:
             yield key, "this version does not know that key"
 
     def _implied_keys(self) -> dict[str, Any]:
-        """Return the only valid value of each other key: a skip must be popped at the size at which it was pushed."""
+        """Return the only valid value of each key that is constant or follows from others.
+
+        Most keys follow because a skip must be popped at the size at which it was pushed.
+        """
         widths, levels = self.down_blocks_out_channels, len(self.down_blocks_out_channels)
         return {
             "resnet_act_fn": "silu",
@@ -117,8 +120,8 @@ class FlexibleUNet(nn.Module):
     """A UNet with the tensor names of the published checkpoint.
 
     Besides the order of layers, it differs from diffusers' UNet2DConditionModel in three ways. The mid block
-    runs its first resnet twice. A skip is the output of a resnet, before the transformer that follows. The last down
-    block also halves the sides, and the mid block doubles them again before the first skip is popped.
+    runs its first resnet twice. The output of a resnet becomes a skip before, not after, the transformer that follows.
+    The last down block also halves the sides, and the mid block doubles them again before the first skip is popped.
     """
 
     def __init__(self, config: FlexibleUNetConfig) -> None:
@@ -223,7 +226,7 @@ class _MidBlock(_Block):
 
 class _UpBlock(_Block):
     def __init__(self, config: FlexibleUNetConfig, level: int) -> None:
-        """`level` is the index of the down block whose skips this block pops, last skip first."""
+        """`level` is the index of the down block whose skips this block pops, last skip first, and then its input."""
         widths, down_resnets = config.down_blocks_out_channels, config.down_blocks_num_resnets[level]
         width, width_below = widths[level], widths[min(level + 1, len(widths) - 1)]
         hidden = [width_below] + [width] * down_resnets
@@ -269,5 +272,5 @@ class DeciDiffusion(StableDiffusion):
             expected = unet.state_dict()
             refuse_unmatched_weights(folder, expected.keys() - weights.keys(), weights.keys() - expected.keys())
             unet.load_state_dict(weights, assign=True)
-        # The pipeline accepts only the UNet class in model_index.json.
+        # The pipeline gets no UNet, because it accepts only the UNet class in model_index.json.
         return unet.requires_grad_(False).eval(), {"unet": None, **load_components(VAE_AND_ENCODER, card, dtype)}

@@ -25,11 +25,12 @@ CHECKER_COMPONENTS = frozenset({"safety_checker", "feature_extractor"})
 class Family:
     """A model family: the components of its checkpoints, its implementation and its default parameters.
 
-    `implementation` is `module.Class` in this package. `pipeline_class` is the class to build in diffusers, if it is
-    not the class in model_index.json. `skipped_components` are neither downloaded nor read. `pixel_options` pairs each
-    key of model_index.json that affects pixels with its default. `fingerprints_class` includes the pipeline class in
-    the fingerprint. `sample_size` (latent side) and `latent_channels` apply if the denoiser's config omits them. With
-    `joint_attention` the denoiser attends to text and image together (Stable Diffusion 3), without cross-attention.
+    `implementation` is `module.Class` in this package, or empty in OTHER_FAMILY, which has no `denoiser`.
+    `pipeline_class` is the class to build in diffusers, if it is not the class in model_index.json.
+    `skipped_components` are neither downloaded nor read. `pixel_options` pairs each key of model_index.json that
+    affects pixels with its default. `fingerprints_class` includes the pipeline class in the fingerprint. `sample_size`
+    (latent side) and `latent_channels` apply if the denoiser's config omits them. With `joint_attention` the denoiser
+    attends to text and image together (Stable Diffusion 3), without cross-attention.
     """
 
     name: str
@@ -89,7 +90,7 @@ def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
         # The position embeddings allow at most pos_embed_max_size patches per side.
         largest = denoiser["pos_embed_max_size"] * patch * factor
         return SizeRules(height * factor, width * factor, patch * factor, patch * factor, largest)
-    # In DeciDiffusion every down block halves the sides, in other UNets every block except the last.
+    # The shortest side can be halved by every down block in DeciDiffusion, and by all but the last in other UNets.
     halvings = denoiser.get("add_downsample") or denoiser["block_out_channels"][1:]
     return SizeRules(height * factor, width * factor, factor, 2 ** len(halvings) * factor)
 
@@ -107,7 +108,7 @@ FAMILIES = {
         "stable_diffusion_xl",
         "stable_diffusion_xl.StableDiffusionXL",
         text_encoders=("text_encoder", "text_encoder_2"),
-        # The image encoder reads image prompts, and diffusers' class has no safety checker.
+        # The image encoder would only read image prompts, and diffusers' class has no safety checker.
         skipped_components=CHECKER_COMPONENTS | {"image_encoder"},
         pixel_options=(("force_zeros_for_empty_prompt", True),),
         guidance_scale=5.0,
@@ -143,18 +144,18 @@ FAMILIES = {
 OTHER_FAMILY = Family(
     ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
 )
-"""Family of all other checkpoints, which use pipeline-call batching. Image encoders only read image prompts."""
+"""Family of all other checkpoints, which use pipeline-call batching. Image encoders would only read image prompts."""
 
 
 def load_latent_diffusion(
     card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool
 ) -> LatentDiffusion:
-    """Load a checkpoint on a device. Raises ModelError."""
+    """Load a checkpoint of a model family on a device, optionally with its safety checker. Raises ModelError."""
     return _implementation(card).load(card, device, dtype, with_checker=with_checker)
 
 
 def load_solver(card: ModelCard) -> Solver:
-    """Load a checkpoint's solver without its networks. Raises ModelError."""
+    """Load the solver of a model family's checkpoint without its networks. Raises ModelError."""
     return _implementation(card).load_solver(card)
 
 

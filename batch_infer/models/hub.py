@@ -31,8 +31,8 @@ def fetch_index(name: str, revision: str | None) -> Path:
 def fetch(name: str, folder: Path, components: Collection[str], variant: str | None) -> None:
     """Download the components' configs, vocabularies and safetensors into the folder returned by `fetch_index`.
 
-    Components without weights of `variant` use their default weights. Raises ModelError, before any download, if a
-    component is missing or has only pickled weights.
+    Components without weights of `variant` use their default weights. Raises ModelError: before any download if files
+    are missing or only pickled, or if no component has weights of `variant`; later if a download fails.
     """
     files, note = _list_files(name, folder)
     candidates = {
@@ -64,7 +64,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _list_files(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
-    """Return the repository's files at the folder's commit. Offline, return local files and a note for messages."""
+    """Return the repository's files at the folder's commit and "" or, if the Hub fails, local files and the reason."""
     import huggingface_hub
 
     # The list of a commit never changes, and recent versions of the library cache it.
@@ -83,7 +83,7 @@ def _list_files(name: str, folder: Path) -> tuple[list[PurePosixPath], str]:
 def _choose_files(
     component: str, candidates: Sequence[PurePosixPath], variant: str | None, name: str, note: str
 ) -> Iterator[str]:
-    """Yield the paths of the files to load for a component. Raises ModelError if files are missing."""
+    """Yield the paths of the files to load for a component. Raises ModelError if files are missing or only pickled."""
     refuse_pickles(component, candidates, name)
     weights = choose_weights(candidates, variant)
     has_config = any(file.name == "config.json" for file in candidates)
@@ -149,5 +149,5 @@ def _http_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of the error's cause, if any: messages of the Hub's library give no reason."""
+    """Return the message of the error's cause, if it has one, because the Hub's library itself gives no reason."""
     return first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error).rstrip(".")

@@ -21,17 +21,17 @@ from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
 
 TEXT_BATCH = 8
-"""Number of texts per text encoder call, after padding. Other batch sizes change embeddings by about 1e-8."""
+"""Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
 CACHE_BYTES = 128 << 20
 """Maximum bytes of cached embeddings on the device: about 1,100 texts of SD 1.5 or 49 of SD 3.5 in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """A row's token count and its denoiser inputs other than the sample.
+    """A row's token count and its denoiser inputs other than the sample and timestep.
 
     `context` is the conditional context and, with guidance, the unconditional one. `prompt_tokens` excludes start, end
-    and padding tokens. `prompt_truncated` is True if the text encoder drops tokens. Unknown values are None.
+    and padding tokens. `prompt_truncated` is True if a text encoder drops tokens. Unknown values are None.
     """
 
     context: tuple[Context, Context | None]
@@ -47,7 +47,7 @@ class EmbeddingCache:
         self._contexts: OrderedDict[str, Context] = OrderedDict()
 
     def get(self, texts: Iterable[str], encode: Callable[[Sequence[str]], Iterable[Context]]) -> Mapping[str, Context]:
-        """Map texts to their embeddings. `encode` gets the missing ones, padded to TEXT_BATCH texts per call."""
+        """Map texts to their embeddings. `encode` gets the texts not cached, padded to TEXT_BATCH per call."""
         requested = set(texts)
         for text in requested & self._contexts.keys():
             self._contexts.move_to_end(text)
@@ -83,7 +83,7 @@ class LatentDiffusion:
     def __init__(
         self, pipeline: Any, denoiser: Any, device: torch.device, dtype: torch.dtype, windows: int = 1
     ) -> None:
-        """`pipeline` contains all components except `denoiser`, whose class may be unknown to diffusers."""
+        """`pipeline` contains all components except a `denoiser` whose class diffusers does not know."""
         self.pipeline, self.denoiser, self.device, self.dtype = pipeline, denoiser, device, dtype
         self.solver = make_solver(pipeline.scheduler, self.begin_index)
         self.safety_checker: Any | None = getattr(pipeline, "safety_checker", None)

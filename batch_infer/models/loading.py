@@ -56,7 +56,7 @@ def load_network(component_type: Any, card: ModelCard, name: str, **options: Any
 
 
 def refuse_unmatched_weights(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ModelError if tensors are missing or unexpected."""
+    """Raise ModelError if tensors are missing or unexpected. Unexpected computed buffers are ignored."""
     unexpected = [key for key in unexpected if not key.endswith(COMPUTED_SUFFIX)]
     for keys, verb, adjective in ((sorted(missing), "lacks", ""), (sorted(unexpected), "has", "unexpected ")):
         if keys:
@@ -86,7 +86,8 @@ def load_pipeline(
 ) -> Any:
     """Build a diffusers pipeline from loaded components and, if requested, another scheduler. Raises ModelError.
 
-    diffusers itself loads the components that are not in `modules`.
+    diffusers itself loads the components that are not in `modules`. Each tokenizer's
+    maximum length is limited to that of its text encoder.
     """
     with loading_errors(path):
         pipeline = pipeline_type.from_pretrained(path, local_files_only=True, use_safetensors=True, **modules)

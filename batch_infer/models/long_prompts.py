@@ -22,7 +22,7 @@ from batch_infer.models.tokens import WINDOWS
 SYNTAX = frozenset('()"+-\\')
 """Characters of the weight syntax. Texts without them skip the slow parser."""
 SPECIAL = "<|"
-"""Prefix of special tokens, which would shift the weights in a text."""
+"""Prefix of special tokens. Texts that contain it are not parsed, because such tokens would shift their weights."""
 MAX_PARENTHESES = 16
 MAX_CHARACTERS = 5000
 """Maximum nesting and length of a parsed text, to bound the stack and the time of the parser."""
@@ -57,7 +57,7 @@ class LongPrompts:
         """Maximum number of tokens of a text that is not truncated."""
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return each text's token count without weights, start, end and padding tokens."""
+        """Return each text's highest token count of the tokenizers, without weights, start, end and padding tokens."""
         counts = []
         for text in texts:
             pieces = [piece for piece, _ in read_weights(text)]
@@ -96,7 +96,8 @@ class LongPrompts:
 def read_weights(text: str) -> tuple[Piece, ...]:
     """Split a text into weighted pieces: `(word)1.2`, `word++`, `(two words)0.8`, `\\(` for a parenthesis.
 
-    A text that does not follow this syntax, or uses other features of compel, is one literal piece.
+    A text that does not follow this syntax, is too complex, contains special tokens or uses other features of compel is
+    one literal piece.
     """
     literal = ((text, 1.0),)
     depths = accumulate((character == "(") - (character == ")") for character in text)
@@ -121,7 +122,7 @@ def _parser() -> PromptParser:
 
 
 def _cut(provider: EmbeddingsProvider, pieces: Iterable[Piece], budget: int) -> list[Piece]:
-    """Return the pieces with at least one token, cut after `budget` tokens in total."""
+    """Return the pieces with at least one token, cut after `budget` tokens in total, or one empty piece if none."""
     backend = provider.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

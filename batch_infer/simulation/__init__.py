@@ -1,8 +1,8 @@
-"""Simulate an Azure ML batch endpoint on this machine: run a scoring script as Azure does, including faults.
+"""Simulate an Azure ML batch endpoint on this machine: run a scoring script as Azure does, and cause faults.
 
     simulate(SimulationSettings(inputs=(Path("tables"),), out=Path("out"), workers=3, kill=0.2, duplicate=0.1))
 
-This package does not import torch or pandas, so a worker loads only the modules that its script imports.
+This package does not import torch or pandas, so a worker loads them only if its script does.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Run a simulated job: deliver mini-batches to workers, and count their rows, failures and deaths."""
+"""Run a simulated job: deliver mini-batches to workers, and count rows, failed tries and dead workers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Report = Callable[[SimulationOutcome], None]
 
 
 def simulate(settings: SimulationSettings, report: Report = lambda outcome: None) -> SimulationOutcome:
-    """Run a scoring script on files as a batch endpoint does. Return the outcome, whose `fault` says if the job failed.
+    """Run a scoring script on files as a batch endpoint does. Return the outcome, with a `fault` if the job failed.
 
-    Calls `report` with the outcome so far at the start, after each run of a mini-batch, and at the end. Raises
+    Calls `report` with the outcome so far at the start, after each try of a mini-batch, and at the end. Raises
     SettingsError, TableError, StorageError.
     """
     settings.check()
@@ -41,7 +41,7 @@ def simulate(settings: SimulationSettings, report: Report = lambda outcome: None
 
 
 def _open_predictions(settings: SimulationSettings) -> AbstractContextManager[TextIO | None]:
-    """Open an empty predictions.csv, or remove the file of an earlier job. Raises StorageError."""
+    """Open an empty predictions.csv if rows are appended, else remove that of an earlier job. Raises StorageError."""
     path = settings.predictions
     with write_errors(path):
         if settings.append_rows:  # characters that UTF-8 cannot encode are escaped
@@ -51,7 +51,7 @@ def _open_predictions(settings: SimulationSettings) -> AbstractContextManager[Te
 
 
 class SimulatedJob:
-    """Delivers the mini-batches of a job to workers until each has succeeded or failed."""
+    """Delivers the mini-batches of a job to workers until no delivery is left or the job fails."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SimulatedJob:
         self._first_run: float | None = None
 
     def run(self) -> SimulationOutcome:
-        """Run until all mini-batches have succeeded or failed, or the job fails."""
+        """Run until no delivery is waiting or running, or the job fails. Return the outcome."""
         outcome = self._outcome
         self._report_outcome()
         while not self._queue.is_finished and outcome.fault is None:
@@ -111,14 +111,14 @@ class SimulatedJob:
         self._report(self._outcome)
 
     def _deliver(self) -> None:
-        """Give waiting mini-batches to idle workers."""
+        """Give waiting mini-batches to idle workers, except those to hold back."""
         waiting = self._queue.waiting
         for worker in self._workers():
             if waiting and worker.is_ready and worker.assignment is None and not self._must_wait(waiting[0]):
                 self._assign(worker, waiting.popleft())
 
     def _must_wait(self, state: MiniBatchState) -> bool:
-        """Return whether to hold back a new mini-batch until the duration of mini-batches is known."""
+        """Return whether a mini-batch is new and must wait until the duration of mini-batches is known."""
         assignments = [worker.assignment for worker in self._workers()]
         is_measuring = any(assignment and assignment.kill_after is None for assignment in assignments)
         return not state.deliveries and self._kills.must_wait(is_measuring=is_measuring)
@@ -178,7 +178,7 @@ class SimulatedJob:
         self._report_outcome()
 
     def _handle_death(self, worker: WorkerProcess) -> None:
-        """Remove a worker that has died, and let any worker retry its mini-batch."""
+        """Remove a worker that has died. If its mini-batch may be retried, any worker can get it."""
         assignment, worker.assignment = worker.assignment, None
         exit_text = worker.describe_exit()
         self._group.remove(worker)
@@ -198,7 +198,7 @@ class SimulatedJob:
             self._queue.waiting.append(assignment.state)
 
     def _handle_failure(self, worker: WorkerProcess, state: MiniBatchState, reason: str) -> bool:
-        """Count and log a failed run of a mini-batch, and return whether to retry it."""
+        """Count and log a failed try of a mini-batch, and return whether to retry it."""
         must_retry, description = self._queue.record_failure(state)
         level = logging.INFO if worker.kill_reason == KILLED else logging.WARNING
         details = (state.mini_batch.index, description, worker.index, reason, worker.log)

@@ -21,7 +21,7 @@ from batch_infer.simulation.worker import MessageFromWorker
 from batch_infer.store import temporary_file_errors, write_errors
 
 EXIT_SECONDS = 10.0
-"""Maximum number of seconds to wait for a killed process to end."""
+"""Maximum number of seconds to wait for a process to end after it was killed or closed its connection."""
 SHUTDOWN_SECONDS = 30.0
 """Maximum number of seconds to wait for workers to shut down at the end of the job."""
 NVIDIA_SMI_SECONDS = 20.0
@@ -33,7 +33,7 @@ PROGRAM = (
 
 @dataclass(slots=True)
 class Assignment:
-    """A worker's mini-batch, the seconds after which to kill the worker, and the time at which run() was called."""
+    """A worker's mini-batch. run() was called at `start`, and `kill_after` is the seconds from then to a kill."""
 
     state: MiniBatchState
     kill_after: float | None = None
@@ -54,7 +54,7 @@ class WorkerProcess:
     def __init__(
         self, index: int, folder: Path, log: Path, environment: Mapping[str, str], task: tuple[object, ...]
     ) -> None:
-        """Start the process in a new working folder. `task` contains the other arguments of `run_worker`.
+        """Start the process in a new working folder. `task` contains the arguments of `run_worker` after the first.
 
         The process has its own session, so that Ctrl-C reaches only the parent, which then ends the process.
         """
@@ -86,25 +86,25 @@ class WorkerProcess:
             self.connection.send(mini_batch)
 
     def receive(self) -> Iterator[MessageFromWorker]:
-        """Yield the messages that have arrived. Raises EOFError after the last message of a process that has ended."""
+        """Yield the messages that have arrived. Raises EOFError after the last one if no more can arrive."""
         try:
             while self.connection.poll():
                 yield self.connection.recv()
         except OSError as error:  # the connection was reset
             raise EOFError from error
-        # Processes that the script started may keep the connection open.
+        # Processes that the script started may keep the connection open after the worker has ended.
         if self._process.poll() is not None and not self.connection.poll():
             raise EOFError
 
     def kill(self, reason: str = "killed") -> None:
-        """Kill the process and all processes that it started. Messages that it sent can still be received."""
+        """Kill the process and its process group. Messages that it sent can still be received."""
         self.kill_reason = self.kill_reason or reason
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.wait(EXIT_SECONDS)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the process to end. Return its exit code, or None if it is still running."""
+        """Wait at most `seconds` for the process to end. Return its exit code, or None if it is still running."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self._process.returncode
@@ -119,7 +119,7 @@ class WorkerProcess:
 
 
 class WorkerGroup:
-    """Holds the workers of a job by index. A replacement has the index and the GPU of the worker that died."""
+    """Holds the workers of a job by index. A replacement has the index and the GPU, if any, of the worker that died."""
 
     def __init__(self, settings: SimulationSettings, folder: Path) -> None:
         """Remove the logs of an earlier job. Working folders go into `folder`. Raises SettingsError, StorageError."""
@@ -157,7 +157,7 @@ class WorkerGroup:
         return environment
 
     def remove(self, worker: WorkerProcess) -> None:
-        """Kill a worker if it is still running, and remove it."""
+        """Remove a worker, and kill what is left of its process group."""
         del self.workers[worker.index]
         worker.kill()
         worker.connection.close()
@@ -179,7 +179,7 @@ class WorkerGroup:
 
 
 def find_gpus(limit: int | None) -> Sequence[str]:
-    """Return the CUDA_VISIBLE_DEVICES entries of `limit` GPUs, or of all visible GPUs, without loading torch."""
+    """Return CUDA_VISIBLE_DEVICES entries for `limit` GPUs, or if None for all visible GPUs, without loading torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in (visible or "").split(",") if name.strip() not in ("", "-1")]
     if visible is None and limit is None:

@@ -25,7 +25,7 @@ class MiniBatch:
 
 
 def find_files(inputs: Sequence[Path]) -> list[str]:
-    """Return the absolute paths of the files in `inputs`, and of the files directly in its folders.
+    """Return the absolute paths of the inputs that are files, and of the files directly in the inputs that are folders.
 
     Raises TableError if a path cannot be read, if there are no files, or if two files have the same name, since a batch
     endpoint has one input folder.
@@ -55,7 +55,7 @@ def _list_files(entry: Path) -> Iterator[str]:
             raise TableError(f"{entry}: there is no such file or folder")
     except OSError as error:
         raise TableError(f"{entry}: {error.strerror}") from error
-    yield from (os.path.abspath(path) for path in paths)  # noqa: PTH100  # a link keeps its name, as in Azure
+    yield from (os.path.abspath(path) for path in paths)  # noqa: PTH100  # Azure keeps link names, resolve() does not
 
 
 def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
@@ -68,8 +68,8 @@ def split_files(files: Sequence[str], size: int) -> list[MiniBatch]:
 class MiniBatchState:
     """The progress of a mini-batch.
 
-    `open_deliveries` counts deliveries that are waiting or running. `rows` is the number of rows that the first
-    successful call of run() returned, or None before that.
+    `open_deliveries` counts deliveries that are waiting or running. `rows` is the number of rows from the first
+    call of run() that returned, or None before that.
     """
 
     mini_batch: MiniBatch
@@ -80,7 +80,7 @@ class MiniBatchState:
 
 
 class DeliveryQueue:
-    """Holds mini-batches until each has succeeded, or has failed and used up its retries.
+    """Holds mini-batches until each has succeeded or finally failed.
 
     Counts events in `outcome`. `waiting` contains the mini-batches to deliver, in order.
     """
@@ -91,7 +91,7 @@ class DeliveryQueue:
         self.waiting = deque(self._states)
 
     def duplicate(self, share: float, rng: random.Random) -> None:
-        """Deliver a share of the mini-batches twice. About half of these pairs are adjacent and may overlap."""
+        """Add a second delivery for a share of the mini-batches, for about half of them directly after the first."""
         for state in rng.sample(self._states, round(share * len(self._states))):
             second = self.waiting.index(state) + 1
             self.waiting.insert(rng.choice([second, rng.randint(second, len(self.waiting))]), state)
@@ -104,7 +104,7 @@ class DeliveryQueue:
         return not any(state.open_deliveries for state in self._states)
 
     def record_success(self, state: MiniBatchState, rows: int) -> None:
-        """Count a run that returned. A run that returned no row has failed, and is not retried."""
+        """Count a run that returned. A mini-batch whose first such run had no row has failed, and is not retried."""
         state.open_deliveries -= 1
         self._outcome.rows += rows
         if state.rows is None:
@@ -128,16 +128,17 @@ class DeliveryQueue:
 
 
 class KillSchedule:
-    """Schedules kills of a share of the mini-batches, once each, at a random time within the durations measured so far.
+    """Schedules kills of a share of the mini-batches, once each, at random times within measured durations.
 
-    If a run ends before its kill, the caller increases `remaining`, so that another delivery can be killed instead.
+    While no duration is known, FIRST_KILL_SECONDS replaces it. If a run ends before its kill, the caller increases
+    `remaining`, so that another delivery can be killed instead.
     """
 
     def __init__(self, share: float, mini_batches: int, rng: random.Random) -> None:
         self.remaining = round(share * mini_batches)
         """Number of kills that are not assigned to a delivery."""
         self.killed: set[int] = set()
-        """Indices of mini-batches that have been killed."""
+        """Indices of mini-batches whose worker has been killed."""
         self._new_count, self._rng = mini_batches, rng
         self._seconds_per_file: list[float] = []
 
@@ -156,7 +157,7 @@ class KillSchedule:
         if not self.remaining or mini_batch.index in self.killed:
             return None
         is_known = bool(self._seconds_per_file)
-        # Retries and duplicates are killed only once there are no new mini-batches for the remaining kills.
+        # Retries and duplicates are killed only once no new mini-batch is left.
         chance = self.remaining / new_count if is_new else float(not new_count)
         if (not is_known and self.remaining < new_count) or self._rng.random() >= chance:
             return None

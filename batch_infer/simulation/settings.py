@@ -24,8 +24,8 @@ class SimulationSettings:
 
     If `workers` is None, there is one worker per GPU, or one without GPUs. If `gpus` is None, workers use all visible
     GPUs. `kill` is the share of mini-batches whose worker is killed while it runs them, and `duplicate` the share that
-    is delivered twice. `seed` determines both selections and the order of the files. `environment` contains additional
-    environment variables.
+    is delivered twice. `seed` seeds the random choice of both and of the order of files. `environment` contains
+    additional environment variables of workers.
     """
 
     inputs: tuple[Path, ...]
@@ -59,7 +59,7 @@ class SimulationSettings:
         return self.out / "predictions.csv"
 
     def to_csv(self) -> dict[str, Any]:
-        """Return the arguments of DataFrame.to_csv for rows. Raises SettingsError if the settings file is invalid."""
+        """Return DataFrame.to_csv's arguments for rows. Raises SettingsError if the settings file is unusable."""
         path = self.settings_file or self.script.with_name(SETTINGS_NAME)
         return {**TO_CSV, **(_read_to_csv(path) if self.settings_file or path.is_file() else {})}
 
@@ -84,10 +84,11 @@ def _read_to_csv(path: Path) -> Mapping[str, Any]:
 class SimulationOutcome:
     """Counts of a job, either final or so far.
 
-    `deliveries` counts the starts of mini-batches, including retries and duplicates. `timeouts` and `kills` count
-    workers that were killed for that reason, and `deaths` counts workers that ended by themselves. `kills_missed`
-    counts requested kills that missed: no worker was killed. `rows` includes rows of duplicates. `running_seconds` is
-    the time since the first call of run(). `fault` says why the job has failed, or is None.
+    `deliveries` counts how often a worker was given a mini-batch, including retries and duplicates. `timeouts` and
+    `kills` count workers that were killed for that reason, and `deaths` counts workers that ended by themselves while
+    they had a mini-batch. `kills_missed` counts requested kills that are not assigned to a delivery; at the end,
+    these have killed no worker. `rows` includes rows of duplicates. `running_seconds` is the time since the first call
+    of run(). `fault` says why the job has failed, or is None.
     """
 
     mini_batches: int

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeAlias
 from batch_infer.simulation.schedule import MiniBatch
 
 MODULE = "entry_script"
-"""Module name of the script, since its file could have the name of a module that it imports."""
+"""Module name of the script, instead of its file name, which could be that of a module that it imports."""
 
 
 class Event(Enum):
@@ -33,7 +33,7 @@ class Event(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RunReturned:
-    """run() has returned `rows` rows. Their `text` goes to predictions.csv, whose first line is `header`."""
+    """run() has returned `rows` rows. Their `text` goes to predictions.csv, after `header` if the file is empty."""
 
     rows: int
     header: str = ""
@@ -42,7 +42,7 @@ class RunReturned:
 
 @dataclass(frozen=True, slots=True)
 class ScriptFailed:
-    """init() or run() has raised an exception or returned an invalid result."""
+    """The import, init() or run() of the script has raised an exception, or run() has returned an invalid result."""
 
     traceback: str
 
@@ -51,7 +51,7 @@ MessageFromWorker: TypeAlias = "Event | RunReturned | ScriptFailed"
 
 
 def run_worker(descriptor: int, path: str, to_csv: Mapping[str, Any] | None) -> None:
-    """Run the script at `path` until the parent requests shutdown or closes the connection.
+    """Run the script at `path` until the parent requests shutdown or closes the connection. Exit if it does not start.
 
     `descriptor` is the connection's file descriptor. `to_csv` contains the arguments of DataFrame.to_csv, or is None if
     no rows are written.
@@ -109,7 +109,7 @@ def _format_rows(result: Any, to_csv: Mapping[str, Any] | None) -> RunReturned:
 class ParentConnection:
     """The worker's end of the connection to its parent. If the connection is closed, the worker ends.
 
-    As a context manager, it reports an exception to the parent and in the log, and suppresses it.
+    As a context manager, it reports an `Exception` to the parent and in the log, and suppresses it.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -144,7 +144,7 @@ class ParentConnection:
 
 
 def _end_process_group() -> NoReturn:
-    """Kill this process and all processes that the script started."""
+    """Kill this process, with its process group if it leads its session."""
     if os.getsid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -51,8 +51,8 @@ _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", 
 class FolderSink:
     """Stores images in OUT as images/STEM-NNNNN/ID-K.png, or as quarantine/STEM-NNNNN/ID-K.png if requested.
 
-    Nothing is written after another folder has replaced OUT, images/ or quarantine/. images/ and quarantine/ may be
-    links to a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
+    Before each write, checks that no other folder has replaced OUT, or images/ or quarantine/ if they are links or
+    mounts, for example to use a larger disk. Ids keep their dots, although a webdataset key would end at the first dot.
     """
 
     def __init__(self, out: Path | PinnedFolder, suffix: str = "") -> None:
@@ -64,7 +64,7 @@ class FolderSink:
         self._case_lock = threading.Lock()
 
     def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Return a path that stays distinct if case is ignored, so that OUT can be copied to any file system.
+        """Return a path that no other image has, even if case is ignored, so that OUT can be copied to any file system.
 
         Only paths of tables that different workers of an Azure ML job read may differ by case alone.
         """
@@ -102,14 +102,14 @@ class FolderSink:
     def _path(self, request: PromptRequest, top: str, folder: str, name: str) -> str:
         """Return an image's path in the folder `top` of OUT.
 
-        `folder` and `name` are safe path components for the request's file and id. If case is ignored, only both
-        together are unique.
+        `folder` and `name` are safe path components for the request's file and id. If case is ignored, `name`
+        may be unique only within `folder`.
         """
         number = request.source.row // ROWS_PER_FOLDER
         return f"{top}/{folder}-{number:05d}/{name}-{request.image_index}{self._suffix}"
 
     def _name(self, top: str, text: str, *, collides: bool) -> str:
-        """Return a path component for a text, with upper-case letters if the file system is case-sensitive."""
+        """Return a path component for a text: hashed if it collides, else with capitals if `top` is case-sensitive."""
         if collides:
             return hashed_name(text)
         lower, mixed = safe_name(text), safe_name(text, capitals=True)
@@ -139,7 +139,7 @@ class FolderSink:
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
     def publish(self, paths: Iterable[str]) -> None:
-        """Fsync all images, then rename them. After a power cut, each path has the complete old or new image."""
+        """Fsync all images, then rename them. After a power cut, no path has an incomplete image."""
         targets = [self._out / path for path in paths]
         self._check()
         with ThreadPoolExecutor(FSYNC_THREADS) as pool:
@@ -228,7 +228,10 @@ class FolderSink:
         self._created_folders.add(folder)
 
     def _pin(self, folder: Path) -> None:
-        """Also check images/ or quarantine/ before each write, by OUT's marker if the folder is on another disk."""
+        """Make `_check` check images/ or quarantine/ too.
+
+        If OUT has a temporary marker, only links and mounts need this, and the marker is also written to them.
+        """
         marker = self._pinned[self._out].marker
         if marker is None or not marker.startswith(TEMPORARY_PREFIX):
             self._pinned.setdefault(folder, PinnedFolder.pin(folder))
@@ -237,10 +240,10 @@ class FolderSink:
 
 
 def resolve_path(out: Path, path: str) -> Path | None:
-    """Return the file at an image path, or None if the path leads out of images/ and quarantine/.
+    """Return the full path of an image, or None if the path may lead out of images/ and quarantine/.
 
-    Paths come from manifest parts, which anyone may have edited. images/ may be a link to a larger disk, but links
-    inside images/ are not followed.
+    Paths come from manifest parts, which anyone may have edited. images/ and quarantine/ may be links to a larger
+    disk, but paths through links inside them are refused.
     """
     relative = PurePosixPath(path)
     top, *inner = relative.parts or ("",)

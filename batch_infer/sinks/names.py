@@ -1,4 +1,4 @@
-"""Choose image file names that are valid on every file system and never differ only by case in one OUT."""
+"""Choose image file names that are valid on every file system and, with rare exceptions, differ by more than case."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGN
 
 
 def safe_name(text: str, *, capitals: bool = False) -> str:
-    """Return a unique file name for any text, valid on every file system.
+    """Return a file name that is unique to a text and valid on every file system.
 
-    Up to 80 lower-case letters, digits, `_`, `.` and `-` stay unchanged. On case-sensitive file systems, `capitals`
-    allows upper-case letters too. Other texts and names of Windows devices get a `hashed_name`.
+    Up to 80 lower-case letters, digits, `_`, `.` and `-` stay unchanged, unless `.` or `-` is first or `.` is last.
+    `capitals` allows upper-case letters too, for case-sensitive file systems. Other texts and names of Windows devices
+    get a `hashed_name`.
     """
     pattern = _SAFE_WITH_CAPITALS if capitals else _SAFE
     return text if pattern.fullmatch(text) and not _WINDOWS_DEVICE.fullmatch(text) else hashed_name(text)
 
 
 def hashed_name(text: str) -> str:
-    """Return the readable characters of a text, `~` and a digest of the text. It is unique even if case is ignored."""
+    """Return up to 60 readable characters of a text, `~` and its digest. The name is unique even if case is ignored."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     return f"{readable}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def parse_path(path: str) -> tuple[str, str]:
-    """Return `STEM` and `ID` of an image path `images/STEM-NNNNN/ID-K.png`."""
+    """Return `STEM` and `ID` of an image path such as `images/STEM-NNNNN/ID-K.png`."""
     folders, _, file = path.rpartition("/")
     return folders.rpartition("/")[2].rpartition("-")[0], file.rpartition("-")[0]
 
@@ -61,7 +62,7 @@ class Collisions:
     def mark(self, request: PromptRequest, path: str | None) -> PromptRequest:
         """Return the request with `id_collides` and `stem_collides` set according to the names of committed images.
 
-        `path` is the path of this request's committed image, which keeps its name.
+        `path` is the path of this request's committed image, if any, whose names are kept.
         """
         used_stem, used_id = parse_path(path or "")
         stem = request.source.stem

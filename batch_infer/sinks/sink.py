@@ -14,7 +14,7 @@ from batch_infer.store import PinnedFolder
 
 
 class Sink(Protocol):
-    """Stores each image as a file in OUT. Paths are relative to OUT.
+    """Stores each image as a file in OUT. Paths of type str are relative to OUT.
 
     Images are in IMAGE_FOLDERS: in quarantine/ if `quarantine` is set, otherwise in images/. Paths elsewhere count as
     missing. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
@@ -27,13 +27,13 @@ class Sink(Protocol):
         """Return the path for a request's image. Rendering an image again keeps its path."""
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
-        """Return every path that this or an earlier version may have used for this request's image and no other."""
+        """Return every path that this or an earlier version may have used only for this request's image."""
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
-        """Return a stored image's path inside or outside the quarantine."""
+        """Return an image's path, changed to be in quarantine/ if `quarantine` is set, otherwise in images/."""
 
     def folders_of(self, files: Iterable[str]) -> list[Path]:
-        """Return the folders that may contain images from these source files, and their parent folders."""
+        """Return images/, quarantine/ and those of their subfolders that may contain images from these source files."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
         """Return an object that finds collisions with the names of committed images."""
@@ -63,7 +63,7 @@ class Sink(Protocol):
         """Return whether an image exists at this path."""
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
-        """Return an image's bytes, or None if it is missing or its size differs from `length` bytes."""
+        """Return an image's bytes, or None if it is missing or its size differs from `length`, if given."""
 
 
 SINKS: dict[str, Callable[[Path | PinnedFolder, str], Sink]] = {"folder": FolderSink}

@@ -1,6 +1,6 @@
 """Write durable atomic files in OUT, lock OUT, and manage temporary files and log files.
 
-Most functions raise disk errors as StorageError, which names the path. The others document OSError.
+Most functions raise disk errors as StorageError, which names the path or the temporary folder. Others raise OSError.
 """
 
 from batch_infer.store.files import (

@@ -123,8 +123,8 @@ def fsync_folder(folder: Path) -> None:
 def host_id() -> str:
     """Return a digest of the host name and, on Linux, of the boot id and PID namespace.
 
-    Process ids are unique within a host id. Many containers have the same host name and PID namespace number. The
-    kernel's boot id distinguishes their machines.
+    On Linux, process ids are unique within a host id. Many containers have the same host name and PID namespace number.
+    The kernel's boot id distinguishes their machines.
     """
     namespace = Path("/proc/self/ns/pid")
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
@@ -154,7 +154,7 @@ def is_temporary(name: str) -> bool:
 
 
 def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
-    """Return whether a dead process of this machine made a `unique_name`, or False if that is unknown."""
+    """Return whether `unique_name` made a name in a dead process of this machine, or False if that is unknown."""
     host, _, rest = name.removeprefix(prefix).partition("-")
     process_id = rest.partition("-")[0]
     if not name.startswith(prefix) or os.name != "posix" or host != host_id() or not process_id.isdecimal():
@@ -162,7 +162,7 @@ def is_abandoned(name: str, prefix: str = TEMPORARY_PREFIX) -> bool:
     try:
         os.kill(int(process_id), 0)
     except OSError as error:
-        return isinstance(error, ProcessLookupError)  # otherwise the process belongs to another user
+        return isinstance(error, ProcessLookupError)  # otherwise it is another user's living process
     return False
 
 
@@ -174,7 +174,8 @@ def atomic_write(path: Path, *, flush: bool = True, parents: bool = True) -> Ite
     """Yield a temporary path to write to, and rename it to `path` unless an exception is raised.
 
     With `flush`, a power cut leaves the old or the new file: the bytes are durable before the rename, and the rename
-    is durable on return. Without `parents`, the folder must exist. Raises StorageError.
+    is durable on return. Without `parents`, the folder must exist. Raises StorageError, also for an OSError in
+    the context.
     """
     temporary = temporary_path(path)
     with write_errors(path):
@@ -219,7 +220,7 @@ def sweep(
     is_ours: Callable[[str], bool],
     remove: Callable[[Path], object] = lambda path: path.unlink(missing_ok=True),
 ) -> list[Path]:
-    """Call `remove` for each of our files in a folder, and return the subfolders that are not links.
+    """Call `remove` for each file or link whose name `is_ours` accepts, and return the subfolders that are not links.
 
     Files are neither opened nor statted, because there may be many. Raises OSError.
     """

@@ -32,7 +32,7 @@ _USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-"""Errors that only another folder or other permissions can fix. Others, such as a full disk, may be temporary."""
+"""Errors that persist until the user changes the path or permissions. Others, such as a full disk, may be temporary."""
 
 
 # Pinned folders
@@ -47,8 +47,8 @@ def marker_name() -> str:
 class PinnedFolder:
     """A folder, and its identity before the first write. Other processes on this machine can check it too.
 
-    `identity` is the device and inode, or None if there was no folder. `marker` is the name of a file in the folder
-    that identifies it on mounts whose inode numbers change.
+    `identity` is the device and inode, or None if there was no folder. `marker` is the name of a file by which the
+    folder is recognised on mounts whose inode numbers change, or None.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class PinnedFolder:
 
     @classmethod
     def pin(cls, path: Path | PinnedFolder) -> PinnedFolder:
-        """Pin the folder at a path, with this process's marker if the folder contains it. Raises StorageError."""
+        """Pin a folder that is not pinned yet, with this process's marker if its file exists. Raises StorageError."""
         if isinstance(path, PinnedFolder):
             return path
         identity, marker = _identity(path), marker_name()
@@ -106,8 +106,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[PinnedFolder]:
     """Lock a folder, creating it if missing, and yield it with a marker by which writers recognise it.
 
-    On exit, the marker is removed from the folder and its subfolders. An OSError for a path in the folder becomes
-    StorageError. Raises LockedError, SettingsError, StorageError.
+    On exit, the marker is removed from the folder and from `subfolders`. In the context, an OSError for a path in the
+    folder becomes StorageError. Raises LockedError, SettingsError, StorageError.
     """
     lock = _acquire(folder)
     pinned = PinnedFolder.pin(folder)
@@ -139,14 +139,17 @@ def find_holder(folder: Path) -> str | None:
 
 
 def remove_stale_holder(folder: Path) -> None:
-    """Remove the holder file of a killed process. If a process holds the lock, even this one, its file is kept."""
+    """Remove the holder file of a killed process, but keep it if any process holds the lock, even this one.
+
+    Raises OSError, and StorageError if it is unknown whether the file exists.
+    """
     if path_exists(folder / HOLDER):
         with suppress(Timeout), FileLock(folder / LOCK).acquire(timeout=0):
             (folder / HOLDER).unlink(missing_ok=True)
 
 
 def _acquire(folder: Path) -> FileLock:
-    """Create and lock a folder, and make the names of new folders durable."""
+    """Lock a folder, creating it durably if missing. Raises LockedError, SettingsError, StorageError."""
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,8 +172,8 @@ def _check_lock(path: Path) -> None:
     """Create a lock file if it is missing, and check that it can be locked.
 
     Raises SettingsError if the file system has no locks, StorageError if the lock service may be down temporarily, and
-    OSError if the file cannot be opened.
-    Without flock, filelock treats any existing file as locked, and that lock outlives its holder.
+    OSError if the file cannot be opened. This check is needed because without flock, filelock treats any existing file
+    as locked, and that lock outlives its holder.
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
@@ -186,7 +189,7 @@ def _check_lock(path: Path) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock file. Read access is sufficient. Raises OSError."""
+    """Return whether a process has locked a file. On POSIX, read access is sufficient. Raises OSError."""
     try:
         import fcntl
     except ImportError:  # Windows

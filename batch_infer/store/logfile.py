@@ -19,10 +19,11 @@ from batch_infer.terminal import EscapingFormatter, escape_controls
 
 @contextmanager
 def open_log(path: Path) -> Iterator[TextIO]:
-    """Open a log file for appending, and append the traceback of an exception that leaves the context.
+    """Open a log file for appending, and append the traceback of any exception but SystemExit that leaves it.
 
     Links are not followed, and a pipe without a reader fails instead of blocking. Raises StorageError if the file
-    cannot be opened. Later write errors are ignored so that they never mask the original exception.
+    cannot be opened. Errors in writing the traceback and in closing are ignored, since they would mask the original
+    exception.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with write_errors(path):
@@ -53,4 +54,4 @@ def log_handler(file: TextIO) -> logging.Handler:
 
 class LogfileHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only for type checkers
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore write errors. A full disk is reported when results are stored."""
+        """Ignore errors in formatting and writing. A full disk is reported when results are stored."""

@@ -1,4 +1,4 @@
-"""Create temporary files and databases. Their errors name the temporary folder and say what to do."""
+"""Create temporary files, folders and databases. Their errors name the temporary folder and say what to do."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Read tables of prompts from files, folders, globs and URLs.
+"""Read tables of prompts from files, folders, globs, URLs and standard input.
 
-Each row becomes one request per image, or a single invalid result with an error message.
+Each row that is not blank becomes one request per image, or a single invalid result with an error message.
 """
 
 from batch_infer.table.base import make_default_id

@@ -1,4 +1,4 @@
-"""Define the classes and helpers that all table formats share."""
+"""Define the classes and helpers that table formats share."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BATCH_ROWS = 1024
 MAX_COLUMNS = 1024
 """Maximum number of columns. Without it, JSON with values as keys ({"a red circle": 1}) would add a column per row."""
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""CSV separators. Spreadsheets write semicolons in locales with a decimal comma."""
+"""CSV separators, and how messages name them. Spreadsheets write semicolons in locales with a decimal comma."""
 MAX_SHOWN_COLUMNS = 5
-"""Maximum number of column names in a message."""
+"""Maximum number of column names in a notice."""
 BLANK_ROW = "rows without any value, which are skipped"
 SHORT_ROW = "rows with fewer cells than there are columns, whose missing cells take their defaults"
 
@@ -34,17 +34,17 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeError)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NON_BYTE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Matches lone surrogates from JSON escapes, which do not represent a byte."""
+"""Matches lone surrogates that do not represent a byte. JSON escapes may contain them."""
 _PATH_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG", "ENXIO", "EINVAL")
 }
-"""Error numbers that mean that a path is not a readable file. All others mean that the disk or network failed."""
+"""Error numbers that mean that a path is not a readable file. Others count as failures of the disk or network."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableFile:
-    """A file to read. If `error` is set, it says why this file or argument cannot be read.
+    """A file to read. If `error` is set, it says why this file, folder or argument cannot be read.
 
     `path` is the local path, and `name` is shown to the user. Default row ids start with `stem`, usually the path
     relative to the argument, with `-` for `/` and without suffixes. `compression` is a suffix such as `.gz`, or ''.
@@ -76,7 +76,7 @@ class Notice(NamedTuple):
 
 
 def make_short_row_notice(count: int, columns: Sequence[str]) -> Notice:
-    """Return the notice about a row that only has cells for the first `count` columns."""
+    """Return the notice about a row that has cells for the first `count` columns only."""
     missing = ", ".join(repr(name) for name in columns[count : count + MAX_SHOWN_COLUMNS])
     return Notice(SHORT_ROW, f"{count} of {len(columns)} cells, without {missing}")
 
@@ -101,8 +101,8 @@ class NoticeCounts:
 class RawRow(NamedTuple):
     """A row as read from its file. It is a tuple for speed, because a table may have millions of rows.
 
-    `number` is the row number, from 0. `line` is the number of the row's first line, from 1, in formats that consist of
-    lines. `error` says why the row cannot be read. Rows with a BLANK_ROW notice are skipped.
+    `number` is the row number, from 0. `line` is the number of the row's first line, from 1, or None in formats
+    that do not consist of lines. `error` says why the row cannot be read. `Tables` skips rows with a BLANK_ROW notice.
     """
 
     number: int
@@ -153,7 +153,7 @@ class Reader:
 
 
 def rename_duplicates(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return unique names, with `tag_2` for the second `tag`, and a map from changed names to old names."""
+    """Return unique names, such as `tag_2` for the second `tag`, and a map from changed names to old names."""
     used, count = set(names), Counter[str]()
     distinct, renamed = [], {}
     for name in names:
@@ -191,7 +191,7 @@ class Scratch:
 def raise_storage_error(error: Exception, name: str, *, was_opened: bool = False) -> None:
     """Raise StorageError for an OS error, such as EIO, that the path and content of the file do not explain.
 
-    With `was_opened`, also raise it for path errors, since a file that was opened before may have been removed.
+    With `was_opened`, also raise it for most path errors, since a file that was opened before may have been removed.
     """
     if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):
         return

@@ -44,7 +44,7 @@ SYNONYMS = {
 }
 """Names that other tools use for the fields, in the form that `_normalize` returns."""
 MIN_SIMILARITY = 0.8
-"""Minimum difflib ratio of a misspelt name with the same first letter: `heigth` matches height, `weight` does not."""
+"""Minimum difflib ratio of a misspelt name whose first letter is right: `heigth` matches height, `weight` does not."""
 MIN_FUZZY_LENGTH = 5
 """Minimum length of a misspelt name and of its field. Shorter names resemble too many other words."""
 
@@ -129,7 +129,7 @@ def _format_cell(value: Any, dtype: pa.DataType | None = None) -> str:
 
 
 def _drop_largest(cells: dict[str, Any]) -> str:
-    """Set the largest cells to None until the others fit into a row. Return an error message that names them."""
+    """Set the largest cells to None until the rest fits the limit. Return an error message that names those dropped."""
     sizes = {name: estimate_bytes([value]) for name, value in cells.items()}
     dropped = []
     while sum(sizes.values()) > MAX_CARRIED_BYTES:
@@ -142,8 +142,8 @@ def _drop_largest(cells: dict[str, Any]) -> str:
 def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[str]) -> tuple[pa.Schema, list[str]]:
     """Return the schema of the carried columns, and a warning for each column that is text because its types differ.
 
-    Also set the result names in each table's `carried`. Ignoring case, they are unique and not in `result_columns`. The
-    type of a column can represent its values in all files.
+    Also set the result names in each table's `carried`. Ignoring case, these names are unique and not in
+    `result_columns`. The type of a column can represent its values in all files.
     """
     names = make_result_names((column for table in tables for column in table.carried), result_columns)
     columns: dict[str, list[tuple[OpenTable, str]]] = {}
@@ -154,7 +154,7 @@ def make_carried_schema(tables: Sequence[OpenTable], result_columns: Collection[
     fields, warnings = [], list[str]()
     for name, sources in columns.items():
         dtypes = {table.file.name: to_result_type(table.get_type(column)) for table, column in sources}
-        # Only numeric columns are read, and a column in the path of a file is text.
+        # A column in a file's path has no array, but is text, and arrays are read only if all types are numeric.
         arrays = (array for table, column in sources for array in table.reader.read_arrays(column))
         dtype = find_common_type(dtypes.values(), arrays)
         fields.append((name, dtype))
@@ -177,7 +177,7 @@ def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[s
 def map_fields(
     file: TableFile, names: Sequence[str], columns: Mapping[str, str], renamed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the column of each field. `columns` maps fields to the user's column names, '' for no column.
+    """Return the column of each field that has one. `columns` maps fields to the user's column names, '' for no column.
 
     Raises TableError if the prompt column or a column named by the user is missing, or if a field has two columns with
     the same name.

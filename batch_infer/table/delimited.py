@@ -29,7 +29,7 @@ from batch_infer.table.streams import MAX_ROW_SIZE, LineReader, open_text
 SEPARATOR_DECLARATION = re.compile(r'"?sep=(?P<separator>[^"\r\n])"?\r?\n?', re.IGNORECASE)
 """Matches a first line in which a spreadsheet declares the separator."""
 
-csv.field_size_limit(MAX_ROW_SIZE)  # The row limit applies first.
+csv.field_size_limit(MAX_ROW_SIZE)  # Unlike csv's default limit, this is not reached before the row limit.
 
 
 def open_delimited(file: TableFile, prompt_column: str, scratch: Scratch) -> Reader:
@@ -129,7 +129,7 @@ class _DelimitedRows:
         """Return how many lines at the end of an unreadable row belong to later rows.
 
         An unclosed quote swallows the rows below it, so the next row starts at the first line that is a complete row.
-        (In a table with one column, every line is a complete row, so this is only called for an unclosed quote.)
+        In a table with one column, nearly every line is a complete row, so this is only called for an unclosed quote.
         """
         return next((len(lines) - index for index in range(1, len(lines)) if self._is_row(lines[index])), 0)
 
@@ -165,7 +165,7 @@ class _DelimitedRows:
             )
         elif len(cells) < width:  # some spreadsheets omit empty cells at the end of a row
             notice = make_short_row_notice(len(cells), self.header)
-        # strict=False also accepts a row with too many cells, which has an error.
+        # strict=False, since a row may have too few cells, or too many, which are empty or an error.
         return RawRow(row_number, dict(zip(self.header, cells, strict=False)), error, first, notice)
 
 
@@ -177,7 +177,8 @@ class _CsvLines(LineReader):
     """Reads lines and can push them back. `reader` parses them, and `row_lines` contains the lines since `begin_row`.
 
     To bound memory, raises RowError if the lines of a row are too long in total. A single line that is too long is
-    shortened without changing where its row ends. `first_shortened` is the number of the first shortened line, or 0.
+    shortened without changing where its row ends. `first_shortened` is the number of the row's first such
+    line, or 0.
     """
 
     def __init__(self, stream: TextIO, separator: str) -> None:
@@ -216,7 +217,7 @@ class _CsvLines(LineReader):
         return _ShortenedLine(text if len(text) <= self.max_length else '"' * (quotes % 2))
 
     def read_header(self) -> list[str]:
-        """Skip a line that declares the separator, if any, and read the first row. Return [] if there is none."""
+        """Skip a line that declares the separator, if any, and return the first nonblank row, or [] if none."""
         if not SEPARATOR_DECLARATION.fullmatch(next(self, "")):
             self.push_back(len(self.row_lines))
         self.begin_row()

@@ -18,7 +18,7 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 1000
 MAX_TEXT_LENGTH = 10_000
-"""Maximum number of characters in a prompt, negative prompt or id. A text encoder reads about 75 words, and tokenizing
+"""Maximum number of characters in a prompt, negative prompt or id. A text encoder reads about 75 tokens, and tokenizing
 a megabyte delays all other rows by seconds."""
 NUMERIC_FIELDS = frozenset(FIELDS) - {"prompt", "id", "negative_prompt"}
 MISSING_VALUES = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", r"\n"})
@@ -42,7 +42,7 @@ def read_fields(columns: Mapping[str, str], get: Callable[[str], Any]) -> dict[s
 
 
 def _is_empty(field: str, value: Any) -> bool:
-    """Return whether a cell is NaN, an empty text, empty bytes, or one of MISSING_VALUES in a numeric field."""
+    """Return whether a cell is NaN, an empty text, empty bytes, or in a numeric field one of MISSING_VALUES."""
     if value.__class__ is str and value and field in NUMERIC_FIELDS:
         return not value[0].isdigit() and value.strip().lower() in MISSING_VALUES
     return value in ("", b"") or (isinstance(value, float) and math.isnan(value))

@@ -94,7 +94,7 @@ class RowRules:
 class RowCells:
     """The cells of a row: those of fields (None if empty), and those carried to the results.
 
-    `id` is unique among the rows of a run's tables, but not among those of `parse_rows`. `too_large` is an error
+    `id` is unique among the rows of a run's tables, but may repeat in `parse_rows`. `too_large` is an error
     message if carried cells were dropped because of their size. PromptRequest documents `id_collides` and
     `stem_collides`.
     """

@@ -20,7 +20,7 @@ from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
 
 COMMIT_ROWS = 256
-"""Maximum number of rows in a manifest part."""
+"""Maximum number of rows that `Committer` commits at once, as one manifest part."""
 COMMIT_SECONDS = 2.0
 """Number of seconds after which a batch of stored rows is committed, even if it is not full.
 

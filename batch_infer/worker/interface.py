@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Everything that a worker needs to render. It can be sent to another process."""
+    """The settings with which a worker renders. They can be sent to another process."""
 
     card: ModelCard
     compute: Compute
