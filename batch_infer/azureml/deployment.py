@@ -87,7 +87,9 @@ def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettin
         "BATCH_INFER_ID_FROM": settings.table.id_from != "row",
     }
     if names := [name for name, value in unsupported.items() if value]:
-        raise SettingsError(f"{names[0]} is set, but an endpoint's workers get tables one by one; unset it")
+        raise SettingsError(
+            f"{names[0]} is set, but an endpoint does not support it: no worker sees all rows; unset it"
+        )
     if settings.compute.slots == "auto":
         raise SettingsError("BATCH_INFER_SLOTS=auto: use a number here; `batch-infer bench --slots auto` finds one")
     model, folder = settings.model, os.environ.get("AZUREML_MODEL_DIR")

@@ -14,8 +14,9 @@ The object of an invalid row, such as one with a prompt of more than 10,000 char
 malformed request, an unknown key or parameter, an invalid parameter, or a row with too few or too many cells gets
 status 400. A request for more than 256 images gets status 413. The status is 503 if content safety does not answer, if
 the server is being stopped, or if the images are not ready within BATCH_INFER_REQUEST_TIMEOUT seconds (170). The body
-of these responses is `{"error": "a sentence"}`. The server itself refuses a body that is not UTF-8, with status 400 and
-`message`. Once the server notices that a client has disconnected, it renders no further rows of its request.
+of these responses is `{"error": "a sentence"}`. The inference server itself refuses a body that is not UTF-8, with
+status 400 and a body that has the key `message` instead of `error`. Once the server notices that a client has
+disconnected, it renders no further rows of its request.
 
 Settings are the BATCH_INFER_* variables. The server has one thread by default. With GUNICORN_CMD_ARGS="--threads 32",
 rows of concurrent requests share the UNet calls.

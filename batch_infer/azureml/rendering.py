@@ -144,8 +144,8 @@ class ProgressMarkers:
 
     If a row may have caused an error, it instead keeps them under names that count as those of a crash.
 
-    A marker does not say which rows are finished. It is removed once the manifest contains all of its rows. Markers of
-    rows without a result remain for the worker that retries these rows. A marker does not identify the row that crashed
+    A marker does not say which rows are finished. After a crash, it remains until the manifest has a result for each of
+    its rows, so that the worker that retries them knows of the crash. A marker does not identify the row that crashed
     the process, and does not say whether the process was killed from outside. Therefore rows are retried in smaller
     groups, and a row fails only after a crash in which it was alone.
     """

@@ -19,10 +19,7 @@ Stop = Callable[[], bool]
 
 
 class WorkersLostError(RetryableError):
-    """No worker is left, or a worker cannot start.
-
-    An initial worker cannot load the model after another was ready, or the first worker reports no device in time.
-    """
+    """No worker is left, the first one reports no device in time, or one cannot load the model that another has."""
 
 
 @dataclass(frozen=True, slots=True)

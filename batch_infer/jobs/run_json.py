@@ -146,7 +146,7 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
     """Raise UsageError if tables cannot be read again: an endpoint's, standard input, and URLs stripped of secrets."""
     if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(
-            f"{out} was written by an endpoint, which receives its tables one by one; name the TABLEs after OUT"
+            f"{out} was written by an endpoint, whose tables are not recorded; name the TABLEs after OUT"
         )
     if tables := record.get("unrepeatable_tables"):
         names = ", ".join("standard input" if table == "-" else table for table in tables)
