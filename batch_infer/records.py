@@ -98,8 +98,8 @@ class PromptRequest:
     """Request for one image, with everything that determines its pixels except the run's settings.
 
     `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
-    `id_collides` and `stem_collides` say whether the id or file stem of an earlier row differs from this row's only by
-    case.
+    `id_collides` and `stem_collides` say whether the id or file stem of an earlier row or of a committed image differs
+    from this row's only by case.
     """
 
     id: str

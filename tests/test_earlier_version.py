@@ -283,7 +283,7 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             "line 2 has 4 cells where the header names 2; quote cells that hold commas",
         ),
         (
-            "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
+            "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 tokens)",
             "the prompt has 10001 characters, and 10000 are the most: a model reads some 75 words",
         ),
         (

@@ -379,7 +379,7 @@ def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     assert detected > 400
 
 
-@pytest.mark.parametrize("is_replaced", [False, True], ids=["gone", "replaced"])
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["removed", "replaced"])
 def test_a_removed_out_is_not_created_again(tmp_path: Path, is_replaced: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def probe_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the functions that the probe calls, in this process instead of its own."""
+    """Return the names of the functions that the probe calls. They run in this process."""
     names: list[str] = []
 
     def call(_: Probe, function: Callable[..., Any], *arguments: Any) -> Any:

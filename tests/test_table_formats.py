@@ -1016,8 +1016,8 @@ def test_cells_have_a_size_limit(suffix: str, text: str) -> None:
     assert [item.id for item in bad] == ["1", "2", "t-00000002", "4"]
     assert [item.carried["tag"] for item in bad] == ["a", "b", "c", None]
     assert [item.error for item in bad if isinstance(item, ResultRow)] == [
-        "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
-        "the negative_prompt has 10001 characters; the maximum is 10000 (a model reads about 75 words)",
+        "the prompt has 10001 characters; the maximum is 10000 (a model reads about 75 tokens)",
+        "the negative_prompt has 10001 characters; the maximum is 10000 (a model reads about 75 tokens)",
         "the id has 10001 characters; the maximum is 10000",
         "the row's carried cells exceed 1048576 bytes in total: dropped 'tag' of 2000000 bytes",
     ]

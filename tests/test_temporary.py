@@ -99,9 +99,9 @@ def test_invalid_rows_that_do_not_fit_end_a_plan(
 
 
 def test_a_missing_temporary_folder_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    for create in (temporary_folder, open_temporary_text, lambda: create_temporary(tmp_path / "gone" / "x")):
-        with pytest.raises(StorageError, match=f"in {tmp_path / 'gone'}: No such file or directory; .* set TMPDIR"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    for create in (temporary_folder, open_temporary_text, lambda: create_temporary(tmp_path / "missing" / "x")):
+        with pytest.raises(StorageError, match=f"in {tmp_path / 'missing'}: No such file or directory; .* set TMPDIR"):
             create()
 
 

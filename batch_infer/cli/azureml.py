@@ -95,7 +95,7 @@ def azureml_simulate(*, as_json: bool, quiet: bool, no_progress: bool, **options
     """Run a scoring script like an Azure ML batch endpoint.
 
     Use it to test a script before you deploy it. INPUT is a file or a folder; files in its subfolders are ignored.
-    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, a GPU of its own if
+    Worker processes receive the files in mini-batches. Each worker has a temporary working folder, its own GPU if
     there are enough, a log in OUT/logs/azureml, and your environment variables. The rows that run() returns are written
     to OUT/predictions.csv, which replaces the file of an earlier job.
 

@@ -223,7 +223,7 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
     """Start a worker's process."""
     context = get_context("spawn")  # a forked process would inherit held locks without the threads that hold them
     connection, worker_connection = context.Pipe()
-    leave_removed_folder()  # a worker may be replaced hours into the run, when the current folder may be gone
+    leave_removed_folder()  # a worker may be replaced hours into the run, when the current folder may have been removed
     process = context.Process(target=run_worker, args=(worker_connection, spec), name=f"batch-infer worker {spec.rank}")
     # If the start were interrupted, the process could not read all of its arguments, and would print a traceback.
     with _stop_signals_blocked(), deferred(START_SECONDS):

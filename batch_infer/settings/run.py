@@ -32,7 +32,7 @@ RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
 
 @dataclass(frozen=True, slots=True)
 class RowDefaults:
-    """Default values for rows. None stands for the model's default, or for no negative prompt."""
+    """Default values for rows. None means the model's default or no negative prompt."""
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -97,7 +97,7 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. Except for `processes`, None stands for the value in run.json, else a default.
+    """Requested compute settings. Except for `processes`, None means the value in run.json, else a default.
 
     `processes` is the number of worker processes. With None, there is one for each GPU, or one without GPUs. With 0,
     the command itself renders. Image bytes do not depend on `processes`.

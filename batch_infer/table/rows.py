@@ -26,7 +26,7 @@ EARLIER_WORDINGS = (
         r" cells where the header names \1; quote cells that hold ",
     ),
     (re.compile(r" has (\d+) (characters|columns); the maximum is (\d+)"), r" has \1 \2, and \3 are the most"),
-    (re.compile(r" \(a model reads about 75 words\)"), ": a model reads some 75 words"),
+    (re.compile(r" \(a model reads about 75 tokens\)"), ": a model reads some 75 words"),
     (re.compile(r": unknown file extension (.+); a table ends in "), r": unknown ending \1; a table ends in "),
     (
         re.compile(r" is not a supported table: a \.json file contains (.+), or one object with a prompt per line"),
@@ -240,7 +240,7 @@ def derive_seed(seed: int, row_id: str) -> int:
 def _check_lengths(values: Mapping[str, Any]) -> list[str]:
     """Return error messages for texts of a row that are too long."""
     return [
-        f"the {field} has {len(text)} characters; the maximum is {MAX_TEXT_LENGTH} (a model reads about 75 words)"
+        f"the {field} has {len(text)} characters; the maximum is {MAX_TEXT_LENGTH} (a model reads about 75 tokens)"
         for field in ("prompt", "negative_prompt")
         if len(text := values[field] or "") > MAX_TEXT_LENGTH
     ]
