@@ -1,0 +1,182 @@
+"""Define the interface of stores: where OUT is, and how its files are read, written and locked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Everything that another process needs to open the same store. Can be sent to it.
+
+    `location` is an absolute path or a URL. `identity` is the device and inode of a local folder, or None. `marker` is
+    the name of a file by which a local folder is recognised, or the token of a lease, or None without a lock.
+    """
+
+    location: str
+    identity: tuple[int, int] | None = None
+    marker: str | None = None
+
+
+class PrivateFile(NamedTuple):
+    """The content of a file, and when it was written, in seconds by the clock of `Store.now`.
+
+    `is_trusted` is whether its owner and mode prove that this user wrote it.
+    """
+
+    content: bytes
+    written_at: float
+    is_trusted: bool
+
+
+class Store(Protocol):
+    """A place for OUT.
+
+    Names are POSIX paths relative to OUT, such as `manifest/part-00001-9f2c.parquet`. `TOP_FOLDERS` of `jobs.out` are
+    the folders in OUT; stores create folders as needed. Every file appears whole or not at all, and is durable when the
+    method that writes it returns. Methods may be called from several threads. All methods may raise StorageError, for
+    example if the storage cannot be reached, and SettingsError if a new try would fail too.
+    """
+
+    @property
+    def location(self) -> str:
+        """OUT as messages and run.json show it: an absolute path, or a URL without secrets."""
+        ...
+
+    @property
+    def address(self) -> StoreAddress:
+        """The address by which other processes open this store, with the same lock."""
+        ...
+
+    def locate(self, name: str) -> str:
+        """Return the location of a file, for messages."""
+        ...
+
+    def check(self) -> None:
+        """Check that OUT is still the same place, and that no other command has taken over the lock, if this has one.
+
+        Writers call this before they write. Raises StorageError.
+        """
+        ...
+
+    # Files
+
+    def exists(self, name: str) -> bool:
+        """Return whether a file, folder or link exists."""
+        ...
+
+    def list(self, folder: str) -> list[str]:
+        """Return the sorted names of the files and folders in a folder, without its own, or [] if it is missing."""
+        ...
+
+    def find(self, folders: Iterable[str], is_match: Callable[[str], bool]) -> Iterator[str]:
+        """Yield the files at any depth in these folders whose last component `is_match` accepts.
+
+        `""` is OUT itself, of which only the files directly in it count. Missing folders are skipped, and links inside
+        the folders are not followed.
+        """
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None if it is missing."""
+        ...
+
+    def open(self, name: str) -> AbstractContextManager[pa.NativeFile]:
+        """Open a file for random access. A store may cache it, so it must be one that never changes.
+
+        Raises OSError if the file is missing or cannot be read.
+        """
+        ...
+
+    def write(self, name: str) -> AbstractContextManager[Path]:
+        """Yield the path of a temporary local file to write to, and store it unless an exception is raised.
+
+        An OSError in the context becomes StorageError.
+        """
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Store a file unless it exists, and return whether it did not. Of several processes, one succeeds."""
+        ...
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Rename a file, replacing any other."""
+        ...
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files. Missing files are ignored, and so are images whose folder is a link."""
+        ...
+
+    def remove_folder(self, name: str, stop: Callable[[], bool]) -> None:
+        """Remove a folder with its content, or a file, or nothing if it is missing.
+
+        Raises StoppedError soon after `stop` returns True, with some files left.
+        """
+        ...
+
+    # Images
+
+    def is_case_sensitive(self, folder: str) -> bool:
+        """Return whether names in a folder of OUT, which may be missing, may differ only by case."""
+        ...
+
+    def has_image(self, name: str) -> bool:
+        """Return whether an image exists and is a file, not a link or a file in a linked folder."""
+        ...
+
+    def read_image(self, name: str, length: int | None = None) -> bytes | None:
+        """Return an image's bytes, or None if `has_image` is false or its size differs from `length`, if given."""
+        ...
+
+    def stage(self, name: str, content: bytes) -> None:
+        """Write an image so that it can be published. Until then, the image at `name` stays as it is."""
+        ...
+
+    def publish(self, names: Sequence[str]) -> None:
+        """Make staged images durable under their names, replacing others."""
+        ...
+
+    def back_up(self, backups: Mapping[str, str]) -> None:
+        """Keep images that `publish` will replace under other names. `backups` maps each image to its backup.
+
+        Missing images, and those that already have a backup, are skipped. An image may be missing until `publish`.
+        """
+        ...
+
+    # The lock
+
+    def locked(self) -> AbstractContextManager[Store]:
+        """Create OUT if it is missing, lock it, and yield the store to write with.
+
+        Raises LockedError with the holder, SettingsError, StorageError.
+        """
+        ...
+
+    def find_holder(self) -> str | None:
+        """Return a description of the process that holds the lock, or None. Raises StorageError if that is unknown."""
+        ...
+
+    # Other files
+
+    def open_log(self, name: str) -> AbstractContextManager[TextIO]:
+        """Open a log file, and append the traceback of any exception but SystemExit that leaves the context."""
+        ...
+
+    def now(self) -> float:
+        """Return the time in seconds by the storage's clock, by which it dates files."""
+        ...
+
+    def write_private(self, name: str, content: bytes) -> bool:
+        """Store a file that only this user may read. Return whether `read_private` can prove who wrote it."""
+        ...
+
+    def read_private(self, name: str) -> PrivateFile | None:
+        """Return a file that `write_private` may have written, or None if it is missing. Links are not followed."""
+        ...
