@@ -14,7 +14,8 @@ from batch_infer.azureml.rendering import ProgressMarkers
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.store import is_folder, is_link, path_exists, unique_name
+from batch_infer.store import LocalStore, unique_name
+from batch_infer.store.files import is_folder, is_link, path_exists
 from tests.storage import fail_at
 
 MARKER = ".begun-elsewhere-1-0123456789ab-x"
@@ -76,9 +77,9 @@ def test_images_are_kept_if_their_folder_is_unreadable(
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            run_folder.clear(tmp_path)
+            run_folder.clear(LocalStore(tmp_path))
     assert (tmp_path / image.path).exists()
-    run_folder.clear(tmp_path)
+    run_folder.clear(LocalStore(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
