@@ -71,7 +71,7 @@ def test_rows_round_trip(tmp_path: Path) -> None:
     bare = row("ü 🎨", prompt=None, status="failed", generated_image=None)
     Manifest(tmp_path).commit([full, bare], NONE)
     (part,) = Manifest(tmp_path).parts()
-    first, second = pq.read_table(part).to_pylist(maps_as_pydicts="strict")
+    first, second = pq.read_table(str(part)).to_pylist(maps_as_pydicts="strict")
     assert first == {name: getattr(full, name) for name in COLUMNS}
     assert second == {name: getattr(bare, name) for name in COLUMNS}
 

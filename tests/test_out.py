@@ -232,7 +232,6 @@ def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) ->
         *(
             out / "quarantine/t/.tmp-0a1b2c3d-1-0123456789ab-b-0.png",
             out / "logs/.tmp-0a1b2c3d-1-0123456789ab-x",
-            out / ".holder",
         ),
     ]
     (tmp_path / "elsewhere").mkdir()
@@ -481,7 +480,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(Path, "mkdir", fill)
         with pytest.raises(StorageError, match="No space left"), outdir.locked(tmp_path / "out"):
             pytest.fail("not reached")
-    monkeypatch.setattr(outdir, "_write_json", fill)
+    monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(StorageError, match="No space left"):
         outdir.create_run_json(LocalStore(tmp_path), {"identity": {}})
     assert list(tmp_path.iterdir()) == []

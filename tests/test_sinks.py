@@ -109,7 +109,7 @@ def test_every_image_has_its_own_path(tmp_path: Path, sink_of: Callable[[Path], 
         sink.write(path, path.encode())
     sink.publish(paths)
     assert [sink.read(path) for path in paths] == [path.encode() for path in paths]
-    assert {(tmp_path / path).parent for path in paths} <= set(sink.folders_of(["t.csv"]))
+    assert {path.rpartition("/")[0] for path in paths} <= set(sink.folders_of(["t.csv"]))
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])

@@ -46,7 +46,7 @@ def test_files_that_are_not_markers_are_ignored(tmp_path: Path, content: str) ->
     assert not ProgressMarkers(tmp_path).read_crashes().counts
 
 
-@pytest.mark.parametrize("name", ["images", "manifest", "logs", ".holder"])
+@pytest.mark.parametrize("name", ["images", "manifest", "logs"])
 def test_leftovers_are_kept_if_a_folder_is_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
