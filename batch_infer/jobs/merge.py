@@ -49,10 +49,10 @@ def merge_results(
     If OUT has a run.json, store the counts in it, for `status`. Raises LockedError, StorageError, ServiceError, and
     UsageError, for example if OUT contains nothing to merge or no format supports base64.
     """
-    unlocked = open_store(to_absolute(out))
-    if not unlocked.exists(outdir.RUN_JSON) and not Manifest(unlocked).parts():
-        raise UsageError(f"nothing to merge: {unlocked.location} has neither a run.json nor a manifest")
-    with outdir.locked(unlocked) as store:
+    unlocked_store = open_store(to_absolute(out))
+    if not unlocked_store.exists(outdir.RUN_JSON) and not Manifest(unlocked_store).parts():
+        raise UsageError(f"nothing to merge: {unlocked_store.location} has neither a run.json nor a manifest")
+    with outdir.locked(unlocked_store) as store:
         if outdir.read_run(store) is None:
             return merge_parts(store, [], OutputSettings(results=results, base64=base64)), results
         record = outdir.read_existing_run(store)

@@ -64,13 +64,13 @@ def rescore_images(
     with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
     LockedError, ServiceError, StorageError, StoppedError.
     """
-    unlocked = open_store(to_absolute(out))
-    settings = _read_settings(outdir.read_existing_run(unlocked), unlocked.location, tables, safety)
+    unlocked_store = open_store(to_absolute(out))
+    settings = _read_settings(outdir.read_existing_run(unlocked_store), unlocked_store.location, tables, safety)
     with open_tables(settings) as opened_tables:
         card = find_model(settings)
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; use checker, azure or both")
-        with outdir.locked(unlocked) as store:
+        with outdir.locked(unlocked_store) as store:
             record = outdir.read_existing_run(store)  # it may have changed before OUT was locked
             settings = _read_settings(record, store.location, tables, safety)
             execution = _RescoreExecution(record, settings, store, opened_tables, card)
