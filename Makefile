@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 DEVICE ?= cuda
 
-.PHONY: help azure demo test promises soak lint lowest lock bench gpu-check clean
+.PHONY: help azure azurite demo test promises soak lint lowest lock bench gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -41,17 +41,26 @@ $(VENV)/azure-sdk/.ready: $(READY) tools/azure-sdk.lock
 
 azure: $(VENV)/azure-server/.ready $(VENV)/azure-sdk/.ready ## set up the environments for the tests of the Azure endpoints
 
+# Azure's storage emulator, for the tests of OUT in an object store, which are skipped without it.
+$(VENV)/azurite/.ready: $(READY) tools/azurite/package.json tools/azurite/package-lock.json
+	@mkdir -p $(@D)
+	cp tools/azurite/package.json tools/azurite/package-lock.json $(@D)
+	@if command -v npm > /dev/null; then cd $(@D) && npm ci --no-audit --no-fund --loglevel=error && touch .ready; \
+	else echo "npm is not installed: the tests with Azure's storage emulator will be skipped"; fi
+
+azurite: $(VENV)/azurite/.ready ## install Azure's storage emulator for the tests, if npm is installed
+
 demo: $(READY) ## render examples/prompts.csv with the built-in model and say where the images are
 	$(BIN)/batch-infer run examples/prompts.csv --out demo-out --steps 20 --guidance-scale 5 --results csv
 	@$(BIN)/python examples/contact_sheet.py demo-out
 
-test: $(READY) azure ## run the tests, in a few minutes
+test: $(READY) azure azurite ## run the tests, in a few minutes
 	$(BIN)/python -m pytest -m "not soak and not promises" -n 2 --dist worksteal
 
-promises: $(READY) azure ## run the longer tests of what README promises: kills, launchers, hung workers, equal bytes
+promises: $(READY) azure azurite ## run the longer tests of what README promises: kills, launchers, hung workers, equal bytes
 	$(BIN)/python -m pytest -m promises -n 3 --dist worksteal
 
-soak: $(READY) azure ## run the longest tests
+soak: $(READY) azure azurite ## run the longest tests
 	$(BIN)/python -m pytest -m soak
 
 lint: $(READY) ## check style and types: ruff and mypy

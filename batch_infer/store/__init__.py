@@ -3,6 +3,9 @@
 Most functions raise disk errors as StorageError, which names the path or the temporary folder. Others raise OSError.
 """
 
+from typing import TYPE_CHECKING
+
+from batch_infer.lazy import import_on_use
 from batch_infer.store.files import (
     TEMPORARY_PREFIX,
     atomic_write,
@@ -39,10 +42,22 @@ from batch_infer.store.temporary import (
     temporary_file_errors,
     temporary_folder,
 )
+from batch_infer.store.urls import get_protocol, is_http, redact_url, redact_urls, split_query
+
+if TYPE_CHECKING:
+    from batch_infer.store.clients import connect, describe, is_refusal, is_service_error
+    from batch_infer.store.object import ObjectStore
+
+__getattr__ = import_on_use(
+    __name__,
+    clients=("connect", "describe", "is_refusal", "is_service_error"),
+    object=("ObjectStore",),
+)
 
 __all__ = [
     "IMAGE_FOLDERS",
     "LocalStore",
+    "ObjectStore",
     "Out",
     "PrivateFile",
     "Store",
@@ -50,10 +65,16 @@ __all__ = [
     "StoredFile",
     "TEMPORARY_PREFIX",
     "atomic_write",
+    "connect",
     "create_temporary",
+    "describe",
     "fsync",
+    "get_protocol",
     "host_id",
     "is_abandoned",
+    "is_http",
+    "is_refusal",
+    "is_service_error",
     "is_temporary",
     "is_url",
     "list_names",
@@ -64,8 +85,11 @@ __all__ = [
     "original_name",
     "prefetch",
     "read_errors",
+    "redact_url",
+    "redact_urls",
     "refuse_unprintable",
     "remove_unfinished",
+    "split_query",
     "temporary_database",
     "temporary_file_errors",
     "temporary_folder",
