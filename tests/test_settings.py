@@ -142,7 +142,7 @@ def test_every_option_is_a_setting() -> None:
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
             "id_from": "content",
         },
-        "out": Path("o"),
+        "out": "o",
         "model": {
             "name": "m",
             "revision": "r",
