@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from batch_infer.engines import RankInfo, join_launch, make_engine, read_rank_info, remove_rendezvous
+from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress, RunExecution
-from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
+from batch_infer.jobs.job import Job, choose_actor_threads, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
@@ -39,7 +39,7 @@ def render_tables(
         with outdir.locked(settings.out):
             existing = outdir.read_run(settings.out)
             remove_rendezvous(settings.out)  # left by a killed run
-            with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
+            with make_engine(settings, choose_actor_threads(settings, existing), rank) as engine:
                 job = prepare(settings, existing, tables, card, engine.detect_device())
                 with _run_log(settings.out):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
@@ -61,11 +61,8 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
 
 
 def _read_rank(settings: RunSettings) -> RankInfo | None:
-    rank, processes = read_rank_info(), settings.compute.processes
-    if rank is not None and processes not in (None, rank.world_size):
-        raise SettingsError(
-            f"--num-processes {processes}: a launcher has started {rank.world_size} processes; leave the option out"
-        )
+    rank = read_rank_info()
+    check_engine(settings, rank)
     return rank
 
 
