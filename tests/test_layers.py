@@ -52,6 +52,7 @@ EXTRAS = {
     "pyrate_limiter": ("azure", "batch_infer.safety.retries"),
     "azureml_inference_server_http": ("azureml", "batch_infer.azureml.online"),
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
+    "ray": ("ray", "batch_infer.engines.ray"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
     "s3fs": ("s3", "batch_infer.store.s3"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -124,6 +124,12 @@ class FakeSource:
         return self.handles
 
     def arrivals(self) -> Iterable[WorkerHandle]:
+        return ()
+
+    def pending(self) -> Collection[int]:
+        return ()
+
+    def failed_starts(self) -> Iterable[tuple[int, str]]:
         return ()
 
     def restart(self, rank: int) -> WorkerHandle | None:
@@ -249,7 +255,7 @@ def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: 
     with silent_worker() as worker:
         monkeypatch.setattr(worker, "receive", wait_long)
         with pytest.raises(WorkersLostError, match="found no device in 600 s"):
-            local._wait_for_device(worker, 600.0)
+            local.wait_for_device(worker, 600.0)
     assert clock.now == 700.0
 
 

@@ -81,6 +81,8 @@ class WorkerHandle:
     def __init__(self, rank: int, connection: Connection, process: BaseProcess | None = None) -> None:
         self.rank, self._connection, self._process = rank, connection, process
         self.is_child = process is not None
+        self.can_be_killed = self.is_child
+        """Whether it may be killed before it has loaded its model. A launcher would end all of its ranks."""
         self.is_required = False
         """Whether the run ends if the worker cannot start."""
         self.is_loaded = False
