@@ -65,7 +65,7 @@ class ActorHandle(WorkerHandle):
     def __init__(self, rank: int, connection: Connection, actor: ActorProcess) -> None:
         super().__init__(rank, connection)
         self._actor = actor
-        self.can_be_killed = True
+        self.is_restartable = True
 
     def describe_exit(self) -> str:
         return self._actor.find_cause(EXIT_SECONDS) or super().describe_exit()

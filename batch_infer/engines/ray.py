@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ERROR_THREAD = "ray_listen_error_messages"
 """Name of the thread on which Ray prints to stdout which processes of the cluster have died."""
+DEAD = "The actor is dead because "
 
 log = logging.getLogger("batch_infer")
 
@@ -43,6 +44,7 @@ class ActorProcess:
 
     def __init__(self, actor: Any, reference: Any) -> None:
         self._actor, self.reference = actor, reference
+        self._cause: str | None = None
 
     def kill(self) -> None:
         """Kill the process, or cancel its start. Does not wait."""
@@ -50,18 +52,24 @@ class ActorProcess:
 
     def find_cause(self, seconds: float) -> str | None:
         """Wait up to this many seconds for the end, and return its cause, or None if the function returned or runs."""
-        try:
-            ray.get(self.reference, timeout=seconds)
-        except GetTimeoutError:
-            return None
-        except RayTaskError as error:
-            return first_line(error.cause) if isinstance(error.cause, Exception) else str(error).rpartition("\n")[2]
-        except RayError as error:
-            log.debug("an actor ended: %s", error)
-            lines = str(error).splitlines()
-            line = next((line for line in lines if line.startswith("The actor is dead because")), lines[0])
-            return line.partition(" Worker exit type")[0].rstrip(".")
-        return None
+        if self._cause is None:
+            try:
+                ray.get(self.reference, timeout=seconds)
+            except GetTimeoutError:
+                pass
+            except RayError as error:
+                self._cause = _explain(error)
+                log.debug("an actor ended: %s", " ".join(str(error).split()))
+        return self._cause
+
+
+def _explain(error: RayError) -> str:
+    """Return the sentence of an error that says why an actor ended. Ray's messages have many lines."""
+    if isinstance(error, RayTaskError):
+        return first_line(error.cause) if isinstance(error.cause, Exception) else str(error).rpartition("\n")[2]
+    lines = str(error).splitlines()
+    reasons = [line.removeprefix(DEAD) for line in lines if line.startswith(DEAD)]
+    return (reasons or lines)[0].partition(" Worker exit type")[0].rstrip(".")
 
 
 class RayCluster:

@@ -181,7 +181,7 @@ class Supervisor:
                         self._on_ready()
                     worker.mark_busy()
                     self._send_rows(worker, chunk)
-            elif self._ledger.is_done and not worker.is_loaded and worker.can_be_killed:  # no need to load the model
+            elif self._ledger.is_done and not worker.is_loaded and worker.is_restartable:  # no need to load the model
                 worker.kill()
                 self._remove(worker)
 
@@ -227,7 +227,9 @@ class Supervisor:
     def _replace(self, worker: WorkerHandle, cause: str) -> None:
         """Retry the rows of a worker that has died or hangs, and restart it if possible, or stop with its error."""
         rank, error = worker.rank, worker.exit_error(cause)
-        must_start = worker.is_required and not worker.is_loaded
+        # Before anything is rendered, the cause is probably the model or the memory, and not the node.
+        is_required = worker.is_required or (worker.is_restartable and self._rendering_since is None)
+        must_start = is_required and not worker.is_loaded
         self._failures[rank] += 1
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
         if (must_start and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
