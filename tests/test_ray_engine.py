@@ -35,12 +35,12 @@ from batch_infer.settings import (
     SafetySettings,
     TableSettings,
 )
-from batch_infer.store import PinnedFolder
+from batch_infer.store import LocalStore
 from batch_infer.worker import WorkerSettings
 from tests.deaths import write_prompts
 from tests.runs import run
 
-SETTINGS = RunSettings(TableSettings(("t.csv",)), Path("out"), compute=ComputeSettings(engine="ray"))
+SETTINGS = RunSettings(TableSettings(("t.csv",)), "out", compute=ComputeSettings(engine="ray"))
 
 
 def test_a_missing_ray_is_a_sentence_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,8 @@ def test_an_actor_reserves_a_gpu_or_the_threads_of_a_worker(device: str, gpus: i
 
 def make_worker_settings(out: Path) -> WorkerSettings:
     compute, safety = Compute("cpu", "float32", 16, 8, 1), SafetySettings("none")
-    folder = PinnedFolder.pin(out).with_marker("marker")
+    (out / "marker").touch()
+    folder = replace(LocalStore(out).address, marker="marker")
     return WorkerSettings(read_card(ModelSettings()), compute, safety, OutputSettings(), folder, pa.schema([]))
 
 
