@@ -11,10 +11,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError
 from batch_infer.store import Store, StoreAddress, open_store, s3, spool
@@ -500,7 +501,7 @@ def test_wrong_credentials_are_a_settings_error(bucket: Bucket, monkeypatch: pyt
     text = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text.replace("AccountKey=", "AccountKey=U0VDUkVU"))
     store = ObjectStore(StoreAddress(f"{bucket.url}/out"))
-    for name, call in {**call_all(store), "list": lambda: store.list_folder("")}.items():
+    for name, call in call_all(store).items():
         with pytest.raises(SettingsError, match=f"cannot [a-z]+ {store.location}.*: HTTP 403") as error:
             call()
             pytest.fail(name)
@@ -552,6 +553,17 @@ def test_a_run_survives_a_restart_of_the_server(
 
 
 @pytest.mark.parametrize(
+    ("status", "is_repeated"), [(500, True), (502, True), (503, True), (429, True), (403, False), (404, False)]
+)
+def test_temporary_failures_of_s3_are_repeated(status: int, is_repeated: bool) -> None:
+    metadata = {"HTTPStatusCode": status}
+    error = ClientError({"Error": {"Code": str(status)}, "ResponseMetadata": metadata}, "PutObject")
+    assert s3._is_transient(error) == is_repeated
+    assert s3._is_transient(EndpointConnectionError(endpoint_url="http://x"))
+    assert not s3._is_transient(NoCredentialsError())
+
+
+@pytest.mark.parametrize(
     "url", ["s3://u:SECRET@b/out", "s3://b/out?versionId=SECRET", "s3://b/a#b", "s3://b/a//b", "s3://b/../b", "s3://"]
 )
 def test_unsuitable_urls_are_refused(url: str) -> None:
@@ -582,8 +594,15 @@ def test_missing_credentials_are_a_settings_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_spools_are_removed_with_their_process(store: ObjectStore) -> None:
-    folder = store.spool.folder
-    assert folder.is_dir()
+    assert store.spool.folder.is_dir()
+    store.stage(IMAGE, b"x")
     store.spool._finalizer()
-    with suppress(FileNotFoundError):
-        assert not folder.exists()
+    assert not store.spool.folder.exists()
+
+
+def test_a_local_out_loads_no_fsspec(tmp_path: Path) -> None:
+    script = "import sys; from batch_infer.store import open_store; open_store(sys.argv[1]).exists('run.json');"
+    script += "print(sorted({'fsspec', 'asyncio', 'pyarrow'} & sys.modules.keys()))"
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "[]\n"
