@@ -10,7 +10,8 @@ from typing import TextIO
 
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.lease import LEASE, LEASE_SECONDS, Lease, LeaseObject, LeaseReader
+from batch_infer.store.lease import Lease, LeaseReader
+from batch_infer.store.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 from batch_infer.store.logfile import open_log
 from batch_infer.store.object_files import ObjectFiles, is_inside
 from batch_infer.store.protocol import PrivateFile, StoreAddress

@@ -139,6 +139,7 @@ class ObjectFiles:
     def put(self, path: Path, name: str) -> None:
         with StorageErrors("write", self.locate(name)):
             self.system.put_file(str(path), self.get_path(name))
+        self._cache.discard(name)
 
     def create(self, name: str, content: bytes) -> bool:
         """Store a file unless it exists. Returns False too if it was stored but the response was lost."""
