@@ -22,8 +22,8 @@ from batch_infer.errors import RetryableError, ServiceError, StorageError, Table
 from batch_infer.manifest import SCHEMA
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import TableSettings
+from batch_infer.store import redact_urls
 from batch_infer.table import SharedFolder, Tables, redact_url
-from batch_infer.table.urls import redact_urls
 from tests.file_servers import answer_ftp, serve_folder
 from tests.tables import (
     ROWS,

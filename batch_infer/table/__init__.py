@@ -3,13 +3,13 @@
 Each row that is not blank becomes one request per image, or a single invalid result with an error message.
 """
 
+from batch_infer.store import redact_url
 from batch_infer.table.base import make_default_id
 from batch_infer.table.json import DocumentFormat, parse_element, parse_payload_columns
 from batch_infer.table.jsonl import is_too_deep
 from batch_infer.table.rows import RowRules, parse_rows
 from batch_infer.table.selection import is_ignored_name
 from batch_infer.table.tables import SharedFolder, Tables
-from batch_infer.table.urls import redact_url
 
 __all__ = [
     "DocumentFormat",

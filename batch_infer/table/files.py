@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batch_infer.errors import TableError
-from batch_infer.store import create_temporary
+from batch_infer.store import create_temporary, get_protocol, is_http, redact_url
 from batch_infer.table.base import Scratch, TableFile, format_error, raise_storage_error, replace_surrogates
 from batch_infer.table.formats import TABLE_SUFFIXES, detect_format, get_stem, parse_name
 from batch_infer.table.selection import IgnoredFiles, TableFilter, find_outermost_folders
 from batch_infer.table.streams import BUFFER
-from batch_infer.table.urls import get_protocol, is_http, join_url, redact_url, split_chain
+from batch_infer.table.urls import join_url, split_chain
 
 if TYPE_CHECKING:
     from batch_infer.table.remote import RemoteFiles, RemoteListing

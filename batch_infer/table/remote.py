@@ -5,37 +5,16 @@ Files are downloaded before they are read, so that all passes read the same byte
 
 from __future__ import annotations
 
-import asyncio
-import traceback
 from dataclasses import dataclass
 from glob import has_magic
-from importlib.util import find_spec
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-import fsspec
-
-from batch_infer.errors import BatchInferError, ServiceError, TableError, first_line
-from batch_infer.store import temporary_file_errors
+from batch_infer.errors import BatchInferError, ServiceError, TableError
+from batch_infer.store import connect as connect_to
+from batch_infer.store import describe, is_http, is_refusal, is_service_error, split_query, temporary_file_errors
 from batch_infer.table.selection import find_outermost_folders
-from batch_infer.table.urls import HTTP_PROTOCOLS, get_protocol, is_http, redact_urls, split_chain, split_query
-
-EXTRAS = {
-    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
-    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
-    **dict.fromkeys(("abfs", "abfss", "az", "adl"), ("adlfs", "abfss")),
-    **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
-}
-"""The package that fsspec needs for each protocol, and the extra of batch-infer that installs it."""
-CLIENTS = {
-    *("aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub", "paramiko"),
-    *("requests", "smbprotocol", "urllib3"),
-}
-"""Client packages of services. Their errors, many of which are not OSErrors, also mean that a service failed."""
-ACCESS_ERRORS = ("NoCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError", "error_perm")
-"""Class names of errors without an HTTP status that clients raise if a service refuses access."""
-READ_TIMEOUT_SECONDS = 60
-"""Timeout for each connection and read. aiohttp's default limits the total time and so aborts large downloads."""
+from batch_infer.table.urls import split_chain
 
 
 class RemoteListing(NamedTuple):
@@ -90,33 +69,7 @@ def _get_fixed_part(path: str) -> str:
 
 def connect(url: str, name: str) -> RemoteFiles:
     """Return the files at a URL. `name` is the URL without secrets. Raises TableError and the errors of fsspec."""
-    protocol = get_protocol(url) or ""
-    package, extra = EXTRAS.get(protocol, (None, None))
-    if package is not None and find_spec(package) is None:
-        raise TableError(f"{name}: reading {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
-    if is_http(url):
-        from fsspec.implementations import http
-
-        system = http.HTTPFileSystem(**_make_http_options(), use_listings_cache=False, skip_instance_cache=True)
-        return RemoteFiles(system, url, url)
-    inner = HTTP_PROTOCOLS.intersection(map(get_protocol, url.split("::")[1:]))
-    options: dict[str, Any] = {scheme: _make_http_options() for scheme in inner}
-    try:
-        try:  # a cached listing could be older than this run
-            system, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
-        except TypeError:  # the file system of this protocol does not accept these options
-            system, path = fsspec.url_to_fs(url, **options)
-        return RemoteFiles(system, path, url)
-    except ImportError as error:
-        raise TableError(f"{name}: reading {protocol}:// needs another package: {first_line(error)}") from error
-
-
-def _make_http_options() -> dict[str, Any]:
-    from fsspec.implementations import http
-
-    timeout = http.aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
-    # With compression in transit, the client would also decompress a .csv.gz.
-    return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
+    return RemoteFiles(*connect_to(url, name, TableError), url)
 
 
 class RemoteErrors:
@@ -143,37 +96,9 @@ def _translate(name: str, error: Exception) -> TableError | ServiceError:
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return TableError(f"{name}: no such file or folder")
     if isinstance(error, PermissionError):
-        return TableError(f"{name}: no permission to read it: {_describe(error)}")
-    if isinstance(error, (ValueError, TypeError, RuntimeError)) or not _is_service_error(error):
-        return TableError(f"{name} cannot be opened: {_describe(error)}")
-    status = _get_http_status(error)
-    is_refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if is_refused or type(error).__name__ in ACCESS_ERRORS:
-        return TableError(f"{name}: the server refuses it: {_describe(error)}")
-    return ServiceError(f"could not fetch {name}: {_describe(error)}; run again")
-
-
-def _is_service_error(error: Exception) -> bool:
-    """Return whether an error comes from the network or a service, not from content such as an archive."""
-    modules = {base.__module__ for base in type(error).__mro__}
-    if isinstance(error, EOFError):  # see whether ftplib (the server hung up) or gzip (a file is cut off) raised it
-        modules |= {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
-    packages = {module.partition(".")[0] for module in modules}
-    return isinstance(error, (OSError, asyncio.TimeoutError)) or bool(packages & CLIENTS)
-
-
-def _get_http_status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    for owner, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
-        if isinstance(status := getattr(owner, name, None), int):
-            return status
-    return None
-
-
-def _describe(error: Exception) -> str:
-    if (status := _get_http_status(error)) is not None:
-        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text, name = redact_urls(first_line(error)), type(error).__name__
-    if text == name or "?" in text or "@" in text:
-        return name
-    return f"{name}: {text}" if isinstance(error, (LookupError, AttributeError, AssertionError)) else text
+        return TableError(f"{name}: no permission to read it: {describe(error)}")
+    if isinstance(error, (ValueError, TypeError, RuntimeError)) or not is_service_error(error):
+        return TableError(f"{name} cannot be opened: {describe(error)}")
+    if is_refusal(error):
+        return TableError(f"{name}: the server refuses it: {describe(error)}")
+    return ServiceError(f"could not fetch {name}: {describe(error)}; run again")

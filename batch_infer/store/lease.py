@@ -1,0 +1,260 @@
+"""Lock OUT in an object store with a lease, which ends a minute after its holder has died."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from batch_infer.errors import LockedError, SettingsError, StorageError
+from batch_infer.records import utc_now
+from batch_infer.store.clients import StorageErrors
+from batch_infer.store.conditional import Conditional, Version
+
+LEASE = ".lease"
+LEASE_SECONDS = 60.0
+"""Seconds after which another run may take over a lease that has not been renewed, by the clock of the service."""
+RENEWALS = 6
+"""Number of renewals in LEASE_SECONDS."""
+MARGIN = 1 / 6
+"""Part of LEASE_SECONDS by which the holder stops early, because the service rounds times to seconds."""
+CHECK_SECONDS = 2.0
+"""Seconds for which a worker relies on its last reading of the lease. Parts are committed every two seconds."""
+RELEASE_SECONDS = 5.0
+"""Seconds that the end of a run waits for a renewal that has not ended, for example because the service is down."""
+_ATTEMPTS = 3
+
+
+def get_time() -> float:
+    """Return seconds by a clock that also runs while the machine is suspended, where there is one."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+class LeaseRecord(NamedTuple):
+    """What a lease object contains, its version, and its age in seconds by the clock of the service."""
+
+    holder: str
+    token: str | None
+    seconds: float
+    version: str
+    age: float
+
+    @property
+    def remaining(self) -> float:
+        return self.seconds - self.age
+
+    @classmethod
+    def parse(cls, version: Version) -> LeaseRecord:
+        """Parse an object, which anyone may have edited."""
+        try:
+            record = json.loads(version.content)
+        except (ValueError, RecursionError):
+            record = None
+        record = record if isinstance(record, dict) else {}
+        holder, token, seconds = (record.get(name) for name in ("holder", "token", "seconds"))
+        return cls(
+            holder if isinstance(holder, str) else "its process is unknown",
+            token if isinstance(token, str) else None,
+            seconds if isinstance(seconds, int | float) and 0 < seconds <= LEASE_SECONDS else LEASE_SECONDS,
+            version.version,
+            version.read_at - version.modified_at,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseObject:
+    """The object that contains the lease of `out`. Methods raise StorageError and SettingsError."""
+
+    out: str
+    system: Any
+    conditional: Conditional
+    path: str
+
+    def create(self, content: bytes) -> str | None:
+        with StorageErrors("write", self.location):
+            return self.conditional.create(self.path, content)
+
+    def replace(self, content: bytes, version: str) -> str | None:
+        with StorageErrors("write", self.location):
+            return self.conditional.replace(self.path, content, version)
+
+    def read(self) -> LeaseRecord | None:
+        with StorageErrors("read", self.location):
+            version = self.conditional.read(self.path)
+            return None if version is None else LeaseRecord.parse(version)
+
+    def remove(self) -> None:
+        with StorageErrors("remove", self.location), suppress(FileNotFoundError):
+            self.system.rm_file(self.path)
+
+    def find_holder(self) -> str | None:
+        """Return a description of the holder, or None if the lease is missing or has ended."""
+        record = self.read()
+        return None if record is None or record.remaining <= 0 else record.holder
+
+    @property
+    def location(self) -> str:
+        return f"{self.out}/{LEASE}"
+
+
+@dataclass
+class Lease:
+    """A lease that this process acquires, renews in the background and releases."""
+
+    file: LeaseObject
+    seconds: float = LEASE_SECONDS
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        started = f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"
+        self._holder = f"{platform.node()}, process {os.getpid()}, since {started}"
+        self._lock = threading.Lock()
+        self._renewals = 0
+        self._is_lost = False
+        self._error: Exception | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Acquire the lease, renew it until the context ends, and release it. Raises the errors of `acquire`."""
+        self.acquire()
+        stop = threading.Event()
+        thread = threading.Thread(target=self._renew_until, args=(stop,), name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            self._release()
+
+    def acquire(self) -> None:
+        """Acquire the lease. Raises LockedError with the holder, SettingsError, StorageError."""
+        self._renewed_at = get_time()  # not later than the put, of which the response may be lost
+        for _ in range(_ATTEMPTS):
+            version = self.file.create(self._make_content())
+            if version is None:
+                record = self.file.read()
+                if record is None:  # released since then
+                    continue
+                if record.token == self.token:  # created, but the response was lost
+                    version = record.version
+                elif record.remaining > 0:
+                    raise self._make_locked_error(record)
+                else:
+                    version = self.file.replace(self._make_content(), record.version)
+            if version is not None:
+                self._version = version
+                return
+        raise LockedError(f"{self.file.out} is locked by another run; run again when that run has ended")
+
+    def _make_locked_error(self, record: LeaseRecord) -> LockedError:
+        return LockedError(
+            f"{self.file.out} is locked by another run ({record.holder}); run again when that run has ended or, if it"
+            f" has crashed, when its lease ends, in {max(1, round(record.remaining))} seconds"
+        )
+
+    def _make_content(self) -> bytes:
+        """Return new content. The ETag of S3 is a hash of the content, which must therefore differ in each renewal."""
+        self._renewals += 1
+        record = {"holder": self._holder, "token": self.token, "seconds": self.seconds, "renewal": self._renewals}
+        return json.dumps(record).encode()
+
+    def _renew_until(self, stop: threading.Event) -> None:
+        while not self._is_lost and not stop.wait(self.seconds / RENEWALS):
+            self.renew()
+
+    def renew(self) -> None:
+        """Renew the lease, and keep an error for `check`."""
+        with self._lock:
+            try:
+                self._renew()
+            except (SettingsError, StorageError) as error:
+                self._error = error
+
+    def _renew(self) -> None:
+        started = get_time()
+        version = self.file.replace(self._make_content(), self._version)
+        if version is None:
+            record = self.file.read()
+            if record is None or record.token != self.token:
+                self._is_lost = True
+                return
+            self._version = record.version  # of an earlier renewal, the response of which was lost
+            version = self.file.replace(self._make_content(), self._version)
+        if version is not None:
+            self._version, self._renewed_at, self._error = version, started, None
+
+    @property
+    def _is_stale(self) -> bool:
+        return not self._is_lost and get_time() - self._renewed_at > self.seconds * (1 - MARGIN)
+
+    def check(self) -> None:
+        """Check that no other run can have taken over. Raises StorageError.
+
+        Costs no request, unless this process or the service was suspended for so long that another run may have taken
+        over. In that case, a renewal shows whether one has.
+        """
+        if self._is_stale:
+            with self._lock:
+                if self._is_stale:
+                    try:
+                        self._renew()
+                    except (SettingsError, StorageError) as error:
+                        self._error = error
+        if self._is_lost:
+            raise make_lost_error(self.file.out)
+        if self._is_stale:
+            raise make_stale_error(self.file.out, get_time() - self._renewed_at, self._error)
+
+    def _release(self) -> None:
+        """Remove the lease object if no other run can have replaced it. If that fails, the lease ends later."""
+        if not self._lock.acquire(timeout=RELEASE_SECONDS):
+            return
+        try:
+            if not self._is_lost and not self._is_stale:
+                with suppress(SettingsError, StorageError):  # these would mask the original exception
+                    self.file.remove()
+        finally:
+            self._lock.release()
+
+
+class LeaseReader:
+    """Checks the lease that another process holds for this one."""
+
+    def __init__(self, file: LeaseObject, token: str) -> None:
+        self._file, self._token = file, token
+        self._lock = threading.Lock()
+        self._checked_at = float("-inf")
+
+    def check(self) -> None:
+        """Check that the lease is still the same, with at most one request in CHECK_SECONDS. Raises StorageError."""
+        with self._lock:
+            started = get_time()
+            if started - self._checked_at < CHECK_SECONDS:
+                return
+            record = self._file.read()
+            if record is None or record.token != self._token:
+                raise make_lost_error(self._file.out)
+            if record.age > record.seconds * (1 - MARGIN):
+                raise make_stale_error(self._file.out, record.age)
+            self._checked_at = started
+
+
+def make_lost_error(out: str) -> StorageError:
+    return StorageError(
+        f"another run has taken over {out}, or its lease was removed; run again when that run has ended"
+    )
+
+
+def make_stale_error(out: str, seconds: float, error: Exception | None = None) -> StorageError:
+    reason = f" ({error})" if error else ""
+    return StorageError(
+        f"the lease of {out} could not be renewed for {seconds:.0f} seconds{reason}; run again to continue"
+    )
