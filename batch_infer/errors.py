@@ -5,8 +5,6 @@ Any other uncaught exception is a bug and ends the command with a traceback and 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class if the message is empty."""
@@ -51,9 +49,9 @@ class ModelError(UsageError):
 
 
 class DamagedPartError(UsageError):
-    """The manifest part at path `part` is damaged. `run` sets it aside and continues."""
+    """A manifest part is damaged. `part` is its location. `run` sets it aside and continues."""
 
-    def __init__(self, part: Path, reason: str) -> None:
+    def __init__(self, part: str, reason: str) -> None:
         super().__init__(part, reason)  # pickling needs both arguments
         self.part, self.reason = part, reason
 

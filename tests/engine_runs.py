@@ -18,7 +18,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store import PinnedFolder
+from batch_infer.store import LocalStore
 from batch_infer.worker import WorkerSettings
 from tests import dummies
 from tests.rendering import make_request
@@ -45,7 +45,7 @@ class EngineRun:
             compute=Compute("cpu", "float32", 16, 8, 1),
             safety=SafetySettings("none"),
             output=OutputSettings(),
-            out=PinnedFolder.pin(self.out),
+            out=LocalStore(self.out).address,
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]

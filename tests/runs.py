@@ -130,7 +130,7 @@ def settings_of(table: Path, out: Path) -> RunSettings:
     """Return the settings of `run` above, except the slots."""
     return RunSettings(
         TableSettings((str(table),)),
-        out,
+        str(out),
         model=ModelSettings(device="cpu"),
         compute=ComputeSettings(threads=1, processes=0),
         defaults=RowDefaults(num_inference_steps=2),

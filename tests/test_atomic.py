@@ -17,15 +17,14 @@ import pytest
 from batch_infer.errors import StorageError
 from batch_infer.store import (
     TEMPORARY_PREFIX,
-    PinnedFolder,
     atomic_write,
     files,
     host_id,
-    is_case_sensitive,
     is_temporary,
-    path_exists,
     temporary_path,
 )
+from batch_infer.store.files import is_case_sensitive, path_exists
+from batch_infer.store.folder import PinnedFolder
 
 
 @pytest.mark.parametrize("flush", [True, False])

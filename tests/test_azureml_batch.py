@@ -441,7 +441,7 @@ def count_deliveries(files: Sequence[str], kill: Callable[[int], int | None] = l
             try:
                 batches = kill(delivery)
                 chain = dummies.DummyChain(lambda: False) if batches is None else Doomed(batches)
-                endpoint = replace(endpoint, earlier=endpoint.record if endpoint.settings.out.exists() else None)
+                endpoint = replace(endpoint, earlier=endpoint.record if Path(endpoint.settings.out).exists() else None)
                 with mock.patch.object(rendering, "load_chain", mock.Mock(return_value=chain)):
                     MiniBatchScorer(endpoint).score(files)
                 code = 0

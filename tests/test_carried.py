@@ -17,6 +17,7 @@ from batch_infer.jobs.merge import merge, merge_parts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.settings import OutputSettings
+from batch_infer.store import LocalStore
 from batch_infer.worker.rows import make_row
 from tests.runs import results
 from tests.tables import RULES, open_tables, read_requests, write_bytes, write_csv, write_parquet
@@ -42,9 +43,9 @@ def carry(table: str | Path, out: Path = Path("out")) -> pa.Table:
         for row in failed:
             manifest.commit([row], tables.carried)
         with manifest.index() as index:
-            merge(rows, index, tables.carried, out, OutputSettings(results=("parquet", "csv", "jsonl")))
+            merge(rows, index, tables.carried, LocalStore(out), OutputSettings(results=("parquet", "csv", "jsonl")))
         result = pq.read_table(out / "results.parquet").select(tables.carried.names)
-        merge_parts(manifest, tables.files, out, OutputSettings(results=("parquet", "csv", "jsonl")))
+        merge_parts(LocalStore(out), tables.files, OutputSettings(results=("parquet", "csv", "jsonl")))
         assert pq.read_table(out / "results.parquet").select(tables.carried.names).equals(result)
     return result
 
@@ -177,7 +178,7 @@ def test_parts_with_names_that_differ_only_by_case_are_merged(out: Path) -> None
             **shared, id=f"{number}", source_row=number, fingerprint="f", finished_at=utc_now(), carried=carried
         )
         manifest.commit([row], pa.schema([(column, pa.string()) for column in carried]))
-    merge_parts(manifest, [], out, OutputSettings())
+    merge_parts(LocalStore(out), [], OutputSettings())
     rows = [{name: value for name, value in row.items() if value and name not in SCHEMA.names} for row in results(out)]
     assert [row.pop("input_Seed") for row in rows] == ["1", "2"]
     assert sorted(name for row in rows for name in row) in (["Tag", "input_tag"], ["input_Tag", "tag"])

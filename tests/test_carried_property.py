@@ -23,6 +23,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest
 from batch_infer.settings import IdSource, OutputSettings
+from batch_infer.store import LocalStore
 from batch_infer.worker.rows import make_row
 from tests.tables import RULES, exact_json, in_format, open_tables
 
@@ -44,9 +45,9 @@ def make_results(folder: Path, id_from: IdSource = "row") -> tuple[Counts, pa.Ta
             if part:
                 manifest.commit(part, tables.carried)
         with manifest.index() as index:
-            counts = merge(tables.read_rows(RULES), index, tables.carried, out, EVERYTHING)
+            counts = merge(tables.read_rows(RULES), index, tables.carried, LocalStore(out), EVERYTHING)
         results = pq.read_table(out / "results.parquet")
-        merge_parts(manifest, tables.files, out, EVERYTHING)
+        merge_parts(LocalStore(out), tables.files, EVERYTHING)
         again = pq.read_table(out / "results.parquet")
     assert {name: again.schema.field(name).type for name in again.column_names} == dict(
         zip(results.column_names, results.schema.types, strict=True)

@@ -89,12 +89,12 @@ def test_log_levels(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bo
 )
 def test_summary_formats_durations(seconds: float, text: str) -> None:
     summary = Summary(Counts(rows=1, images=1, ok=1), rendered=1, seconds=seconds, rendering_seconds=seconds)
-    assert f"1 image in {text} (" in "\n".join(summary_lines(summary, Path("o"), ()))
+    assert f"1 image in {text} (" in "\n".join(summary_lines(summary, "o", ()))
 
 
 def test_summary_lists_counts_and_files() -> None:
     counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, remaining=340)
-    assert list(summary_lines(Summary(counts, unfinished=340), Path("o"), ("csv", "parquet"))) == [
+    assert list(summary_lines(Summary(counts, unfinished=340), "o", ("csv", "parquet"))) == [
         "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
         "images   o/images",
         "results  o/results.parquet, o/results.csv",
@@ -105,7 +105,7 @@ def test_summary_lists_counts_and_files() -> None:
 def test_summary_names_bad_rows_and_warns_about_flagged_images() -> None:
     bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
     counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
-    assert list(summary_lines(Summary(counts), Path("o"), ()))[:5] == [
+    assert list(summary_lines(Summary(counts), "o", ()))[:5] == [
         "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
         *(f"  {line}" for line in bad),
         "  and 4 more, in the results",
@@ -113,7 +113,7 @@ def test_summary_names_bad_rows_and_warns_about_flagged_images() -> None:
     ]
     for flagged, has_warning in ((3, True), (2, False)):
         summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))
-        lines = summary_lines(summary, Path("o"), ())
+        lines = summary_lines(summary, "o", ())
         assert any(line.startswith("most images are flagged") for line in lines) == has_warning
 
 

@@ -25,7 +25,7 @@ from batch_infer.models import read_card
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.settings import Compute, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store import PinnedFolder
+from batch_infer.store import LocalStore
 from batch_infer.worker import WorkerSettings
 from batch_infer.worker.loading import load_chain
 from batch_infer.worker.worker import Worker
@@ -179,7 +179,7 @@ def test_finished_rows_are_committed_before_a_service_error_is_raised(tmp_path: 
 
     rows = [make_request(f"row-{k}", f"good {k}", seed=k) for k in range(30)]
     rows[25] = make_request("row-25", "good 25", seed=201)
-    folder = PinnedFolder.pin(tmp_path)
+    folder = LocalStore(tmp_path).address
     settings = WorkerSettings(
         read_card(ModelSettings()), COMPUTE, SafetySettings(), OutputSettings(), folder, pa.schema([])
     )

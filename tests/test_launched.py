@@ -31,6 +31,7 @@ from batch_infer.engines.rendezvous import (
     write_rendezvous,
 )
 from batch_infer.errors import ServiceError, SettingsError
+from batch_infer.store import LocalStore
 from tests.deaths import eventually, render_undisturbed, without_bookkeeping, write_prompts
 from tests.paced import MODULE
 from tests.runs import QUICK, assert_whole, hashes, results, run
@@ -157,7 +158,7 @@ def test_other_connections_do_not_block_a_rank(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.5)
     rank_info = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
-    with LaunchedEngine("cpu", rank_info, tmp_path / "out") as engine:
+    with LaunchedEngine("cpu", rank_info, LocalStore(tmp_path / "out")) as engine:
         content = json.loads((tmp_path / "out" / FILE_NAME).read_text())
         address = content["host"], content["port"]
         socket.create_connection(address).close()
@@ -192,23 +193,23 @@ class Danger:
 
 def test_a_rendezvous_file_must_be_written_by_this_user(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = Rendezvous("launch", "127.0.0.1", 1, "00")
-    write_rendezvous(tmp_path, own)
-    trusted = read_rendezvous(tmp_path)
+    write_rendezvous(LocalStore(tmp_path), own)
+    trusted = read_rendezvous(LocalStore(tmp_path))
     assert isinstance(trusted, TrustedRendezvous)
     assert trusted.rendezvous == own
     (tmp_path / FILE_NAME).chmod(0o644)
-    assert "is ignored" in str(read_rendezvous(tmp_path))
+    assert "is ignored" in str(read_rendezvous(LocalStore(tmp_path)))
     (tmp_path / FILE_NAME).chmod(0o600)
     (tmp_path / FILE_NAME).rename(tmp_path / "other")
     (tmp_path / FILE_NAME).symlink_to(tmp_path / "other")
-    assert "is ignored" in str(read_rendezvous(tmp_path))
+    assert "is ignored" in str(read_rendezvous(LocalStore(tmp_path)))
     stops = iter([False, False, True])
     with caplog.at_level(logging.WARNING, "batch_infer"):
-        assert connect_to_rank_0(tmp_path, "launch", lambda: next(stops)) is None
+        assert connect_to_rank_0(LocalStore(tmp_path), "launch", lambda: next(stops)) is None
     assert "is ignored" in caplog.text
     (tmp_path / FILE_NAME).unlink()
     os.mkfifo(tmp_path / FILE_NAME, 0o600)
-    assert "is ignored" in str(read_rendezvous(tmp_path))
+    assert "is ignored" in str(read_rendezvous(LocalStore(tmp_path)))
 
 
 def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
@@ -216,24 +217,24 @@ def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
 ) -> None:
     monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        write_rendezvous(tmp_path, Rendezvous("launch", "127.0.0.1", silent.getsockname()[1], "00"))
+        write_rendezvous(LocalStore(tmp_path), Rendezvous("launch", "127.0.0.1", silent.getsockname()[1], "00"))
         stops = iter([False, False, True])
-        assert connect_to_rank_0(tmp_path, "launch", lambda: next(stops)) is None
+        assert connect_to_rank_0(LocalStore(tmp_path), "launch", lambda: next(stops)) is None
 
 
 def test_a_rendezvous_file_of_another_user_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is trusted if the ranks share a secret in their environment."""
     rendezvous = Rendezvous("launch", "127.0.0.1", 1, "00")
-    write_rendezvous(tmp_path, rendezvous)
+    write_rendezvous(LocalStore(tmp_path), rendezvous)
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    assert "is ignored" in str(read_rendezvous(tmp_path))
+    assert "is ignored" in str(read_rendezvous(LocalStore(tmp_path)))
     with pytest.raises(SettingsError, match=f"does not store owners and modes of files.*set {SECRET}"):
-        write_rendezvous(tmp_path, rendezvous)
+        write_rendezvous(LocalStore(tmp_path), rendezvous)
     monkeypatch.setenv(SECRET, "of all ranks")
-    key = write_rendezvous(tmp_path, rendezvous)
+    key = write_rendezvous(LocalStore(tmp_path), rendezvous)
     assert json.loads((tmp_path / FILE_NAME).read_text())["key"] == ""
-    trusted = read_rendezvous(tmp_path)
+    trusted = read_rendezvous(LocalStore(tmp_path))
     assert isinstance(trusted, TrustedRendezvous)
     assert trusted.key == key
 
@@ -251,27 +252,27 @@ def test_a_rank_that_starts_after_rank_0_has_ended_does_not_wait(
 
     monkeypatch.setattr(Path, "touch", touch_by_server)
     monkeypatch.setattr(launched_module, "LATE_SECONDS", 0.0)
-    with LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), tmp_path):
+    with LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch"), LocalStore(tmp_path)):
         pass
     file = tmp_path / FILE_NAME
     os.utime(file, (file.stat().st_mtime + skew,) * 2)
-    assert connect_to_rank_0(tmp_path, "this launch", lambda: False) is None
+    assert connect_to_rank_0(LocalStore(tmp_path), "this launch", lambda: False) is None
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     monkeypatch.setattr(launched_module, "ARRIVAL_SECONDS", 0.0)
     monkeypatch.setattr(launched_module, "PROCESS_START", time.monotonic() + 60)
     with pytest.raises(ServiceError, match="rank 0 was not found"):  # the file is from an earlier launch
-        connect_to_rank_0(tmp_path, "this launch", lambda: False)
+        connect_to_rank_0(LocalStore(tmp_path), "this launch", lambda: False)
 
 
 def test_an_unknown_master_address_is_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(SettingsError, match="MASTER_ADDR=nowhere.invalid: rank 0 cannot listen there"),
-        LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), tmp_path),
+        LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "nowhere.invalid"), LocalStore(tmp_path)),
     ):
         pass
-    write_rendezvous(tmp_path, Rendezvous("launch", "nowhere.invalid", 1, "00"))
+    write_rendezvous(LocalStore(tmp_path), Rendezvous("launch", "nowhere.invalid", 1, "00"))
     with pytest.raises(ServiceError, match="MASTER_ADDR=nowhere.invalid cannot be resolved on this machine"):
-        connect_to_rank_0(tmp_path, "launch", lambda: False)
+        connect_to_rank_0(LocalStore(tmp_path), "launch", lambda: False)
 
 
 def has_ipv6() -> bool:
@@ -286,21 +287,21 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize("local_world_size", [1, 2])
 def test_a_master_address_may_be_ipv6(tmp_path: Path, local_world_size: int) -> None:
     rank_info = RankInfo(0, 2, 0, local_world_size, "::1", "launch")
-    with LaunchedEngine("cpu", rank_info, tmp_path) as engine, connect(tmp_path, "launch") as connection:
+    with LaunchedEngine("cpu", rank_info, LocalStore(tmp_path)) as engine, connect(tmp_path, "launch") as connection:
         connection.send_bytes(encode(Hello(1)))
         assert eventually(lambda: any(worker.rank == 1 for worker in engine.arrivals()))
 
 
 def connect(out: Path, launch: str) -> Connection:
-    connection = connect_to_rank_0(out, launch, lambda: False)
+    connection = connect_to_rank_0(LocalStore(out), launch, lambda: False)
     assert connection is not None
     return connection
 
 
 def test_a_rendezvous_of_another_launch_is_ignored(tmp_path: Path) -> None:
-    write_rendezvous(tmp_path, Rendezvous("another", "127.0.0.1", free_port(), "00"))
+    write_rendezvous(LocalStore(tmp_path), Rendezvous("another", "127.0.0.1", free_port(), "00"))
     stops = iter([False, False, True])
-    assert connect_to_rank_0(tmp_path, "this launch", lambda: next(stops)) is None
+    assert connect_to_rank_0(LocalStore(tmp_path), "this launch", lambda: next(stops)) is None
 
 
 def test_rank_info_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,41 @@ DISTRIBUTIONS = {
 """Distributions whose name differs from that of their module."""
 
 
+PATH_METHODS = {
+    *("chmod", "exists", "glob", "hardlink_to", "is_dir", "is_file", "is_mount", "is_symlink", "iterdir", "lstat"),
+    *("mkdir", "open", "read_bytes", "read_text", "readlink", "rename", "resolve", "rglob", "rmdir", "samefile"),
+    *("stat", "symlink_to", "touch", "unlink", "write_bytes", "write_text"),
+}
+OS_FUNCTIONS = {
+    *("access", "chmod", "link", "listdir", "lstat", "makedirs", "mkdir", "open", "readlink", "remove", "rename"),
+    *("replace", "rmdir", "scandir", "stat", "symlink", "truncate", "unlink", "utime", "walk"),
+    *(f"path.{name}" for name in ("exists", "getmtime", "getsize", "isdir", "isfile", "islink", "realpath")),
+}
+REACHES_DISK = {
+    "store": "OUT, and temporary files",
+    "azureml": "OUT, which Azure mounts as a folder, and the output of an MLflow model",
+    "simulation": "the folders of a simulated endpoint",
+    "models": "checkpoints",
+    "table": "tables, and downloads of them",
+    "autotune": "the cache of measurements, and the driver's device files",
+    "bench.plotting": "the file of --plot",
+    "cli.config": "configuration files",
+    "cli.metrics": "the metrics file",
+    "cli.options": "the folder of the metrics file",
+    "images": "the bytes of an image in memory",
+    "jobs.export_mlflow": "the exported model",
+    "__main__": "the standard streams",
+}
+"""Packages and modules that reach a disk, and what they read or write there."""
+EXCEPTIONS = {
+    "jobs.out": "temporary.write_bytes",  # a temporary file of the store
+    "jobs.results": "path.open",  # a temporary file of the store
+    "jobs.run_json": "(folder / model.name).exists",
+    "worker.interface": "Path('/proc/self/status').read_text",
+}
+"""The one expression that reaches a disk in modules that also use OUT. They reach OUT only through its store."""
+
+
 @dataclass(frozen=True)
 class Import:
     """One import statement's module, as written, and the module that defines the imported name."""
@@ -225,6 +260,33 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "0 []\n"
     assert done.stdout
+
+
+def disk_accesses(module: str) -> Iterator[str]:
+    """Yield each call of `open`, `os`, `shutil` or a method of Path that reaches a disk, except methods of stores."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id="open")):
+                yield f"{MODULES[module]}:{node.lineno}: open"
+            case ast.Attribute(attr=method):
+                owner, _, inner = ast.unparse(node.value).partition(".")
+                is_function = owner == "os" and ".".join(filter(None, (inner, method))) in OS_FUNCTIONS
+                is_copy = owner == "shutil" and method != "which"
+                is_method = method in PATH_METHODS and not ast.unparse(node.value).endswith("store")
+                if is_function or is_copy or is_method:
+                    yield f"{MODULES[module]}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_out_is_reached_only_through_a_store() -> None:
+    """Otherwise it could not be in an object store."""
+    names = {module: module.removeprefix("batch_infer.") for module in MODULES}
+    accesses = {names[module]: list(disk_accesses(module)) for module in MODULES}
+    reaching = {name for name, lines in accesses.items() if lines}
+    allowed = {name for name in reaching if {name, name.partition(".")[0]} & REACHES_DISK.keys()}
+    assert {name: {line.rpartition(": ")[2] for line in accesses[name]} for name in reaching - allowed} == {
+        name: {expression} for name, expression in EXCEPTIONS.items()
+    }
+    assert all(any(f"{name}.".startswith(f"{entry}.") for name in reaching) for entry in REACHES_DISK)
 
 
 def test_every_library_is_a_dependency_in_pyproject() -> None:

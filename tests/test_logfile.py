@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from batch_infer.errors import StorageError
-from batch_infer.store import log_handler, open_log
+from batch_infer.store import log_handler
+from batch_infer.store.logfile import open_log
 
 
 def record(message: str) -> logging.LogRecord:

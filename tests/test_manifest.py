@@ -71,7 +71,7 @@ def test_rows_round_trip(tmp_path: Path) -> None:
     bare = row("ü 🎨", prompt=None, status="failed", generated_image=None)
     Manifest(tmp_path).commit([full, bare], NONE)
     (part,) = Manifest(tmp_path).parts()
-    first, second = pq.read_table(part).to_pylist(maps_as_pydicts="strict")
+    first, second = pq.read_table(str(part)).to_pylist(maps_as_pydicts="strict")
     assert first == {name: getattr(full, name) for name in COLUMNS}
     assert second == {name: getattr(bare, name) for name in COLUMNS}
 
@@ -148,25 +148,26 @@ def test_add_retries_parts_that_it_could_not_read(tmp_path: Path, monkeypatch: p
         for name in names:
             manifest.commit([row(name)], NONE)
         parts = manifest.parts()
-        whole = parts[1].read_bytes()
+        path = Path(str(parts[1]))
+        whole = path.read_bytes()
         damaged_parts: list[DamagedPartError] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="unavailable"):
-                patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1], read_part))
+                patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1].name, read_part))
                 index.add(parts, damaged_parts.append)
         else:
-            parts[1].unlink() if fault == "gone" else parts[1].write_bytes(whole[:50])
+            path.unlink() if fault == "gone" else path.write_bytes(whole[:50])
             index.add(parts, damaged_parts.append)
-            parts[1].write_bytes(whole)
-        assert [error.part for error in damaged_parts] == parts[1:2] * (fault == "damaged")
+            path.write_bytes(whole)
+        assert [error.part for error in damaged_parts] == [str(path)] * (fault == "damaged")
         assert sum(index.find((name, 0)) is not None for name in names) < 3
         index.add(parts, damaged_parts.append)
         assert all(index.find((name, 0)) for name in names)
 
 
-def _raising(bad: Path, read: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+def _raising(bad: str, read: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
     def read_part(part: Path, *columns: Any) -> pa.Table:
-        if part == bad:
+        if part.name == bad:
             raise StorageError("the disk is unavailable")
         return read(part, *columns)
 
@@ -198,17 +199,17 @@ def test_a_recreated_manifest_is_read_again(tmp_path: Path) -> None:
 
 def test_only_complete_parts_are_listed(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row()], NONE)
-    (manifest.folder / f".tmp-1-{part.name}").write_bytes(part.read_bytes()[:100])
-    (manifest.folder / "notes.txt").touch()
-    assert manifest.parts() == [part]
+    part = (tmp_path / "manifest") / manifest.commit([row()], NONE)
+    ((tmp_path / "manifest") / f".tmp-1-{part.name}").write_bytes(part.read_bytes()[:100])
+    ((tmp_path / "manifest") / "notes.txt").touch()
+    assert [part.name for part in manifest.parts()] == [part.name]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", b"another"], ids=["empty", "truncated", "another"])
 def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, content: bytes) -> None:
     manifest = Manifest(tmp_path)
-    whole = manifest.folder / manifest.commit([row("b")], NONE)
-    part = manifest.folder / manifest.commit([row()], NONE)
+    whole = (tmp_path / "manifest") / manifest.commit([row("b")], NONE)
+    part = (tmp_path / "manifest") / manifest.commit([row()], NONE)
     if content == b"another":
         pq.write_table(pa.table({"prompt": ["no part"]}), part)
     else:
@@ -216,12 +217,12 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
     sentence = rf"{re.escape(str(part))} is damaged \(.*[^.]\); run again to set it aside"
     with pytest.raises(DamagedPartError, match=sentence) as error:
         manifest.index()
-    assert error.value.part == part
+    assert error.value.part == str(part)
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     damaged_parts: list[DamagedPartError] = []
     with manifest.index(on_damage=damaged_parts.append) as index:
         assert (index.find(("a", 0)), index.count_rows()) == (None, (1, 0))
-    assert [error.part for error in damaged_parts] == [part]
+    assert [error.part for error in damaged_parts] == [str(part)]
     assert part.exists()
     assert whole.exists()
 
@@ -229,7 +230,7 @@ def test_the_error_of_a_damaged_part_names_it_and_what_to_do(tmp_path: Path, con
 def test_a_part_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
     """Its rows would be rendered again for nothing."""
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row()], NONE)
+    part = (tmp_path / "manifest") / manifest.commit([row()], NONE)
     with manifest.index() as index:
         image = index.find(("a", 0))
         part.unlink()
@@ -241,7 +242,7 @@ def test_a_part_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
 def test_columns_outside_the_index_are_verified_when_they_are_read(tmp_path: Path) -> None:
     """The changed page is not compressed, so only its checksum reveals the damage."""
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row(sha256="0123456789" * 6, prompt=f"{2**70}")], NONE)
+    part = (tmp_path / "manifest") / manifest.commit([row(sha256="0123456789" * 6, prompt=f"{2**70}")], NONE)
     with manifest.index() as index:
         content = part.read_bytes()
         at = content.index(b"0123456789")
@@ -255,7 +256,7 @@ def test_columns_outside_the_index_are_verified_when_they_are_read(tmp_path: Pat
 @pytest.mark.parametrize("change", ["renamed", "of another type"])
 def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> None:
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row(carried={"n": "x"})], pa.schema([("n", pa.string())]))
+    part = (tmp_path / "manifest") / manifest.commit([row(carried={"n": "x"})], pa.schema([("n", pa.string())]))
     table = pq.read_table(part)
     if change == "renamed":
         table = table.rename_columns([*SCHEMA.names, "m"]).replace_schema_metadata(table.schema.metadata)
@@ -279,7 +280,7 @@ def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
 
 def test_newer_columns_of_a_part_from_an_earlier_version_are_null(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
-    old = manifest.folder / manifest.commit([row("a", sha256="00", pixels_sha256="01")], NONE)
+    old = (tmp_path / "manifest") / manifest.commit([row("a", sha256="00", pixels_sha256="01")], NONE)
     manifest.commit([row("b", sha256="02", pixels_sha256="03")], NONE)
     as_version_1(old)
     with manifest.index() as index:
@@ -294,7 +295,7 @@ def test_newer_columns_of_a_part_from_an_earlier_version_are_null(tmp_path: Path
 
 def test_a_carried_column_that_later_became_a_result_column_is_still_carried(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row()], NONE)
+    part = (tmp_path / "manifest") / manifest.commit([row()], NONE)
     as_version_1(part, {"pixels_sha256": ["the user's"]})
     assert [schema.names for schema in manifest.schemas()] == [["input_pixels_sha256"]]
     table = read_part(part)
@@ -304,7 +305,7 @@ def test_a_carried_column_that_later_became_a_result_column_is_still_carried(tmp
 
 def test_a_part_of_a_later_version_is_refused_and_unchanged(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
-    part = manifest.folder / manifest.commit([row()], NONE)
+    part = (tmp_path / "manifest") / manifest.commit([row()], NONE)
     table = pq.read_table(part).append_column("new", pa.array(["x"]))
     later = VERSION + 1
     mark = f"{later} {digest([later, *table.column_names])}"
@@ -364,7 +365,7 @@ def corrupt(content: bytes, random_: random.Random) -> bytes:
 def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     manifest, random_ = Manifest(tmp_path), random.Random(0)
     rows = [row(f"{k}", prompt=f"{k} circles", seed=k, safety_scores={"c": k / 7}) for k in range(30)]
-    part = manifest.folder / manifest.commit(rows, NONE)
+    part = (tmp_path / "manifest") / manifest.commit(rows, NONE)
     content, table = part.read_bytes(), pq.read_table(part).replace_schema_metadata(None)
     detected = 0
     for _ in range(800):
@@ -408,7 +409,7 @@ def test_a_disk_error_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match="cannot write .*part-.*parquet: No space left on device"):
         manifest.commit([row("b")], NONE)
-    assert [path.name for path in manifest.folder.iterdir()] == [name]
+    assert [path.name for path in (tmp_path / "manifest").iterdir()] == [name]
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:

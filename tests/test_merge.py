@@ -24,6 +24,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
 from batch_infer.records import PromptRequest, ResultRow, SamplingParams, Source, utc_now
 from batch_infer.settings import OutputSettings
+from batch_infer.store import LocalStore
 from tests.runs import CommandResult, command, results, run
 from tests.tables import write_csv
 
@@ -47,7 +48,7 @@ def merge(
     out: Path, items: Sequence[PromptRequest | ResultRow], carried: pa.Schema = NONE, **output: Any
 ) -> tuple[Counts, pa.Table]:
     with Manifest(out).index() as index:
-        counts = merging.merge(items, index, carried, out, OutputSettings(**output))
+        counts = merging.merge(items, index, carried, LocalStore(out), OutputSettings(**output))
     return counts, pq.read_table(out / "results.parquet")
 
 
@@ -192,7 +193,7 @@ def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
     """They would become stale."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
-    remove_other_results(tmp_path, OutputSettings(results=("jsonl",)))
+    remove_other_results(LocalStore(tmp_path), OutputSettings(results=("jsonl",)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
 
 
@@ -222,7 +223,7 @@ def commit(out: Path, name: str, source_file: str, source_row: int, **more: Any)
 
 
 def merge_parts(out: Path, tables: list[str], **output: Any) -> tuple[Counts, pa.Table]:
-    counts = merging.merge_parts(Manifest(out), tables, out, OutputSettings(**output))
+    counts = merging.merge_parts(LocalStore(out), tables, OutputSettings(**output))
     return counts, pq.read_table(out / "results.parquet")
 
 

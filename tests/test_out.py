@@ -23,9 +23,9 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
-from batch_infer.sinks import IMAGE_FOLDERS
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.store import find_holder
+from batch_infer.store import IMAGE_FOLDERS, LocalStore, open_store
+from batch_infer.store.folder import find_holder
 from tests.runs import run, run_json
 from tests.tables import write_csv
 
@@ -87,9 +87,11 @@ def test_a_file_in_place_of_out_is_refused(tmp_path: Path, place: str) -> None:
 
 
 def test_run_json_is_read_as_written(tmp_path: Path) -> None:
-    assert outdir.read_run(tmp_path) is None
-    outdir.write_run(tmp_path, {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": tmp_path, "summary": None})
-    record = outdir.read_run(tmp_path)
+    assert outdir.read_run(LocalStore(tmp_path)) is None
+    outdir.write_run(
+        LocalStore(tmp_path), {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": tmp_path, "summary": None}
+    )
+    record = outdir.read_run(LocalStore(tmp_path))
     assert record == {"tables": ["größe.csv", os.fsdecode(b"caf\xe9.csv")], "out": str(tmp_path), "summary": None}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -98,7 +100,7 @@ def test_run_json_is_read_as_written(tmp_path: Path) -> None:
 def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(UsageError, match=r"run.json .*; remove it to continue .*, or start anew in another --out"):
-        outdir.read_run(tmp_path)
+        outdir.read_run(LocalStore(tmp_path))
 
 
 def fill(out: Path) -> list[Path]:
@@ -121,7 +123,7 @@ def test_clearing_removes_what_runs_made_and_nothing_else(out: Path, tmp_path: P
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (out / "logs" / "link").symlink_to(tmp_path / "elsewhere")
-    run_folder.clear(out)
+    run_folder.clear(LocalStore(out))
     remaining = [*others, out / "logs" / "worker-0.log", out / "run.json"]  # the log of this run is already open
     assert [path for path in sorted(out.rglob("*")) if path.is_file()] == sorted(remaining)
     assert (tmp_path / "elsewhere" / "precious").exists()
@@ -149,13 +151,13 @@ def test_clearing_keeps_links_and_removes_only_named_images_from_their_targets(o
     image = commit_image(out, "b")
     (tmp_path / "big disk" / "t-00001").mkdir()
     empty = commit_image(out, "c").with_name("only")
-    run_folder.clear(out)
+    run_folder.clear(LocalStore(out))
     assert (out / "images").is_symlink()
     assert not image.exists()
     assert not empty.exists()
     assert (tmp_path / "big disk" / "t-00000" / "a-0.png").exists(), "no part names it"
     assert (tmp_path / "big disk" / "t-00001").exists()
-    assert outdir.CLEARING in (outdir.read_run(out) or {})
+    assert outdir.CLEARING in (outdir.read_run(LocalStore(out)) or {})
     assert not (out / "manifest").exists()
 
 
@@ -176,14 +178,14 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
             for name in ("unlink", "rmdir"):
                 patch.setattr(os, name, dying(getattr(os, name), left))
             try:
-                run_folder.clear(out)
+                run_folder.clear(LocalStore(out))
                 break
             except KeyboardInterrupt:
                 pass
-        assert outdir.CLEARING in (outdir.read_run(out) or {})
+        assert outdir.CLEARING in (outdir.read_run(LocalStore(out)) or {})
         with pytest.raises(UsageError, match="run --overwrite` was stopped .* run again"):
-            outdir.read_existing_run(out)
-        run_folder.clear(out)
+            outdir.read_existing_run(LocalStore(out))
+        run_folder.clear(LocalStore(out))
         assert not (out / "images" / "t-00000" / "b-0.png").exists()
     assert step > 5
 
@@ -191,8 +193,8 @@ def test_a_killed_overwrite_is_finished_by_the_next_run(
 def test_clearing_stops_on_request(out: Path) -> None:
     fill(out)
     with pytest.raises(StoppedError, match="run again"):
-        run_folder.clear(out, lambda: not (out / "manifest").exists())
-    assert outdir.CLEARING in (outdir.read_run(out) or {})
+        run_folder.clear(LocalStore(out), lambda: not (out / "manifest").exists())
+    assert outdir.CLEARING in (outdir.read_run(LocalStore(out)) or {})
     assert (out / "images" / "t-00000" / "a-0.png").exists()
 
 
@@ -210,13 +212,13 @@ def test_a_folder_of_another_program_is_not_cleared(out: Path) -> None:
     fill(out)
     (out / "run.json").unlink()
     with pytest.raises(SettingsError, match="has no run.json written by batch-infer, so its files may"):
-        run_folder.clear(out)
+        run_folder.clear(LocalStore(out))
     assert (out / "images/t-00000/a-0.png").exists()
 
 
 def test_clearing_an_empty_folder_does_nothing(tmp_path: Path) -> None:
-    run_folder.clear(tmp_path)
-    run_folder.clear(tmp_path / "missing")
+    run_folder.clear(LocalStore(tmp_path))
+    run_folder.clear(LocalStore(tmp_path / "missing"))
 
 
 def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) -> None:
@@ -230,7 +232,6 @@ def test_only_leftovers_of_killed_runs_are_removed(out: Path, tmp_path: Path) ->
         *(
             out / "quarantine/t/.tmp-0a1b2c3d-1-0123456789ab-b-0.png",
             out / "logs/.tmp-0a1b2c3d-1-0123456789ab-x",
-            out / ".holder",
         ),
     ]
     (tmp_path / "elsewhere").mkdir()
@@ -261,11 +262,11 @@ def test_the_name_of_the_current_holder_is_kept(out: Path, holder: subprocess.Po
     assert f"process {holder.pid}," in (find_holder(out) or "")
     holder.kill()
     holder.wait()
-    recovery.remove_leftovers(out)
-    assert not (out / ".holder").exists()
+    assert find_holder(out) is None
     with outdir.locked(out):
         recovery.remove_leftovers(out)
-        assert (out / ".holder").exists()
+        assert f"process {os.getpid()}," in (out / ".holder").read_text()
+    assert not (out / ".holder").exists()
 
 
 def test_sweeping_does_not_stat_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +311,7 @@ def test_a_replaced_folder_is_recognised(out: Path, vanish: Callable[[Path], Non
             folder.check()
         if not there:
             with pytest.raises(StorageError, match=r"cannot write .*run.json"):
-                outdir.write_run(out, {})
+                outdir.write_run(LocalStore(out), {})
     assert out.exists() == there
     assert not there or (out / ".holder").read_text() == "another"
 
@@ -351,7 +352,7 @@ def as_another_user(script: str, *arguments: str | Path) -> subprocess.Completed
 
 
 SHOW = """
-from batch_infer.store import find_holder
+from batch_infer.store.folder import find_holder
 print(find_holder(pathlib.Path(sys.argv[1])))
 """
 
@@ -406,7 +407,7 @@ def test_files_of_the_wrong_kind_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.touch() if name in outdir.FOLDERS else path.mkdir()
     with pytest.raises(SettingsError, match=rf"{name} is not a f\w+, but a run needs one: remove it"):
-        outdir.refuse_foreign_files(tmp_path, [], {"identity": {}})
+        outdir.refuse_foreign_files(LocalStore(tmp_path), [], {"identity": {}})
 
 
 @pytest.mark.parametrize("name", outdir.FOLDERS)
@@ -414,15 +415,15 @@ def test_only_image_folders_may_be_links(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     if name in IMAGE_FOLDERS:
-        outdir.refuse_foreign_files(tmp_path, [], None)
+        outdir.refuse_foreign_files(LocalStore(tmp_path), [], None)
         return
     with pytest.raises(SettingsError, match=f"{name} is a link; in OUT only images/ and quarantine/ may be links"):
-        outdir.refuse_foreign_files(tmp_path, [], None)
+        outdir.refuse_foreign_files(LocalStore(tmp_path), [], None)
 
 
 def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9")
-    for look in (outdir.read_run, lambda path: outdir.locked(path).__enter__()):
+    for look in (open_store, lambda path: outdir.locked(path).__enter__()):
         with pytest.raises(SettingsError, match=r"the path of OUT is not UTF-8: b'.*caf\\xe9'; give another --out"):
             look(out)
     assert not out.exists()
@@ -479,9 +480,9 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(Path, "mkdir", fill)
         with pytest.raises(StorageError, match="No space left"), outdir.locked(tmp_path / "out"):
             pytest.fail("not reached")
-    monkeypatch.setattr(outdir, "_write_json", fill)
+    monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(StorageError, match="No space left"):
-        outdir.create_run_json(tmp_path, {"identity": {}})
+        outdir.create_run_json(LocalStore(tmp_path), {"identity": {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -492,7 +493,7 @@ def test_the_first_run_json_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for folder in (tmp_path / "linked", tmp_path / "unlinked"):
         folder.mkdir()
         for identity in ("first", "second"):
-            outdir.create_run_json(folder, {"identity": {"model": identity}})
-        assert outdir.read_existing_run(folder)["identity"] == {"model": "first"}
+            outdir.create_run_json(LocalStore(folder), {"identity": {"model": identity}})
+        assert outdir.read_existing_run(LocalStore(folder))["identity"] == {"model": "first"}
         assert [path.name for path in folder.iterdir()] == ["run.json"]
         monkeypatch.setattr(Path, "hardlink_to", refuse)

@@ -29,7 +29,7 @@ def render_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Render:
         out = tmp_path / f"{rows}-{processes}"
         table = write_csv(tmp_path / "table.csv", [["prompt"], *([f"row {k}"] for k in range(rows))])
         monkeypatch.setattr(job, "make_engine", lambda *_: LocalEngine("cpu", processes, load=load))
-        settings = RunSettings(TableSettings((str(table),)), out, defaults=RowDefaults(guidance_scale=1.0))
+        settings = RunSettings(TableSettings((str(table),)), str(out), defaults=RowDefaults(guidance_scale=1.0))
         return job.render_tables(settings, ProgressGroup()), out
 
     return run

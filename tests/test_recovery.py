@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
 from batch_infer.sinks import Sink
 from batch_infer.sinks.folder import FolderSink
+from batch_infer.store import LocalStore
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -49,7 +51,7 @@ def commit(out: Path, *rows: ResultRow, at: float = NOW, run: int = 0) -> Path:
     FolderSink(out).publish([row.generated_image for row in rows if row.generated_image])
     manifest = Manifest(out, run)
     with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: at):
-        return manifest.folder / manifest.commit(rows, NONE)
+        return out / "manifest" / manifest.commit(rows, NONE)
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -226,7 +228,7 @@ def test_damaged_parts_are_set_aside_with_a_warning(
         assert f"{part} is damaged (" in caplog.text
         assert f"its rows are rendered again, and it is kept as {name}" in caplog.text
         assert part.with_name(name).read_bytes() == bad
-        assert Manifest(tmp_path).parts() == [intact]
+        assert [part.name for part in Manifest(tmp_path).parts()] == [intact.name]
         with Manifest(tmp_path).index() as index:
             assert index.find(("a", 0)) is None
         assert commit(tmp_path, result(sink, "a", scheduler=LONG)) == part
@@ -251,9 +253,10 @@ def test_damage_outside_indexed_columns_is_set_aside_too(tmp_path: Path) -> None
         assert committed is not None
         with pytest.raises(DamagedPartError) as error:
             index.read_results([committed])
-    assert set_aside(error.value).exists()
+    store = LocalStore(tmp_path)
+    assert store.exists(set_aside(store, error.value))
     part.write_bytes(content[:100])
-    with Manifest(tmp_path).index(on_damage=set_aside) as index:
+    with Manifest(tmp_path).index(on_damage=partial(set_aside, store)) as index:
         assert index.find(("a", 0)) is None
         assert index.find(("b", 0)) is not None
     assert not part.exists()

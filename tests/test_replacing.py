@@ -20,7 +20,7 @@ from batch_infer.jobs import recovery
 from batch_infer.manifest import Manifest
 from batch_infer.sinks import BACKUP_PREFIX
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.store import unique_name
+from batch_infer.store import LocalStore, is_abandoned, unique_name
 from tests import runs
 from tests.tables import write_csv
 
@@ -182,15 +182,22 @@ def test_the_committed_one_of_several_backups_is_restored(folder: Path) -> None:
     assert files(out) == before
 
 
+def find_abandoned(out: Path, folder: Path) -> list[str]:
+    """Return the backups in a folder that a worker of an endpoint would restore or remove."""
+    store = LocalStore(out)
+    names = store.find_direct([folder.relative_to(out).as_posix()], lambda name: is_abandoned(name, BACKUP_PREFIX))
+    return recovery.remove_temporary_files(store, names)
+
+
 def test_backups_of_live_workers_are_not_leftovers(folder: Path) -> None:
     """Workers of an endpoint share OUT, and each removes only the files of dead workers."""
     out = folder / "out"
     first, *_ = sorted(runs.images(out))
     FolderSink(out).back_up([first])
     (backup,) = out.rglob(".original-*")
-    assert recovery.remove_abandoned(out, [backup.parent]) == []
+    assert find_abandoned(out, backup.parent) == []
     backup = assign_to_dead_process(backup)
-    assert recovery.remove_abandoned(out, [backup.parent]) == [backup.relative_to(out).as_posix()]
+    assert find_abandoned(out, backup.parent) == [backup.relative_to(out).as_posix()]
 
 
 def test_a_run_with_a_lost_remote_worker_is_recovered_by_the_next(folder: Path) -> None:

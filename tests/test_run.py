@@ -642,7 +642,7 @@ def test_capitals_of_ids_stay_in_file_names(tmp_path: Path, out: Path, monkeypat
     ids = ["SKU-1", "sku-1", "B", "c"]
     table = write_csv(tmp_path / "T.csv", [["id", "prompt"], *([name, "a red circle"] for name in ids)])
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.sinks.folder.is_case_sensitive", lambda folder: False)
+        patch.setattr("batch_infer.store.local_images.is_case_sensitive", lambda folder: False)
         assert run(table, out).code == 0
     earlier = images(out)
     assert all(re.fullmatch(r"images/T~[0-9a-f]{16}-00000/(SKU-1|sku-1|B)~[0-9a-f]{16}-0\.png|.*/c-0\.png", path)

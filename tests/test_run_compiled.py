@@ -65,7 +65,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
     )
     table = write_csv(tmp_path / "t.csv", [["prompt", "num_inference_steps"], *(["a ring", "4"] for _ in range(3))])
     compute = ComputeSettings(slots=4, threads=1)
-    return RunSettings(TableSettings((str(table),)), tmp_path / "out", compute=compute)
+    return RunSettings(TableSettings((str(table),)), str(tmp_path / "out"), compute=compute)
 
 
 def use(engine: Uncompilable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_run_continues_without_compilation_in_all_workers(
     use(engine := Uncompilable(before=0), monkeypatch)
     summary = render_tables(settings, Silent())
     assert (summary.counts.ok + summary.counts.flagged, engine.compiled) == (3, [True, False])
-    assert not run_json(settings.out)["compute"]["compiled"]
+    assert not run_json(Path(settings.out))["compute"]["compiled"]
     assert f"{FAULT}; no image has been rendered yet, so this run continues without it" in caplog.text
 
 
@@ -91,7 +91,7 @@ def test_compiled_and_uncompiled_images_are_not_mixed(
     with pytest.raises(BatchInferError, match=re.escape(FAULT)):
         render_tables(settings, Silent())
     assert engine.compiled == [True]
-    assert len(results(settings.out)) == before if before else not (settings.out / "results.parquet").exists()
+    assert len(results(Path(settings.out))) == before if before else not Path(settings.out, "results.parquet").exists()
 
 
 def test_a_resumed_run_without_its_compiler_is_refused_with_remedies(
@@ -104,7 +104,7 @@ def test_a_resumed_run_without_its_compiler_is_refused_with_remedies(
     with pytest.raises(CompilationError, match="rendered without it would differ: add --overwrite"):
         render_tables(settings, Silent())
     assert engine.compiled == [True]
-    assert len(results(settings.out)) == 2
+    assert len(results(Path(settings.out))) == 2
 
 
 def test_an_invalid_row_does_not_count_as_a_compiled_image(
@@ -162,5 +162,5 @@ def test_the_default_dtype_on_a_gpu_depends_on_the_family(
     """Diffusion transformers overflow in float16, but a run that an earlier version started in float16 continues so."""
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if earlier_dtype is None else {"compute": {"dtype": earlier_dtype}}
-    settings = RunSettings(TableSettings(()), tmp_path, compute=ComputeSettings(compiled=False))
+    settings = RunSettings(TableSettings(()), str(tmp_path), compute=ComputeSettings(compiled=False))
     assert job.choose_compute(settings, Device("cuda", "NVIDIA H200"), earlier, card).dtype == dtype

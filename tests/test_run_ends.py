@@ -12,6 +12,7 @@ import pytest
 from batch_infer.jobs import execution
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.store import StoredFile
 from batch_infer.worker.worker import Worker
 from tests.paced import MODULE
 from tests.runs import results, run, start, wait_for
@@ -58,7 +59,7 @@ def hide_parts(monkeypatch: pytest.MonkeyPatch, listings: int) -> None:
     """Make a number of manifest listings miss the last part, like a stale directory on a network file system."""
     parts, left = Manifest.parts, [listings]
 
-    def stale(self: Manifest, since_run: int = 0) -> list[Path]:
+    def stale(self: Manifest, since_run: int = 0) -> list[StoredFile]:
         listed = parts(self, since_run)
         if not listed or not left[0]:
             return listed

@@ -30,13 +30,14 @@ from batch_infer.settings import (
     ServiceSettings,
     TableSettings,
 )
+from batch_infer.store import LocalStore
 from tests.runs import QUICK, command, run
 from tests.tables import RULES, write_csv
 
 Keys = tuple[str | int, ...]
 SETTINGS = RunSettings(
     TableSettings(("t.csv",), {"prompt": "caption"}, limit=3),
-    Path("out"),
+    "out",
     model=ModelSettings(scheduler=SchedulerSpec("DDIMScheduler", (("eta", 0.5),)), loras=(LoraSpec("a.safetensors"),)),
     safety=SafetySettings("azure", service=ServiceSettings("https://x.cognitiveservices.azure.com")),
 )
@@ -129,7 +130,7 @@ def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sen
     table = tmp_path / "t.csv"
     table.write_text("caption\nx\n")
     out.mkdir()
-    outdir.write_run(out, changed(keys, value))
+    outdir.write_run(LocalStore(out), changed(keys, value))
     before = (out / "run.json").read_bytes()
     for line in (
         ("status", out),
@@ -152,7 +153,7 @@ def test_every_command_names_the_key(tmp_path: Path, keys: Keys, value: Any, sen
 )
 def test_a_key_that_another_version_does_not_write_is_named(tmp_path: Path, key: str, line: tuple[str, ...]) -> None:
     record = {name: value for name, value in RECORD.items() if name not in (key, "rescoring", "unrepeatable_tables")}
-    outdir.write_run(tmp_path, record)
+    outdir.write_run(LocalStore(tmp_path), record)
     done = command(line[0], tmp_path, *line[1:])
     assert done.code == 2
     assert f"has no {key}, so another version of batch-infer wrote it: continue with `batch-infer run`" in done.stderr
@@ -205,7 +206,7 @@ def assert_no_traceback(folder: Path, *names: str, left_out: tuple[str, ...] = (
     for keys, value, edited in islice(records, 0, None, every):
         if not ".".join(map(str, keys)).startswith(left_out or ("none",)):
             for name in names:
-                outdir.write_run(out, edited)
+                outdir.write_run(LocalStore(out), edited)
                 assert command(*lines[name]).code in (0, 2, 3, 75), (name, keys, value)
 
 
@@ -230,12 +231,12 @@ def test_a_limit_may_exceed_the_number_of_rows(finished: Path, tmp_path: Path) -
 def test_a_run_without_a_number_is_continued(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     out = tmp_path / "copy" / "out"
-    outdir.write_run(out, {**json.loads((out / "run.json").read_text()), "run_number": None})
+    outdir.write_run(LocalStore(out), {**json.loads((out / "run.json").read_text()), "run_number": None})
     assert command("run", tmp_path / "copy" / "t.csv", "-o", out, *QUICK, "--steps", "1").code == 0
 
 
 def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
-    outdir.write_run(tmp_path, changed(("settings", "output", "base64"), True))
+    outdir.write_run(LocalStore(tmp_path), changed(("settings", "output", "base64"), True))
     done = command("status", tmp_path)
     assert done.code == 2
     assert f"{tmp_path / 'run.json'} is damaged or was edited: settings: --base64 needs results.csv" in done.stderr
@@ -245,4 +246,4 @@ def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
 def test_unparsable_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UsageError, match=r"run.json .*; remove it to continue"):
-        outdir.read_run(tmp_path)
+        outdir.read_run(LocalStore(tmp_path))

@@ -117,7 +117,7 @@ def parse(*arguments: str) -> RunSettings:
 
 
 def test_defaults_apply_without_options() -> None:
-    assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
+    assert parse() == RunSettings(TableSettings(("t.csv",)), "batch-infer-out", output=parse().output)
     assert parse().output.results == ()
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from batch_infer.errors import StorageError
 from batch_infer.records import PromptRequest, SamplingParams, Source
-from batch_infer.sinks import BACKUP_PREFIX, IMAGE_FOLDERS, Sink, make_sink, original_path, resolve_path
+from batch_infer.sinks import BACKUP_PREFIX, Sink, is_image_path, make_sink, original_path
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.sinks.sink import SINKS
-from batch_infer.store import TEMPORARY_PREFIX, PinnedFolder
+from batch_infer.store import IMAGE_FOLDERS, TEMPORARY_PREFIX, LocalStore
 from batch_infer.table.ids import Ids, find_colliding_stems
 
 SAFE = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
@@ -109,7 +109,7 @@ def test_every_image_has_its_own_path(tmp_path: Path, sink_of: Callable[[Path], 
         sink.write(path, path.encode())
     sink.publish(paths)
     assert [sink.read(path) for path in paths] == [path.encode() for path in paths]
-    assert {(tmp_path / path).parent for path in paths} <= set(sink.folders_of(["t.csv"]))
+    assert {path.rpartition("/")[0] for path in paths} <= set(sink.folders_of(["t.csv"]))
 
 
 @pytest.mark.parametrize("path", ["../precious", "images/../../precious", "/precious", "images/link/precious"])
@@ -265,7 +265,7 @@ def test_case_sensitivity_is_probed_once_on_the_disk_of_the_images(
         probed.append(folder)
         return not linked
 
-    monkeypatch.setattr("batch_infer.sinks.folder.is_case_sensitive", probe)
+    monkeypatch.setattr("batch_infer.store.local_images.is_case_sensitive", probe)
     out = tmp_path / "out"
     out.mkdir()
     if linked:
@@ -374,7 +374,7 @@ def test_a_sink_without_its_folder_writes_nothing(tmp_path: Path) -> None:
     """A worker that starts after OUT was removed receives the folder that the run has pinned."""
     out = tmp_path / "out"
     out.mkdir()
-    pinned = PinnedFolder.pin(out)
+    pinned = LocalStore(out)
     replace_folder(out)
     for sink in (FolderSink(pinned), FolderSink(tmp_path / "missing")):
         with pytest.raises(StorageError, match=GONE):
@@ -420,8 +420,16 @@ def test_an_image_folder_that_is_a_link_is_not_written_into(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "images/../x", "manifest/part.parquet", "images/link/x"])
-def test_resolve_path_accepts_only_images(tmp_path: Path, path: str) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "link").symlink_to("/etc")
-    assert resolve_path(tmp_path, path) is None
-    assert resolve_path(tmp_path, "images/t/a.png") == tmp_path / "images" / "t" / "a.png"
+def test_only_images_are_read_and_removed(tmp_path: Path, path: str) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in (out / "images", out / "manifest", other):
+        folder.mkdir(parents=True)
+    for file in (other / "x", tmp_path / "x", out / "x", out / "manifest" / "part.parquet"):
+        file.write_bytes(b"x")
+    (out / "images" / "link").symlink_to(other)
+    before = sorted(tmp_path.rglob("*"))
+    sink = FolderSink(out)
+    assert (sink.has(path), sink.read(path)) == (False, None)
+    sink.remove(path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert is_image_path(path) == (path == "images/link/x")

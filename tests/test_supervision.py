@@ -45,7 +45,7 @@ from batch_infer.errors import ModelError, SettingsError
 from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
-from batch_infer.store import PinnedFolder
+from batch_infer.store import LocalStore
 from batch_infer.worker import WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
@@ -143,7 +143,7 @@ def make_supervisor(
     source: FakeSource, out: Path, rows: int = 2, on_commit: Callable[[Sequence[ResultRow]], None] = lambda rows: None
 ) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
-    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), PinnedFolder.pin(out)
+    card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), LocalStore(out).address
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
     supervisor = Supervisor(Task(iter(requests), rows, settings), source, on_commit)
@@ -180,13 +180,15 @@ def test_a_rank_with_another_model_raises_an_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(launched, "SupervisorConnection", lambda connection, stop: None)
     monkeypatch.setattr(launched, "work", lambda supervisor, spec, localize: localized.append(localize(settings)))
     rank_info = RankInfo(1, 2, 1, 2, "127.0.0.1")
-    launched.join_launch(rank_info, "auto", tmp_path, settings.card, lambda: False)
+    launched.join_launch(rank_info, "auto", LocalStore(tmp_path), settings.card, lambda: False)
     assert localized[0].card == settings.card
     assert decode_from_worker(end.recv_bytes()) == Hello(1)
     changes: list[dict[str, Any]] = [{"fingerprint": "other"}, {"scheduler_fingerprint": "other"}]
     for change in changes:
         with pytest.raises(ModelError, match="rank 1: built-in demo model differs from rank 0's model"):
-            launched.join_launch(rank_info, "auto", tmp_path, replace(settings.card, **change), lambda: False)
+            launched.join_launch(
+                rank_info, "auto", LocalStore(tmp_path), replace(settings.card, **change), lambda: False
+            )
 
 
 def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_unreadable_files_are_listed_by_name() -> None:
     with open_tables("t") as tables:
         assert list(tables.unreadable_files) == ["t/bad.csv"]
         assert tables.files == ["t/bad.csv", "t/good.csv"]
-        assert tables.local_paths == [Path("t/bad.csv").absolute(), Path("t/good.csv").absolute()]
+        assert tables.locations == [str(Path(name).absolute()) for name in tables.files]
 
 
 def test_relative_paths_are_resolved_against_the_folder_of_the_settings(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_relative_paths_are_resolved_against_the_folder_of_the_settings(tmp_path
         write_bytes(tmp_path / "there" / name, b"prompt\nx\n")
     with open_tables("a.csv", "more", "mo*/c.txt", folder=tmp_path / "there") as tables:
         assert tables.files == ["a.csv", "more/b.csv", "more/c.txt"]
-        assert tables.local_paths == [tmp_path / "there" / name for name in tables.files]
+        assert tables.locations == [str(tmp_path / "there" / name) for name in tables.files]
         rows = list(tables.read_rows(RULES))
     assert [item.id for item in rows] == ["a-00000000", "b-00000000", "c-00000000", "c-00000001"]
 
@@ -386,7 +386,7 @@ def test_any_format_can_be_read_from_standard_input(
     pipe(monkeypatch, in_format(suffix, rows))
     with open_tables("-", "-") as tables:
         assert tables.files == ["stdin"]
-        assert tables.local_paths == []
+        assert tables.locations == []
         items = list(tables.read_rows(RULES))
         assert list(tables.read_rows(RULES)) == items, "a second pass reads the same rows"
         assert list(temporary.iterdir())
@@ -501,7 +501,7 @@ def test_any_format_can_be_read_from_a_url(suffix: str, memory: Any, temporary: 
     for url in (f"memory://there/t.{suffix}", f"file://{tmp_path}/here/t.{suffix}"):
         with open_tables(url) as tables:
             assert tables.files == [url]
-            assert tables.local_paths == []
+            assert tables.locations == [url]
             rows = [item for item in tables.read_rows(RULES) if isinstance(item, PromptRequest)]
         assert comparable_rows(rows) == expected()
         assert {item.source.file for item in rows} == {url}

@@ -16,7 +16,8 @@ import pytest
 from batch_infer.engines import inline
 from batch_infer.engines.worker_process import leave_removed_folder
 from batch_infer.jobs import execution, scan
-from batch_infer.store import log_handler, open_log
+from batch_infer.store import log_handler
+from batch_infer.store.logfile import open_log
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 from batch_infer.worker import loading
 from tests.runs import QUICK, command, results, run

@@ -14,7 +14,8 @@ from batch_infer.azureml.rendering import ProgressMarkers
 from batch_infer.errors import StorageError
 from batch_infer.jobs import recovery, run_folder
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.store import is_folder, is_link, path_exists, unique_name
+from batch_infer.store import LocalStore, unique_name
+from batch_infer.store.files import is_folder, is_link, path_exists
 from tests.storage import fail_at
 
 MARKER = ".begun-elsewhere-1-0123456789ab-x"
@@ -45,7 +46,7 @@ def test_files_that_are_not_markers_are_ignored(tmp_path: Path, content: str) ->
     assert not ProgressMarkers(tmp_path).read_crashes().counts
 
 
-@pytest.mark.parametrize("name", ["images", "manifest", "logs", ".holder"])
+@pytest.mark.parametrize("name", ["images", "manifest", "logs"])
 def test_leftovers_are_kept_if_a_folder_is_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -76,9 +77,9 @@ def test_images_are_kept_if_their_folder_is_unreadable(
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):
-            run_folder.clear(tmp_path)
+            run_folder.clear(LocalStore(tmp_path))
     assert (tmp_path / image.path).exists()
-    run_folder.clear(tmp_path)
+    run_folder.clear(LocalStore(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -19,6 +19,7 @@ from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs import find_model, make_paths_absolute, read_run, resolve_run
 from batch_infer.serving import Deployment
 from batch_infer.settings import RunSettings, TableSettings
+from batch_infer.store import LocalStore, is_url
 
 MODEL_DEPTH = 4
 """Folder levels below AZUREML_MODEL_DIR to search for a model. A registered model may be several levels down."""
@@ -57,12 +58,12 @@ def read_deployment(out: str | None = None, *, is_only_worker: bool = False) -> 
     if settings.model.name is None:
         log.warning("neither BATCH_INFER_MODEL nor AZUREML_MODEL_DIR names a model: using the built-in demo model")
     card = find_model(settings)
-    earlier = read_cached_run(settings.out)
+    earlier = read_cached_run(LocalStore(Path(settings.out)))
     settings, compute, record, rules = resolve_run(settings, card, detect_device(settings.model.device), earlier)
     return AzureDeployment(settings, card, compute, rules, record, earlier)
 
 
-def read_cached_run(out: Path) -> dict[str, Any] | None:
+def read_cached_run(store: LocalStore) -> dict[str, Any] | None:
     """Return the content of run.json, or None if OUT has none. Raises UsageError, StorageError.
 
     An invalid file is read again, because another worker may just have written it: a mount of a storage account
@@ -70,9 +71,9 @@ def read_cached_run(out: Path) -> dict[str, Any] | None:
     """
     for _ in range(READ_ATTEMPTS - 1):
         with suppress(UsageError):
-            return read_run(out)
+            return read_run(store)
         time.sleep(RETRY_SECONDS)
-    return read_run(out)
+    return read_run(store)
 
 
 def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettings:
@@ -90,6 +91,8 @@ def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettin
         raise SettingsError(
             f"{names[0]} is set, but an endpoint does not support it: no worker sees all rows; unset it"
         )
+    if is_url(settings.out):
+        raise SettingsError(f"{settings.out}: an endpoint writes to a folder, on which Azure mounts its storage")
     if settings.compute.slots == "auto":
         raise SettingsError("BATCH_INFER_SLOTS=auto: use a number here; `batch-infer bench --slots auto` finds one")
     model, folder = settings.model, os.environ.get("AZUREML_MODEL_DIR")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from batch_infer.manifest import read_part
 from batch_infer.records import ResultRow, Source, digest, utc_now
-from batch_infer.store import temporary_database, unless_removed
+from batch_infer.store import StoredFile, temporary_database, unless_removed
 from batch_infer.table import is_ignored_name, make_default_id
 
 log = logging.getLogger("batch_infer")
@@ -107,7 +107,7 @@ class IdOwnership:
         self._database.execute("CREATE INDEX files ON ids (source_file)")
         self._part_names: set[str] = set()
 
-    def add(self, parts: Iterable[Path]) -> None:
+    def add(self, parts: Iterable[StoredFile]) -> None:
         """Read the parts that have not been read yet. Raises DamagedPartError, NewerPartError, StorageError."""
         for part in parts:
             if part.name not in self._part_names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,16 +22,17 @@ from batch_infer.jobs import (
     make_results_schema,
     read_results,
     refuse_foreign_files,
-    remove_abandoned,
+    remove_temporary_files,
     restore_images,
     retry_without_damaged_parts,
     scan_tables,
     set_aside,
 )
+from batch_infer.manifest import FOLDER as MANIFEST_FOLDER
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, cast_table, to_table
 from batch_infer.planning import Item, ManifestEntry, get_source, is_finished, select_pending
-from batch_infer.sinks import make_sink
-from batch_infer.store import PinnedFolder, unless_removed
+from batch_infer.sinks import BACKUP_PREFIX, make_sink
+from batch_infer.store import LocalStore, StoredFile, is_abandoned, unless_removed
 from batch_infer.table import SharedFolder, Tables
 
 MAX_PASSES = 5
@@ -47,17 +49,17 @@ class MiniBatchScorer:
 
     def __init__(self, deployment: AzureDeployment) -> None:
         """Load the model, and create OUT and its run.json if they do not exist. Raises UsageError, StorageError."""
-        self._deployment, self._path = deployment, deployment.settings.out
-        refuse_foreign_files(self._path, (), deployment.earlier)
+        self._deployment, path = deployment, Path(deployment.settings.out)
+        refuse_foreign_files(LocalStore(path), (), deployment.earlier)
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SettingsError(f"cannot write to {self._path}: {error.strerror or error}") from error
-        create_run_json(self._path, deployment.record)
-        self._check_identity()
+            raise SettingsError(f"cannot write to {path}: {error.strerror or error}") from error
+        create_run_json(LocalStore(path), deployment.record)
         # run.json marks the folder: a separate marker would remain if a worker were killed.
-        self._out = replace(PinnedFolder.pin(self._path), marker="run.json")
-        self._manifest, self._renderer = Manifest(self._out), MiniBatchRenderer(deployment, self._out)
+        self._store = LocalStore(replace(LocalStore(path).address, marker="run.json"))
+        self._check_identity()
+        self._manifest, self._renderer = Manifest(self._store), MiniBatchRenderer(deployment, self._store)
         self._index, self._ids = ManifestIndex(()), IdOwnership()
         self._read_new_parts()
 
@@ -99,10 +101,10 @@ class MiniBatchScorer:
         The check is repeated before and after every mini-batch: on file systems without hard links, two workers that
         start at the same moment may both write run.json. One of them is refused by a later check.
         """
-        if (record := read_cached_run(self._path)) is None:
+        if (record := read_cached_run(self._store)) is None:
             return
         try:
-            check_identity(record, self._deployment.record, self._path)
+            check_identity(record, self._deployment.record, self._store.location)
         except SettingsError as error:
             raise SettingsError(f"{str(error).rpartition(': ')[0]}: give the job another output path") from error
 
@@ -110,23 +112,23 @@ class MiniBatchScorer:
         """Return the results of a folder's files, and an error message for each file that cannot be read."""
         files = sorted(folder.files)  # so that the first file by name owns an id that several files contain
         # Remove temporary files of dead workers, and restore images whose replacements were never committed.
-        leftover_folders = [self._path, self._manifest.folder, *make_sink(self._out).folders_of(files)]
-        if originals := remove_abandoned(self._path, leftover_folders):
+        folders = ["", MANIFEST_FOLDER, *make_sink(self._store).folders_of(files)]
+        if originals := remove_temporary_files(self._store, self._store.find_direct(folders, _is_abandoned)):
             retry_without_damaged_parts(
-                lambda: restore_images(self._path, originals, self._update_index()), on_damage=_set_aside
+                lambda: restore_images(self._store, originals, self._update_index()), self._set_aside
             )
         with self._open_job(folder, files) as job:
             for _ in range(MAX_PASSES):
                 try:
                     results = self._try_pass(job, folder)
                 except DamagedPartError as damage:
-                    _set_aside(damage)
+                    self._set_aside(damage)
                     continue
                 if results is not None:
                     positions = pc.index_in(results["source_file"], value_set=pa.array(folder.files, pa.string()))
                     return results.take(pc.sort_indices(positions)), job.tables.unreadable_files
         raise StorageError(
-            f"{', '.join(files)}: {self._manifest.folder} does not have a result of every row, because"
+            f"{', '.join(files)}: {self._store.locate(MANIFEST_FOLDER)} does not have a result of every row, because"
             " other workers rendered the same rows or parts were damaged; committed rows are kept, try again"
         )
 
@@ -171,7 +173,7 @@ class MiniBatchScorer:
             with self._open_job(folder, [file]) as job:
                 sources = {(file, conflict.source_row) for conflict in conflicts if conflict.source_file == file}
                 self._commit_pending(job, folder, sources)
-        sink = make_sink(self._out)
+        sink = make_sink(self._store)
         for conflict in conflicts:
             entry = self._index.find((conflict.id, conflict.image_index))
             if conflict.generated_image and entry and entry.path != conflict.generated_image:
@@ -184,8 +186,8 @@ class MiniBatchScorer:
         shared = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
         with Tables(settings, SCHEMA.names, shared) as tables:
             yield Job(
-                deployment.settings, tables, deployment.card, deployment.compute, deployment.record, deployment.earlier,
-                deployment.rules,
+                deployment.settings, self._store, tables, deployment.card, deployment.compute, deployment.record,
+                deployment.earlier, deployment.rules,
             )  # fmt: skip
 
     def _read_new_parts(self) -> None:
@@ -198,11 +200,15 @@ class MiniBatchScorer:
         if self._index.parts.keys() - {part.name for part in parts}:  # rows of a part that was set aside are pending
             self._index.close()
             self._index = ManifestIndex(())
-        self._index.add(parts, _set_aside)
+        self._index.add(parts, self._set_aside)
         return self._index
 
+    def _set_aside(self, damage: DamagedPartError) -> None:
+        """Set a damaged part aside, unless another worker does so first."""
+        with unless_removed(StoredFile(self._store, f"{MANIFEST_FOLDER}/{Path(damage.part).name}")):
+            set_aside(self._store, damage)
 
-def _set_aside(damage: DamagedPartError) -> None:
-    """Set a damaged part aside, unless another worker does so first."""
-    with unless_removed(damage.part):
-        set_aside(damage)
+
+def _is_abandoned(name: str) -> bool:
+    """Return whether a name is that of a dead process's temporary file or image backup."""
+    return is_abandoned(name) or is_abandoned(name, BACKUP_PREFIX)

@@ -23,7 +23,7 @@ from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest, ResultRow, digest
 from batch_infer.sinks import make_sink
 from batch_infer.store import (
-    PinnedFolder,
+    LocalStore,
     atomic_write,
     host_id,
     is_abandoned,
@@ -48,10 +48,10 @@ Key = tuple[str, int]
 class MiniBatchRenderer:
     """Renders and commits rows with a loaded model."""
 
-    def __init__(self, deployment: AzureDeployment, out: PinnedFolder) -> None:
+    def __init__(self, deployment: AzureDeployment, store: LocalStore) -> None:
         """Load the model. Raises ModelError, SettingsError, StorageError."""
         self._chain = load_chain(deployment.card, deployment.compute, deployment.settings.safety)
-        self._out, self._manifest, self.markers = out, Manifest(out), ProgressMarkers(out.path)
+        self._store, self._manifest, self.markers = store, Manifest(store), ProgressMarkers(store.root)
         self._failed: set[Key] = set()
         """Rows that this process has committed as failed after crashes."""
 
@@ -87,7 +87,9 @@ class MiniBatchRenderer:
     def _render(self, job: Job, requests: Iterable[PromptRequest], *, is_alone: bool = False) -> None:
         card, compute, settings = job.card, job.compute, job.settings
         slots_of = None if card.uses_pipeline_call else lambda size: compute.shape_of(*size).slots
-        worker_settings = WorkerSettings(card, compute, settings.safety, settings.output, self._out, job.tables.carried)
+        worker_settings = WorkerSettings(
+            card, compute, settings.safety, settings.output, self._store.address, job.tables.carried
+        )
         worker = Worker(worker_settings, format_worker_name(0), lambda *_: self._chain)
         with self.markers:
             marked = self.markers.mark(order_requests(requests, slots_of), is_alone=is_alone)
@@ -101,7 +103,7 @@ class MiniBatchRenderer:
         self._failed.update(request.key for request in requests)
         for request in requests:
             if request.replaces:
-                make_sink(self._out).remove(request.replaces)
+                make_sink(self._store).remove(request.replaces)
 
 
 def _count_failures(request: PromptRequest, index: ManifestIndex) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from batch_infer.autotune import detect_device, explain_out_of_memory, find_plateau
@@ -58,7 +57,7 @@ def load_subject(settings: BenchSettings) -> Subject:
     runs in its diffusers pipeline.
     """
     device = detect_device(settings.model.device)
-    run = RunSettings(TableSettings(()), Path(), model=settings.model, compute=settings.compute)
+    run = RunSettings(TableSettings(()), ".", model=settings.model, compute=settings.compute)
     with explain_out_of_memory():
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @command(out_argument, json_option)
-def status(*, out: Path, as_json: bool, quiet: bool) -> int:
+def status(*, out: str, as_json: bool, quiet: bool) -> int:
     """Show the state and the progress of the run in OUT.
 
     The run may be active, stopped or finished. The output counts the results by status, and those that are left. A row
@@ -51,7 +50,7 @@ def status(*, out: Path, as_json: bool, quiet: bool) -> int:
     return 0
 
 
-def _status_lines(run: RunStatus, out: Path) -> Iterator[str]:
+def _status_lines(run: RunStatus, out: str) -> Iterator[str]:
     holder = f" by {run.holder}" if run.holder else ""
     yield f"{out}: {run.state}{holder}, started {run.started_at[:16]} UTC"
     counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
@@ -69,13 +68,13 @@ def _status_lines(run: RunStatus, out: Path) -> Iterator[str]:
     if run.state == "stopped":
         yield "run the same command again to continue"
     if run.state == "unknown":
-        yield f"{out / '.lock'} cannot be read (permission denied), so it is unknown whether a run is active"
+        yield f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
     if run.state == "rescoring" and not run.holder:
         yield "a rescore is unfinished: run the same `batch-infer rescore` again to continue"
 
 
 @command(out_argument, *results_options, json_option)
-def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool) -> int:
+def merge(*, out: str, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool) -> int:
     """Write OUT/results.* from OUT's manifest.
 
     The results are in table order. `run` merges at its end; use `merge` after a run was killed, and for the output of
@@ -108,7 +107,7 @@ def merge(*, out: Path, results: tuple[ResultsFormat, ...], base64: bool, as_jso
     on_flagged_option,
     json_option,
 )
-def rescore(*, out: Path, tables: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+def rescore(*, out: str, tables: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
     """Check the stored images of OUT again, without rendering them.
 
     Use it to change the checker, its thresholds or --on-flagged; `run` with the same --safety continues from there.

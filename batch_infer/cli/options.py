@@ -14,6 +14,7 @@ import click
 from batch_infer import settings as s
 from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
+from batch_infer.store import is_url
 
 PATH = click.Path(path_type=Path)
 POSITIVE, NONNEGATIVE, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
@@ -35,6 +36,11 @@ def parse_duration(value: object) -> float:
         examples = "90s, 30m, 2h, 1h30m, 1d, or a number of seconds"
         raise click.BadParameter(f"{value!r} is not a duration (examples: {examples})")
     return seconds
+
+
+def parse_out(value: str) -> str:
+    """Return OUT, a path or a URL, in the form that messages show."""
+    return value.rstrip("/") if is_url(value) else str(Path(value).expanduser())
 
 
 def parse_slots(value: Any) -> Any:
@@ -188,7 +194,7 @@ unattended_options = (
     ),
 )
 
-out_argument = click.Argument(["out"], metavar="OUT", type=PATH)
+out_argument = click.Argument(["out"], metavar="OUT", callback=lambda _context, _parameter, value: parse_out(value))
 """The folder of an existing run."""
 moved_tables_argument = click.Argument(["tables"], metavar="[TABLE...]", nargs=-1)
 """The tables of an existing run, if they were moved."""

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -85,7 +84,7 @@ def print_lines(lines: Iterable[str]) -> None:
         click.echo(escape_controls(line))
 
 
-def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterator[str]:
+def summary_lines(summary: Summary, out: str, formats: Sequence[str]) -> Iterator[str]:
     """Yield the lines of the summary that `run` and `retry` print."""
     counts = summary.counts
     yield format_counts(counts)
@@ -104,7 +103,7 @@ def summary_lines(summary: Summary, out: Path, formats: Sequence[str]) -> Iterat
             yield f"cost     {summary.cost:,.2f}"
     elif not counts.remaining and not summary.rendering_seconds:
         yield "nothing to render" if counts.rows else "nothing to render: no rows"
-    yield f"images   {out / 'images'}"
+    yield f"images   {out}/images"
     yield format_results(out, formats)
     if summary.unfinished:
         yield f"stopped early: {summary.unfinished:,} left; run the same command again to continue"
@@ -122,9 +121,9 @@ def format_counts(counts: Counts) -> str:
     return " · ".join(parts)
 
 
-def format_results(out: Path, formats: Sequence[str]) -> str:
+def format_results(out: str, formats: Sequence[str]) -> str:
     """Format the paths of the results files."""
-    return f"results  {', '.join(str(out / f'results.{name}') for name in dict.fromkeys(('parquet', *formats)))}"
+    return f"results  {', '.join(f'{out}/results.{name}' for name in dict.fromkeys(('parquet', *formats)))}"
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:

@@ -78,7 +78,7 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
 )
 def retry(
     *,
-    out: Path,
+    out: str,
     tables: tuple[str, ...],
     statuses: tuple[RetryStatus, ...],
     time_limit: float | None,
@@ -99,7 +99,7 @@ def retry(
 
         return retry_rows(out, statuses, tables, progress, stop)
 
-    return _execute(render, Metrics(metrics_file, str(out)), time_limit, options, is_retry=True)
+    return _execute(render, Metrics(metrics_file, out), time_limit, options, is_retry=True)
 
 
 def _execute(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -18,6 +17,7 @@ from batch_infer.cli.options import (
     on_flagged_option,
     option,
     option_with_aliases,
+    parse_out,
     results_options,
     unattended_options,
 )
@@ -28,7 +28,13 @@ SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_
 
 job_options = (
     click.Argument(["tables"], metavar="TABLE...", nargs=-1, required=True),
-    option("-o", "--out", default="batch-infer-out", metavar="FOLDER", help="Folder for images and results."),
+    option(
+        "-o",
+        "--out",
+        default="batch-infer-out",
+        metavar="OUT",
+        help="Folder or URL (s3://, ...) for images and results.",
+    ),
     option(
         "--column",
         "columns",
@@ -116,12 +122,10 @@ job_options = (
 
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """Return the settings of `run`. Raises SettingsError."""
-    if "://" in options["out"]:
-        raise SettingsError(f"--out {options['out']}: OUT must be a local folder; URLs are not supported")
     columns = _parse_columns(options["columns"])
     return s.RunSettings(
         table=s.TableSettings(options["tables"], columns, options["limit"], id_from=options["id_from"]),
-        out=Path(options["out"]).expanduser(),
+        out=parse_out(options["out"]),
         model=make_model_settings(options),
         defaults=s.RowDefaults(
             num_inference_steps=options["steps"],

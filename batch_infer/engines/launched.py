@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from pathlib import Path
 from threading import Thread, Timer
 
 import msgspec
@@ -33,7 +32,7 @@ from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
-from batch_infer.store import PinnedFolder
+from batch_infer.store import Store
 from batch_infer.worker import WorkerSettings
 
 POLL_SECONDS = 0.5
@@ -85,9 +84,9 @@ def read_rank_info() -> RankInfo | None:
 class LaunchedEngine(LocalEngine):
     """Renders as rank 0. The workers are a child process of rank 0, and the other ranks once they have connected."""
 
-    def __init__(self, requested_device: str, rank_info: RankInfo, out: Path) -> None:
+    def __init__(self, requested_device: str, rank_info: RankInfo, store: Store) -> None:
         super().__init__(requested_device, 1)
-        self._rank_info, self._out = rank_info, out
+        self._rank_info, self._store = rank_info, store
         self._arrivals: queue.Queue[WorkerHandle] = queue.Queue()
         self._missing_ranks = rank_info.world_size - 1
 
@@ -96,7 +95,7 @@ class LaunchedEngine(LocalEngine):
         self._listener = _listen(info)
         port = self._listener.getsockname()[1]
         self._rendezvous = Rendezvous(info.launch_id, info.master_address, port, secrets.token_hex(32))
-        self._key = write_rendezvous(self._out, self._rendezvous)
+        self._key = write_rendezvous(self._store, self._rendezvous)
         Thread(target=self._accept, daemon=True).start()
         super().__enter__()
         return self
@@ -106,9 +105,9 @@ class LaunchedEngine(LocalEngine):
             if kind is None:
                 self._stop_late_ranks()
             if kind is None and self._missing_ranks > 0:  # tell ranks that start even later not to wait
-                write_rendezvous(self._out, msgspec.structs.replace(self._rendezvous, has_ended=True))
+                write_rendezvous(self._store, msgspec.structs.replace(self._rendezvous, has_ended=True))
             else:
-                remove_rendezvous(self._out)
+                remove_rendezvous(self._store)
         finally:
             self._listener.close()
             super().__exit__(kind)
@@ -186,14 +185,14 @@ def _listen(rank_info: RankInfo) -> socket.socket:
 
 
 def join_launch(
-    rank_info: RankInfo, requested_device: str, out: Path, card: ModelCard, stop: Callable[[], bool]
+    rank_info: RankInfo, requested_device: str, store: Store, card: ModelCard, stop: Callable[[], bool]
 ) -> None:
     """Render as a rank other than 0 until rank 0 has no more rows or `stop` returns True. Loads this machine's model.
 
     Reports an error in rendering to rank 0 and ends the process. Raises ServiceError if rank 0 cannot be found, and
     StorageError if OUT cannot be used to find it.
     """
-    if (connection := connect_to_rank_0(out, rank_info.launch_id, stop)) is None:
+    if (connection := connect_to_rank_0(store, rank_info.launch_id, stop)) is None:
         return
     connection.send_bytes(encode(Hello(rank_info.rank)))
 
@@ -202,14 +201,14 @@ def join_launch(
         if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
             message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
             raise ModelError(f"{message}; all ranks need the same files")
-        return replace(settings, card=card, out=replace(PinnedFolder.pin(out), marker=settings.out.marker))
+        return replace(settings, card=card, out=replace(store.address, marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
     with suppress(StopRequested):  # not an error: the other ranks continue
         work(SupervisorConnection(connection, stop), spec, localize)
 
 
-def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Connection | None:
+def connect_to_rank_0(store: Store, launch_id: str, stop: Callable[[], bool]) -> Connection | None:
     """Connect to rank 0. Return None once `stop` returns True or rank 0 of this launch has ended.
 
     Ignores the rendezvous of another launch or user, since rank 0 of this launch will replace it. Launches may share an
@@ -220,7 +219,7 @@ def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Co
     """
     deadline, warning = time.monotonic() + ARRIVAL_SECONDS, ""
     while not stop():
-        result = read_rendezvous(out)
+        result = read_rendezvous(store)
         if isinstance(result, str):
             if result != warning:
                 log.warning("%s", result)
@@ -229,11 +228,11 @@ def connect_to_rank_0(out: Path, launch_id: str, stop: Callable[[], bool]) -> Co
             if not result.rendezvous.has_ended:
                 if (connection := _connect(result.rendezvous, result.key)) is not None:
                     return connection
-            elif age_seconds(result, out) <= time.monotonic() - PROCESS_START:
+            elif age_seconds(result, store) <= time.monotonic() - PROCESS_START:
                 return None
         if time.monotonic() > deadline:
             raise ServiceError(
-                f"rank 0 was not found through {out}: do all ranks see the same folder? {warning}".rstrip()
+                f"rank 0 was not found through {store.location}: do all ranks see the same folder? {warning}".rstrip()
             )
         time.sleep(POLL_SECONDS)
     return None

@@ -25,7 +25,7 @@ from batch_infer.engines import messages
 from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.errors import StorageError
 from batch_infer.stopping import STOP_SIGNALS, deferred
-from batch_infer.store import log_handler, open_log
+from batch_infer.store import Store, log_handler, open_store
 from batch_infer.worker import WorkerSettings, format_worker_name
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def work(
     with supervisor:
         supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
         settings = localize(supervisor.wait_for_settings())
-        with _logging(settings.out.path, spec, supervisor):
+        with _logging(open_store(settings.out), spec, supervisor):
             with loading():
                 load = spec.load or worker_package.load_chain
                 worker = worker_package.Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
@@ -127,12 +127,12 @@ def select_gpu(spec: WorkerSpec) -> None:
 
 
 @contextmanager
-def _logging(out: Path, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
+def _logging(store: Store, spec: WorkerSpec, supervisor: SupervisorConnection) -> Iterator[None]:
     """Write log records to a file in OUT, and send them to the supervisor, which owns the terminal.
 
     The traceback of an error or a crash, and the output of a child process, are also written to the file.
     """
-    with open_log(out / "logs" / f"worker-{spec.rank}.log") as file:
+    with store.open_log(f"logs/worker-{spec.rank}.log") as file:
         faulthandler.enable(file)
         if spec.is_child:
             for standard in (1, 2):

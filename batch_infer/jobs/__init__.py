@@ -11,7 +11,7 @@ from batch_infer.jobs.job import Job, choose_compute, find_model, make_paths_abs
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
-from batch_infer.jobs.recovery import remove_abandoned, restore_images, retry_without_damaged_parts, set_aside
+from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
@@ -54,7 +54,7 @@ __all__ = [
     "read_run",
     "read_status",
     "refuse_foreign_files",
-    "remove_abandoned",
+    "remove_temporary_files",
     "render_tables",
     "rescore_images",
     "resolve_run",

@@ -16,7 +16,7 @@ from batch_infer.errors import BatchInferError, CompilationError, ServiceError, 
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job, count_cores, count_parallel
 from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
-from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts
+from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
@@ -55,7 +55,7 @@ class RunExecution:
 
     def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
         self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
-        self._folder = RunFolder(job, stop)
+        self._store, self._folder = job.store, RunFolder(job, stop)
         self._has_uncommitted_invalid = False
         """Whether invalid rows must still be committed, because OUT was not cleared when the tables were scanned."""
         self._setup_seconds = 0.0
@@ -75,9 +75,9 @@ class RunExecution:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
-        counts = retry_without_damaged_parts(self._scan_render_merge)
-        self._folder.pinned.check()
-        remove_other_results(self._folder.out, self._job.settings.output)
+        counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
+        self._store.check()
+        remove_other_results(self._store, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour
         summary.counts, summary.seconds = counts, time.monotonic() - started
         summary.cost = None if price is None else round(price * summary.seconds / 3600, 4)
@@ -153,7 +153,7 @@ class RunExecution:
         if report.lost_remote_worker:  # it may still be writing, so leave its files to the next run
             self._folder.update_record(has_strays=True)
         elif report.deaths:
-            remove_leftovers(self._folder.out)
+            remove_leftovers(self._store)
         computes = [worker.compute for worker in report.worker_reports]
         if any(compute != self._job.compute for compute in computes):  # halved after running out of memory
             compute = take_smallest_batches(computes)
@@ -170,12 +170,12 @@ class RunExecution:
             compute=job.compute,
             safety=job.settings.safety.split_among(self._engine.worker_count),
             output=job.settings.output,
-            out=self._folder.pinned,
+            out=self._store.address,
             carried=job.tables.carried,
             run=job.number,
         )
         pending = select_pending(job.items(index), index, self._skip)
-        collisions = make_sink(self._folder.out).collisions(index)
+        collisions = make_sink(self._store).collisions(index)
         marked = (collisions.mark(request, request.replaces) for request in pending)
         requests = order_requests(marked, None if job.card.uses_pipeline_call else self._slots_of)
         task = Task(requests, scan.pending, settings)
@@ -208,7 +208,7 @@ class RunExecution:
         """
         if self._committed or scan.skipped.get("ok") or scan.skipped.get("flagged"):
             raise CompilationError(
-                f"{error}, but images in {self._folder.out} were rendered with torch.compile, and images rendered "
+                f"{error}, but images in {self._store.location} were rendered with torch.compile, and images rendered "
                 "without it would differ: add --overwrite or give another --out"
             ) from error
         is_required = self._job.settings.compute.compiled or not self._job.compute.compiled
@@ -239,7 +239,7 @@ class RunExecution:
 
     def _merge_once(self, scan: ScanResult) -> Counts:
         """Merge in table order. If the tables changed during the run, merge all results in the manifest instead."""
-        self._folder.pinned.check()
+        self._store.check()
         remaining = max(0, scan.pending - self._committed) + scan.skipped.get("left", 0)
         if self._has_uncommitted_invalid:
             remaining += scan.invalid
@@ -251,11 +251,11 @@ class RunExecution:
                 "to merge only the results of the current tables",
                 ", ".join(changed),
             )
-            counts = merge_parts(self._folder.manifest, tables.files, self._folder.out, output, min_results)
+            counts = merge_parts(self._store, tables.files, output, min_results)
             counts.remaining = remaining
             return counts
         with self._folder.manifest.index() as index:
-            return merge(self._job.items(index), index, tables.carried, self._folder.out, output, min_results)
+            return merge(self._job.items(index), index, tables.carried, self._store, output, min_results)
 
     def _merge_after_error(self, scan: ScanResult) -> None:
         """Merge committed results after a rendering error, without hiding that error."""
@@ -266,5 +266,5 @@ class RunExecution:
 
     def _warn_about_stale_results(self, reason: object) -> None:
         """Warn that results.* do not contain all results of this run."""
-        path = self._folder.out / "results.parquet"
-        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, self._folder.out)
+        path, out = self._store.locate("results.parquet"), self._store.location
+        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, out)

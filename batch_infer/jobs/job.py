@@ -21,6 +21,7 @@ from batch_infer.models import ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
 from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSettings
+from batch_infer.store import Store, is_url, refuse_unprintable
 from batch_infer.table import RowRules, Tables
 
 SLOTS = {"cpu": 16, "cuda": 32}
@@ -35,10 +36,12 @@ log = logging.getLogger("batch_infer")
 class Job:
     """Everything a run needs to start, except an engine.
 
-    `record` is the first content of its run.json, and `earlier` that of the run that it continues, or None.
+    `store` is OUT, locked by this command if it writes. `record` is the first content of its run.json, and `earlier`
+    that of the run that it continues, or None.
     """
 
     settings: RunSettings
+    store: Store
     tables: Tables
     card: ModelCard
     compute: Compute
@@ -60,16 +63,16 @@ class Job:
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
-    """Make OUT and the folder of the tables absolute. Raises SettingsError.
+    """Make OUT, unless it is a URL, and the folder of the tables absolute. Raises SettingsError.
 
     Arrow would read a relative path with a colon as a URI.
     """
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
-        out = _absolute(settings.out)
+        out = settings.out if is_url(settings.out) else str(_absolute(Path(settings.out)))
     except FileNotFoundError as error:
         raise SettingsError("the working folder was deleted; change to one that exists") from error
-    outdir.refuse_unprintable(out)
+    refuse_unprintable(out)
     return replace(settings, out=out, table=table)
 
 
@@ -119,7 +122,12 @@ def find_model(settings: RunSettings, read_facts: Callable[[Path], SamplingRules
 
 
 def prepare(
-    settings: RunSettings, existing: Mapping[str, Any] | None, tables: Tables, card: ModelCard, device: Device
+    settings: RunSettings,
+    store: Store,
+    existing: Mapping[str, Any] | None,
+    tables: Tables,
+    card: ModelCard,
+    device: Device,
 ) -> Job:
     """Check that a run can start in OUT, and return its job. Write nothing. Raises UsageError, StorageError.
 
@@ -128,15 +136,15 @@ def prepare(
     """
     if existing and existing.get(outdir.CLEARING):
         settings = replace(settings, overwrite=True)
-    outdir.refuse_foreign_files(settings.out, tables.local_paths, existing)
+    outdir.refuse_foreign_files(store, tables.locations, existing)
     if settings.overwrite:
-        outdir.refuse_to_clear(settings.out)
+        outdir.refuse_to_clear(store)
     earlier = None if settings.overwrite else existing
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
     outdir.refuse_while_rescoring(settings.out, earlier)
     settings, compute, record, rules = resolve_run(settings, card, device, earlier, tables)
-    parts = [] if settings.overwrite else Manifest(settings.out).parts()
+    parts = [] if settings.overwrite else Manifest(store).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
     history = parse_record(earlier or {})
@@ -149,7 +157,7 @@ def prepare(
         "earlier_rules": [msgspec.to_builtins(old) for old in dict.fromkeys(history.known_rules) if old != rules],
         "default_ids": tables.default_id_source or history.ids_from,
     }
-    return Job(settings, tables, card, compute, record, earlier, rules)
+    return Job(settings, store, tables, card, compute, record, earlier, rules)
 
 
 def resolve_run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +27,7 @@ from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
 from batch_infer.planning import Item, get_source, make_finished_check, split_batches
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
-from batch_infer.store import path_exists
+from batch_infer.store import Out, Store, open_store, to_absolute
 
 BATCH = 2048
 """Maximum number of results to read and write together."""
@@ -43,28 +42,28 @@ class MissingResultsError(StorageError):
 
 
 def merge_results(
-    out: Path, results: tuple[ResultsFormat, ...], *, base64: bool
+    out: Out, results: tuple[ResultsFormat, ...], *, base64: bool
 ) -> tuple[Counts, tuple[ResultsFormat, ...]]:
     """Write results.* in these formats and those of the run. Return the counts and the formats.
 
     If OUT has a run.json, store the counts in it, for `status`. Raises LockedError, StorageError, ServiceError, and
     UsageError, for example if OUT contains nothing to merge or no format supports base64.
     """
-    out = out.absolute()
-    if not path_exists(out / "run.json") and not Manifest(out).parts():
-        raise UsageError(f"nothing to merge: {out} has neither a run.json nor a manifest")
-    with outdir.locked(out):
-        if outdir.read_run(out) is None:
-            return merge_parts(Manifest(out), [], out, OutputSettings(results=results, base64=base64)), results
-        record = outdir.read_existing_run(out)
-        outdir.refuse_while_rescoring(out, record)
-        settings = read_settings(record, out)
+    unlocked_store = open_store(to_absolute(out))
+    if not unlocked_store.exists(outdir.RUN_JSON) and not Manifest(unlocked_store).parts():
+        raise UsageError(f"nothing to merge: {unlocked_store.location} has neither a run.json nor a manifest")
+    with outdir.locked(unlocked_store) as store:
+        if outdir.read_run(store) is None:
+            return merge_parts(store, [], OutputSettings(results=results, base64=base64)), results
+        record = outdir.read_existing_run(store)
+        outdir.refuse_while_rescoring(store.location, record)
+        settings = read_settings(record, store.location)
         formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
         try:
             if not ended_cleanly(record) and settings.table.tables:
-                remove_leftovers(out)  # but not for an endpoint, whose workers may be writing
-            counts = _merge_recorded(record, settings, output)
+                remove_leftovers(store)  # but not for an endpoint, whose workers may be writing
+            counts = _merge_recorded(record, settings, store, output)
         except DamagedPartError as damage:
             if settings.table.tables:
                 raise
@@ -72,17 +71,17 @@ def merge_results(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
-        outdir.write_run(out, add_counts(record, counts))
+        outdir.write_run(store, add_counts(record, counts))
         return counts, formats
 
 
-def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: OutputSettings) -> Counts:
+def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, store: Store, output: OutputSettings) -> Counts:
     """Merge in the order of the run's tables, or the whole manifest if there are no tables that can be read again."""
-    out, rules = settings.out, read_rules(record, settings.out)
+    rules = read_rules(record, store.location)
     if not settings.table.tables:  # an endpoint
-        return merge_parts(Manifest(out), [], out, output)
+        return merge_parts(store, [], output)
     try:
-        refuse_unrepeatable_tables(record, out)
+        refuse_unrepeatable_tables(record, store.location)
         tables = open_tables(settings)
     except (UsageError, ServiceError) as open_error:
         reason = str(open_error)
@@ -91,13 +90,13 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, output: Ou
             already_unreadable = record.get("unreadable_tables", ())
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
-                with Manifest(out).index() as index:
+                with Manifest(store).index() as index:
                     return merge(
-                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, out, output
+                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, store, output
                     )
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all results in the manifest are merged (%s)", reason)
-    counts = merge_parts(Manifest(out), record.get("tables", ()), out, output)
+    counts = merge_parts(store, record.get("tables", ()), output)
     counts.remaining = max(0, count_scanned_results(record) - counts.results)
     return counts
 
@@ -106,7 +105,7 @@ def merge(
     items: Iterable[Item],
     index: ManifestIndex,
     carried: pa.Schema,
-    out: Path,
+    store: Store,
     output: OutputSettings,
     min_results: int = 0,
 ) -> Counts:
@@ -117,24 +116,23 @@ def merge(
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, min_results)
-    write_results(tables, pa.schema([*SCHEMA, *carried]), out, output)
+    write_results(tables, pa.schema([*SCHEMA, *carried]), store, output)
     return counts
 
 
-def merge_parts(
-    manifest: Manifest, tables: Sequence[str], out: Path, output: OutputSettings, min_results: int = 0
-) -> Counts:
+def merge_parts(store: Store, tables: Sequence[str], output: OutputSettings, min_results: int = 0) -> Counts:
     """Write and count all results in the manifest, even of rows that were removed or changed since.
 
     This is for a run whose tables cannot be read again or are unknown. Results of `tables` come first, in that order.
     Raises StorageError, DamagedPartError, NewerPartError and MissingResultsError, as `merge` does.
     """
+    manifest = Manifest(store)
     schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
         counts = Counts()
         counts.rows, counts.bad_rows = index.count_rows()
         write_results(
-            _require_results(_read_all(index, tables, schema, counts), counts, min_results), schema, out, output
+            _require_results(_read_all(index, tables, schema, counts), counts, min_results), schema, store, output
         )
     return counts
 

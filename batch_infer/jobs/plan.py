@@ -29,6 +29,7 @@ from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import PipelineBatchingEstimator, StepBatchingEstimator, is_finished, order_requests
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.settings import IdSource, RunSettings
+from batch_infer.store import open_store
 from batch_infer.worker import make_row
 
 TABLE_READS = 3
@@ -96,12 +97,13 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     """
     end_unguarded_process()
     settings = make_paths_absolute(settings)
-    existing = outdir.read_run(settings.out)
+    store = open_store(settings.out)
+    existing = outdir.read_run(store)
     with open_tables(settings) as tables, Probe() as probe:
         card = find_model(settings, probe.inspect_pipeline)
         device = probe.detect_device(settings.model.device)
-        job = prepare(settings, existing, tables, card, device)
-        with ManifestIndex([]) if job.settings.overwrite else Manifest(settings.out).index() as index:
+        job = prepare(settings, store, existing, tables, card, device)
+        with ManifestIndex([]) if job.settings.overwrite else Manifest(store).index() as index:
             return _Planner(job, count_workers(settings, device), probe, index, report).make()
 
 

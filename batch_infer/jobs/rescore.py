@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
-from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts
+from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
@@ -34,6 +34,7 @@ from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
 from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
+from batch_infer.store import Out, Store, open_store, to_absolute
 from batch_infer.table import Tables
 
 BATCH = 64
@@ -49,7 +50,7 @@ log = logging.getLogger("batch_infer")
 
 
 def rescore_images(
-    out: Path,
+    out: Out,
     tables: Sequence[str],
     safety: SafetySettings,
     report: Callable[[RescoreCounts], None],
@@ -63,21 +64,22 @@ def rescore_images(
     with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
     LockedError, ServiceError, StorageError, StoppedError.
     """
-    out = out.absolute()
-    settings = _read_settings(outdir.read_existing_run(out), out, tables, safety)
+    unlocked_store = open_store(to_absolute(out))
+    settings = _read_settings(outdir.read_existing_run(unlocked_store), unlocked_store.location, tables, safety)
     with open_tables(settings) as opened_tables:
         card = find_model(settings)
         if safety.service is None and not safety.uses_checker(has_checker=card.has_checker):
             raise SettingsError(f"--safety {safety.mode}: no safety checker is available; use checker, azure or both")
-        with outdir.locked(out):
-            record = outdir.read_existing_run(out)  # it may have changed before OUT was locked
-            execution = _RescoreExecution(record, _read_settings(record, out, tables, safety), opened_tables, card)
+        with outdir.locked(unlocked_store) as store:
+            record = outdir.read_existing_run(store)  # it may have changed before OUT was locked
+            settings = _read_settings(record, store.location, tables, safety)
+            execution = _RescoreExecution(record, settings, store, opened_tables, card)
             if tables:
                 execution.refuse_missing_tables()
             return execution.execute(report, stop)
 
 
-def _read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
+def _read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str], safety: SafetySettings) -> RunSettings:
     if not tables:
         refuse_unrepeatable_tables(record, out)
     settings = read_settings(record, out, tables)
@@ -91,7 +93,10 @@ class _RescoreExecution:
     the fingerprints of these rules, except those of this rescore, to their policies.
     """
 
-    def __init__(self, record: Mapping[str, Any], settings: RunSettings, tables: Tables, card: ModelCard) -> None:
+    def __init__(
+        self, record: Mapping[str, Any], settings: RunSettings, store: Store, tables: Tables, card: ModelCard
+    ) -> None:
+        self._store, self._on_damage = store, partial(set_aside, store)
         self._settings, self._tables, self._card = settings, tables, card
         rules = read_rules(record, settings.out)
         identity = {**record["identity"], "safety": describe_safety(settings.safety, card)}
@@ -123,21 +128,21 @@ class _RescoreExecution:
 
         Raises UsageError, StorageError, ServiceError, StoppedError.
         """
-        out = self._settings.out
+        store, on_damage = self._store, self._on_damage
         if self._is_resumed or not ended_cleanly(self._record):
-            retry_without_damaged_parts(lambda: remove_leftovers(out))
-        with closing(Rescorer(self._settings, self._card, self._record, stop)) as rescorer:
-            outdir.write_run(out, {**self._record, "rescoring": self._sources})
-            retry_without_damaged_parts(lambda: self._check(rescorer, report, stop))
-        counts = retry_without_damaged_parts(self._merge)
+            retry_without_damaged_parts(lambda: remove_leftovers(store), on_damage)
+        with closing(Rescorer(self._settings, store, self._card, self._record, stop)) as rescorer:
+            outdir.write_run(store, {**self._record, "rescoring": self._sources})
+            retry_without_damaged_parts(lambda: self._check(rescorer, report, stop), on_damage)
+        counts = retry_without_damaged_parts(self._merge, on_damage)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(out, {**add_counts(record, counts), "rescored_at": utc_now()})
+        outdir.write_run(store, {**add_counts(record, counts), "rescored_at": utc_now()})
         return rescorer.counts, counts
 
     def _check(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:
         """Check all results that were not stored under the new rules."""
         policy = self._settings.safety.policy
-        with Manifest(self._settings.out).index() as index:
+        with Manifest(self._store).index() as index:
             pending = self._pending_results(index, rescorer)
             for number, batch in enumerate(iter(lambda: list(islice(pending, BATCH)), [])):
                 if number == 0 and policy in DISCARDING_POLICIES:
@@ -188,7 +193,7 @@ class _RescoreExecution:
         return zip(*scans, strict=True)
 
     def _merge(self) -> Counts:
-        out, tables = self._settings.out, self._tables
-        with Manifest(out).index() as index:
+        tables = self._tables
+        with Manifest(self._store).index() as index:
             items = tables.read_rows(self._rules, make_finished_check(index))
-            return merge(items, index, tables.carried, out, self._settings.output)
+            return merge(items, index, tables.carried, self._store, self._settings.output)

@@ -21,7 +21,8 @@ from batch_infer.models import ModelCard
 from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
 from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
-from batch_infer.sinks import make_sink, resolve_path
+from batch_infer.sinks import is_image_path, make_sink
+from batch_infer.store import Store
 from batch_infer.worker import commit_images, explain_flag, format_worker_name, with_image, with_verdict
 
 READING_THREADS = 8
@@ -66,12 +67,17 @@ class Rescorer:
     """Checks stored images with the configured checkers and commits the results. `counts` covers all batches so far."""
 
     def __init__(
-        self, settings: RunSettings, card: ModelCard, record: Mapping[str, Any], stop: Callable[[], bool]
+        self,
+        settings: RunSettings,
+        store: Store,
+        card: ModelCard,
+        record: Mapping[str, Any],
+        stop: Callable[[], bool],
     ) -> None:
         """Load the checker if one is used. Raises ModelError, SettingsError, StorageError."""
         self._settings, self._card = settings, card
-        self.sink = make_sink(settings.out, settings.output.image_format)
-        self._manifest = Manifest(settings.out, record.get("run_number") or 0)
+        self.sink = make_sink(store, settings.output.image_format)
+        self._manifest = Manifest(store, record.get("run_number") or 0)
         self._checker: ImageChecker | None = None
         if settings.safety.uses_checker(has_checker=card.has_checker):
             from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
@@ -115,12 +121,11 @@ class Rescorer:
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove files under other names that a killed rescore wrote for a row that is already rescored."""
-        path = committed.path if committed.path and resolve_path(self._settings.out, committed.path) else None
+        path = committed.path if committed.path and is_image_path(committed.path) else None
         possible_paths = self.sink.possible_paths(request)
         if path is not None:
             possible_paths |= {self.sink.path_in(path, quarantine=quarantine) for quarantine in (False, True)}
-        for duplicate in possible_paths - {path}:
-            self.sink.remove(duplicate)
+        self.sink.remove(*possible_paths.difference([path] if path else ()))
 
     def close(self) -> None:
         if self._gate is not None:

@@ -19,37 +19,41 @@ import pyarrow.parquet as pq
 from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import Sink, make_sink
-from batch_infer.store import atomic_write
+from batch_infer.store import Store
 
 log = logging.getLogger("batch_infer")
 
 
-def write_results(tables: Iterable[pa.Table], schema: pa.Schema, out: Path, output: OutputSettings) -> None:
+def write_results(tables: Iterable[pa.Table], schema: pa.Schema, store: Store, output: OutputSettings) -> None:
     """Write tables of this schema to results.parquet and the requested formats. Raises StorageError."""
-    images = make_sink(out) if output.base64 else None
+    images = make_sink(store) if output.base64 else None
     with ExitStack() as stack:
         writers = []
         for name in dict.fromkeys(("parquet", *output.results)):
-            temporary = stack.enter_context(atomic_write(out / f"results.{name}", parents=False))
-            writers.append(_open_writer(stack, temporary, schema, images))
+            temporary = stack.enter_context(store.write(f"results.{name}"))
+            writers.append(_open_writer(stack, temporary, name, schema, images))
         for table in tables:
             for write in writers:
                 write(table)
 
 
-def remove_other_results(out: Path, output: OutputSettings) -> None:
+def remove_other_results(store: Store, output: OutputSettings) -> None:
     """Remove results in formats that are no longer requested."""
-    for name in {"csv", "jsonl"} - set(output.results):
-        (out / f"results.{name}").unlink(missing_ok=True)
+    store.remove(f"results.{name}" for name in {"csv", "jsonl"} - set(output.results))
 
 
-def _open_writer(stack: ExitStack, path: Path, schema: pa.Schema, images: Sink | None) -> Callable[[pa.Table], object]:
-    """Return a function that appends a table to a file. With `images`, CSV and JSON contain images in base64."""
-    if path.suffix == ".parquet":
+def _open_writer(
+    stack: ExitStack, path: Path, name: str, schema: pa.Schema, images: Sink | None
+) -> Callable[[pa.Table], object]:
+    """Return a function that appends a table to a file in format `name`.
+
+    With `images`, CSV and JSON contain images in base64.
+    """
+    if name == "parquet":
         parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
         return lambda table: parquet.write_table(table)
     stream = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
-    if path.suffix == ".jsonl":
+    if name == "jsonl":
         return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _iterate_rows(table, images))
     writer = csv.writer(stream)
     writer.writerow(schema.names)

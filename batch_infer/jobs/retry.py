@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from msgspec import structs
 
@@ -20,12 +19,13 @@ from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import RetryStatus, RunSettings, ServiceSettings
 from batch_infer.sinks import make_sink
+from batch_infer.store import Out, Store, open_store
 
 log = logging.getLogger("batch_infer")
 
 
 def retry_rows(
-    out: Path,
+    out: Out,
     statuses: Collection[RetryStatus],
     tables: Sequence[str],
     progress: Progress,
@@ -37,13 +37,14 @@ def retry_rows(
     Each row gets one more attempt, no matter how often it failed. Rows without a result are left to `run`. Raises
     BatchInferError, for example UsageError if OUT contains no run.
     """
-    record = outdir.read_existing_run(out)
-    settings = _with_service(read_settings(record, out, tables))
+    store = open_store(out)
+    record = outdir.read_existing_run(store)
+    settings = _with_service(read_settings(record, store.location, tables))
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
-        refuse_unrepeatable_tables(record, out)
-    summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, out))
-    earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(out))
+        refuse_unrepeatable_tables(record, store.location)
+    summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, store))
+    earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(store))
     if total < earlier_total:
         log.warning(
             "these tables have %d results and those of the run had %d: results.* do not contain the others",
@@ -71,8 +72,8 @@ class _SkipOtherStatuses:
     since the rule is called for a row's images in order. Rows that are invalid now are skipped.
     """
 
-    def __init__(self, statuses: Collection[RetryStatus], out: Path) -> None:
-        self._statuses, self._sink = statuses, make_sink(out)
+    def __init__(self, statuses: Collection[RetryStatus], store: Store) -> None:
+        self._statuses, self._sink = statuses, make_sink(store)
         self._selected_row: str | None = None
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from batch_infer.engines import RankInfo, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
@@ -19,7 +18,7 @@ from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.planning import SkipRule, is_finished
 from batch_infer.settings import RunSettings
-from batch_infer.store import log_handler, open_log
+from batch_infer.store import Store, log_handler, open_store
 
 log = logging.getLogger("batch_infer")
 
@@ -36,12 +35,12 @@ def render_tables(
         raise SettingsError("this command does not run under a launcher: start it once, by itself")
     with open_tables(settings) as tables:
         card = find_model(settings)
-        with outdir.locked(settings.out):
-            existing = outdir.read_run(settings.out)
-            remove_rendezvous(settings.out)  # left by a killed run
-            with make_engine(settings.model.device, settings.compute.processes, rank, settings.out) as engine:
-                job = prepare(settings, existing, tables, card, engine.detect_device())
-                with _run_log(settings.out):
+        with outdir.locked(settings.out) as store:
+            existing = outdir.read_run(store)
+            remove_rendezvous(store)  # left by a killed run
+            with make_engine(settings.model.device, settings.compute.processes, rank, store) as engine:
+                job = prepare(settings, store, existing, tables, card, engine.detect_device())
+                with _run_log(store):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
 
@@ -56,7 +55,7 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
     if rank is None or not rank.rank:
         return False
     log.setLevel(logging.WARNING)  # rank 0 already logs notes on the settings
-    join_launch(rank, settings.model.device, settings.out, find_model(settings), stop)
+    join_launch(rank, settings.model.device, open_store(settings.out), find_model(settings), stop)
     return True
 
 
@@ -74,17 +73,16 @@ def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
 
     Return a rule that skips what `skip` does, except images that are missing or damaged.
     """
-    out = job.settings.out
     if job.settings.overwrite or ended_cleanly(job.earlier):
         return skip
-    missing = recover(out, job.record["recover_from"])
+    missing = recover(job.store, job.record["recover_from"])
     return lambda item, committed: item.key not in missing and skip(item, committed)
 
 
 @contextmanager
-def _run_log(out: Path) -> Iterator[None]:
+def _run_log(store: Store) -> Iterator[None]:
     """Also write the log to a file in OUT."""
-    with open_log(out / "logs" / "run.log") as file:
+    with store.open_log("logs/run.log") as file:
         handler = log_handler(file)
         log.addHandler(handler)
         try:

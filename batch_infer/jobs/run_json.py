@@ -109,17 +109,17 @@ def _decode_path(_: type, value: Any) -> Path:
     raise TypeError(f"expected a path, got {type(value).__name__}")
 
 
-def require(value: T | UnsetType, key: str, out: Path) -> T:
+def require(value: T | UnsetType, key: str, out: str) -> T:
     """Return a key's value. Raises UsageError if run.json lacks the key because another version wrote it."""
     if isinstance(value, UnsetType):
         raise UsageError(
-            f"{out / 'run.json'} has no {key}, so another version of batch-infer wrote it: continue with "
+            f"{out}/run.json has no {key}, so another version of batch-infer wrote it: continue with "
             "`batch-infer run` and its options, which rewrites it"
         )
     return value
 
 
-def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = ()) -> RunSettings:
+def read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str] = ()) -> RunSettings:
     """Return a recorded run's settings for this OUT. `tables` replace the run's tables if given. Raises UsageError."""
     settings = require(parse_record(record).settings, "settings", out)
     folder, table, model = settings.table.folder, settings.table, settings.model
@@ -132,7 +132,7 @@ def read_settings(record: Mapping[str, Any], out: Path, tables: Sequence[str] = 
     return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
-def read_rules(record: Mapping[str, Any], out: Path) -> RowRules:
+def read_rules(record: Mapping[str, Any], out: str) -> RowRules:
     """Return the rules by which a recorded run read rows. Raises UsageError."""
     return require(parse_record(record).rules, "rules", out)
 
@@ -142,7 +142,7 @@ def count_scanned_results(record: Mapping[str, Any]) -> int:
     return int((record.get("survey") or {}).get("total", 0))
 
 
-def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
+def refuse_unrepeatable_tables(record: Mapping[str, Any], out: str) -> None:
     """Raise UsageError if tables cannot be read again: an endpoint's, standard input, and URLs stripped of secrets."""
     if not require(parse_record(record).settings, "settings", out).table.tables:
         raise SettingsError(
@@ -150,9 +150,7 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: Path) -> None:
         )
     if tables := record.get("unrepeatable_tables"):
         names = ", ".join("standard input" if table == "-" else table for table in tables)
-        raise SettingsError(
-            f"{names}: {out / 'run.json'} does not say how to read this again; name the TABLEs after OUT"
-        )
+        raise SettingsError(f"{names}: {out}/run.json does not say how to read this again; name the TABLEs after OUT")
 
 
 def ended_cleanly(record: Mapping[str, Any] | None) -> bool:
@@ -217,7 +215,7 @@ def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
     return f"{' and '.join(checkers)}, on flagged {safety.policy}" if checkers else "none"
 
 
-def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: Path) -> None:
+def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: str) -> None:
     """Raise SettingsError if the earlier run in OUT has another identity."""
     for name, value in record["identity"].items():
         if earlier.get("identity", {}).get(name) != value:

@@ -143,16 +143,14 @@ def commit_invalid(job: Job) -> None:
 
 def _commit_invalid(job: Job, rows: Iterable[ResultRow], index: ManifestIndex) -> None:
     """Commit invalid rows, and remove the image that each result replaces, if any."""
-    manifest, sink = Manifest(job.settings.out, job.number), make_sink(job.settings.out)
+    manifest, sink = Manifest(job.store, job.number), make_sink(job.store)
     for batch in split_batches(rows, INVALID_BATCH, INVALID_BYTES):
         entries = [index.find(row.key) for row in batch]
         attempts = [entry.attempt + 1 if entry else 1 for entry in entries]
         numbered = zip(batch, attempts, strict=True)
         rows_to_commit = [replace(row, attempt=attempt, worker="table") for row, attempt in numbered]
         manifest.commit(rows_to_commit, job.tables.carried)
-        for entry in entries:
-            if entry and entry.path:
-                sink.remove(entry.path)
+        sink.remove(*(entry.path for entry in entries if entry and entry.path))
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import get_args
 
 from batch_infer.errors import StorageError
@@ -12,7 +11,7 @@ from batch_infer.jobs.run_json import RunRecord, parse_record, require
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest
 from batch_infer.records import Status, utc_now
-from batch_infer.store import find_holder
+from batch_infer.store import Out, open_store
 
 STATUSES = get_args(Status)
 
@@ -37,16 +36,17 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
     is_stale: bool = False
 
 
-def read_status(out: Path) -> RunStatus:
+def read_status(out: Out) -> RunStatus:
     """Return the status of OUT without locking it. Raises StorageError, and UsageError, e.g. if OUT contains no run."""
-    record = parse_record(outdir.read_existing_run(out))
+    store = open_store(out)
+    record = parse_record(outdir.read_existing_run(store))
     try:
-        holder = find_holder(out)
+        holder = store.find_holder()
         state = "running" if holder else "stopped"
     except StorageError:  # this user may not read the lock
         holder, state = None, "unknown"
-    status = RunStatus(state, holder, require(record.started_at, "started_at", out))
-    is_open = not require(record.settings, "settings", out).table.tables
+    status = RunStatus(state, holder, require(record.started_at, "started_at", store.location))
+    is_open = not require(record.settings, "settings", store.location).table.tables
     summary = record.summary or (None if is_open else record.merged)
     if summary is not None:  # an active run may not have replaced the earlier run.json yet
         status.counts = {name: getattr(summary, name) for name in STATUSES}
@@ -57,7 +57,7 @@ def read_status(out: Path) -> RunStatus:
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
-        _count_results(status, record, Manifest(out))
+        _count_results(status, record, Manifest(store))
     status.state = "rescoring" if record.rescoring else status.state
     return status
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain, count
-from pathlib import Path
 from time import monotonic
 
 import pyarrow as pa
@@ -15,10 +14,20 @@ import pyarrow.compute as pc
 
 from batch_infer.errors import BatchInferError, DamagedPartError
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
-from batch_infer.manifest.parts import read_carried_fields, read_part, run_number, write_part
+from batch_infer.manifest.parts import Part, read_carried_fields, read_part, run_number, write_part
 from batch_infer.records import ResultRow, digest
-from batch_infer.store import PinnedFolder, host_id, list_names, make_folder, temporary_database, unless_removed
+from batch_infer.store import (
+    Out,
+    StoredFile,
+    host_id,
+    open_store,
+    prefetch,
+    temporary_database,
+    to_stored_file,
+    unless_removed,
+)
 
+FOLDER = "manifest"
 CACHED_BYTES = 64 << 20
 """Maximum total size in bytes of cached parts, except that the last part read is kept even if it is larger.
 
@@ -69,14 +78,14 @@ class CommittedImage:
 class ManifestIndex:
     """Indexes committed images in a temporary file instead of in memory, because there may be millions."""
 
-    def __init__(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+    def __init__(self, parts: Iterable[Part], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
         """Index parts. Each DamagedPartError is passed to `on_damage`, or raised if `on_damage` is None.
 
         Raises NewerPartError, StorageError.
         """
         self.image_folders: set[str] = set()
         """Folders of all committed images, relative to OUT."""
-        self.parts: dict[str, Path] = {}
+        self.parts: dict[str, StoredFile] = {}
         """The indexed parts by name."""
         self._cache: OrderedDict[tuple[str, tuple[str, ...] | None], pa.Table] = OrderedDict()
         self._cached_bytes = 0
@@ -84,24 +93,24 @@ class ManifestIndex:
         try:
             for statement in _CREATE:
                 self._database.execute(statement)
-            for part in parts:
+            for part in prefetch(map(to_stored_file, parts)):
                 self._add(part, on_damage)
         except BatchInferError:
             self.close()
             raise
 
-    def add(self, parts: Iterable[Path], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
+    def add(self, parts: Iterable[Part], on_damage: Callable[[DamagedPartError], object] | None = None) -> None:
         """Index the parts that are not indexed yet. Without `on_damage`, raises DamagedPartError.
 
         Raises NewerPartError, StorageError. After an error, the next call indexes the remaining parts. A part that
         another process has removed or renamed is skipped.
         """
-        for part in parts:
-            if part.name not in self.parts:
-                with unless_removed(part):
-                    self._add(part, on_damage)
+        new_parts = (part for part in map(to_stored_file, parts) if part.name not in self.parts)
+        for part in prefetch(new_parts):
+            with unless_removed(part):
+                self._add(part, on_damage)
 
-    def _add(self, part: Path, on_damage: Callable[[DamagedPartError], object] | None) -> None:
+    def _add(self, part: StoredFile, on_damage: Callable[[DamagedPartError], object] | None) -> None:
         try:
             table = read_part(part, _COLUMNS)
         except DamagedPartError as error:
@@ -204,11 +213,9 @@ class ManifestIndex:
 class Manifest:
     """Manifest parts in OUT/manifest."""
 
-    def __init__(self, out: Path | PinnedFolder, run: int = 0) -> None:
+    def __init__(self, out: Out, run: int = 0) -> None:
         """`run` is the number of the run that commits parts, from 1 in each OUT, or 0 if the writer is not a run."""
-        self._out, self._run = PinnedFolder.pin(out), run
-        self._has_folder = False
-        self.folder = self._out.path / "manifest"
+        self.store, self._run = open_store(out), run
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
         """Write rows as one part, and return its file name. Raises StorageError.
@@ -219,21 +226,19 @@ class Manifest:
         content = digest([[row.id, row.image_index, row.fingerprint, row.attempt] for row in rows])
         name = f"part-{self._run:05d}-{content}.parquet" if self._run else f"part-{content}.parquet"
         table = to_table(rows, carried)
-        self._out.check()
-        if not self._has_folder:
-            make_folder(self.folder)
-            self._has_folder = True
-        write_part(self.folder / name, table, host_id(), monotonic())
+        self.store.check()
+        write_part(StoredFile(self.store, f"{FOLDER}/{name}"), table, host_id(), monotonic())
         return name
 
-    def parts(self, since_run: int = 0) -> list[Path]:
+    def parts(self, since_run: int = 0) -> list[StoredFile]:
         """Return the parts from run number `since_run` on. Raises StorageError if the folder cannot be listed."""
-        parts = (self.folder / name for name in list_names(self.folder) if fnmatchcase(name, "part-*.parquet"))
+        names = (name for name in self.store.list_folder(FOLDER) if fnmatchcase(name, "part-*.parquet"))
+        parts = (StoredFile(self.store, f"{FOLDER}/{name}") for name in names)
         return [part for part in parts if run_number(part) >= since_run]
 
     def schemas(self) -> Iterator[pa.Schema]:
         """Yield the carried columns of every part. Raises DamagedPartError, NewerPartError, StorageError."""
-        return (pa.schema(read_carried_fields(part)) for part in self.parts())
+        return (pa.schema(read_carried_fields(part)) for part in prefetch(self.parts()))
 
     def index(self, since_run: int = 0, on_damage: Callable[[DamagedPartError], object] | None = None) -> ManifestIndex:
         """Index the parts from run number `since_run` on.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 from batch_infer.errors import DamagedPartError, NewerPartError, StorageError, first_line
 from batch_infer.manifest.columns import SCHEMA, SINCE, VERSION, upgrade_table
 from batch_infer.records import digest
-from batch_infer.store import atomic_write
+from batch_infer.store import StoredFile, to_stored_file
 
+Part: TypeAlias = StoredFile | Path
+"""A manifest part: a file of OUT's store, or a path on this machine."""
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
 """Metadata key of the format version (except in version 1) and a checksum of the column names.
@@ -28,21 +31,22 @@ _COMMITTED_KEY = b"batch-infer-committed"
 """Metadata key of the commit time: the name of the clock, and seconds."""
 
 
-def run_number(part: Path) -> int:
+def run_number(part: Part) -> int:
     """Return the number of the run that committed a part, or 0 if its name has no number."""
     match = _NAME.fullmatch(part.name)
     return int(match["run"] or 0) if match else 0
 
 
-def write_part(path: Path, table: pa.Table, clock: str, seconds: float) -> None:
+def write_part(part: Part, table: pa.Table, clock: str, seconds: float) -> None:
     """Write a part atomically, with its `commit_time`. Raises StorageError."""
     columns = _columns_mark(VERSION, table.schema.names)
     marked = table.replace_schema_metadata({_COLUMNS_KEY: columns, _COMMITTED_KEY: f"{clock} {seconds:.3f}"})
-    with atomic_write(path, parents=False) as temporary:
+    file = to_stored_file(part)
+    with file.store.write(file.path) as temporary:
         pq.write_table(marked, temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_part(part: Part, columns: Sequence[str] | None = None) -> pa.Table:
     """Read these result columns of a part, or all its columns if None.
 
     Result columns added after the part's version are null. Raises DamagedPartError, NewerPartError, StorageError.
@@ -52,18 +56,18 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
         available = [name for name in names if SINCE.get(name, 1) <= version]
         for field in (SCHEMA.field(name) for name in available):
             if field.name not in file.schema_arrow.names:
-                raise DamagedPartError(part, f"it has no column {field.name}")
+                raise DamagedPartError(str(part), f"it has no column {field.name}")
             actual = file.schema_arrow.field(field.name)
             if actual != field:
                 raise DamagedPartError(
-                    part, f"its column {field.name} has the type {actual.type} instead of {field.type}"
+                    str(part), f"its column {field.name} has the type {actual.type} instead of {field.type}"
                 )
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
     return table if len(available) == len(names) else upgrade_table(table, names, version)
 
 
-def read_carried_fields(part: Path) -> list[pa.Field]:
+def read_carried_fields(part: Part) -> list[pa.Field]:
     """Return a part's carried columns under their names in this version.
 
     Raises DamagedPartError, NewerPartError, StorageError.
@@ -75,7 +79,7 @@ def read_carried_fields(part: Path) -> list[pa.Field]:
     return [field.with_name(f"input_{field.name}") if field.name in added else field for field in carried]
 
 
-def commit_time(part: Path) -> tuple[str, float]:
+def commit_time(part: Part) -> tuple[str, float]:
     """Return the name of a clock and the commit time in seconds. Times of a named clock are in commit order.
 
     A named clock starts when its machine boots, and setting the time of day does not change it. A part of version 1 has
@@ -92,14 +96,15 @@ def commit_time(part: Path) -> tuple[str, float]:
 
 
 @contextmanager
-def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+def open_part(part: Part) -> Iterator[tuple[pq.ParquetFile, int]]:
     """Open a part, read only its footer, and yield the file with its format version.
 
     Raises NewerPartError, DamagedPartError, StorageError. A missing part and a disk that cannot be read are not damage,
     because either may be temporary: they raise StorageError. Errors of reads inside the context are converted too.
     """
+    part = to_stored_file(part)
     try:
-        with pa.OSFile(str(part)) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+        with part.store.open_file(part.path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
             version = _version_of(part, file.schema_arrow)
             if version > VERSION:
                 raise NewerPartError(
@@ -110,7 +115,7 @@ def open_part(part: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         number = getattr(error, "errno", None)  # None for Arrow's errors about the content
         if number is None:
-            raise DamagedPartError(part, first_line(error).rstrip(".")) from error
+            raise DamagedPartError(str(part), first_line(error).rstrip(".")) from error
         raise StorageError(f"cannot read {part}: {os.strerror(number)}") from error
 
 
@@ -120,13 +125,13 @@ def _columns_mark(version: int, names: Sequence[str]) -> bytes:
     return f"{version} {digest([version, *names])}".encode()
 
 
-def _version_of(part: Path, schema: pa.Schema) -> int:
+def _version_of(part: Part, schema: pa.Schema) -> int:
     """Return a part's format version. Raises DamagedPartError."""
     mark = (schema.metadata or {}).get(_COLUMNS_KEY)
     first = (mark or b"").partition(b" ")[0]
     version = int(first) if mark and len(first) < 9 and first.isdigit() else 1
     if mark is None and not SINCE.keys().isdisjoint(schema.names):
-        raise DamagedPartError(part, "the version of its columns is missing")
+        raise DamagedPartError(str(part), "the version of its columns is missing")
     if mark is not None and mark != _columns_mark(version, schema.names):
-        raise DamagedPartError(part, "its columns are not those that were written")
+        raise DamagedPartError(str(part), "its columns are not those that were written")
     return version

@@ -158,7 +158,8 @@ class Compute:
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     table: TableSettings
-    out: Path
+    out: str
+    """A path or a URL."""
     model: ModelSettings = ModelSettings()
     defaults: RowDefaults = RowDefaults()
     safety: SafetySettings = SafetySettings()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Protocol
 
 from batch_infer.records import PromptRequest, StoredImage
 from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.sinks.names import Collisions, ImageIndex
-from batch_infer.store import PinnedFolder
+from batch_infer.store import Out
 
 
 class Sink(Protocol):
@@ -32,7 +31,7 @@ class Sink(Protocol):
     def path_in(self, path: str, *, quarantine: bool) -> str:
         """Return an image's path, changed to be in quarantine/ if `quarantine` is set, otherwise in images/."""
 
-    def folders_of(self, files: Iterable[str]) -> list[Path]:
+    def folders_of(self, files: Iterable[str]) -> list[str]:
         """Return images/, quarantine/ and those of their subfolders that may contain images from these source files."""
 
     def collisions(self, index: ImageIndex) -> Collisions:
@@ -48,16 +47,16 @@ class Sink(Protocol):
         """
 
     def back_up(self, paths: Iterable[str]) -> None:
-        """Rename committed images before `publish` replaces them. Missing images are skipped."""
+        """Keep committed images under other names before `publish` replaces them. Missing images are skipped."""
 
     def backup_path(self, path: str) -> str:
-        """Return the path to which `back_up` renames an image in this process."""
+        """Return the path under which `back_up` keeps an image in this process."""
 
     def restore(self, backup: str) -> None:
         """Restore a backup. Any process may have written it and died before it committed the new image."""
 
-    def remove(self, path: str) -> None:
-        """Remove an image if it exists."""
+    def remove(self, *paths: str) -> None:
+        """Remove those of these images that exist."""
 
     def has(self, path: str) -> bool:
         """Return whether an image exists at this path."""
@@ -66,10 +65,10 @@ class Sink(Protocol):
         """Return an image's bytes, or None if it is missing or its size differs from `length`, if given."""
 
 
-SINKS: dict[str, Callable[[Path | PinnedFolder, str], Sink]] = {"folder": FolderSink}
+SINKS: dict[str, Callable[[Out, str], Sink]] = {"folder": FolderSink}
 """Sinks by name. Each is created with OUT and the suffix of image files. `tests/test_sinks.py` tests all of them."""
 
 
-def make_sink(out: Path | PinnedFolder, image_format: ImageFormat = "png", name: str = "folder") -> Sink:
+def make_sink(out: Out, image_format: ImageFormat = "png", name: str = "folder") -> Sink:
     """Create a sink that stores images in OUT. Raises StorageError if OUT cannot be read."""
     return SINKS[name](out, IMAGE_SUFFIXES[image_format])

@@ -1,4 +1,4 @@
-"""Write durable atomic files in OUT, lock OUT, and manage temporary files and log files.
+"""Read, write and lock OUT, in a local folder or an object store, and manage temporary files and log files.
 
 Most functions raise disk errors as StorageError, which names the path or the temporary folder. Others raise OSError.
 """
@@ -10,27 +10,31 @@ from batch_infer.store.files import (
     TEMPORARY_PREFIX,
     atomic_write,
     fsync,
-    fsync_folder,
     host_id,
     is_abandoned,
-    is_case_sensitive,
-    is_folder,
-    is_link,
     is_temporary,
     list_names,
-    make_folder,
     original_name,
-    path_exists,
     read_errors,
     remove_unfinished,
-    sweep,
     temporary_path,
     unique_name,
-    unless_removed,
     write_errors,
 )
-from batch_infer.store.folder import PinnedFolder, find_holder, locked_folder, marker_name, remove_stale_holder
-from batch_infer.store.logfile import log_handler, open_log
+from batch_infer.store.folder import marker_name
+from batch_infer.store.local import LocalStore
+from batch_infer.store.logfile import log_handler
+from batch_infer.store.opening import (
+    Out,
+    is_url,
+    open_store,
+    prefetch,
+    refuse_unprintable,
+    to_absolute,
+    to_stored_file,
+    unless_removed,
+)
+from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, Store, StoreAddress, StoredFile
 from batch_infer.store.temporary import (
     create_temporary,
     open_temporary_text,
@@ -45,52 +49,53 @@ if TYPE_CHECKING:
     from batch_infer.store.object import ObjectStore
 
 __getattr__ = import_on_use(
-    "batch_infer.store",
+    __name__,
     clients=("connect", "describe", "is_refusal", "is_service_error"),
     object=("ObjectStore",),
 )
 
 __all__ = [
+    "IMAGE_FOLDERS",
+    "LocalStore",
     "ObjectStore",
-    "PinnedFolder",
+    "Out",
+    "PrivateFile",
+    "Store",
+    "StoreAddress",
+    "StoredFile",
     "TEMPORARY_PREFIX",
     "atomic_write",
     "connect",
     "create_temporary",
     "describe",
-    "find_holder",
     "fsync",
-    "fsync_folder",
     "get_protocol",
     "host_id",
     "is_abandoned",
-    "is_case_sensitive",
-    "is_folder",
     "is_http",
-    "is_link",
     "is_refusal",
     "is_service_error",
     "is_temporary",
+    "is_url",
     "list_names",
-    "locked_folder",
     "log_handler",
-    "make_folder",
     "marker_name",
-    "open_log",
+    "open_store",
     "open_temporary_text",
     "original_name",
-    "path_exists",
+    "prefetch",
     "read_errors",
     "redact_url",
     "redact_urls",
-    "remove_stale_holder",
+    "refuse_unprintable",
     "remove_unfinished",
     "split_query",
-    "sweep",
     "temporary_database",
     "temporary_file_errors",
     "temporary_folder",
     "temporary_path",
+    "to_absolute",
+    "to_stored_file",
     "unique_name",
     "unless_removed",
     "write_errors",

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,16 +40,6 @@ def _storage_errors(verb: str, path: Path) -> Iterator[None]:
 
 write_errors = partial(_storage_errors, "write")
 read_errors = partial(_storage_errors, "read")
-
-
-@contextmanager
-def unless_removed(path: Path) -> Iterator[None]:
-    """Suppress StorageError if another process has removed or renamed `path`."""
-    try:
-        yield
-    except StorageError:
-        if path_exists(path):
-            raise
 
 
 def path_exists(path: Path) -> bool:
@@ -96,6 +87,12 @@ def make_folder(folder: Path) -> None:
     with write_errors(folder):
         folder.mkdir(exist_ok=True)
         fsync_folder(folder.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with its content, or a file, if it exists. Raises StorageError."""
+    with write_errors(path):
+        shutil.rmtree(path) if is_folder(path) else path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
@@ -215,20 +212,16 @@ def is_case_sensitive(folder: Path) -> bool:
             probe.unlink(missing_ok=True)
 
 
-def sweep(
-    folder: Path,
-    is_ours: Callable[[str], bool],
-    remove: Callable[[Path], object] = lambda path: path.unlink(missing_ok=True),
-) -> list[Path]:
-    """Call `remove` for each file or link whose name `is_ours` accepts, and return the subfolders that are not links.
+def scan_folder(folder: Path, is_match: Callable[[str], bool]) -> tuple[list[Path], list[Path]]:
+    """Return the files and links whose name `is_match` accepts, and the subfolders that are not links.
 
     Files are neither opened nor statted, because there may be many. Raises OSError.
     """
-    folders = []
+    files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
-            elif is_ours(entry.name):
-                remove(Path(entry.path))
-    return folders
+            elif is_match(entry.name):
+                files.append(Path(entry.path))
+    return files, folders

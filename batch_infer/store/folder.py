@@ -138,16 +138,6 @@ def find_holder(folder: Path) -> str | None:
         return _read_holder(folder) if _is_locked(path) else None
 
 
-def remove_stale_holder(folder: Path) -> None:
-    """Remove the holder file of a killed process, but keep it if any process holds the lock, even this one.
-
-    Raises OSError, and StorageError if it is unknown whether the file exists.
-    """
-    if path_exists(folder / HOLDER):
-        with suppress(Timeout), FileLock(folder / LOCK).acquire(timeout=0):
-            (folder / HOLDER).unlink(missing_ok=True)
-
-
 def _acquire(folder: Path) -> FileLock:
     """Lock a folder, creating it durably if missing. Raises LockedError, SettingsError, StorageError."""
     try:

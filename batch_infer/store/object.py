@@ -84,7 +84,7 @@ class ObjectStore:
             return str(self._system.info(self._path(name))["type"])
         return None
 
-    def list(self, folder: str) -> list[str]:
+    def list_folder(self, folder: str) -> list[str]:
         files, folders = self._list_entries(folder)
         return sorted({PurePosixPath(name).name for name in (*files, *folders)})
 
@@ -124,7 +124,7 @@ class ObjectStore:
         return None
 
     @contextmanager
-    def open(self, name: str) -> Iterator[pa.NativeFile]:
+    def open_file(self, name: str) -> Iterator[pa.NativeFile]:
         """Open a local copy, which is kept for the next time. Raises FileNotFoundError, StorageError."""
         import pyarrow as pa
 
@@ -210,6 +210,18 @@ class ObjectStore:
             wait(started)
             for future in started:
                 future.result()
+
+    def remove_empty_folder(self, name: str) -> None:
+        """Object stores have no empty folders."""
+
+    def check_kinds(self, folders: Sequence[str], files: Sequence[str]) -> None:
+        """An object may have the name of a folder, so nothing is refused."""
+
+    def contains(self, table: str, names: Iterable[str]) -> bool:
+        return any(f"{table}/".startswith(f"{self.locate(name)}/") for name in names)
+
+    def is_link(self, name: str) -> bool:
+        return False
 
     # Images
 

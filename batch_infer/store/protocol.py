@@ -25,6 +25,10 @@ class StoreAddress:
     marker: str | None = None
 
 
+IMAGE_FOLDERS = ("images", "quarantine")
+"""The folders of images in OUT. In a local OUT, they may be links or mounts, for example to use a larger disk."""
+
+
 class PrivateFile(NamedTuple):
     """The content of a file, and when it was written, in seconds by the clock of `Store.now`.
 
@@ -39,10 +43,10 @@ class PrivateFile(NamedTuple):
 class Store(Protocol):
     """A place for OUT.
 
-    Names are POSIX paths relative to OUT, such as `manifest/part-00001-9f2c.parquet`. `TOP_FOLDERS` of `jobs.out` are
-    the folders in OUT; stores create folders as needed. Every file appears whole or not at all, and is durable when the
-    method that writes it returns. Methods may be called from several threads. All methods may raise StorageError, for
-    example if the storage cannot be reached, and SettingsError if a new try would fail too.
+    Names are POSIX paths relative to OUT, such as `manifest/part-00001-9f2c.parquet`. Folders are created as needed.
+    Every file appears whole or not at all, and is durable when the method that writes it returns. Methods may be called
+    from several threads. All methods may raise StorageError, for example if the storage cannot be reached, and
+    SettingsError if a new try would fail too.
     """
 
     @property
@@ -72,7 +76,7 @@ class Store(Protocol):
         """Return whether a file, folder or link exists."""
         ...
 
-    def list(self, folder: str) -> list[str]:
+    def list_folder(self, folder: str) -> list[str]:
         """Return the sorted names of the files and folders in a folder, without its own, or [] if it is missing."""
         ...
 
@@ -88,7 +92,7 @@ class Store(Protocol):
         """Return a file's bytes, or None if it is missing."""
         ...
 
-    def open(self, name: str) -> AbstractContextManager[pa.NativeFile]:
+    def open_file(self, name: str) -> AbstractContextManager[pa.NativeFile]:
         """Open a file for random access. A store may cache it, so it must be one that never changes.
 
         Raises OSError if the file is missing or cannot be read.
@@ -118,14 +122,33 @@ class Store(Protocol):
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files. Missing files are ignored, and so are images whose folder is a link."""
+        """Remove files. Missing files are ignored, and so are images in a linked folder inside an image folder."""
         ...
 
     def remove_folder(self, name: str, stop: Callable[[], bool]) -> None:
-        """Remove a folder with its content, or a file, or nothing if it is missing.
+        """Remove a folder with its content, or a file, or nothing if it is missing. A link is not followed.
 
         Raises StoppedError soon after `stop` returns True, with some files left.
         """
+        ...
+
+    def check_kinds(self, folders: Sequence[str], files: Sequence[str]) -> None:
+        """Raise SettingsError if a file of OUT is in the place of one of these folders, or a folder in that of a file.
+
+        Also raise it if a folder is a link, unless it is one of IMAGE_FOLDERS.
+        """
+        ...
+
+    def contains(self, table: str, names: Iterable[str]) -> bool:
+        """Return whether the path or URL of a table leads into one of these folders and files of OUT."""
+        ...
+
+    def is_link(self, name: str) -> bool:
+        """Return whether a file or folder is a link."""
+        ...
+
+    def remove_empty_folder(self, name: str) -> None:
+        """Remove a folder if it is empty and not a link, if this storage keeps empty folders."""
         ...
 
     # Images
@@ -187,3 +210,19 @@ class Store(Protocol):
     def read_private(self, name: str) -> PrivateFile | None:
         """Return a file that `write_private` may have written, or None if it is missing. Links are not followed."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file in a store. Its text is its location, for messages."""
+
+    store: Store
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The last component of the path."""
+        return self.path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.store.locate(self.path)

@@ -100,9 +100,9 @@ class Tables:
         return {file.name: file.error for file in self._files if file.error is not None}
 
     @property
-    def local_paths(self) -> list[Path]:
-        """Absolute paths of the user's local tables."""
-        return list(self._stamps)
+    def locations(self) -> list[str]:
+        """Absolute paths of the user's local tables, and URLs of remote ones without secrets."""
+        return [*map(str, self._stamps), *(file.name for file in self._files if file.origin == "url")]
 
     @property
     def notices(self) -> list[str]:

@@ -16,6 +16,7 @@ from batch_infer.errors import BatchInferError
 from batch_infer.manifest import Manifest
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.sinks import Sink, make_sink
+from batch_infer.store import open_store
 from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
 
@@ -55,8 +56,7 @@ def commit_images(
     sink.publish(written)
     if rows:
         manifest.commit(rows, carried)
-    for path in (*(path for path in previous if path not in row_paths), *map(sink.backup_path, replaced)):
-        sink.remove(path)
+    sink.remove(*(path for path in previous if path not in row_paths), *map(sink.backup_path, replaced))
 
 
 def commit_failed(
@@ -66,7 +66,8 @@ def commit_failed(
     scheduler = settings.card.scheduler_name
     rows = [make_row(request, "failed", reason, scheduler=scheduler, worker=worker) for request in requests]
     previous = [request.replaces for request in requests if request.replaces]
-    manifest, sink = Manifest(settings.out, settings.run), make_sink(settings.out)
+    store = open_store(settings.out)
+    manifest, sink = Manifest(store, settings.run), make_sink(store)
     commit_images(sink, manifest, rows, settings.carried, written=(), previous=previous)
     return rows
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
-from batch_infer.store import PinnedFolder
+from batch_infer.store import StoreAddress
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -27,7 +27,7 @@ class WorkerSettings:
     compute: Compute
     safety: SafetySettings
     output: OutputSettings
-    out: PinnedFolder
+    out: StoreAddress
     carried: pa.Schema
     run: int = 0
     """The number of the run in OUT, which is stored in its manifest parts, or 0 outside a run."""

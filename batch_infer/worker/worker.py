@@ -16,6 +16,7 @@ from batch_infer.peak_flops import peak_tflops
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import make_sink
+from batch_infer.store import open_store
 from batch_infer.worker.committing import Committer, commit_images
 from batch_infer.worker.interface import WorkerReport, WorkerSettings, read_peak_memory
 from batch_infer.worker.rows import explain_flag, make_row, with_image, with_verdict
@@ -46,8 +47,9 @@ class Worker:
     ) -> None:
         """Load the chain. Every result row has `name` as its `worker`. Raises the errors of `load`."""
         self._settings, self._name = settings, name
-        self._sink = make_sink(settings.out, settings.output.image_format)
-        self._manifest = Manifest(settings.out, settings.run)
+        store = open_store(settings.out)
+        self._sink = make_sink(store, settings.output.image_format)
+        self._manifest = Manifest(store, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
