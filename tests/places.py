@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import tempfile
 from abc import ABC, abstractmethod
@@ -119,6 +120,7 @@ def empty_temporary_folder(folder: Path) -> Iterator[None]:
     folder.mkdir()
     with mock.patch.dict("os.environ", TMPDIR=str(folder)), mock.patch.object(tempfile, "tempdir", str(folder)):
         yield
+    gc.collect()  # a store in this process removes its files when it is collected
     assert [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor")] == []
 
 
