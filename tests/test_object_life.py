@@ -20,6 +20,7 @@ pytestmark = pytest.mark.promises
 LEASE_SECONDS = 60
 """How long a lease lives after its holder has died."""
 OUTAGE_SECONDS = 10
+POLL_SECONDS = 0.5
 ONE_WORKER = ("--num-processes", "1")
 ROWS = 10
 
@@ -43,9 +44,20 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectPlac
         yield place
 
 
+def count_parts(place: Place) -> int:
+    """Count the manifest parts, after a pause, because the caller polls."""
+    time.sleep(POLL_SECONDS)
+    return place.parts()
+
+
+def can_merge(place: Place) -> bool:
+    time.sleep(POLL_SECONDS)
+    return command("merge", place.out).code == 0
+
+
 def test_a_second_run_is_refused_until_the_first_is_stopped(table: Path, place: Place, reference: Place) -> None:
     with start(table, place.out, *ONE_WORKER, program=MODULE, PACE_HOLD="4") as process:
-        assert wait_for(process, lambda: place.parts() == 4)
+        assert wait_for(process, lambda: count_parts(place) == 4)
         holder = f"{platform.node()}, process {process.pid}"
         for refused in (run(table, place.out), command("merge", place.out)):
             assert refused.code == 75
@@ -65,7 +77,7 @@ def test_a_killed_run_is_taken_over_and_survives_a_restart_of_the_server(
     table: Path, place: ObjectPlace, reference: Place
 ) -> None:
     with start(table, place.out, *ONE_WORKER, program=MODULE, session=True, PACE_HOLD="4") as process:
-        assert wait_for(process, lambda: place.parts() == 4)
+        assert wait_for(process, lambda: count_parts(place) == 4)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     killed_at = time.monotonic()
@@ -73,10 +85,10 @@ def test_a_killed_run_is_taken_over_and_survives_a_restart_of_the_server(
     if time.monotonic() < killed_at + LEASE_SECONDS / 2:
         assert refused.code == 75
         assert f"{platform.node()}, process {process.pid}" in refused.stderr
-    assert eventually(lambda: command("merge", place.out).code == 0)
+    assert eventually(lambda: can_merge(place))
     assert len(place.results()) == 4
     with start(table, place.out, *ONE_WORKER, program=MODULE, PACE_SECONDS="0.5") as process:
-        assert wait_for(process, lambda: place.parts() > 4)
+        assert wait_for(process, lambda: count_parts(place) > 4)
         place.server.stop()
         time.sleep(OUTAGE_SECONDS)
         place.server.start()
