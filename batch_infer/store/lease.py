@@ -170,9 +170,11 @@ class Lease:
         while not self._is_lost and not stop.wait(self.seconds / RENEWALS):
             self.renew()
 
-    def renew(self) -> None:
+    def renew(self, *, if_stale: bool = False) -> None:
         """Renew the lease, and keep an error for `check`."""
         with self._lock:
+            if if_stale and not self._is_stale:  # another thread has renewed it
+                return
             try:
                 self._renew()
             except (SettingsError, StorageError) as error:
@@ -202,12 +204,7 @@ class Lease:
         over. In that case, a renewal shows whether one has.
         """
         if self._is_stale:
-            with self._lock:
-                if self._is_stale:
-                    try:
-                        self._renew()
-                    except (SettingsError, StorageError) as error:
-                        self._error = error
+            self.renew(if_stale=True)
         if self._is_lost:
             raise make_lost_error(self.file.out)
         if self._is_stale:
@@ -249,12 +246,10 @@ class LeaseReader:
 
 def make_lost_error(out: str) -> StorageError:
     return StorageError(
-        f"another run has taken over {out}, or its lease was removed; run again when that run has ended"
+        f"another run has taken over {out}, or the lease was removed; run again when that run has ended to continue"
     )
 
 
 def make_stale_error(out: str, seconds: float, error: Exception | None = None) -> StorageError:
-    reason = f" ({error})" if error else ""
-    return StorageError(
-        f"the lease of {out} could not be renewed for {seconds:.0f} seconds{reason}; run again to continue"
-    )
+    message = f"the lease of {out} could not be renewed for {seconds:.0f} seconds{f' ({error})' if error else ''}"
+    return StorageError(f"{message}; run again to continue")

@@ -99,13 +99,6 @@ class Store(Protocol):
         """
         ...
 
-    def prefetch(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield names in their order, each before the caller opens it, and download the next files in the meantime.
-
-        Errors are raised when a file is opened. Stores without latency only yield the names.
-        """
-        ...
-
     def write(self, name: str) -> AbstractContextManager[Path]:
         """Yield the path of a temporary local file to write to, and store it unless an exception is raised.
 

@@ -1,0 +1,310 @@
+"""Test leases with a simulated service and clock: responses are lost, the service is down, processes are suspended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+
+from batch_infer.errors import LockedError, StorageError
+from batch_infer.store import lease as lease_module
+from batch_infer.store.conditional import Version
+from batch_infer.store.lease import CHECK_SECONDS, LEASE, LEASE_SECONDS, Lease, LeaseObject, LeaseReader
+
+OUT = "s3://bucket/out"
+
+
+class Service:
+    """A service with one object, whose clock is that of the process, rounded to seconds. It is also the file system."""
+
+    def __init__(self) -> None:
+        self.now = 1000.7
+        self.object: Version | None = None
+        self.requests: list[str] = []
+        self.is_down = False
+        self.fault: Callable[[str], None] = lambda request: None
+        """Called after each request with its name. May raise an error, so that the response is lost."""
+        self._versions = count()
+
+    def create(self, path: str, content: bytes) -> str | None:
+        self._receive()
+        return self._put("create", content) if self.object is None else self._answer("create")
+
+    def replace(self, path: str, content: bytes, version: str) -> str | None:
+        self._receive()
+        is_same = self.object is not None and self.object.version == version
+        return self._put("replace", content) if is_same else self._answer("replace")
+
+    def _put(self, request: str, content: bytes) -> str:
+        self.object = Version(content, str(next(self._versions)), int(self.now), 0)
+        self._answer(request)
+        return self.object.version
+
+    def read(self, path: str) -> Version | None:
+        self._receive()
+        self._answer("read")
+        return None if self.object is None else self.object._replace(read_at=int(self.now))
+
+    def rm_file(self, path: str) -> None:
+        self._receive()
+        self.object = None
+        self._answer("remove")
+
+    def _receive(self) -> None:
+        if self.is_down:
+            raise ConnectionError("the network is down")
+
+    def _answer(self, request: str) -> None:
+        self.requests.append(request)
+        self.fault(request)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    service = Service()
+    monkeypatch.setattr(lease_module, "get_time", lambda: service.now)
+    return service
+
+
+def file_of(service: Any) -> LeaseObject:
+    return LeaseObject(OUT, service, service, LEASE)
+
+
+def acquire(service: Service) -> Lease:
+    lease = Lease(file_of(service))
+    lease.acquire()
+    return lease
+
+
+def lose_once(service: Service, lost: str) -> None:
+    """Make the library repeat the next put of this kind because its response was lost. The second one fails."""
+
+    def fault(request: str) -> None:
+        if request == lost:
+            service.fault = lambda request: None
+            raise LostResponse
+
+    service.fault = fault
+
+
+class LostResponse(Exception):
+    """Is caught by `repeat`."""
+
+
+class RepeatingService(Service):
+    def create(self, path: str, content: bytes) -> str | None:
+        try:
+            return super().create(path, content)
+        except LostResponse:
+            return super().create(path, content)
+
+    def replace(self, path: str, content: bytes, version: str) -> str | None:
+        try:
+            return super().replace(path, content, version)
+        except LostResponse:
+            return super().replace(path, content, version)
+
+
+@pytest.fixture
+def repeating(monkeypatch: pytest.MonkeyPatch) -> RepeatingService:
+    service = RepeatingService()
+    monkeypatch.setattr(lease_module, "get_time", lambda: service.now)
+    return service
+
+
+def test_a_lease_is_refused_until_it_ends(service: Service) -> None:
+    acquire(service)
+    file = file_of(service)
+    service.now += LEASE_SECONDS - 1
+    holder = file.find_holder() or ""
+    with pytest.raises(LockedError) as error:
+        acquire(service)
+    assert str(error.value) == (
+        f"{OUT} is locked by another run ({holder}); run again when that run has ended or, if it has crashed, when its"
+        " lease ends, in 1 seconds"
+    )
+    service.now += 1
+    assert file.find_holder() is None
+    acquire(service).check()
+
+
+def test_a_renewed_lease_does_not_end(service: Service) -> None:
+    lease = acquire(service)
+    reader = LeaseReader(file_of(service), lease.token)
+    contents = set()
+    for _ in range(20):
+        service.now += LEASE_SECONDS / 6
+        lease.renew()
+        assert service.object
+        contents.add(service.object.content)
+        lease.check()
+        reader.check()
+        with pytest.raises(LockedError):
+            acquire(service)
+    assert len(contents) == 20, "equal contents would have equal ETags"
+
+
+def test_checking_costs_no_request_while_the_lease_is_fresh(service: Service) -> None:
+    lease = acquire(service)
+    reader = LeaseReader(file_of(service), lease.token)
+    service.requests.clear()
+    for _ in range(10):
+        lease.check()
+        reader.check()
+    assert service.requests == ["read"]
+    service.now += CHECK_SECONDS
+    reader.check()
+    assert service.requests == ["read", "read"]
+
+
+def test_the_loser_of_a_race_for_an_ended_lease_is_refused(service: Service) -> None:
+    acquire(service)
+    service.now += LEASE_SECONDS
+    winners: list[Lease] = []
+
+    def race(request: str) -> None:
+        if request == "read" and not winners:
+            winners.append(Lease(file_of(service)))
+            winners[0].acquire()
+
+    service.fault = race
+    with pytest.raises(LockedError):
+        acquire(service)
+    winners[0].check()
+
+
+def test_a_lease_that_is_released_in_the_meantime_is_acquired(service: Service) -> None:
+    acquire(service)
+    service.requests.clear()
+
+    def release(request: str) -> None:
+        service.fault = lambda request: None
+        service.object = None
+
+    service.fault = release
+    acquire(service).check()
+    assert service.requests == ["create", "read", "create"]
+
+
+@pytest.mark.parametrize("lost", ["create", "replace"])
+def test_acquiring_survives_a_lost_response(repeating: RepeatingService, lost: str) -> None:
+    if lost == "replace":
+        acquire(repeating)
+        repeating.now += LEASE_SECONDS
+    lose_once(repeating, lost)
+    lease = acquire(repeating)
+    lease.check()
+    lease.renew()
+    lease.check()
+
+
+def test_a_renewal_survives_a_lost_response(repeating: RepeatingService) -> None:
+    """The repeated renewal fails, because the first one has changed the ETag."""
+    lease = acquire(repeating)
+    repeating.now += 10
+    lose_once(repeating, "replace")
+    repeating.requests.clear()
+    lease.renew()
+    assert repeating.requests == ["replace", "replace", "read", "replace"]
+    lease.check()
+    repeating.now += LEASE_SECONDS - 15
+    lease.check()
+    assert repeating.requests[4:] == [], "it counts as renewed"
+
+
+def test_a_lease_that_cannot_be_renewed_stops_the_run_before_it_ends(service: Service) -> None:
+    lease = acquire(service)
+    reader = LeaseReader(file_of(service), lease.token)
+    service.is_down = True
+    for _ in range(5):
+        service.now += 9
+        lease.renew()
+        lease.check()
+    service.now += 9
+    with pytest.raises(StorageError) as error:
+        lease.check()
+    assert str(error.value) == (
+        f"the lease of {OUT} could not be renewed for 54 seconds (cannot write {OUT}/.lease: the network is down);"
+        " run again to continue"
+    )
+    service.is_down = False
+    with pytest.raises(LockedError):
+        acquire(service)
+    with pytest.raises(StorageError, match="could not be renewed for 54 seconds; run again"):
+        reader.check()
+
+
+def test_a_short_outage_is_survived(service: Service) -> None:
+    lease = acquire(service)
+    service.is_down = True
+    service.now += 40
+    lease.renew()
+    service.is_down = False
+    lease.renew()
+    service.now += 40
+    lease.check()
+
+
+def test_a_process_that_was_suspended_continues_if_no_other_has_taken_over(service: Service) -> None:
+    lease = acquire(service)
+    service.now += 600
+    lease.check()
+    with pytest.raises(LockedError):
+        acquire(service)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_process_that_was_suspended_stops_if_another_has_taken_over(service: Service, has_ended: bool) -> None:
+    lease = acquire(service)
+    reader = LeaseReader(file_of(service), lease.token)
+    service.now += 600
+    with Lease(file_of(service)).hold():
+        if not has_ended:
+            check_is_lost(lease, reader)
+    if has_ended:
+        check_is_lost(lease, reader)
+
+
+def check_is_lost(lease: Lease, reader: LeaseReader) -> None:
+    for check in (lease.check, reader.check, lease.check):
+        with pytest.raises(StorageError, match=f"another run has taken over {OUT}, or the lease was removed"):
+            check()
+
+
+def test_a_held_lease_is_renewed_in_the_background_and_removed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "RENEWALS", 1e6)
+    renewed = threading.Event()
+    service.fault = lambda request: renewed.set() if request == "replace" else None
+    with Lease(file_of(service)).hold():
+        assert renewed.wait(60)
+    assert service.object is None
+
+
+def test_the_lease_of_another_run_is_not_removed(service: Service) -> None:
+    with Lease(file_of(service)).hold():
+        service.now += LEASE_SECONDS
+        other = acquire(service)
+    other.check()
+
+
+def test_an_error_is_not_masked_by_releasing(service: Service) -> None:
+    with pytest.raises(ZeroDivisionError), Lease(file_of(service)).hold():
+        service.is_down = True
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[]", b"{}", b"[" * 100_000, b'{"holder": 1, "token": 2, "seconds": -3}'],
+)
+def test_an_edited_lease_counts_for_a_minute(service: Service, content: bytes) -> None:
+    service.object = Version(content, "odd", int(service.now), 0)
+    with pytest.raises(LockedError, match="its process is unknown"):
+        acquire(service)
+    service.now += LEASE_SECONDS
+    acquire(service).check()
