@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.engines import Task, TaskReport
+from batch_infer.engines import Engine, Task, TaskReport
 from batch_infer.engines.handle import Timeouts
 from batch_infer.engines.local import LocalEngine
 from batch_infer.manifest import Manifest
@@ -49,9 +49,12 @@ class EngineRun:
             carried=pa.schema([("tag", pa.string())]),
         )
         requests = [self._request(k, prompt) for k, prompt in enumerate(self.prompts)]
-        with LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load) as engine:
+        with self.make_engine() as engine:
             assert engine.detect_device().kind == "cpu"
             return engine.render(Task(iter(requests), len(requests), settings), self.committed.extend, stop)
+
+    def make_engine(self) -> Engine:
+        return LocalEngine("cpu", self.processes, timeouts=self.timeouts, load=self.load)
 
     def _request(self, number: int, prompt: str) -> PromptRequest:
         row = make_request(f"{number}", prompt, seed=number, size=(16, 16))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from batch_infer.engines import dial_in
 from batch_infer.engines import launched as launched_module
 from batch_infer.engines.launched import LaunchedEngine, RankInfo, connect_to_rank_0, read_rank_info
 from batch_infer.engines.messages import Hello, encode
@@ -155,7 +156,7 @@ def test_other_ranks_render_the_rows_of_a_rank_that_is_stopped(tmp_path: Path) -
 
 def test_other_connections_do_not_block_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is closed at once, one stays silent, one does not know the key, and some send invalid bytes."""
-    monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(dial_in, "HANDSHAKE_SECONDS", 0.5)
     rank_info = RankInfo(0, 2, 0, 2, "127.0.0.1", "this launch")
     (tmp_path / "out").mkdir()
     with LaunchedEngine("cpu", rank_info, LocalStore(tmp_path / "out")) as engine:
@@ -215,7 +216,7 @@ def test_a_rendezvous_file_must_be_written_by_this_user(tmp_path: Path, caplog: 
 def test_a_silent_server_on_the_port_of_a_killed_rank_0_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launched_module, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(dial_in, "HANDSHAKE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         write_rendezvous(LocalStore(tmp_path), Rendezvous("launch", "127.0.0.1", silent.getsockname()[1], "00"))
         stops = iter([False, False, True])

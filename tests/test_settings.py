@@ -130,6 +130,7 @@ def test_every_option_is_a_setting() -> None:
             *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
             *("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--long-prompts"),
             *("--slots", "6", "--threads", "2", "--no-compile", "--steps", "4"),
+            *("--engine", "ray", "--ray-address", "10.0.0.1:6379"),
             *("--guidance-scale", "2", "--guidance-rescale", "0.5"),
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
@@ -142,7 +143,7 @@ def test_every_option_is_a_setting() -> None:
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
             "id_from": "content",
         },
-        "out": Path("o"),
+        "out": "o",
         "model": {
             "name": "m",
             "revision": "r",
@@ -165,7 +166,10 @@ def test_every_option_is_a_setting() -> None:
         },
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True, "service": None},
         "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
-        "compute": {"slots": 6, "threads": 2, "compiled": False, "processes": None},
+        "compute": {
+            **{"slots": 6, "threads": 2, "compiled": False, "processes": None},
+            **{"engine": "ray", "ray_address": "10.0.0.1:6379"},
+        },
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,
         "rerender_changed": True,

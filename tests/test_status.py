@@ -92,12 +92,12 @@ def test_status_is_unknown_if_the_lock_is_unreadable(table: Path, out: Path, mon
     def refuse(path: Path) -> str | None:
         raise StorageError(f"cannot read {path}/.lock: Permission denied")
 
-    monkeypatch.setattr("batch_infer.jobs.status.find_holder", refuse)
+    monkeypatch.setattr("batch_infer.store.local.find_holder", refuse)
     report = status(out)
     assert (report["state"], report["holder"], report["left"]) == ("unknown", None, 0)
     lines = command("status", out).stdout.splitlines()
     assert lines[0].startswith(f"{out}: unknown, started 20")
-    assert lines[-1] == f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
+    assert lines[-1] == f"the lock of {out} cannot be read, so it is unknown whether a run is active"
 
 
 def test_status_of_a_stopped_run_counts_remaining_results(table: Path, out: Path) -> None:

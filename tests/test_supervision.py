@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -124,6 +124,12 @@ class FakeSource:
         return self.handles
 
     def arrivals(self) -> Iterable[WorkerHandle]:
+        return ()
+
+    def pending(self) -> Collection[int]:
+        return ()
+
+    def failed_starts(self) -> Iterable[tuple[int, str]]:
         return ()
 
     def restart(self, rank: int) -> WorkerHandle | None:
@@ -249,7 +255,7 @@ def test_waiting_for_a_device_times_out(monkeypatch: pytest.MonkeyPatch, clock: 
     with silent_worker() as worker:
         monkeypatch.setattr(worker, "receive", wait_long)
         with pytest.raises(WorkersLostError, match="found no device in 600 s"):
-            local._wait_for_device(worker, 600.0)
+            local.wait_for_device(worker, 600.0)
     assert clock.now == 700.0
 
 
@@ -377,3 +383,44 @@ def test_a_worker_with_slow_steps_is_not_killed(clock: Clock) -> None:
             worker.record_heartbeat()
         clock.now += 9001.0
         assert worker.overdue_seconds(timeouts) == 9001.0
+
+
+class PendingSource(FakeSource):
+    """A source whose only worker is pending, and ends before it connects, time after time, if there is a cause."""
+
+    def __init__(self, cause: str | None) -> None:
+        super().__init__(0)
+        self._cause, self.requests = cause, 1
+
+    def pending(self) -> Collection[int]:
+        return (0,) if self._cause is None or self.requests else ()
+
+    def failed_starts(self) -> Iterable[tuple[int, str]]:
+        if self._cause is not None and self.requests:
+            self.requests -= 1
+            yield 0, self._cause
+
+    def restart(self, rank: int) -> WorkerHandle | None:
+        self.requests += 1
+        return None
+
+
+def test_a_run_waits_for_pending_workers_until_it_is_stopped(tmp_path: Path) -> None:
+    calls = iter([False] * 3)
+    report = make_supervisor(PendingSource(None), tmp_path).run(lambda: next(calls, True))
+    assert next(calls, None) is None
+    assert (report.worker_reports, report.deaths) == ([], 0)
+
+
+def test_workers_that_end_before_they_connect_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor_module, "POLL_SECONDS", 0.001)
+    supervisor = make_supervisor(PendingSource("no memory"), tmp_path)
+    with (
+        caplog.at_level(logging.INFO, "batch_infer"),
+        pytest.raises(WorkersLostError, match="no worker is left: the last one died .no memory"),
+    ):
+        supervisor.run(lambda: False)
+    assert caplog.text.count("worker 0 ended before it connected (no memory)") == supervisor_module.MAX_FAILURES
+    assert caplog.text.count("worker 0 is requested again") == supervisor_module.MAX_FAILURES - 1

@@ -68,7 +68,7 @@ def _status_lines(run: RunStatus, out: str) -> Iterator[str]:
     if run.state == "stopped":
         yield "run the same command again to continue"
     if run.state == "unknown":
-        yield f"{out}/.lock cannot be read (permission denied), so it is unknown whether a run is active"
+        yield f"the lock of {out} cannot be read, so it is unknown whether a run is active"
     if run.state == "rescoring" and not run.holder:
         yield "a rescore is unfinished: run the same `batch-infer rescore` again to continue"
 

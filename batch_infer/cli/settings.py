@@ -58,8 +58,21 @@ job_options = (
         "--num-processes",
         type=NONNEGATIVE,
         metavar="N",
-        help="Number of worker processes, one per device. Default: one per visible GPU, else 1. 0: render in the "
-        "command's own process.",
+        help="Number of worker processes, one per device. Default: one per visible GPU, else 1; on a Ray cluster, as "
+        "many as it has room for. 0: render in the command's own process.",
+    ),
+    option(
+        "--engine",
+        type=click.Choice(get_args(s.EngineName)),
+        default="local",
+        help="local: worker processes on this machine. ray: actors on a Ray cluster, each with one GPU, or with "
+        "--threads CPUs (default 1).",
+    ),
+    option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="Address of the Ray cluster. Default: RAY_ADDRESS, else the cluster of this machine, else a new one on "
+        "this machine.",
     ),
     option_with_aliases(
         "--steps", "--num-inference-steps", type=int, metavar="N", help="Steps of rows without num_inference_steps."
@@ -191,4 +204,11 @@ def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:
 
 def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
     """Return the settings of batch size, threads, compilation and processes."""
-    return s.ComputeSettings(options["slots"], options["threads"], options["compiled"], options.get("num_processes"))
+    return s.ComputeSettings(
+        options["slots"],
+        options["threads"],
+        options["compiled"],
+        options.get("num_processes"),
+        options.get("engine", "local"),
+        options.get("ray_address"),
+    )

@@ -81,6 +81,8 @@ class WorkerHandle:
     def __init__(self, rank: int, connection: Connection, process: BaseProcess | None = None) -> None:
         self.rank, self._connection, self._process = rank, connection, process
         self.is_child = process is not None
+        self.is_restartable = self.is_child
+        """Whether the engine can kill and restart it. For a launched rank, only the launcher can."""
         self.is_required = False
         """Whether the run ends if the worker cannot start."""
         self.is_loaded = False

@@ -13,22 +13,22 @@ import queue
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from threading import Thread, Timer
+from multiprocessing.connection import Connection
 
 import msgspec
 
 from batch_infer.engines.connection import SupervisorConnection
-from batch_infer.engines.handle import WorkerHandle, shut_down
+from batch_infer.engines.dial_in import accept_workers, dial_in, listen_everywhere
+from batch_infer.engines.handle import WorkerHandle
 from batch_infer.engines.local import LocalEngine
-from batch_infer.engines.messages import Hello, StopTask, decode_from_worker, encode
+from batch_infer.engines.messages import Hello, StopTask, encode
+from batch_infer.engines.remote import check_same_model
 from batch_infer.engines.rendezvous import Rendezvous, age_seconds, read_rendezvous, remove_rendezvous, write_rendezvous
 from batch_infer.engines.worker_process import WorkerSpec, work
-from batch_infer.errors import ModelError, ServiceError, SettingsError
+from batch_infer.errors import ServiceError, SettingsError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
@@ -40,9 +40,6 @@ ARRIVAL_SECONDS = 1800.0
 """Maximum number of seconds that the other ranks wait for rank 0, which may have to download a model first."""
 LATE_SECONDS = 20.0
 """Maximum number of seconds that rank 0 waits at the end for ranks that have not connected yet, to stop them."""
-HANDSHAKE_SECONDS = 30.0
-"""Maximum number of seconds to connect, and then to prove at both ends that the key is known."""
-HELLO_BYTES = 256
 PROCESS_START = time.monotonic()
 
 log = logging.getLogger("batch_infer")
@@ -95,8 +92,8 @@ class LaunchedEngine(LocalEngine):
         self._listener = _listen(info)
         port = self._listener.getsockname()[1]
         self._rendezvous = Rendezvous(info.launch_id, info.master_address, port, secrets.token_hex(32))
-        self._key = write_rendezvous(self._store, self._rendezvous)
-        Thread(target=self._accept, daemon=True).start()
+        key = write_rendezvous(self._store, self._rendezvous)
+        accept_workers(self._listener, key, self._admit)
         super().__enter__()
         return self
 
@@ -133,37 +130,11 @@ class LaunchedEngine(LocalEngine):
         """Restart the child process. For other ranks, return None, since only the launcher can restart them."""
         return self._start_child(rank) if rank == 0 else None
 
-    def _accept(self) -> None:
-        while self._listener.fileno() != -1:  # until the listener is closed
-            with suppress(OSError):  # the other end or the listener was closed
-                connection = Connection(self._listener.accept()[0].detach())
-                Thread(target=self._admit, args=(connection,), daemon=True).start()
-
-    def _admit(self, connection: Connection) -> None:
-        """Admit a rank that knows the key. Runs on its own thread, since a silent connection must not block others."""
-        try:
-            with _handshake_timeout(connection):
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
-                message = decode_from_worker(connection.recv_bytes(HELLO_BYTES))
-            if isinstance(message, Hello) and 0 < message.rank < self._rank_info.world_size:
-                self._arrivals.put(WorkerHandle(message.rank, connection))
-                return
-        except (AuthenticationError, EOFError, OSError, msgspec.DecodeError):
-            pass
-        connection.close()
-
-
-@contextmanager
-def _handshake_timeout(connection: Connection) -> Iterator[None]:
-    """Shut down the connection if the handshake inside the context takes longer than HANDSHAKE_SECONDS."""
-    timer = Timer(HANDSHAKE_SECONDS, shut_down, (connection,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def _admit(self, rank: int, connection: Connection) -> bool:
+        is_valid = 0 < rank < self._rank_info.world_size
+        if is_valid:
+            self._arrivals.put(WorkerHandle(rank, connection))
+        return is_valid
 
 
 def _listen(rank_info: RankInfo) -> socket.socket:
@@ -176,9 +147,7 @@ def _listen(rank_info: RankInfo) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(rank_info.master_address, 0, type=socket.SOCK_STREAM)[0]
         if rank_info.world_size == rank_info.local_world_size:
             return socket.create_server(address[:2], family=family)
-        is_dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if is_dual else family
-        return socket.create_server(("", 0), family=family, dualstack_ipv6=is_dual)
+        return listen_everywhere(family)
     except OSError as error:
         reason = error.strerror or error
         raise SettingsError(f"MASTER_ADDR={rank_info.master_address}: rank 0 cannot listen there: {reason}") from error
@@ -197,10 +166,7 @@ def join_launch(
     connection.send_bytes(encode(Hello(rank_info.rank)))
 
     def localize(settings: WorkerSettings) -> WorkerSettings:
-        fingerprints = (settings.card.fingerprint, settings.card.scheduler_fingerprint)
-        if (card.fingerprint, card.scheduler_fingerprint) != fingerprints:
-            message = f"rank {rank_info.rank}: {card.name} differs from rank 0's model of that name"
-            raise ModelError(f"{message}; all ranks need the same files")
+        check_same_model(card, settings, f"rank {rank_info.rank}", "rank 0")
         return replace(settings, card=card, out=replace(store.address, marker=settings.out.marker))
 
     spec = WorkerSpec(rank_info.rank, rank_info.local_rank, requested_device, is_child=False)
@@ -243,19 +209,8 @@ def _connect(rendezvous: Rendezvous, key: bytes) -> Connection | None:
 
     Raises ServiceError if its address cannot be resolved.
     """
-    connection = None
     try:
-        end = socket.create_connection((rendezvous.host, rendezvous.port), HANDSHAKE_SECONDS)
-        end.settimeout(None)
-        connection = Connection(end.detach())
-        with _handshake_timeout(connection):  # another server may have taken the port of a killed rank 0
-            answer_challenge(connection, key)
-            deliver_challenge(connection, key)
+        return dial_in(rendezvous.host, rendezvous.port, key)
     except socket.gaierror as error:
         message = f"MASTER_ADDR={rendezvous.host} cannot be resolved on this machine: {error.strerror}"
         raise ServiceError(message) from error
-    except (OSError, EOFError, AuthenticationError):
-        if connection is not None:
-            connection.close()
-        return None
-    return connection

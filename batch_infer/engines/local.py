@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class LocalEngine:
             worker.kill()
 
     def detect_device(self) -> Device:
-        device = _wait_for_device(self._workers[0], self.timeouts.device)
+        device = wait_for_device(self._workers[0], self.timeouts.device)
         gpus = device.count if device.kind == "cuda" else None
         count = self.worker_count = self._child_count = self._processes or gpus or 1
         if gpus is not None and count > gpus:
@@ -68,6 +68,12 @@ class LocalEngine:
     def arrivals(self) -> Iterable[WorkerHandle]:
         return ()
 
+    def pending(self) -> Collection[int]:
+        return ()
+
+    def failed_starts(self) -> Iterable[tuple[int, str]]:
+        return ()
+
     def restart(self, rank: int) -> WorkerHandle | None:
         return self._start_child(rank)
 
@@ -76,7 +82,7 @@ class LocalEngine:
         return self._workers[rank]
 
 
-def _wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
+def wait_for_device(worker: WorkerHandle, seconds: float) -> Device:
     """Return the device that a worker reports.
 
     Raises the worker's own error if it ends before, and WorkersLostError on timeout, for example if the driver hangs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,7 +83,7 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 
 
 class WorkerSource(Protocol):
-    """Starts workers, or accepts those that a launcher starts."""
+    """Starts workers, requests them from a cluster, or accepts those that a launcher starts."""
 
     @property
     def worker_count(self) -> int: ...
@@ -101,6 +101,17 @@ class WorkerSource(Protocol):
         """Return the workers that have connected since the last call."""
         ...
 
+    def pending(self) -> Collection[int]:
+        """Return the ranks of the workers that were requested and will be in `arrivals` later, if ever.
+
+        A run does not end while some are pending and rows are left.
+        """
+        ...
+
+    def failed_starts(self) -> Iterable[tuple[int, str]]:
+        """Return the rank of each worker that ended while it was pending, and why, since the last call."""
+        ...
+
     def restart(self, rank: int) -> WorkerHandle | None:
-        """Restart a worker and return it, or return None if only its launcher can restart it."""
+        """Restart a worker and return it. Return None if it is pending now, or if only its launcher can restart it."""
         ...

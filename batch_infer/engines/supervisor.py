@@ -55,12 +55,11 @@ class Supervisor:
         self._ledger.prefetch()
         last_turn = time.monotonic()
         with deferred():
-            while self._workers:
+            while self._workers or self._is_waiting():
                 if stop():
                     self._stop()
                 last_turn = self._reset_after_suspension(last_turn)
-                for worker in self._source.arrivals():
-                    self._add(worker)
+                self._receive_arrivals()
                 self._inbox_event.wait(POLL_SECONDS)
                 self._inbox_event.clear()
                 for worker in list(self._workers.values()):
@@ -71,6 +70,19 @@ class Supervisor:
             raise self._error
         seconds = time.monotonic() - self._rendering_since if self._rendering_since is not None else 0.0
         return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
+
+    def _is_waiting(self) -> bool:
+        """Return whether workers are pending that would render rows."""
+        return not self._is_stopping and not self._ledger.is_done and bool(self._source.pending())
+
+    def _receive_arrivals(self) -> None:
+        for worker in self._source.arrivals():
+            self._add(worker)
+        for rank, cause in self._source.failed_starts():
+            if not self._is_stopping:
+                self._failures[rank] += 1
+                log.warning("worker %d ended before it connected (%s)", rank, cause)
+                self._restart(rank, WorkersLostError(cause))
 
     def _reset_after_suspension(self, last_turn: float) -> float:
         """Reset the silence of all workers if this process was suspended. Return the time of this turn."""
@@ -169,7 +181,7 @@ class Supervisor:
                         self._on_ready()
                     worker.mark_busy()
                     self._send_rows(worker, chunk)
-            elif self._ledger.is_done and not worker.is_loaded and worker.is_child:  # no need to load the model
+            elif self._ledger.is_done and not worker.is_loaded and worker.is_restartable:  # no need to load the model
                 worker.kill()
                 self._remove(worker)
 
@@ -215,7 +227,9 @@ class Supervisor:
     def _replace(self, worker: WorkerHandle, cause: str) -> None:
         """Retry the rows of a worker that has died or hangs, and restart it if possible, or stop with its error."""
         rank, error = worker.rank, worker.exit_error(cause)
-        must_start = worker.is_required and not worker.is_loaded
+        # Before anything is rendered, the cause is probably the model or the memory, and not the node.
+        is_required = worker.is_required or (worker.is_restartable and self._rendering_since is None)
+        must_start = is_required and not worker.is_loaded
         self._failures[rank] += 1
         may_retry_start = worker.error is None and self._failures[rank] < MAX_STARTS
         if (must_start and not may_retry_start) or isinstance(error, (RetryableError, SettingsError)):
@@ -230,19 +244,25 @@ class Supervisor:
         log.warning(message, rank, last_line(error), rank)
         reason = f"{MAX_DEATHS} workers died over this row, the last with no other row: {last_line(error)}"
         self._fail(self._ledger.record_death(rank), reason)
+        # After an exception that is no BatchInferError, another run would hit the same bug.
+        is_bug = worker.error is not None and isinstance(error, WorkerCrashError)
+        self._restart(rank, error, is_required=must_start, is_bug=is_bug)
+
+    def _restart(self, rank: int, error: Exception, *, is_required: bool = False, is_bug: bool = False) -> None:
+        """Restart a worker, or log that it is not restarted. Raise an error if it was the last one."""
         successor = self._source.restart(rank) if self._failures[rank] < MAX_FAILURES else None
         if successor is not None:
-            successor.is_required = must_start
+            successor.is_required = is_required
             self._add(successor)
-        else:
-            self._require_workers(worker, error)
-
-    def _require_workers(self, worker: WorkerHandle, error: Exception) -> None:
-        """Log that a worker is not restarted. Raise an error if it was the last one."""
-        log.warning("worker %d is not started again; %d remain", worker.rank, len(self._workers))
-        if self._workers:
             return
-        if worker.error is not None and isinstance(error, WorkerCrashError):  # another run would hit the same bug
+        pending = self._source.pending()
+        if rank in pending:
+            log.info("worker %d is requested again", rank)
+            return
+        log.warning("worker %d is not started again; %d remain", rank, len(self._workers) + len(pending))
+        if self._workers or pending:
+            return
+        if is_bug:
             raise error
         raise WorkersLostError(f"no worker is left: the last one died ({last_line(error)})") from error
 

@@ -71,7 +71,7 @@ class RunExecution:
     def execute(self, started: float) -> Summary:
         """Execute the run. `started` is the value of `time.monotonic` when preparation began."""
         workers, threads = self._engine.worker_count, self._job.compute.threads
-        if count_parallel(workers, self._job.compute) < workers:
+        if count_parallel(workers, self._job) < workers:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started

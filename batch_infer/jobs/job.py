@@ -199,7 +199,10 @@ def choose_compute(
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
     slots = requested or earlier_compute.get("slots") or SLOTS[device.kind]
     shapes = earlier_compute.get("by_size", ()) if requested in (None, earlier_compute.get("slots")) else ()
-    default_threads = max(1, count_cores() // max(1, count_workers(settings, device)))
+    if settings.compute.engine == "ray":
+        default_threads = choose_actor_threads(settings, earlier)
+    else:
+        default_threads = max(1, count_cores() // max(1, count_workers(settings, device)))
     return Compute(
         device=device.kind,
         dtype=_choose_dtype(settings, device, earlier_compute, card),
@@ -210,6 +213,15 @@ def choose_compute(
         compiled=_choose_compiled(settings, device, earlier_compute, card),
         by_size=tuple(BatchShape(**shape) for shape in shapes),
     )
+
+
+def choose_actor_threads(settings: RunSettings, earlier: Mapping[str, Any] | None) -> int:
+    """Return the threads of a worker on a Ray cluster: as requested, else as in the earlier run, else 1.
+
+    The number of cores of this machine says nothing about the nodes of the cluster.
+    """
+    earlier_compute = {} if settings.overwrite else (earlier or {}).get("compute", {})
+    return int(settings.compute.threads or earlier_compute.get("threads") or 1)
 
 
 def _choose_dtype(
@@ -259,10 +271,10 @@ def count_workers(settings: RunSettings, device: Device) -> int:
     return device.count if settings.compute.processes is None else settings.compute.processes
 
 
-def count_parallel(workers: int, compute: Compute) -> int:
-    """Return how many workers compute at the same time. On a CPU, the number of cores limits them."""
-    if compute.device == "cpu":
-        workers = min(workers, count_cores() // compute.threads)
+def count_parallel(workers: int, job: Job) -> int:
+    """Return how many workers compute at the same time. On this machine's CPU, the number of cores limits them."""
+    if job.compute.device == "cpu" and job.settings.compute.engine == "local":
+        workers = min(workers, count_cores() // job.compute.threads)
     return max(1, workers)
 
 

@@ -184,7 +184,7 @@ class _Planner:
         plan.row_forwards = sum(cost.row_forwards for cost in costs.values())
         plan.ticks = sum(cost.ticks for cost in costs.values())
         plan.occupancy = round(plan.row_forwards / sum(cost.ticks * cost.slots for cost in costs.values()), 4)
-        rendering = sum(size.seconds for size in plan.sizes) / count_parallel(plan.processes, job.compute)
+        rendering = sum(size.seconds for size in plan.sizes) / count_parallel(plan.processes, job)
         plan.seconds = reading_seconds + next(iter(rates.values())).start + rendering
         plan.bytes = round(sum(cost.images * rates[size].image_bytes for size, cost in costs.items()))
         plan.measured_at = min(rate.measured_at for rate in rates.values())

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from batch_infer.engines import RankInfo, join_launch, make_engine, read_rank_info, remove_rendezvous
+from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress, RunExecution
-from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
+from batch_infer.jobs.job import Job, choose_actor_threads, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
@@ -38,7 +38,7 @@ def render_tables(
         with outdir.locked(settings.out) as store:
             existing = outdir.read_run(store)
             remove_rendezvous(store)  # left by a killed run
-            with make_engine(settings.model.device, settings.compute.processes, rank, store) as engine:
+            with make_engine(settings, choose_actor_threads(settings, existing), rank, store) as engine:
                 job = prepare(settings, store, existing, tables, card, engine.detect_device())
                 with _run_log(store):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
@@ -60,11 +60,8 @@ def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) ->
 
 
 def _read_rank(settings: RunSettings) -> RankInfo | None:
-    rank, processes = read_rank_info(), settings.compute.processes
-    if rank is not None and processes not in (None, rank.world_size):
-        raise SettingsError(
-            f"--num-processes {processes}: a launcher has started {rank.world_size} processes; leave the option out"
-        )
+    rank = read_rank_info()
+    check_engine(settings, rank)
     return rank
 
 

@@ -178,8 +178,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
-        # --rerender-changed applies to one command, not to those that continue it.
-        "settings": msgspec.to_builtins(replace(settings, table=table, rerender_changed=False), enc_hook=str),
+        "settings": msgspec.to_builtins(_without_transient(replace(settings, table=table)), enc_hook=str),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
             "name": card.name,
@@ -203,6 +202,11 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "survey": None,
         "summary": None,
     }
+
+
+def _without_transient(settings: RunSettings) -> RunSettings:
+    """Reset --rerender-changed and --ray-address, which apply to one command and not to those that continue it."""
+    return replace(settings, rerender_changed=False, compute=replace(settings.compute, ray_address=None))
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:

@@ -22,6 +22,7 @@ FIELDS = (
 )
 """Fields of a row that determine what is rendered. Table columns without a field are carried to the results."""
 
+EngineName = Literal["local", "ray"]
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -97,16 +98,19 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """Requested compute settings. Except for `processes`, None means the value in run.json, else a default.
+    """Requested compute settings. None for `slots`, `threads` and `compiled` is the value in run.json, else a default.
 
-    `processes` is the number of worker processes. With None, there is one for each GPU, or one without GPUs. With 0,
-    the command itself renders. Image bytes do not depend on `processes`.
+    `processes` is the number of worker processes. With None, there is one for each GPU, or one without GPUs, or as many
+    as a Ray cluster has room for. With 0, the command itself renders. `ray_address` is the address of that cluster,
+    which run.json does not record. Image bytes do not depend on `processes`, `engine` and `ray_address`.
     """
 
     slots: Count | Literal["auto"] | None = None
     threads: Count | None = None
     compiled: bool | None = None
     processes: int | None = None
+    engine: EngineName = "local"
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ from batch_infer.store.urls import get_protocol, is_http, redact_url, redact_url
 
 if TYPE_CHECKING:
     from batch_infer.store.clients import connect, describe, is_refusal, is_service_error
-
-__getattr__ = import_on_use("batch_infer.store", clients=("connect", "describe", "is_refusal", "is_service_error"))
+else:
+    __getattr__ = import_on_use(__name__, clients=("connect", "describe", "is_refusal", "is_service_error"))
 
 __all__ = [
     "IMAGE_FOLDERS",

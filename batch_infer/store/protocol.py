@@ -92,6 +92,13 @@ class Store(Protocol):
         """Return a file's bytes, or None if it is missing."""
         ...
 
+    def prefetch(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield names in their order, each before the caller opens it, and download the next files in the meantime.
+
+        Errors are raised when a file is opened. Stores without latency only yield the names.
+        """
+        ...
+
     def open_file(self, name: str) -> AbstractContextManager[pa.NativeFile]:
         """Open a file for random access. A store may cache it, so it must be one that never changes.
 
