@@ -59,14 +59,14 @@ def command(*arguments: str | Path) -> CommandResult:
     raise AssertionError("main returned instead of ending the process")
 
 
-def run(table: Path | str, out: Path, *options: str | Path) -> CommandResult:
+def run(table: Path | str, out: Path | str, *options: str | Path) -> CommandResult:
     """Run `batch-infer run` with few steps; a later option replaces an earlier one."""
     return command("run", table, "--out", out, *QUICK, *options)
 
 
 def start(
     table: Path,
-    out: Path,
+    out: Path | str,
     *options: str,
     program: tuple[str, ...] = ("-m", "batch_infer"),
     session: bool = False,

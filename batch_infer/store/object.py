@@ -87,7 +87,10 @@ class ObjectStore(ObjectFiles):
         with lease.hold():
             store = copy.copy(self)
             store._lock, store._marker = lease, lease.token
-            yield store
+            try:
+                yield store
+            finally:
+                self._collect_logs()  # of worker processes, which the engine kills at its end
 
     def find_holder(self) -> str | None:
         return self._lease.find_holder()
