@@ -20,8 +20,8 @@ import pytest
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
 from batch_infer.store import StoreAddress
-from batch_infer.store.lease import Lease
-from batch_infer.store.object import ObjectStore
+from batch_infer.store.objects import ObjectStore
+from batch_infer.store.objects.lease import Lease
 
 BUCKET = "bucket"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
-from batch_infer.store import lease as lease_module
-from batch_infer.store.conditional import Version
-from batch_infer.store.lease import CHECK_SECONDS, Lease, LeaseReader
-from batch_infer.store.lease_object import LEASE, LEASE_SECONDS, LeaseObject
+from batch_infer.store.objects import lease as lease_module
+from batch_infer.store.objects.conditional import Version
+from batch_infer.store.objects.lease import CHECK_SECONDS, Lease, LeaseReader
+from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 
 OUT = "s3://bucket/out"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
 from batch_infer.records import utc_now
-from batch_infer.store.lease_object import LEASE_SECONDS, LeaseObject, LeaseRecord
+from batch_infer.store.objects.lease_object import LEASE_SECONDS, LeaseObject, LeaseRecord
 
 RENEWALS = 6
 """Number of renewals in LEASE_SECONDS."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.conditional import Conditional, Version
+from batch_infer.store.objects.conditional import Conditional, Version
 
 LEASE = ".lease"
 LEASE_SECONDS = 60.0
