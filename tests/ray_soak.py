@@ -13,16 +13,18 @@ import random
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests import light_worker
-from tests.deaths import is_alive
-from tests.engine_runs import EngineRun
+if TYPE_CHECKING:
+    from tests.engine_runs import EngineRun
 
 
 def measure(rows: int, workers: int, kills: int, folder: Path) -> dict[str, Any]:
     """Render the rows locally and twice on Ray, the second time with kills. Every row must have one result."""
-    from tests.ray_runs import RayRun, simulated_cluster  # here, since local workers import this module, too
+    # Imported here, since local workers import this module too, and most of these modules import torch.
+    from tests import light_worker
+    from tests.engine_runs import EngineRun
+    from tests.ray_runs import RayRun, simulated_cluster
 
     prompts = ["a"] * rows
     figures: dict[str, Any] = {"rows": rows, "workers": workers, "kills": kills}
@@ -56,9 +58,8 @@ class Killer:
         self._seen = len(committed)
         # Rows that a kill interrupts are retried last. They stay few if the kills end before most rows are rendered.
         due = self._kills * 2 * self._seen // len(self._run.prompts)
-        alive = sorted(pid for pid in self._pids if is_alive(pid)) if len(self.killed) < min(due, self._kills) else []
-        if alive:
-            self.killed.append(self._draw.choice(alive))
+        if self._pids and len(self.killed) < min(due, self._kills):
+            self.killed.append(self._draw.choice(sorted(self._pids)))
             self._pids.remove(self.killed[-1])
             os.kill(self.killed[-1], signal.SIGKILL)
         return False
