@@ -67,7 +67,7 @@ lint: $(READY) ## check style and types: ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=examples/demo_model $(BIN)/mypy examples/*.py examples/nightly/*.py examples/demo_model/*.py examples/azureml/*.py
+	MYPYPATH=examples/demo_model $(BIN)/mypy examples/*.py examples/nightly/*.py examples/ray/*.py examples/demo_model/*.py examples/azureml/*.py
 
 # LOWEST_TORCH: the oldest torch that this machine can install.
 LOWEST := .venv-lowest

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+
+from batch_infer.cli.run import run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -73,3 +76,18 @@ def test_contact_sheet_of_a_run(tmp_path: Path) -> None:
     assert "contact_sheet.png" in run_script(EXAMPLES / "contact_sheet.py", tmp_path / "out")
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 64
+
+
+@pytest.mark.promises
+def test_local_ray_cluster_renders_prompts(tmp_path: Path) -> None:
+    script = EXAMPLES / "ray" / "local_cluster.py"
+    assert "6 rows" in run_script(script, "--limit", "6", "--steps", "1", "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 6
+
+
+def test_the_ray_job_has_valid_options() -> None:
+    job = yaml.safe_load((EXAMPLES / "ray" / "rayjob.yaml").read_text())
+    name, subcommand, *arguments = job["spec"]["entrypoint"].split()
+    assert (name, subcommand) == ("batch-infer", "run")
+    with run.make_context("run", arguments) as context:
+        assert context.params["engine"] == "ray"

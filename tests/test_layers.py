@@ -46,7 +46,7 @@ SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 EXTRAS = {
     "matplotlib": ("plot", "batch_infer.bench.plotting"),
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
-    "azure": ("azure", "batch_infer.safety.content_safety", "batch_infer.store.azure"),
+    "azure": ("azure", "batch_infer.safety.content_safety", "batch_infer.store.objects.azure"),
     "requests": ("azure", "batch_infer.safety.content_safety"),
     "tenacity": ("azure", "batch_infer.safety.retries"),
     "pyrate_limiter": ("azure", "batch_infer.safety.retries"),
@@ -54,7 +54,7 @@ EXTRAS = {
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "ray": ("ray", "batch_infer.engines.ray"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
-    "s3fs": ("s3", "batch_infer.store.s3"),
+    "s3fs": ("s3", "batch_infer.store.objects.s3"),
 }
 """Optional libraries, with the extra that installs them and the modules that import them.
 

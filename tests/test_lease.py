@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from batch_infer.errors import LockedError, StorageError
-from batch_infer.store import lease as lease_module
-from batch_infer.store.conditional import Version
-from batch_infer.store.lease import CHECK_SECONDS, LEASE, LEASE_SECONDS, Lease, LeaseObject, LeaseReader
+from batch_infer.errors import LockedError, SettingsError, StorageError
+from batch_infer.store.objects import lease as lease_module
+from batch_infer.store.objects.conditional import Version
+from batch_infer.store.objects.lease import CHECK_SECONDS, Lease, LeaseReader
+from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 
 OUT = "s3://bucket/out"
 
@@ -38,10 +39,9 @@ class Service:
         is_same = self.object is not None and self.object.version == version
         return self._put("replace", content) if is_same else self._answer("replace")
 
-    def _put(self, request: str, content: bytes) -> str:
+    def _put(self, request: str, content: bytes) -> str | None:
         self.object = Version(content, str(next(self._versions)), int(self.now), 0)
-        self._answer(request)
-        return self.object.version
+        return self._answer(request, self.object.version)
 
     def read(self, path: str) -> Version | None:
         self._receive()
@@ -57,9 +57,10 @@ class Service:
         if self.is_down:
             raise ConnectionError("the network is down")
 
-    def _answer(self, request: str) -> None:
+    def _answer(self, request: str, version: str | None = None) -> str | None:
         self.requests.append(request)
         self.fault(request)
+        return version
 
 
 @pytest.fixture
@@ -283,6 +284,29 @@ def test_a_held_lease_is_renewed_in_the_background_and_removed(
     with Lease(file_of(service)).hold():
         assert renewed.wait(60)
     assert service.object is None
+
+
+@pytest.mark.parametrize("ignored", ["create", "replace"])
+def test_a_service_that_ignores_conditions_is_refused(service: Service, ignored: str) -> None:
+    if ignored == "create":
+        service.create = lambda path, content: service._put("create", content)  # type: ignore[method-assign]
+    else:
+        service.replace = lambda path, content, version: service._put("replace", content)  # type: ignore[method-assign]
+    with pytest.raises(SettingsError, match="ignores the conditions of puts"), Lease(file_of(service)).hold():
+        pytest.fail("it was locked")
+    assert service.object is None
+
+
+def test_a_worker_ignores_a_failure_while_the_lease_cannot_have_ended(service: Service) -> None:
+    lease = acquire(service)
+    reader = LeaseReader(file_of(service), lease.token)
+    reader.check()
+    service.is_down = True
+    service.now += 45
+    reader.check()
+    service.now += 10
+    with pytest.raises(StorageError, match="cannot read .*: the network is down"):
+        reader.check()
 
 
 def test_the_lease_of_another_run_is_not_removed(service: Service) -> None:

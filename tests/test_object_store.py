@@ -11,16 +11,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError
-from batch_infer.store import Store, StoreAddress, open_store, s3, spool
-from batch_infer.store import object_files as object_files
-from batch_infer.store.lease import Lease
-from batch_infer.store.object import ObjectStore
+from batch_infer.store import Store, StoreAddress, open_store
+from batch_infer.store.objects import ObjectStore, s3, spool
+from batch_infer.store.objects import files as object_files
+from batch_infer.store.objects.lease import Lease
 from tests.object_servers import AzureContainer, Bucket, ObjectServer, serve_objects
 
 ODD_NAMES = ["a b", "~x", "a+b", "é", "名前", "a%20b", "[a]*", "x=1&y", "'q'", "a,b;c"]
@@ -90,16 +91,6 @@ def test_files_are_objects_below_out(store: ObjectStore, bucket: Bucket) -> None
     assert open_store(store.address).read("run.json") == b"{}"
 
 
-def test_a_failed_write_leaves_the_old_file(store: ObjectStore) -> None:
-    put(store, "run.json", b"old")
-    with pytest.raises(ZeroDivisionError), store.write("run.json") as path:
-        path.write_bytes(b"half")
-        raise ZeroDivisionError
-    with pytest.raises(StorageError, match="TMPDIR"), store.write("run.json") as path:
-        raise OSError(28, "No space left on device")
-    assert store.read("run.json") == b"old"
-
-
 def test_find_yields_files_at_any_depth(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_files, "LISTINGS_AHEAD", 2)
     names = ["run.json", "images/a", *(f"images/t-0000{k}/{name}" for k in range(4) for name in "ab"), "images/x/y/z/a"]
@@ -141,23 +132,6 @@ def test_out_may_be_a_whole_bucket(bucket: Bucket) -> None:
     assert bucket.names() == [IMAGE]
     store.remove_folder("images", lambda: False)
     assert bucket.names() == []
-
-
-def test_one_of_several_processes_creates_a_file(store: ObjectStore) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        created = list(pool.map(lambda number: store.create("run.json", str(number).encode()), range(8)))
-    assert created.count(True) == 1
-    assert store.read("run.json") == str(created.index(True)).encode()
-
-
-def test_rename_replaces_a_file(store: ObjectStore) -> None:
-    put(store, "a", b"1")
-    put(store, "b", b"2")
-    store.rename("a", "b")
-    assert (store.read("a"), store.read("b")) == (None, b"1")
-    with pytest.raises(StorageError, match="deep/out/a: it is missing"):
-        store.rename("a", "b")
-    assert store.read("b") == b"1"
 
 
 def test_remove_ignores_missing_files_and_edited_names(store: ObjectStore, bucket: Bucket) -> None:
@@ -280,17 +254,6 @@ def test_images_appear_when_they_are_published(store: ObjectStore, bucket: Bucke
     assert not list((store.spool.folder / "staged").rglob("*.png")), "published images leave the spool"
     with pytest.raises(StorageError, match=IMAGE):
         store.publish([IMAGE])
-
-
-def test_images_are_backed_up_once(store: ObjectStore) -> None:
-    backups = {IMAGE: "images/t-00000/.original-a-0.png", "images/missing": "images/.original-missing"}
-    publish(store, IMAGE, b"old")
-    for content in (b"new", b"newer"):
-        store.back_up(backups)
-        publish(store, IMAGE, content)
-    assert [store.read_image(name) for name in (IMAGE, *backups.values())] == [b"newer", b"old", None]
-    store.rename(backups[IMAGE], IMAGE)
-    assert [store.read_image(name) for name in (IMAGE, *backups.values())] == [b"old", None, None]
 
 
 def test_many_images_are_published_concurrently(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +463,7 @@ def test_wrong_credentials_are_a_settings_error(bucket: Bucket, monkeypatch: pyt
     text = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text.replace("AccountKey=", "AccountKey=U0VDUkVU"))
     store = ObjectStore(StoreAddress(f"{bucket.url}/out"))
-    for name, call in {**call_all(store), "list": lambda: store.list_folder("")}.items():
+    for name, call in call_all(store).items():
         with pytest.raises(SettingsError, match=f"cannot [a-z]+ {store.location}.*: HTTP 403") as error:
             call()
             pytest.fail(name)
@@ -552,6 +515,17 @@ def test_a_run_survives_a_restart_of_the_server(
 
 
 @pytest.mark.parametrize(
+    ("status", "is_repeated"), [(500, True), (502, True), (503, True), (429, True), (403, False), (404, False)]
+)
+def test_temporary_failures_of_s3_are_repeated(status: int, is_repeated: bool) -> None:
+    metadata = {"HTTPStatusCode": status}
+    error = ClientError({"Error": {"Code": str(status)}, "ResponseMetadata": metadata}, "PutObject")
+    assert s3._is_transient(error) == is_repeated
+    assert s3._is_transient(EndpointConnectionError(endpoint_url="http://x"))
+    assert not s3._is_transient(NoCredentialsError())
+
+
+@pytest.mark.parametrize(
     "url", ["s3://u:SECRET@b/out", "s3://b/out?versionId=SECRET", "s3://b/a#b", "s3://b/a//b", "s3://b/../b", "s3://"]
 )
 def test_unsuitable_urls_are_refused(url: str) -> None:
@@ -582,8 +556,15 @@ def test_missing_credentials_are_a_settings_error(monkeypatch: pytest.MonkeyPatc
 
 
 def test_spools_are_removed_with_their_process(store: ObjectStore) -> None:
-    folder = store.spool.folder
-    assert folder.is_dir()
+    assert store.spool.folder.is_dir()
+    store.stage(IMAGE, b"x")
     store.spool._finalizer()
-    with suppress(FileNotFoundError):
-        assert not folder.exists()
+    assert not store.spool.folder.exists()
+
+
+def test_a_local_out_loads_no_fsspec(tmp_path: Path) -> None:
+    script = "import sys; from batch_infer.store import open_store; open_store(sys.argv[1]).exists('run.json');"
+    script += "print(sorted({'fsspec', 'asyncio', 'pyarrow'} & sys.modules.keys()))"
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "[]\n"

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable
@@ -21,9 +22,10 @@ from batch_infer.engines import RankInfo, check_engine, factory, ray_engine, rem
 from batch_infer.engines import ray as ray_module
 from batch_infer.engines.actor_pool import Resources
 from batch_infer.engines.protocol import WorkersLostError
+from batch_infer.engines.ray import RayCluster
 from batch_infer.engines.ray_engine import RayEngine
 from batch_infer.engines.supervisor import MAX_FAILURES
-from batch_infer.errors import ModelError, SettingsError
+from batch_infer.errors import ModelError, ServiceError, SettingsError
 from batch_infer.models import read_card
 from batch_infer.settings import (
     Compute,
@@ -202,6 +204,18 @@ def test_paths_of_the_model_are_absolute_on_nodes(tmp_path: Path, monkeypatch: p
         (LoraSpec(str(tmp_path / "a.safetensors"), 0.5),),
     )
     assert remote.with_absolute_paths(ModelSettings("owner/name")).name == "owner/name"
+
+
+def test_a_cluster_that_does_not_respond_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(ServiceError, match=f"the Ray cluster at {address} does not respond: Connection refused"):
+        RayCluster(address).__enter__()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ServiceError, match=f"the Ray cluster at {address} does not respond"):
+        RayCluster(None).__enter__()
+    with pytest.raises(SettingsError, match="the Ray cluster at nowhere cannot be used: Invalid address format"):
+        RayCluster("nowhere").__enter__()
 
 
 def test_stdout_has_no_lines_from_ray(caplog: pytest.LogCaptureFixture) -> None:

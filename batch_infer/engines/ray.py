@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections import Counter
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ERROR_THREAD = "ray_listen_error_messages"
 """Name of the thread on which Ray prints to stdout which processes of the cluster have died."""
+CONNECT_SECONDS = 30.0
 DEAD = "The actor is dead because "
 
 log = logging.getLogger("batch_infer")
@@ -125,21 +127,24 @@ class RayCluster:
 
 
 def _connect(address: str | None) -> None:
-    """Raises ServiceError if the cluster does not respond, and SettingsError if it cannot be used."""
+    """Connect to a cluster or start one.
+
+    Raises ServiceError if the cluster does not respond, and SettingsError if it cannot be used from this machine.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     try:
+        host, _, port = (address or "").rpartition(":")
+        if port.isdecimal():  # otherwise Ray would wait for many minutes for a port where no process listens
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         with _own_sigterm_handler():
             # The dashboard applies only to a cluster that Ray starts now.
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ServiceError(f"{_describe(address)} does not respond: {first_line(error)}") from error
-    except (ValueError, RuntimeError) as error:
-        raise SettingsError(f"{_describe(address)} cannot be used: {first_line(error)}") from error
-
-
-def _describe(address: str | None) -> str:
-    address = address or os.environ.get("RAY_ADDRESS")
-    return f"the Ray cluster at {address}" if address else "the Ray cluster on this machine"
+    except (OSError, ValueError, RuntimeError) as error:
+        name = f"the Ray cluster at {address}" if address else "the Ray cluster on this machine"
+        if isinstance(error, OSError):
+            raise ServiceError(f"{name} does not respond: {error.strerror or first_line(error)}") from error
+        raise SettingsError(f"{name} cannot be used: {first_line(error)}") from error
 
 
 @contextmanager

@@ -116,7 +116,8 @@ def is_refusal(error: Exception) -> bool:
     """Return whether a service refuses a request because of its content or credentials, so that retries fail too."""
     status = get_http_status(error)
     is_refused = status is not None and 400 <= status < 500 and status not in (TIMEOUT, CONFLICT, TOO_MANY_REQUESTS)
-    return is_refused or isinstance(error, PermissionError) or type(error).__name__ in ACCESS_ERRORS
+    is_forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # gcsfs: a bare OSError
+    return is_refused or is_forbidden or type(error).__name__ in ACCESS_ERRORS
 
 
 def is_bucket_missing(error: Exception) -> bool:

@@ -25,7 +25,7 @@ from batch_infer.store.files import (
     write_errors,
 )
 from batch_infer.store.folder import PinnedFolder
-from batch_infer.store.protocol import IMAGE_FOLDERS, StoreAddress
+from batch_infer.store.protocol import IMAGE_FOLDERS, StoreAddress, is_inside
 
 FSYNC_THREADS = 32
 """Maximum number of images to fsync concurrently.
@@ -133,11 +133,13 @@ class LocalImages:
                 path.rmdir()
 
     def _resolve(self, name: str) -> Path | None:
-        """Return the path of a file, or None if it is an image whose path leads through a link.
+        """Return the path of a file, or None if it leads out of OUT, or is an image whose path leads through a link.
 
         Names of images come from manifest parts, which anyone may have edited. Image folders may be links to a larger
         disk, but paths through links inside them are refused.
         """
+        if not is_inside(name):
+            return None
         top, *inner = PurePosixPath(name).parts
         folder = self.root / top
         for part in inner[:-1] if top in IMAGE_FOLDERS else ():

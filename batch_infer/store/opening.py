@@ -35,7 +35,7 @@ def open_store(out: Out) -> Store:
     if not isinstance(out, StoreAddress):
         return out
     if is_url(out.location):
-        from batch_infer.store.object import ObjectStore  # imports fsspec
+        from batch_infer.store.objects import ObjectStore  # imports fsspec
 
         return ObjectStore(out)
     return LocalStore(out)

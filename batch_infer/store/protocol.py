@@ -29,6 +29,11 @@ IMAGE_FOLDERS = ("images", "quarantine")
 """The folders of images in OUT. In a local OUT, they may be links or mounts, for example to use a larger disk."""
 
 
+def is_inside(name: str) -> bool:
+    """Return whether a name, which may come from an edited manifest, cannot lead out of OUT."""
+    return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/"))
+
+
 class PrivateFile(NamedTuple):
     """The content of a file, and when it was written, in seconds by the clock of `Store.now`.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batch_infer.store.clients import is_bucket_missing
-from batch_infer.store.conditional import REFUSALS, Version, get_date
+from batch_infer.store.objects.conditional import REFUSALS, Version, get_date
 
 COPY_POLL_SECONDS = 0.1
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from batch_infer.errors import StoppedError, StorageError
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.service import SERVICES, open_service, parse_location
-from batch_infer.store.spool import DownloadCache, Spool
+from batch_infer.store.objects.service import SERVICES, open_service, parse_location
+from batch_infer.store.objects.spool import DownloadCache, Spool
+from batch_infer.store.protocol import is_inside
 from batch_infer.store.temporary import temporary_file_errors
 from batch_infer.store.urls import get_protocol, split_query
 
@@ -139,6 +140,7 @@ class ObjectFiles:
     def put(self, path: Path, name: str) -> None:
         with StorageErrors("write", self.locate(name)):
             self.system.put_file(str(path), self.get_path(name))
+        self._cache.discard(name)
 
     def create(self, name: str, content: bytes) -> bool:
         """Store a file unless it exists. Returns False too if it was stored but the response was lost."""
@@ -210,11 +212,6 @@ class ObjectFiles:
         path = split_query(table)[0].partition("://")[2]
         root = self.location.partition("://")[2]
         return any(f"{path}/".startswith(f"{root}/{name}/") for name in names)
-
-
-def is_inside(name: str) -> bool:
-    """Return whether a name, which may come from an edited manifest, cannot lead out of OUT in any client."""
-    return "\0" not in name and not {"", ".", ".."}.intersection(name.split("/"))
 
 
 def _get_depth(name: str) -> int:

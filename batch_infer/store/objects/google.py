@@ -5,7 +5,7 @@ from __future__ import annotations
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from batch_infer.store.conditional import Version, get_date
+from batch_infer.store.objects.conditional import Version, get_date
 
 
 class GoogleConditional:

@@ -11,16 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
 from batch_infer.records import utc_now
-from batch_infer.store.clients import StorageErrors
-from batch_infer.store.conditional import Conditional, Version
+from batch_infer.store.objects.lease_object import LEASE_SECONDS, LeaseObject, LeaseRecord
 
-LEASE = ".lease"
-LEASE_SECONDS = 60.0
-"""Seconds after which another run may take over a lease that has not been renewed, by the clock of the service."""
 RENEWALS = 6
 """Number of renewals in LEASE_SECONDS."""
 MARGIN = 1 / 6
@@ -36,73 +31,6 @@ def get_time() -> float:
     """Return seconds by a clock that also runs while the machine is suspended, where there is one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
-
-
-class LeaseRecord(NamedTuple):
-    """What a lease object contains, its version, and its age in seconds by the clock of the service."""
-
-    holder: str
-    token: str | None
-    seconds: float
-    version: str
-    age: float
-
-    @property
-    def remaining(self) -> float:
-        return self.seconds - self.age
-
-    @classmethod
-    def parse(cls, version: Version) -> LeaseRecord:
-        """Parse an object, which anyone may have edited."""
-        try:
-            record = json.loads(version.content)
-        except (ValueError, RecursionError):
-            record = None
-        record = record if isinstance(record, dict) else {}
-        holder, token, seconds = (record.get(name) for name in ("holder", "token", "seconds"))
-        return cls(
-            holder if isinstance(holder, str) else "its process is unknown",
-            token if isinstance(token, str) else None,
-            seconds if isinstance(seconds, int | float) and 0 < seconds <= LEASE_SECONDS else LEASE_SECONDS,
-            version.version,
-            version.read_at - version.modified_at,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseObject:
-    """The object that contains the lease of `out`. Methods raise StorageError and SettingsError."""
-
-    out: str
-    system: Any
-    conditional: Conditional
-    path: str
-
-    def create(self, content: bytes) -> str | None:
-        with StorageErrors("write", self.location):
-            return self.conditional.create(self.path, content)
-
-    def replace(self, content: bytes, version: str) -> str | None:
-        with StorageErrors("write", self.location):
-            return self.conditional.replace(self.path, content, version)
-
-    def read(self) -> LeaseRecord | None:
-        with StorageErrors("read", self.location):
-            version = self.conditional.read(self.path)
-            return None if version is None else LeaseRecord.parse(version)
-
-    def remove(self) -> None:
-        with StorageErrors("remove", self.location), suppress(FileNotFoundError):
-            self.system.rm_file(self.path)
-
-    def find_holder(self) -> str | None:
-        """Return a description of the holder, or None if the lease is missing or has ended."""
-        record = self.read()
-        return None if record is None or record.remaining <= 0 else record.holder
-
-    @property
-    def location(self) -> str:
-        return f"{self.out}/{LEASE}"
 
 
 @dataclass
@@ -123,12 +51,15 @@ class Lease:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Acquire the lease, renew it until the context ends, and release it. Raises the errors of `acquire`."""
+        """Acquire the lease, renew it until the context ends, and release it.
+
+        Raises LockedError with the holder, SettingsError, StorageError.
+        """
         self.acquire()
         stop = threading.Event()
-        thread = threading.Thread(target=self._renew_until, args=(stop,), name="lease", daemon=True)
-        thread.start()
         try:
+            self.check_conditions()
+            threading.Thread(target=self._renew_until, args=(stop,), name="lease", daemon=True).start()
             yield
         finally:
             stop.set()
@@ -153,6 +84,20 @@ class Lease:
                 self._version = version
                 return
         raise LockedError(f"{self.file.out} is locked by another run; run again when that run has ended")
+
+    def check_conditions(self) -> None:
+        """Raise SettingsError if the service ignores the conditions of puts, as some with the API of S3 do.
+
+        Several runs would then get the lock.
+        """
+        old_version = self._version
+        self._renew()
+        content = self._make_content()
+        if self.file.create(content) is not None or self.file.replace(content, old_version) is not None:
+            raise SettingsError(
+                f"{self.file.out} cannot be locked, because its service ignores the conditions of puts (If-None-Match,"
+                " If-Match): give an --out on another service or in a folder"
+            )
 
     def _make_locked_error(self, record: LeaseRecord) -> LockedError:
         return LockedError(
@@ -228,20 +173,29 @@ class LeaseReader:
     def __init__(self, file: LeaseObject, token: str) -> None:
         self._file, self._token = file, token
         self._lock = threading.Lock()
-        self._checked_at = float("-inf")
+        self._checked_at = self._valid_until = float("-inf")
 
     def check(self) -> None:
-        """Check that the lease is still the same, with at most one request in CHECK_SECONDS. Raises StorageError."""
+        """Check that the lease is still the same, with at most one request in CHECK_SECONDS. Raises StorageError.
+
+        If it cannot be read, that is an error only when the lease as it was last read has ended.
+        """
         with self._lock:
             started = get_time()
             if started - self._checked_at < CHECK_SECONDS:
                 return
-            record = self._file.read()
+            try:
+                record = self._file.read()
+            except StorageError:
+                if get_time() < self._valid_until:
+                    return
+                raise
             if record is None or record.token != self._token:
                 raise make_lost_error(self._file.out)
-            if record.age > record.seconds * (1 - MARGIN):
+            remaining = record.seconds * (1 - MARGIN) - record.age
+            if remaining < 0:
                 raise make_stale_error(self._file.out, record.age)
-            self._checked_at = started
+            self._checked_at, self._valid_until = started, started + remaining
 
 
 def make_lost_error(out: str) -> StorageError:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from batch_infer.errors import SettingsError
 from batch_infer.store.clients import StorageErrors, connect, describe
-from batch_infer.store.conditional import Conditional
+from batch_infer.store.objects.conditional import Conditional
 from batch_infer.store.urls import get_protocol, redact_url
 
 SERVICES = {
@@ -54,5 +54,5 @@ def open_service(location: str) -> Service:
             system, root = connect(location, location, SettingsError, "writing to")
         except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:  # configuration, credentials
             raise SettingsError(f"cannot open {location}: {describe(error)}") from None
-    conditional = getattr(import_module(f"batch_infer.store.{module}"), name)
+    conditional = getattr(import_module(f"batch_infer.store.objects.{module}"), name)
     return Service(system, root.rstrip("/"), conditional(system))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batch_infer.store.clients import READ_TIMEOUT_SECONDS, get_http_status, is_bucket_missing
-from batch_infer.store.conditional import CONFLICT, REFUSALS, Version, get_date
+from batch_infer.store.objects.conditional import CONFLICT, REFUSALS, Version, get_date
 
 MAX_CONNECTIONS = 64
 ATTEMPTS = 12

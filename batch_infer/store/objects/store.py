@@ -10,11 +10,12 @@ from typing import TextIO
 
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.lease import LEASE, LEASE_SECONDS, Lease, LeaseObject, LeaseReader
 from batch_infer.store.logfile import open_log
-from batch_infer.store.object_files import ObjectFiles, is_inside
-from batch_infer.store.protocol import PrivateFile, StoreAddress
-from batch_infer.store.spool import collect_abandoned, make_log_name, upload_while_open
+from batch_infer.store.objects.files import ObjectFiles
+from batch_infer.store.objects.lease import Lease, LeaseReader
+from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
+from batch_infer.store.objects.spool import collect_abandoned, make_log_name, upload_while_open
+from batch_infer.store.protocol import PrivateFile, StoreAddress, is_inside
 
 
 class ObjectStore(ObjectFiles):

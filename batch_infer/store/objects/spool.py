@@ -196,7 +196,8 @@ class DownloadCache:
         with self._lock:
             if name in self._files:
                 self._bytes += path.stat().st_size
-                self._evict(name)
+                if self._bytes > CACHED_BYTES:
+                    self._evict(name)
             else:  # discarded in the meantime
                 path.unlink()
         return path
