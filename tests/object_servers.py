@@ -109,6 +109,7 @@ class ObjectServer(ABC):
 
     environment: ClientEnvironment
     """Variables with which the command finds the server, and its credentials."""
+    port: int
 
     @abstractmethod
     def make_bucket(self) -> Bucket:
@@ -133,8 +134,9 @@ class S3Server(ObjectServer):
     def __init__(self) -> None:
         line = [sys.executable, "-m", "tests.s3_server"]
         self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.port = self._read_port()
         self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._read_port()}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -168,11 +170,11 @@ class AzureServer(ObjectServer):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._port = 0
+        self.port = 0
         self.start()
         self.environment = {
             "AZURE_STORAGE_CONNECTION_STRING": f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};"
-            f"AccountKey={ACCOUNT_KEY};BlobEndpoint=http://127.0.0.1:{self._port}/{ACCOUNT};"
+            f"AccountKey={ACCOUNT_KEY};BlobEndpoint=http://127.0.0.1:{self.port}/{ACCOUNT};"
         }
 
     def make_bucket(self) -> Bucket:
@@ -181,7 +183,7 @@ class AzureServer(ObjectServer):
     def start(self) -> None:
         options = ["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--location", str(self._folder)]
         self._process = subprocess.Popen(
-            ["node", str(AZURITE), *options, "--blobPort", str(self._port)],
+            ["node", str(AZURITE), *options, "--blobPort", str(self.port)],
             stdout=subprocess.PIPE,
             text=True,
             env={"PATH": str(Path(shutil.which("node") or "").parent), "AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"},
@@ -189,7 +191,7 @@ class AzureServer(ObjectServer):
         assert self._process.stdout
         for line in self._process.stdout:
             if "successfully listens on" in line:
-                self._port = int(line.rsplit(":", 1)[1])
+                self.port = int(line.rsplit(":", 1)[1])
                 return
         raise AssertionError(f"Azurite ended with {self._process.wait()}")
 

@@ -40,7 +40,10 @@ def parse_duration(value: object) -> float:
 
 def parse_out(value: str) -> str:
     """Return OUT, a path or a URL, in the form that messages show."""
-    return value.rstrip("/") if is_url(value) else str(Path(value).expanduser())
+    if not is_url(value):
+        return str(Path(value).expanduser())
+    stripped = value.rstrip("/")
+    return stripped if is_url(stripped) else value  # s3:// without a bucket is refused later
 
 
 def parse_slots(value: Any) -> Any:

@@ -15,7 +15,7 @@ from batch_infer.store.protocol import Store, StoreAddress, StoredFile
 
 Out: TypeAlias = "Path | str | StoreAddress | Store"
 """A place for OUT: a path, a URL, the address of a store, or a store."""
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def is_url(location: str) -> bool:
