@@ -88,7 +88,7 @@ class RayCluster:
             stack.enter_context(redirect_stdout(_RayOutput(sys.stdout)))
             if not ray.is_initialized():
                 _connect(self._address)
-                stack.callback(ray.shutdown)
+                stack.callback(_disconnect)
             self.metrics = Metrics()
             self._stack = stack.pop_all()
         return self
@@ -147,6 +147,11 @@ def _connect(address: str | None) -> None:
         if isinstance(error, OSError):
             raise ServiceError(f"{name} does not respond: {error.strerror or first_line(error)}") from error
         raise SettingsError(f"{name} cannot be used: {first_line(error)}") from error
+
+
+def _disconnect() -> None:
+    with redirect_stdout(io.StringIO()):  # Ray prints the messages that it has held back as duplicates
+        ray.shutdown()
 
 
 @contextmanager
