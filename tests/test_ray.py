@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,8 +121,8 @@ def test_no_row_is_lost_when_actors_and_a_node_are_killed(tmp_path: Path, monkey
 
 
 @pytest.mark.promises
-def test_actors_end_with_a_driver_that_is_killed(tmp_path: Path, cluster: Any) -> None:
-    """Running the same command again renders the remaining rows, with the bytes of a local run."""
+def test_actors_end_with_a_driver_that_is_killed(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running the same command again renders the remaining rows, with the bytes of a local run. `retry` works too."""
     table, out = write_prompts(tmp_path, 60), tmp_path / "out"
     assert runs.run(table, tmp_path / "local").code == 0
     options = ("--num-processes", "2", "--engine", "ray", "--ray-address", cluster.address)
@@ -132,6 +135,11 @@ def test_actors_end_with_a_driver_that_is_killed(tmp_path: Path, cluster: Any) -
     assert done.code == 0, done.stderr
     assert runs.hashes(out) == runs.hashes(tmp_path / "local")
     runs.assert_whole(out)
+    (image, *_) = sorted((out / "images").rglob("*.png"))
+    image.unlink()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # run.json has the engine, and not the address
+    assert runs.command("retry", out, "--status", "missing").code == 0
+    assert runs.hashes(out) == runs.hashes(tmp_path / "local")
     assert_no_actors(cluster)
 
 
@@ -144,3 +152,13 @@ def test_a_stop_while_the_cluster_has_no_room_ends_the_run(tmp_path: Path, clust
         assert any("waiting for the Ray cluster to place a worker that needs 1 GPU and 1 CPU" in line for line in lines)
         process.terminate()
         assert process.wait(60) == 75
+
+
+@pytest.mark.soak
+def test_64_actors_are_as_fast_as_local_workers() -> None:
+    """The command checks that every row has one result, also in a run in which 100 actors are killed."""
+    done = subprocess.run([sys.executable, "-m", "tests.ray_soak"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["ray"] >= 0.9 * figures["local"], figures
+    assert figures["deaths"] >= figures["kills"] == 100

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pytest
+from ray.exceptions import RayError
 
 from batch_infer.engines import RankInfo, check_engine, factory, ray_engine, remote
 from batch_infer.engines import ray as ray_module
@@ -216,6 +217,27 @@ def test_a_cluster_that_does_not_respond_is_an_error(monkeypatch: pytest.MonkeyP
         RayCluster(None).__enter__()
     with pytest.raises(SettingsError, match="the Ray cluster at nowhere cannot be used: Invalid address format"):
         RayCluster("nowhere").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "The actor died unexpectedly before finishing this task.\n\tclass_name: Actor\n"
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker",
+            "its worker process has died",
+        ),
+        ("The actor is dead because its node has died. Node Id: 12", "its node has died. Node Id: 12"),
+        ("Failed to set up runtime environment.\nno such file", "Failed to set up runtime environment"),
+        (
+            "The actor died because of an error raised in its creation task, ray::Actor\n"
+            "ModuleNotFoundError: No module named 'batch_infer'\n",
+            "ModuleNotFoundError: No module named 'batch_infer'",
+        ),
+    ],
+)
+def test_the_end_of_an_actor_is_explained_in_one_line(text: str, cause: str) -> None:
+    assert ray_module._explain(RayError(text)) == cause
 
 
 def test_stdout_has_no_lines_from_ray(caplog: pytest.LogCaptureFixture) -> None:

@@ -69,7 +69,9 @@ def _explain(error: RayError) -> str:
     """Return the sentence of an error that says why an actor ended. Ray's messages have many lines."""
     if isinstance(error, RayTaskError):
         return first_line(error.cause) if isinstance(error.cause, Exception) else str(error).rpartition("\n")[2]
-    lines = str(error).splitlines()
+    lines = str(error).strip().splitlines()
+    if "in its creation task" in lines[0]:  # for example a ModuleNotFoundError, at the end of a traceback
+        return lines[-1]
     reasons = [line.removeprefix(DEAD) for line in lines if line.startswith(DEAD)]
     return (reasons or lines)[0].partition(" Worker exit type")[0].rstrip(".")
 
