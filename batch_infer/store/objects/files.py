@@ -102,7 +102,9 @@ class ObjectFiles:
 
     def read(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError), StorageErrors("read", self.locate(name)):
-            return bytes(self.system.cat_file(self.get_path(name), max_concurrency=1))  # more need the size first
+            # Not with cat_file: that of s3fs repeats all attempts of a request, so that an outage takes ten minutes.
+            version = self.conditional.read(self.get_path(name))
+            return None if version is None else version.content
         return None
 
     @contextmanager

@@ -12,6 +12,7 @@ ATTEMPTS = 12
 """Number of attempts of s3fs, whose pauses of 0.1 to 15 seconds add up to 43 seconds before the last attempt."""
 CONNECT_SECONDS = 10
 _CONFLICT_ATTEMPTS = 3
+_READ_ATTEMPTS = 3
 _TRANSIENT = {429, 500, 502, 503, 504}
 
 
@@ -56,17 +57,26 @@ class S3Conditional:
         raise AssertionError("unreachable")
 
     def read(self, path: str) -> Version | None:
+        """Return an object, or None if it is missing. A body that is cut off is requested again."""
+        import s3fs.core
         from fsspec.asyn import sync
 
-        try:
-            response = self._call("get_object", path)
-        except FileNotFoundError as error:
-            if is_bucket_missing(error):
-                raise
-            return None
-        content = sync(self._system.loop, response["Body"].read)
-        read_at = get_date(response["ResponseMetadata"]["HTTPHeaders"])
-        return Version(content, response["ETag"], response["LastModified"].timestamp(), read_at)
+        for attempt in range(1, _READ_ATTEMPTS + 1):
+            try:
+                response = self._call("get_object", path)
+            except FileNotFoundError as error:
+                if is_bucket_missing(error):
+                    raise
+                return None
+            try:
+                content = sync(self._system.loop, response["Body"].read)
+            except s3fs.core.S3_RETRYABLE_ERRORS:
+                if attempt == _READ_ATTEMPTS:
+                    raise
+                continue
+            read_at = get_date(response["ResponseMetadata"]["HTTPHeaders"])
+            return Version(content, response["ETag"], response["LastModified"].timestamp(), read_at)
+        raise AssertionError("unreachable")
 
     def now(self, path: str) -> float:
         try:
