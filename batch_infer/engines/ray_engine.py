@@ -91,6 +91,7 @@ class RayEngine:
                 if worker.error is not None or failures == MAX_FAILURES:
                     raise
                 log.warning("worker 0 is requested again: %s", error)
+                worker.kill()  # it may hang, and would keep its GPU
                 self._pool.request(0)
             else:
                 break

@@ -75,6 +75,7 @@ class _SkipOtherStatuses:
     def __init__(self, statuses: Collection[RetryStatus], store: Store) -> None:
         self._statuses, self._sink = statuses, make_sink(store)
         self._selected_row: str | None = None
+        self._folder, self._images = "", set[str]()
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
@@ -83,8 +84,15 @@ class _SkipOtherStatuses:
             self._selected_row = None
         if committed is None:
             return self._selected_row != item.id
-        is_missing = committed.path is not None and "missing" in self._statuses and not self._sink.has(committed.path)
+        is_missing = committed.path is not None and "missing" in self._statuses and self._is_missing(committed.path)
         is_selected = is_missing or committed.status in self._statuses
         if is_selected and committed.status == "invalid":
             self._selected_row = item.id
         return not is_selected
+
+    def _is_missing(self, path: str) -> bool:
+        """Return whether an image is missing. Lists each folder once, as long as the images are in table order."""
+        folder, _, name = path.rpartition("/")
+        if folder != self._folder:
+            self._folder, self._images = folder, self._sink.list_images(folder)
+        return name not in self._images

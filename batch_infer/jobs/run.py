@@ -33,9 +33,10 @@ def render_tables(
     rank = _read_rank(settings)
     if rank is not None and rank.rank:
         raise SettingsError("this command does not run under a launcher: start it once, by itself")
+    unlocked_store = open_store(settings.out)  # before the model is downloaded, so that an unsuitable URL is refused
     with open_tables(settings) as tables:
         card = find_model(settings)
-        with outdir.locked(settings.out) as store:
+        with outdir.locked(unlocked_store) as store:
             existing = outdir.read_run(store)
             remove_rendezvous(store)  # left by a killed run
             with make_engine(settings, choose_actor_threads(settings, existing), rank, store) as engine:

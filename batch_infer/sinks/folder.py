@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from batch_infer.records import PromptRequest, Source, StoredImage
 from batch_infer.sinks.names import Collisions, ImageIndex, hashed_name, safe_name
-from batch_infer.store import IMAGE_FOLDERS, Out, open_store, original_name, unique_name
+from batch_infer.store import IMAGE_FOLDERS, Out, is_inside, open_store, original_name, unique_name
 
 ROWS_PER_FOLDER = 1000
 BACKUP_PREFIX = ".original-"
@@ -120,14 +120,17 @@ class FolderSink:
     def has(self, path: str) -> bool:
         return is_image_path(path) and self._store.has_image(path)
 
+    def list_images(self, folder: str) -> set[str]:
+        return self._store.list_images(folder) if is_image_path(f"{folder}/_") else set()
+
     def read(self, path: str, length: int | None = None) -> bytes | None:
         return self._store.read_image(path, length) if is_image_path(path) else None
 
 
 def is_image_path(path: str) -> bool:
     """Return whether a path from a manifest part, which anyone may have edited, stays in images/ or quarantine/."""
-    top, *inner = PurePosixPath(path).parts or ("",)
-    return "\0" not in path and ".." not in inner and bool(inner) and top in IMAGE_FOLDERS
+    top, slash, _ = path.partition("/")
+    return bool(slash) and top in IMAGE_FOLDERS and is_inside(path)
 
 
 def original_path(path: str) -> str | None:

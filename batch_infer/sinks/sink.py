@@ -61,6 +61,9 @@ class Sink(Protocol):
     def has(self, path: str) -> bool:
         """Return whether an image exists at this path."""
 
+    def list_images(self, folder: str) -> set[str]:
+        """Return the file names of the images in a folder of OUT, which is that of an image's path."""
+
     def read(self, path: str, length: int | None = None) -> bytes | None:
         """Return an image's bytes, or None if it is missing or its size differs from `length`, if given."""
 

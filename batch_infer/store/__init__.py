@@ -34,7 +34,7 @@ from batch_infer.store.opening import (
     to_stored_file,
     unless_removed,
 )
-from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, Store, StoreAddress, StoredFile
+from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, Store, StoreAddress, StoredFile, is_inside
 from batch_infer.store.temporary import (
     create_temporary,
     open_temporary_text,
@@ -67,6 +67,7 @@ __all__ = [
     "host_id",
     "is_abandoned",
     "is_http",
+    "is_inside",
     "is_refusal",
     "is_service_error",
     "is_temporary",

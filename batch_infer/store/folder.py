@@ -28,7 +28,7 @@ from batch_infer.store.files import (
 LOCK_SECONDS = 0.2
 """Seconds to wait for a locked folder, because `find_holder` holds the lock for a moment."""
 LOCK, HOLDER = ".lock", ".holder"
-_USAGE_ERRORS = {
+USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
@@ -153,7 +153,7 @@ def _acquire(folder: Path) -> FileLock:
         message = f"{folder} is locked by another run ({holder}); run again when that run has ended"
         raise LockedError(message) from None
     except OSError as error:
-        error_class = SettingsError if error.errno in _USAGE_ERRORS else StorageError
+        error_class = SettingsError if error.errno in USAGE_ERRORS else StorageError
         raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
     return lock
 

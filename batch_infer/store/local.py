@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
+PRIVATE_BYTES = 4096
+"""Maximum number of bytes to read of a private file, since other users may write to OUT."""
 _PRIVATE_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -209,7 +211,8 @@ class LocalStore(LocalImages):
                 return None
             with os.fdopen(descriptor, "rb") as file:
                 status = os.fstat(file.fileno())
-                return PrivateFile(file.read(), status.st_mtime, _is_private(status))
+                content = file.read(PRIVATE_BYTES) if stat.S_ISREG(status.st_mode) else b""
+                return PrivateFile(content, status.st_mtime, _is_private(status))
 
 
 def _is_private(status: os.stat_result) -> bool:

@@ -78,6 +78,19 @@ class LocalImages:
     def has_image(self, name: str) -> bool:
         return self._find(name) is not None
 
+    def list_images(self, folder: str) -> set[str]:
+        path = self._resolve(f"{folder}/_")
+        if path is None:
+            return set()
+        with read_errors(path.parent):
+            try:
+                with os.scandir(path.parent) as entries:
+                    return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+            except OSError as error:
+                if error.errno in _MISSING:
+                    return set()
+                raise
+
     def read_image(self, name: str, length: int | None = None) -> bytes | None:
         target = self._find(name)
         if target is None:

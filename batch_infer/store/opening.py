@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
 from batch_infer.errors import SettingsError, StorageError
+from batch_infer.store.folder import USAGE_ERRORS
 from batch_infer.store.local import LocalStore
 from batch_infer.store.protocol import Store, StoreAddress, StoredFile
 
@@ -31,14 +33,31 @@ def open_store(out: Out) -> Store:
     """
     if isinstance(out, (str, Path)):
         refuse_unprintable(str(out))
-        out = StoreAddress(str(out)) if is_url(str(out)) else LocalStore(Path(out))
+        out = _open_url(StoreAddress(str(out))) if is_url(str(out)) else _open_folder(Path(out))
     if not isinstance(out, StoreAddress):
         return out
-    if is_url(out.location):
-        from batch_infer.store.objects import ObjectStore  # imports fsspec
+    return _open_locked_url(out) if is_url(out.location) else LocalStore(out)
 
-        return ObjectStore(out)
-    return LocalStore(out)
+
+def _open_folder(path: Path) -> LocalStore:
+    try:
+        return LocalStore(path)
+    except StorageError as error:
+        if isinstance(cause := error.__cause__, OSError) and cause.errno in USAGE_ERRORS:
+            raise SettingsError(f"cannot open {path}: {cause.strerror or cause}") from error
+        raise
+
+
+def _open_url(address: StoreAddress) -> Store:
+    from batch_infer.store.objects import ObjectStore  # imports fsspec
+
+    return ObjectStore(address)
+
+
+@lru_cache(maxsize=4)
+def _open_locked_url(address: StoreAddress) -> Store:
+    """Open the store of a run once per process, since it has threads, connections and a temporary folder."""
+    return _open_url(address)
 
 
 def to_absolute(out: Out) -> Out:

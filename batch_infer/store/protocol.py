@@ -166,6 +166,10 @@ class Store(Protocol):
         """Return whether an image exists and is a file, not a link or a file in a linked folder."""
         ...
 
+    def list_images(self, folder: str) -> set[str]:
+        """Return the names of the images in a folder for which `has_image` is true, without the folder's own."""
+        ...
+
     def read_image(self, name: str, length: int | None = None) -> bytes | None:
         """Return an image's bytes, or None if `has_image` is false or its size differs from `length`, if given."""
         ...
