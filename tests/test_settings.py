@@ -117,7 +117,7 @@ def parse(*arguments: str) -> RunSettings:
 
 
 def test_defaults_apply_without_options() -> None:
-    assert parse() == RunSettings(TableSettings(("t.csv",)), "batch-infer-out", output=parse().output)
+    assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
     assert parse().output.results == ()
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
@@ -130,7 +130,7 @@ def test_every_option_is_a_setting() -> None:
             *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
             *("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--long-prompts"),
             *("--slots", "6", "--threads", "2", "--no-compile", "--steps", "4"),
-            *("--engine", "ray", "--ray-address", "10.0.0.1:6379"),
+            *("--engine", "ray", "--ray-address", "head:6379"),
             *("--guidance-scale", "2", "--guidance-rescale", "0.5"),
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
@@ -143,7 +143,7 @@ def test_every_option_is_a_setting() -> None:
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
             "id_from": "content",
         },
-        "out": "o",
+        "out": Path("o"),
         "model": {
             "name": "m",
             "revision": "r",
@@ -167,8 +167,12 @@ def test_every_option_is_a_setting() -> None:
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True, "service": None},
         "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True},
         "compute": {
-            **{"slots": 6, "threads": 2, "compiled": False, "processes": None},
-            **{"engine": "ray", "ray_address": "10.0.0.1:6379"},
+            "slots": 6,
+            "threads": 2,
+            "compiled": False,
+            "processes": None,
+            "engine": "ray",
+            "ray_address": "head:6379",
         },
         "max_failed": {"count": 0, "percent": 1.0},
         "overwrite": True,

@@ -168,10 +168,14 @@ class ActorPool:
             if request.worker is not None and (request.is_pending or cause is not None):
                 request.worker.disconnect()
 
-    def kill_all(self, seconds: float = 0.0) -> None:
-        """Kill all actors, and wait up to this many seconds until they have ended."""
+    def kill_all(self, seconds: float = 0.0, grace_seconds: float = 0.0) -> None:
+        """Kill all actors, and wait up to `seconds` until they have ended.
+
+        First wait up to `grace_seconds` for the connected ones to end by themselves, since they may still upload logs.
+        """
         with self._lock:
             requests, self._requests = list(self._requests.values()), {}
+        self._cluster.wait_for_ends([request.actor for request in requests if request.worker], grace_seconds)
         for request in requests:
             (request.worker or request.actor).kill()
         self._cluster.wait_for_ends([request.actor for request in requests], seconds)

@@ -34,6 +34,8 @@ CHECK_SECONDS = 1.0
 """Minimum number of seconds between checks whether actors have ended."""
 GROW_SECONDS = 5.0
 """Minimum number of seconds between checks whether nodes have joined the cluster."""
+GRACE_SECONDS, STOP_GRACE_SECONDS = 10.0, 1.0
+"""Maximum number of seconds in which workers whose rows are committed may upload their logs, also after a stop."""
 KILL_SECONDS = 10.0
 """Maximum number of seconds to wait until all actors are killed, since they might still write to OUT."""
 
@@ -121,10 +123,13 @@ class RayEngine:
         # The initial workers share the safety service's rate limit, so no more may be added.
         may_grow = self._processes is None and task.settings.safety.service is None
         self._max_workers = max(1, task.expected_count) if may_grow else 0
+        grace_seconds = 0.0
         try:
-            return Supervisor(task, self, count_and_report, on_ready).run(stop)
+            report = Supervisor(task, self, count_and_report, on_ready).run(stop)
+            grace_seconds = STOP_GRACE_SECONDS if stop() else GRACE_SECONDS
+            return report
         finally:
-            self._pool.kill_all(KILL_SECONDS)
+            self._pool.kill_all(KILL_SECONDS, grace_seconds)
 
     def start(self, expected_count: int) -> Iterable[WorkerHandle]:
         first, self._first_worker = self._first_worker, None  # another call of `render` requests new workers
@@ -165,6 +170,8 @@ class RayEngine:
         if seconds >= NOTICE_SECONDS and not self._has_noticed:
             self._has_noticed = True
             log.info("waiting for the Ray cluster to place a worker that needs %s", self._pool.needs)
+            if not self._cluster.count_actors(self._pool.needs):
+                log.warning("no node of the Ray cluster has that many: reduce --threads, or wait for a larger node")
 
     def _grow(self, now: float) -> None:
         """Request workers for nodes that have joined the cluster."""

@@ -69,6 +69,9 @@ class ObjectFiles:
         files, folders = self._list_entries(folder)
         return sorted({PurePosixPath(name).name for name in (*files, *folders)})
 
+    def list_images(self, folder: str) -> set[str]:
+        return {PurePosixPath(name).name for name in self._list_entries(folder)[0]}
+
     def _list_entries(self, folder: str) -> Listing:
         """Return the names of the files and of the folders in a folder, which may be missing."""
         path = self.get_path(folder)

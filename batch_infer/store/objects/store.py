@@ -52,9 +52,6 @@ class ObjectStore(ObjectFiles):
     def has_image(self, name: str) -> bool:
         return is_inside(name) and self.get_type(name) == "file"
 
-    def list_images(self, folder: str) -> set[str]:
-        return {name.rpartition("/")[2] for name in self.list_entries(folder)[0]}
-
     def read_image(self, name: str, length: int | None = None) -> bytes | None:
         content = self.read(name) if is_inside(name) else None
         return content if content is not None and length in (None, len(content)) else None
