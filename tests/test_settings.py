@@ -117,7 +117,7 @@ def parse(*arguments: str) -> RunSettings:
 
 
 def test_defaults_apply_without_options() -> None:
-    assert parse() == RunSettings(TableSettings(("t.csv",)), Path("batch-infer-out"), output=parse().output)
+    assert parse() == RunSettings(TableSettings(("t.csv",)), "batch-infer-out", output=parse().output)
     assert parse().output.results == ()
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
@@ -143,7 +143,7 @@ def test_every_option_is_a_setting() -> None:
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
             "id_from": "content",
         },
-        "out": Path("o"),
+        "out": "o",
         "model": {
             "name": "m",
             "revision": "r",
