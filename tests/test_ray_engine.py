@@ -101,6 +101,9 @@ class FakeCluster:
     def has_gpus(self) -> bool:
         return bool(self._gpus)
 
+    def count_actors(self, needs: Resources) -> int:
+        return 0
+
     def start(self, needs: Resources, *_: Any) -> FakeActor:
         self.needs.append(needs)
         self.actors.append(FakeActor(self._cause))
@@ -145,6 +148,7 @@ def test_a_run_does_not_wait_forever_for_room(
     ):
         engine.detect_device()
     assert caplog.text.count("waiting for the Ray cluster to place a worker that needs 1 GPU and 3 CPUs") == 1
+    assert caplog.text.count("no node of the Ray cluster has that many: reduce --threads") == 1
     assert [actor.is_killed for actor in cluster.actors] == [True]
 
 
