@@ -64,7 +64,7 @@ class EngineRun:
         """Return committed rows by id. Rows that two workers committed are equal."""
         rows: dict[str, dict[str, Any]] = {}
         for part in Manifest(self.out).parts():
-            for row in pq.read_table(part).to_pylist():
+            for row in pq.read_table(str(part)).to_pylist():
                 before = rows.setdefault(row["id"], row)
                 assert (before["status"], before["sha256"]) == (row["status"], row["sha256"])
         return rows
