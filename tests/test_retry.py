@@ -81,10 +81,10 @@ def test_an_image_in_an_unreadable_folder_is_an_error(table: Path, out: Path, mo
     assert run(table, out).code == 0
     (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
     with monkeypatch.context() as patch:
-        fail_at(patch, image, errno.EACCES)
+        fail_at(patch, image.parent, errno.EACCES)
         done = retry(out, "--status", "missing")
     assert done.code == 75, done.stderr
-    assert f"cannot read {image}: Permission denied" in done.stderr
+    assert f"cannot read {image.parent}: Permission denied" in done.stderr
     done = retry(out, "--status", "missing", "--json")
     assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 0)
 
