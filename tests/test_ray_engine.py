@@ -219,7 +219,7 @@ def test_a_cluster_that_does_not_respond_is_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ServiceError, match=f"the Ray cluster at {address} does not respond"):
         RayCluster(None).__enter__()
-    with pytest.raises(SettingsError, match="the Ray cluster at nowhere cannot be used: Invalid address format"):
+    with pytest.raises(SettingsError, match="the Ray cluster at nowhere cannot be used: "):
         RayCluster("nowhere").__enter__()
 
 
