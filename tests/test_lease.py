@@ -11,7 +11,7 @@ import pytest
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
 from batch_infer.store.objects import lease as lease_module
-from batch_infer.store.objects.conditional import Version
+from batch_infer.store.objects.conditional_puts import Version
 from batch_infer.store.objects.lease import CHECK_SECONDS, Lease, LeaseReader
 from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 

@@ -44,7 +44,7 @@ class ObjectFiles:
     def __init__(self, location: str) -> None:
         """Connect to the service of OUT, without a request. Raises SettingsError, StorageError."""
         self.location = parse_location(location)
-        self.system, self._root, self.conditional = open_service(self.location)
+        self.system, self._root, self.puts = open_service(self.location)
         self.spool = Spool(self.location)
         self._pool = ThreadPoolExecutor(THREADS, "storage")
         self._cache = DownloadCache(self.spool.folder / "parts", self._download, self._pool)
@@ -103,7 +103,7 @@ class ObjectFiles:
     def read(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError), StorageErrors("read", self.locate(name)):
             # Not with cat_file: that of s3fs repeats all attempts of a request, so that an outage takes ten minutes.
-            version = self.conditional.read(self.get_path(name))
+            version = self.puts.read(self.get_path(name))
             return None if version is None else version.content
         return None
 
@@ -147,7 +147,7 @@ class ObjectFiles:
     def create(self, name: str, content: bytes) -> bool:
         """Store a file unless it exists. Returns False too if it was stored but the response was lost."""
         with StorageErrors("write", self.locate(name)):
-            return self.conditional.create(self.get_path(name), content) is not None
+            return self.puts.create(self.get_path(name), content) is not None
 
     def rename(self, name: str, new_name: str) -> None:
         """Copy a file within the service and remove it. After a crash, both may exist."""
@@ -159,7 +159,7 @@ class ObjectFiles:
 
     def copy(self, name: str, new_name: str) -> None:
         with StorageErrors("copy", self.locate(name)):
-            self.conditional.copy(self.get_path(name), self.get_path(new_name))
+            self.puts.copy(self.get_path(name), self.get_path(new_name))
 
     def remove(self, names: Iterable[str]) -> None:
         self.run_all(self._remove, (name for name in names if is_inside(name)))

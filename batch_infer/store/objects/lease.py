@@ -19,7 +19,7 @@ from batch_infer.store.objects.lease_object import LEASE_SECONDS, LeaseObject, L
 RENEWALS = 6
 """Number of renewals in LEASE_SECONDS."""
 MARGIN = 1 / 6
-"""Part of LEASE_SECONDS by which the holder stops early, because the service rounds times to seconds."""
+"""Fraction of LEASE_SECONDS by which the holder stops early, because the service rounds times to seconds."""
 CHECK_SECONDS = 2.0
 """Seconds for which a worker relies on its last reading of the lease. Parts are committed every two seconds."""
 RELEASE_SECONDS = 5.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.objects.conditional import Conditional, Version
+from batch_infer.store.objects.conditional_puts import ConditionalPuts, Version
 
 LEASE = ".lease"
 LEASE_SECONDS = 60.0
@@ -52,20 +52,20 @@ class LeaseObject:
 
     out: str
     system: Any
-    conditional: Conditional
+    puts: ConditionalPuts
     path: str
 
     def create(self, content: bytes) -> str | None:
         with StorageErrors("write", self.location):
-            return self.conditional.create(self.path, content)
+            return self.puts.create(self.path, content)
 
     def replace(self, content: bytes, version: str) -> str | None:
         with StorageErrors("write", self.location):
-            return self.conditional.replace(self.path, content, version)
+            return self.puts.replace(self.path, content, version)
 
     def read(self) -> LeaseRecord | None:
         with StorageErrors("read", self.location):
-            version = self.conditional.read(self.path)
+            version = self.puts.read(self.path)
             return None if version is None else LeaseRecord.parse(version)
 
     def remove(self) -> None:

@@ -143,13 +143,14 @@ def make_log_name(name: str) -> str:
 def upload_while_open(path: Path, upload: Callable[[], bool]) -> Iterator[None]:
     """Call `upload` in the background whenever a log has grown, and at the end, and then remove the log."""
     closed = threading.Event()
-    sizes = [0]
+    uploaded_size = 0
 
     def upload_if_grown() -> bool:
+        nonlocal uploaded_size
         size = path.stat().st_size if path.exists() else 0
-        if size != sizes[-1] and upload():
-            sizes.append(size)
-        return size == sizes[-1]
+        if size != uploaded_size and upload():
+            uploaded_size = size
+        return size == uploaded_size
 
     def run() -> None:
         while not closed.wait(UPLOAD_SECONDS):

@@ -33,7 +33,7 @@ class ObjectStore(ObjectFiles):
         """
         super().__init__(address.location)
         self._lease_seconds, self._marker = lease_seconds, address.marker
-        self._lease = LeaseObject(self.location, self.system, self.conditional, self.get_path(LEASE))
+        self._lease = LeaseObject(self.location, self.system, self.puts, self.get_path(LEASE))
         self._lock: Lease | LeaseReader | None = LeaseReader(self._lease, address.marker) if address.marker else None
 
     @property
@@ -125,7 +125,7 @@ class ObjectStore(ObjectFiles):
 
     def now(self) -> float:
         with StorageErrors("read", self.location):
-            return self.conditional.now(self.get_path(LEASE))
+            return self.puts.now(self.get_path(LEASE))
 
     def write_private(self, name: str, content: bytes) -> bool:
         with StorageErrors("write", self.locate(name)):
@@ -134,5 +134,5 @@ class ObjectStore(ObjectFiles):
 
     def read_private(self, name: str) -> PrivateFile | None:
         with StorageErrors("read", self.locate(name)):
-            version = self.conditional.read(self.get_path(name))
+            version = self.puts.read(self.get_path(name))
         return None if version is None else PrivateFile(version.content, version.modified_at, is_trusted=False)
