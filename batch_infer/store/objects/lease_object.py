@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from batch_infer.store.clients import StorageErrors
 from batch_infer.store.objects.conditional_puts import ConditionalPuts, Version
@@ -26,7 +25,8 @@ class LeaseRecord(NamedTuple):
 
     @property
     def remaining(self) -> float:
-        return self.seconds - self.age
+        """Return the seconds until another run may take over. A lease of 0 seconds is released, whatever its age."""
+        return self.seconds - self.age if self.seconds > 0 else 0.0
 
     @classmethod
     def parse(cls, version: Version) -> LeaseRecord:
@@ -40,7 +40,7 @@ class LeaseRecord(NamedTuple):
         return cls(
             holder if isinstance(holder, str) else "its process is unknown",
             token if isinstance(token, str) else None,
-            seconds if isinstance(seconds, int | float) and 0 < seconds <= LEASE_SECONDS else LEASE_SECONDS,
+            seconds if isinstance(seconds, int | float) and 0 <= seconds <= LEASE_SECONDS else LEASE_SECONDS,
             version.version,
             version.read_at - version.modified_at,
         )
@@ -51,7 +51,6 @@ class LeaseObject:
     """The object that contains the lease of `out`. Methods raise StorageError and SettingsError."""
 
     out: str
-    system: Any
     puts: ConditionalPuts
     path: str
 
@@ -68,12 +67,8 @@ class LeaseObject:
             version = self.puts.read(self.path)
             return None if version is None else LeaseRecord.parse(version)
 
-    def remove(self) -> None:
-        with StorageErrors("remove", self.location), suppress(FileNotFoundError):
-            self.system.rm_file(self.path)
-
     def find_holder(self) -> str | None:
-        """Return a description of the holder, or None if the lease is missing or has ended."""
+        """Return a description of the holder, or None if the lease is missing, released or ended."""
         record = self.read()
         return None if record is None or record.remaining <= 0 else record.holder
 

@@ -33,7 +33,7 @@ class ObjectStore(ObjectFiles):
         """
         super().__init__(address.location)
         self._lease_seconds, self._marker = lease_seconds, address.marker
-        self._lease = LeaseObject(self.location, self.system, self.puts, self.get_path(LEASE))
+        self._lease = LeaseObject(self.location, self.puts, self.get_path(LEASE))
         self._lock: Lease | LeaseReader | None = LeaseReader(self._lease, address.marker) if address.marker else None
 
     @property
@@ -84,13 +84,13 @@ class ObjectStore(ObjectFiles):
     def locked(self) -> Iterator[ObjectStore]:
         self._collect_logs()
         lease = Lease(self._lease, self._lease_seconds)
-        with lease.hold():
-            store = copy.copy(self)
-            store._lock, store._marker = lease, lease.token
-            try:
+        store = copy.copy(self)
+        store._lock, store._marker = lease, lease.token
+        try:
+            with lease.hold():
                 yield store
-            finally:
-                self._collect_logs()  # of worker processes, which the engine kills at its end
+        finally:  # after the release, because a stop may leave no time for uploads
+            self._collect_logs()  # of worker processes, which the engine kills at its end
 
     def find_holder(self) -> str | None:
         return self._lease.find_holder()
