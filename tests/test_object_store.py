@@ -164,6 +164,13 @@ def test_remove_folder(store: ObjectStore, bucket: Bucket, monkeypatch: pytest.M
 def test_tables_in_out(store: ObjectStore, bucket: Bucket) -> None:
     assert store.contains(f"{store.location}/images/t.csv", ["images", "logs"])
     assert store.contains(f"{store.location}/results.csv", ["results.csv"])
+    other_protocol = "s3a" if store.location.startswith("s3") else "az"
+    path = store.location.partition("://")[2]
+    assert store.contains(f"{other_protocol}://{path}/images/t.csv", ["images"])
+    assert store.contains(f"{other_protocol.upper()}://{path}/images/t.csv?versionId=1", ["images"])
+    assert store.contains(f"simplecache::{store.location}/images/t.csv", ["images"])
+    assert store.contains(f"zip://t.csv::simplecache::{store.location}/images/t.zip", ["images"])
+    assert not store.contains(f"zip://images/t.csv::{store.location}/t.zip", ["images"])
     for table in (
         f"{store.location}/images-2/t.csv",
         f"{bucket.url}/images/t.csv",
@@ -171,6 +178,14 @@ def test_tables_in_out(store: ObjectStore, bucket: Bucket) -> None:
         "http://x/images/t",
     ):
         assert not store.contains(table, ["images"])
+
+
+@pytest.mark.parametrize("server", ["azure"], indirect=True)
+def test_tables_in_out_by_the_name_of_the_account(store: ObjectStore) -> None:
+    container, _, path = store.location.removeprefix("abfs://").partition("/")
+    url = f"abfss://{container}@tester.dfs.core.windows.net/{path}"
+    assert store.contains(f"{url}/images/t.csv", ["images"])
+    assert not store.contains(f"{url}-2/images/t.csv", ["images"])
 
 
 # Parts
@@ -256,6 +271,29 @@ def test_images_appear_when_they_are_published(store: ObjectStore, bucket: Bucke
         store.publish([IMAGE])
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_backup_needs_few_requests(store: ObjectStore) -> None:
+    """`docs/object-stores.md` lists them."""
+    publish(store, IMAGE, b"old")
+    requests: list[str] = []
+    store.system.s3.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
+    store.back_up({IMAGE: "images/backup"})
+    store.remove(["images/backup"])
+    assert requests == ["HeadObject", "ListObjectsV2", "CopyObject", "DeleteObject"]
+
+
+def test_a_file_that_vanishes_from_the_spool_is_named(store: ObjectStore) -> None:
+    """A program that cleans TMPDIR has removed it. That does not mean that the bucket is missing."""
+    store.stage(IMAGE, b"x")
+    store.spool.staged_path(IMAGE).unlink()
+    with pytest.raises(StorageError, match=f"cannot write .*{IMAGE}: .*is missing; set TMPDIR") as error:
+        store.publish([IMAGE])
+    assert not isinstance(error.value, SettingsError)
+    with pytest.raises(StorageError, match="is missing; set TMPDIR"), store.write("run.json") as path:
+        path.write_bytes(b"x")
+        path.unlink()
+
+
 def test_many_images_are_published_concurrently(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     barrier = threading.Barrier(8)
     real_put = store.put
@@ -339,6 +377,74 @@ def test_a_run_notices_that_another_has_taken_over(store: ObjectStore, bucket: B
             other.check()
         with pytest.raises(StorageError, match="taken over"):
             locked.check()
+
+
+CHANGES: dict[str, Callable[[Store], object]] = {
+    "write": lambda store: put(store, "run.json", b"new"),
+    "create": lambda store: store.create("new", b""),
+    "rename": lambda store: store.rename("run.json", "new"),
+    "remove": lambda store: store.remove(["run.json"]),
+    "remove_folder": lambda store: store.remove_folder("images", lambda: False),
+    "publish": lambda store: publish(store, IMAGE, b"new"),
+    "back_up": lambda store: store.back_up({IMAGE: "images/backup"}),
+    "write_private": lambda store: store.write_private("new", b""),
+}
+
+
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_a_run_that_has_lost_the_lock_changes_nothing(store: ObjectStore, bucket: Bucket, is_worker: bool) -> None:
+    """A run is suspended for two minutes, for example while it clears OUT. Another run takes over."""
+    with store.locked() as locked:
+        loser: Store = ObjectStore(locked.address) if is_worker else locked
+        put(locked, "run.json", b"old")
+        publish(locked, IMAGE, b"old")
+        assert isinstance(locked._lock, Lease)
+        locked._lock._renewed_at -= 120
+        bucket.remove(f"deep/out/{LEASE}")
+        with store.locked():
+            before = read_all(bucket)
+            for name, change in CHANGES.items():
+                with pytest.raises(StorageError, match="another run has taken over .*deep/out"):
+                    change(loser)
+                    pytest.fail(name)
+            assert read_all(bucket) == before
+    for name, change in CHANGES.items():
+        with pytest.raises(StorageError, match="its lease was released"):
+            change(loser)
+            pytest.fail(name)
+    assert read_all(bucket) == before
+
+
+def read_all(bucket: Bucket) -> dict[str, bytes]:
+    """Return all objects except the lease."""
+    return {name: bucket.read(name) for name in bucket.names() if not name.endswith(LEASE)}
+
+
+def test_publishing_stops_when_another_run_takes_over(
+    store: ObjectStore, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only puts that have begun are not stopped."""
+    names = [f"images/{number}.png" for number in range(60)]
+    begun: list[str] = []
+    with store.locked() as locked:
+        for name in names:
+            locked.stage(name, b"")
+        lease = locked._lock
+        assert isinstance(lease, Lease)
+        real_put = locked.put_unchecked
+        all_begin = threading.Barrier(object_files.THREADS)
+
+        def put_unchecked(path: Path, name: str) -> None:
+            begun.append(name)
+            all_begin.wait(60)
+            lease._is_lost = True
+            real_put(path, name)
+
+        monkeypatch.setattr(locked, "put_unchecked", put_unchecked)
+        with pytest.raises(StorageError, match="another run has taken over"):
+            locked.publish(names)
+    assert sorted(read_all(bucket)) == sorted(f"deep/out/{name}" for name in begun)
+    assert len(begun) == object_files.THREADS
 
 
 def test_the_clock_of_the_service(store: ObjectStore) -> None:

@@ -38,6 +38,8 @@ T = TypeVar("T")
 class ObjectFiles:
     """The half of ObjectStore that implements the methods of a store for files.
 
+    Each request that changes an object of OUT, except a log, follows a `check` of the lock. A put, copy or removal that
+    has begun is not stopped, so that a process that is suspended in the middle may still make up to THREADS changes.
     The libraries repeat requests that fail. Listings are not cached.
     """
 
@@ -48,6 +50,9 @@ class ObjectFiles:
         self.spool = Spool(self.location)
         self._pool = ThreadPoolExecutor(THREADS, "storage")
         self._cache = DownloadCache(self.spool.folder / "parts", self._download, self._pool)
+
+    def check(self) -> None:
+        """Check the lock. A store without a lock has nothing to check."""
 
     def locate(self, name: str) -> str:
         return f"{self.location}/{name}" if name else self.location
@@ -140,12 +145,24 @@ class ObjectFiles:
             self.put(path, name)
 
     def put(self, path: Path, name: str) -> None:
+        """Store a local file. Raises StorageError also if another program has removed it from the spool."""
+        self.check()
+        self.put_unchecked(path, name)
+
+    def put_unchecked(self, path: Path, name: str) -> None:
+        """Store a local file whether or not this process holds the lock, as for logs, which have unique names."""
         with StorageErrors("write", self.locate(name)):
-            self.system.put_file(str(path), self.get_path(name))
+            try:
+                self.system.put_file(str(path), self.get_path(name))
+            except FileNotFoundError:
+                if path.exists():  # the bucket is missing
+                    raise
+                raise self.spool.make_missing_error(f"cannot write {self.locate(name)}", path) from None
         self._cache.discard(name)
 
     def create(self, name: str, content: bytes) -> bool:
         """Store a file unless it exists. Returns False too if it was stored but the response was lost."""
+        self.check()
         with StorageErrors("write", self.locate(name)):
             return self.puts.create(self.get_path(name), content) is not None
 
@@ -158,6 +175,7 @@ class ObjectFiles:
         self.remove([name])
 
     def copy(self, name: str, new_name: str) -> None:
+        self.check()
         with StorageErrors("copy", self.locate(name)):
             self.puts.copy(self.get_path(name), self.get_path(new_name))
 
@@ -165,6 +183,7 @@ class ObjectFiles:
         self.run_all(self._remove, (name for name in names if is_inside(name)))
 
     def _remove(self, name: str) -> None:
+        self.check()
         self._cache.discard(name)
         with suppress(FileNotFoundError), StorageErrors("remove", self.locate(name)):
             self.system.rm_file(self.get_path(name))
@@ -208,12 +227,16 @@ class ObjectFiles:
         """Do nothing: there are no empty folders."""
 
     def contains(self, table: str, names: Iterable[str]) -> bool:
-        service = SERVICES[get_protocol(self.location) or ""]
-        if SERVICES.get(get_protocol(table) or "") != service:
+        """Return whether a URL, or the last link of a chain such as simplecache::s3://, leads into these names of OUT.
+
+        The URL may have another protocol of the same service, or name the account.
+        """
+        link = split_query(table.rpartition("::")[2])[0]
+        protocol = get_protocol(link) or ""
+        if SERVICES.get(protocol) != SERVICES[get_protocol(self.location) or ""]:
             return False
-        path = split_query(table)[0].partition("://")[2]
-        root = self.location.partition("://")[2]
-        return any(f"{path}/".startswith(f"{root}/{name}/") for name in names)
+        path = self.system._strip_protocol(f"{protocol}://{link.partition('://')[2]}")
+        return any(f"{path}/".startswith(f"{self._root}/{name}/") for name in names)
 
 
 def _get_depth(name: str) -> int:

@@ -17,6 +17,7 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from batch_infer.errors import StorageError
 from batch_infer.records import utc_now
 from batch_infer.store.files import is_abandoned, unique_name
 from batch_infer.store.temporary import temporary_file_errors
@@ -63,6 +64,13 @@ class Spool:
                 yield folder / name
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def make_missing_error(self, action: str, path: Path) -> StorageError:
+        """Return an error that says that `action` has failed, because a file in the spool is missing."""
+        return StorageError(
+            f"{action}: the temporary file {path} is missing; set TMPDIR to a folder in which no other program removes"
+            " files, and run again"
+        )
 
     def log_path(self, name: str) -> Path:
         """Return a path for a log, which is uploaded as `name`, and create its folder."""

@@ -60,12 +60,15 @@ class ObjectStore(ObjectFiles):
         self.spool.stage(name, content)
 
     def publish(self, names: Sequence[str]) -> None:
+        """Put staged images, several at once, and check the lock before each.
+
+        If another run takes over in the meantime, it and this run render the same rows. Then only the puts that have
+        already begun may replace images of the other run.
+        """
         self.run_all(self._publish, names)
 
     def _publish(self, name: str) -> None:
         path = self.spool.staged_path(name)
-        if not path.exists():
-            raise StorageError(f"cannot write {self.locate(name)}: its copy in {self.spool.folder} is missing")
         self.put(path, name)
         path.unlink(missing_ok=True)
 
@@ -116,7 +119,7 @@ class ObjectStore(ObjectFiles):
     def _upload_log(self, name: str, path: Path) -> bool:
         """Return whether a log was uploaded."""
         with suppress(SettingsError, StorageError):
-            self.put(path, name)
+            self.put_unchecked(path, name)
             return True
         return False
 
@@ -128,6 +131,7 @@ class ObjectStore(ObjectFiles):
             return self.puts.now(self.get_path(LEASE))
 
     def write_private(self, name: str, content: bytes) -> bool:
+        self.check()
         with StorageErrors("write", self.locate(name)):
             self.system.pipe_file(self.get_path(name), content)
         return False
