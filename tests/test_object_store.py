@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError
 from batch_infer.store import Store, StoreAddress, open_store
-from batch_infer.store.objects import ObjectStore, s3, spool
+from batch_infer.store.objects import ObjectStore, downloads, s3, spool
 from batch_infer.store.objects import files as object_files
 from batch_infer.store.objects.lease import Lease
 from tests.object_servers import AzureContainer, Bucket, ObjectServer, serve_objects
@@ -221,7 +222,7 @@ def test_parts_are_downloaded_once_and_in_advance(store: ObjectStore, monkeypatc
 
 
 def test_the_cache_of_parts_is_bounded(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "CACHED_BYTES", 250)
+    monkeypatch.setattr(downloads, "CACHED_BYTES", 250)
     names = [f"part-{number}" for number in range(5)]
     for name in names:
         put(store, name, name.encode() * 20)
@@ -232,6 +233,51 @@ def test_the_cache_of_parts_is_bounded(store: ObjectStore, monkeypatch: pytest.M
     for name in names:
         with store.open_file(name) as file:
             assert file.read() == name.encode() * 20
+
+
+def test_a_part_that_vanishes_from_the_cache_is_downloaded_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that cleans TMPDIR removes it, or the whole folder."""
+    put(store, "part", b"part")
+    parts = store.spool.folder / "parts"
+    for _ in range(2):
+        with store.open_file("part") as file:
+            assert file.read() == b"part"
+        for path in parts.iterdir():
+            path.unlink()
+    with store.open_file("part"):
+        pass
+    assert store._cache._bytes == 4
+    store._cache.discard("part")
+    assert (store._cache._bytes, list(parts.iterdir())) == (0, [])
+    real_mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: real_mkdir(path, *a, **k) if path != parts else None)
+    shutil.rmtree(store.spool.folder)
+    with pytest.raises(StorageError, match="cannot read .*/part: .* is missing; set TMPDIR"), store.open_file("part"):
+        pass
+
+
+def test_a_part_that_is_discarded_during_its_download_is_not_kept(store: ObjectStore) -> None:
+    put(store, "part", b"old")
+    real_download = store._cache._download
+    begun, discarded = threading.Event(), threading.Event()
+
+    def download(name: str, path: Path) -> None:
+        real_download(name, path)
+        begun.set()
+        assert discarded.wait(60)
+
+    store._cache._download = download
+    old = store._cache.request("part")
+    assert begun.wait(60)
+    put(store, "part", b"newer")
+    discarded.set()
+    with store.open_file("part") as file:
+        assert file.read() == b"newer"
+    old.download.result()
+    assert store._cache._bytes == 5
+    assert [path.read_bytes() for path in old.path.parent.iterdir()] == [b"newer"]
 
 
 def test_a_damaged_connection_is_not_a_missing_part(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from batch_infer.errors import StoppedError, StorageError
 from batch_infer.store.clients import StorageErrors
+from batch_infer.store.objects.downloads import DownloadCache
 from batch_infer.store.objects.service import SERVICES, open_service, parse_location
-from batch_infer.store.objects.spool import DownloadCache, Spool
+from batch_infer.store.objects.spool import Spool
 from batch_infer.store.protocol import is_inside
 from batch_infer.store.temporary import temporary_file_errors
 from batch_infer.store.urls import get_protocol, split_query
@@ -115,11 +116,7 @@ class ObjectFiles:
     @contextmanager
     def open_file(self, name: str) -> Iterator[pa.NativeFile]:
         """Open a local copy, which is kept for the next time. Raises FileNotFoundError, StorageError."""
-        import pyarrow as pa
-
-        with self._cache.pinned(name) as path:
-            file = pa.OSFile(str(path))
-        with file:
+        with self._cache.open(name) as file:
             yield file
 
     def prefetch(self, names: Iterable[str]) -> Iterator[str]:
@@ -136,6 +133,8 @@ class ObjectFiles:
             with StorageErrors("read", self.locate(name)), temporary_file_errors(reads=True):
                 self.system.get_file(self.get_path(name), str(path))
         except FileNotFoundError:
+            if not path.parent.exists():
+                raise self.spool.make_missing_error(f"cannot read {self.locate(name)}", path) from None
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.locate(name)) from None
 
     @contextmanager
