@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 import pytest
 
 from batch_infer.errors import LockedError, SettingsError, StorageError
+from batch_infer.stopping import StopRequested
 from batch_infer.store.objects import lease as lease_module
-from batch_infer.store.objects.conditional import Version
+from batch_infer.store.objects.conditional_puts import Version
 from batch_infer.store.objects.lease import CHECK_SECONDS, Lease, LeaseReader
 from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 
@@ -19,7 +22,7 @@ OUT = "s3://bucket/out"
 
 
 class Service:
-    """A service with one object, whose clock is that of the process, rounded to seconds. It is also the file system."""
+    """A service with one object, whose clock is that of the process, rounded to seconds."""
 
     def __init__(self) -> None:
         self.now = 1000.7
@@ -48,11 +51,6 @@ class Service:
         self._answer("read")
         return None if self.object is None else self.object._replace(read_at=int(self.now))
 
-    def rm_file(self, path: str) -> None:
-        self._receive()
-        self.object = None
-        self._answer("remove")
-
     def _receive(self) -> None:
         if self.is_down:
             raise ConnectionError("the network is down")
@@ -71,7 +69,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
 
 
 def file_of(service: Any) -> LeaseObject:
-    return LeaseObject(OUT, service, service, LEASE)
+    return LeaseObject(OUT, service, LEASE)
 
 
 def acquire(service: Service) -> Lease:
@@ -271,11 +269,13 @@ def test_a_process_that_was_suspended_stops_if_another_has_taken_over(service: S
 
 def check_is_lost(lease: Lease, reader: LeaseReader) -> None:
     for check in (lease.check, reader.check, lease.check):
-        with pytest.raises(StorageError, match=f"another run has taken over {OUT}, or the lease was removed"):
+        with pytest.raises(
+            StorageError, match=f"another run has taken over {OUT}, or its lease was released or removed"
+        ):
             check()
 
 
-def test_a_held_lease_is_renewed_in_the_background_and_removed(
+def test_a_held_lease_is_renewed_in_the_background_and_released(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "RENEWALS", 1e6)
@@ -283,7 +283,8 @@ def test_a_held_lease_is_renewed_in_the_background_and_removed(
     service.fault = lambda request: renewed.set() if request == "replace" else None
     with Lease(file_of(service)).hold():
         assert renewed.wait(60)
-    assert service.object is None
+    assert file_of(service).find_holder() is None
+    acquire(service).check()
 
 
 @pytest.mark.parametrize("ignored", ["create", "replace"])
@@ -294,7 +295,7 @@ def test_a_service_that_ignores_conditions_is_refused(service: Service, ignored:
         service.replace = lambda path, content, version: service._put("replace", content)  # type: ignore[method-assign]
     with pytest.raises(SettingsError, match="ignores the conditions of puts"), Lease(file_of(service)).hold():
         pytest.fail("it was locked")
-    assert service.object is None
+    assert file_of(service).find_holder() is None
 
 
 def test_a_worker_ignores_a_failure_while_the_lease_cannot_have_ended(service: Service) -> None:
@@ -309,11 +310,150 @@ def test_a_worker_ignores_a_failure_while_the_lease_cannot_have_ended(service: S
         reader.check()
 
 
-def test_the_lease_of_another_run_is_not_removed(service: Service) -> None:
+def test_the_lease_of_another_run_is_not_released(service: Service) -> None:
     with Lease(file_of(service)).hold():
         service.now += LEASE_SECONDS
         other = acquire(service)
+    other.renew()
     other.check()
+    assert file_of(service).find_holder() is not None
+
+
+def test_another_run_takes_over_while_a_release_is_delayed(service: Service) -> None:
+    """The client repeats a request for a minute. When the service receives the release, the lease has ended."""
+    others: list[Lease] = []
+    real_replace = service.replace
+
+    def replace(path: str, content: bytes, version: str) -> str | None:
+        if b'"seconds": 0' in content and not others:
+            service.now += LEASE_SECONDS
+            others.append(acquire(service))
+        return real_replace(path, content, version)
+
+    with Lease(file_of(service)).hold():
+        service.replace = replace  # type: ignore[method-assign]
+    others[0].renew()
+    others[0].check()
+
+
+@pytest.mark.parametrize("age", [-2, 0, 2])
+def test_a_released_lease_is_free_whatever_its_age(service: Service, age: int) -> None:
+    """Two servers of one service may differ by a second."""
+    with Lease(file_of(service)).hold():
+        pass
+    assert service.object
+    service.object = service.object._replace(modified_at=int(service.now) - age)
+    assert file_of(service).find_holder() is None
+    acquire(service).check()
+
+
+def test_a_lease_is_not_valid_after_its_release(service: Service) -> None:
+    lease = Lease(file_of(service))
+    with lease.hold():
+        reader = LeaseReader(file_of(service), lease.token)
+    check_is_lost(lease, reader)
+
+
+def test_a_release_survives_a_lost_response(repeating: RepeatingService) -> None:
+    with Lease(file_of(repeating)).hold():
+        lose_once(repeating, "replace")
+    assert file_of(repeating).find_holder() is None
+
+
+def interrupt(service: Service, interrupted: str, *, is_late: bool) -> None:
+    """Stop the process during its next request of this kind, whose object the service stores at once or later."""
+    real_put = service._put
+
+    def put(request: str, content: bytes) -> str | None:
+        service._put = real_put  # type: ignore[method-assign]
+        if request != interrupted:
+            return real_put(request, content)
+        if not is_late:
+            real_put(request, content)
+        raise StopRequested
+
+    service._put = put  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("request_name", ["create", "replace"])
+def test_a_stop_while_a_lease_is_acquired_releases_it(service: Service, request_name: str, is_late: bool) -> None:
+    """The put that was interrupted is not stored any more after that."""
+    if request_name == "replace":
+        acquire(service)
+        service.now += LEASE_SECONDS
+    old_version = service.object.version if service.object else None
+    interrupt(service, request_name, is_late=is_late)
+    with pytest.raises(StopRequested), Lease(file_of(service)).hold():
+        pytest.fail("it was not interrupted")
+    assert file_of(service).find_holder() is None
+    late = service.create("", b"{}") if old_version is None else service.replace("", b"{}", old_version)
+    assert late is None
+
+
+def test_a_stop_during_a_renewal_releases_the_lease(service: Service) -> None:
+    lease = Lease(file_of(service))
+    with pytest.raises(StopRequested), lease.hold():
+        interrupt(service, "replace", is_late=False)
+        lease.renew()
+    assert file_of(service).find_holder() is None
+
+
+def test_a_refused_lease_is_not_released(service: Service) -> None:
+    acquire(service)
+    service.requests.clear()
+    with pytest.raises(LockedError), Lease(file_of(service)).hold():
+        pytest.fail("it was locked")
+    assert service.requests == ["create", "read"]
+
+
+def test_threads_that_wait_for_a_renewal_share_its_failure(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library repeats a request for a minute while the service is down. The threads do not do so in turn."""
+    lease = acquire(service)
+    service.now += LEASE_SECONDS
+    renewing, waiters, requests = threading.Event(), threading.Semaphore(0), []
+    calls: Counter[int] = Counter()
+
+    def get_time() -> float:
+        calls[threading.get_ident()] += 1
+        if renewing.is_set() and calls[threading.get_ident()] == 2:  # it waits for the lock next
+            waiters.release()
+        return service.now
+
+    def fail() -> None:
+        requests.append("")
+        renewing.set()
+        for _ in range(3):
+            assert waiters.acquire(timeout=60)
+        service.now += 57
+        raise ConnectionError("the network is down")
+
+    def check(is_first: bool) -> None:
+        assert is_first or renewing.wait(60)
+        with pytest.raises(StorageError, match="the network is down"):
+            lease.check()
+
+    monkeypatch.setattr(lease_module, "get_time", get_time)
+    service._receive = fail  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, [True, False, False, False]))
+    assert len(requests) == 1
+
+
+def test_threads_of_a_worker_share_a_failed_reading(service: Service) -> None:
+    reader = LeaseReader(file_of(service), acquire(service).token)
+    requests = []
+
+    def fail() -> None:
+        requests.append("")
+        service.now += 57
+        raise ConnectionError("the network is down")
+
+    service._receive = fail  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(StorageError, match="the network is down"):
+            reader.check()
+    assert len(requests) == 1
 
 
 def test_an_error_is_not_masked_by_releasing(service: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError
 from batch_infer.store import Store, StoreAddress, open_store
-from batch_infer.store.objects import ObjectStore, s3, spool
+from batch_infer.store.objects import ObjectStore, downloads, s3, spool
 from batch_infer.store.objects import files as object_files
 from batch_infer.store.objects.lease import Lease
 from tests.object_servers import AzureContainer, Bucket, ObjectServer, serve_objects
@@ -129,9 +130,9 @@ def test_out_may_be_a_whole_bucket(bucket: Bucket) -> None:
         assert (locked.exists(""), locked.list_folder("")) == (True, [LEASE, "images"])
         assert list(locked.find(["images"], lambda name: True)) == [IMAGE]
         locked.check()
-    assert bucket.names() == [IMAGE]
+    assert bucket.names() == [LEASE, IMAGE]
     store.remove_folder("images", lambda: False)
-    assert bucket.names() == []
+    assert bucket.names() == [LEASE]
 
 
 def test_remove_ignores_missing_files_and_edited_names(store: ObjectStore, bucket: Bucket) -> None:
@@ -164,6 +165,13 @@ def test_remove_folder(store: ObjectStore, bucket: Bucket, monkeypatch: pytest.M
 def test_tables_in_out(store: ObjectStore, bucket: Bucket) -> None:
     assert store.contains(f"{store.location}/images/t.csv", ["images", "logs"])
     assert store.contains(f"{store.location}/results.csv", ["results.csv"])
+    other_protocol = "s3a" if store.location.startswith("s3") else "az"
+    path = store.location.partition("://")[2]
+    assert store.contains(f"{other_protocol}://{path}/images/t.csv", ["images"])
+    assert store.contains(f"{other_protocol.upper()}://{path}/images/t.csv?versionId=1", ["images"])
+    assert store.contains(f"simplecache::{store.location}/images/t.csv", ["images"])
+    assert store.contains(f"zip://t.csv::simplecache::{store.location}/images/t.zip", ["images"])
+    assert not store.contains(f"zip://images/t.csv::{store.location}/t.zip", ["images"])
     for table in (
         f"{store.location}/images-2/t.csv",
         f"{bucket.url}/images/t.csv",
@@ -171,6 +179,14 @@ def test_tables_in_out(store: ObjectStore, bucket: Bucket) -> None:
         "http://x/images/t",
     ):
         assert not store.contains(table, ["images"])
+
+
+@pytest.mark.parametrize("server", ["azure"], indirect=True)
+def test_tables_in_out_by_the_name_of_the_account(store: ObjectStore) -> None:
+    container, _, path = store.location.removeprefix("abfs://").partition("/")
+    url = f"abfss://{container}@tester.dfs.core.windows.net/{path}"
+    assert store.contains(f"{url}/images/t.csv", ["images"])
+    assert not store.contains(f"{url}-2/images/t.csv", ["images"])
 
 
 # Parts
@@ -206,7 +222,7 @@ def test_parts_are_downloaded_once_and_in_advance(store: ObjectStore, monkeypatc
 
 
 def test_the_cache_of_parts_is_bounded(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "CACHED_BYTES", 250)
+    monkeypatch.setattr(downloads, "CACHED_BYTES", 250)
     names = [f"part-{number}" for number in range(5)]
     for name in names:
         put(store, name, name.encode() * 20)
@@ -217,6 +233,51 @@ def test_the_cache_of_parts_is_bounded(store: ObjectStore, monkeypatch: pytest.M
     for name in names:
         with store.open_file(name) as file:
             assert file.read() == name.encode() * 20
+
+
+def test_a_part_that_vanishes_from_the_cache_is_downloaded_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that cleans TMPDIR removes it, or the whole folder."""
+    put(store, "part", b"part")
+    parts = store.spool.folder / "parts"
+    for _ in range(2):
+        with store.open_file("part") as file:
+            assert file.read() == b"part"
+        for path in parts.iterdir():
+            path.unlink()
+    with store.open_file("part"):
+        pass
+    assert store._cache._bytes == 4
+    store._cache.discard("part")
+    assert (store._cache._bytes, list(parts.iterdir())) == (0, [])
+    real_mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: real_mkdir(path, *a, **k) if path != parts else None)
+    shutil.rmtree(store.spool.folder)
+    with pytest.raises(StorageError, match="cannot read .*/part: .* is missing; set TMPDIR"), store.open_file("part"):
+        pass
+
+
+def test_a_part_that_is_discarded_during_its_download_is_not_kept(store: ObjectStore) -> None:
+    put(store, "part", b"old")
+    real_download = store._cache._download
+    begun, discarded = threading.Event(), threading.Event()
+
+    def download(name: str, path: Path) -> None:
+        real_download(name, path)
+        begun.set()
+        assert discarded.wait(60)
+
+    store._cache._download = download
+    old = store._cache.request("part")
+    assert begun.wait(60)
+    put(store, "part", b"newer")
+    discarded.set()
+    with store.open_file("part") as file:
+        assert file.read() == b"newer"
+    old.download.result()
+    assert store._cache._bytes == 5
+    assert [path.read_bytes() for path in old.path.parent.iterdir()] == [b"newer"]
 
 
 def test_a_damaged_connection_is_not_a_missing_part(
@@ -256,6 +317,29 @@ def test_images_appear_when_they_are_published(store: ObjectStore, bucket: Bucke
         store.publish([IMAGE])
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_backup_needs_few_requests(store: ObjectStore) -> None:
+    """`docs/object-stores.md` lists them."""
+    publish(store, IMAGE, b"old")
+    requests: list[str] = []
+    store.system.s3.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
+    store.back_up({IMAGE: "images/backup"})
+    store.remove(["images/backup"])
+    assert requests == ["HeadObject", "ListObjectsV2", "CopyObject", "DeleteObject"]
+
+
+def test_a_file_that_vanishes_from_the_spool_is_named(store: ObjectStore) -> None:
+    """A program that cleans TMPDIR has removed it. That does not mean that the bucket is missing."""
+    store.stage(IMAGE, b"x")
+    store.spool.staged_path(IMAGE).unlink()
+    with pytest.raises(StorageError, match=f"cannot write .*{IMAGE}: .*is missing; set TMPDIR") as error:
+        store.publish([IMAGE])
+    assert not isinstance(error.value, SettingsError)
+    with pytest.raises(StorageError, match="is missing; set TMPDIR"), store.write("run.json") as path:
+        path.write_bytes(b"x")
+        path.unlink()
+
+
 def test_many_images_are_published_concurrently(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     barrier = threading.Barrier(8)
     real_put = store.put
@@ -288,10 +372,10 @@ def test_a_locked_out_is_refused(store: ObjectStore, bucket: Bucket) -> None:
         worker.check()
         assert (worker.address, store.address.marker) == (locked.address, None)
         store.check()
-    assert bucket.names() == []
+    assert bucket.names() == [f"deep/out/{LEASE}"]
     assert store.find_holder() is None
     with store.locked() as locked:
-        pass
+        locked.check()
 
 
 def test_one_of_several_runs_gets_the_lock(store: ObjectStore) -> None:
@@ -339,6 +423,74 @@ def test_a_run_notices_that_another_has_taken_over(store: ObjectStore, bucket: B
             other.check()
         with pytest.raises(StorageError, match="taken over"):
             locked.check()
+
+
+CHANGES: dict[str, Callable[[Store], object]] = {
+    "write": lambda store: put(store, "run.json", b"new"),
+    "create": lambda store: store.create("new", b""),
+    "rename": lambda store: store.rename("run.json", "new"),
+    "remove": lambda store: store.remove(["run.json"]),
+    "remove_folder": lambda store: store.remove_folder("images", lambda: False),
+    "publish": lambda store: publish(store, IMAGE, b"new"),
+    "back_up": lambda store: store.back_up({IMAGE: "images/backup"}),
+    "write_private": lambda store: store.write_private("new", b""),
+}
+
+
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_a_run_that_has_lost_the_lock_changes_nothing(store: ObjectStore, bucket: Bucket, is_worker: bool) -> None:
+    """A run is suspended for two minutes, for example while it clears OUT. Another run takes over."""
+    with store.locked() as locked:
+        loser: Store = ObjectStore(locked.address) if is_worker else locked
+        put(locked, "run.json", b"old")
+        publish(locked, IMAGE, b"old")
+        assert isinstance(locked._lock, Lease)
+        locked._lock._renewed_at -= 120
+        bucket.remove(f"deep/out/{LEASE}")
+        with store.locked():
+            before = read_all(bucket)
+            for name, change in CHANGES.items():
+                with pytest.raises(StorageError, match="another run has taken over .*deep/out"):
+                    change(loser)
+                    pytest.fail(name)
+            assert read_all(bucket) == before
+    for name, change in CHANGES.items():
+        with pytest.raises(StorageError, match="its lease was released"):
+            change(loser)
+            pytest.fail(name)
+    assert read_all(bucket) == before
+
+
+def read_all(bucket: Bucket) -> dict[str, bytes]:
+    """Return all objects except the lease."""
+    return {name: bucket.read(name) for name in bucket.names() if not name.endswith(LEASE)}
+
+
+def test_publishing_stops_when_another_run_takes_over(
+    store: ObjectStore, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only puts that have begun are not stopped."""
+    names = [f"images/{number}.png" for number in range(60)]
+    begun: list[str] = []
+    with store.locked() as locked:
+        for name in names:
+            locked.stage(name, b"")
+        lease = locked._lock
+        assert isinstance(lease, Lease)
+        real_put = locked.put_unchecked
+        all_begin = threading.Barrier(object_files.THREADS)
+
+        def put_unchecked(path: Path, name: str) -> None:
+            begun.append(name)
+            all_begin.wait(60)
+            lease._is_lost = True
+            real_put(path, name)
+
+        monkeypatch.setattr(locked, "put_unchecked", put_unchecked)
+        with pytest.raises(StorageError, match="another run has taken over"):
+            locked.publish(names)
+    assert sorted(read_all(bucket)) == sorted(f"deep/out/{name}" for name in begun)
+    assert len(begun) == object_files.THREADS
 
 
 def test_the_clock_of_the_service(store: ObjectStore) -> None:

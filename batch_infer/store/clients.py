@@ -28,7 +28,7 @@ ACCESS_ERRORS = {
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "error_perm"),
 }
 """Class names of errors without an HTTP status that clients raise if a service refuses access."""
-TIMEOUT, CONFLICT, TOO_MANY_REQUESTS = 408, 409, 429
+NOT_FOUND, TIMEOUT, CONFLICT, TOO_MANY_REQUESTS = 404, 408, 409, 429
 READ_TIMEOUT_SECONDS = 60
 """Timeout for each connection and read. aiohttp's default limits the total time and so aborts large downloads."""
 _MISSING_BUCKETS = {"NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist."}

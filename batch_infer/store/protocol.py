@@ -138,9 +138,9 @@ class Store(Protocol):
         ...
 
     def check_kinds(self, folders: Sequence[str], files: Sequence[str]) -> None:
-        """Raise SettingsError if a file of OUT is in the place of one of these folders, or a folder in that of a file.
+        """Raise SettingsError if one of `folders` is a file or a link in OUT, or one of `files` is a folder.
 
-        Also raise it if a folder is a link, unless it is one of IMAGE_FOLDERS.
+        Those of `folders` that are in IMAGE_FOLDERS may be links.
         """
         ...
 

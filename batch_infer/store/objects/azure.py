@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from batch_infer.store.clients import is_bucket_missing
-from batch_infer.store.objects.conditional import REFUSALS, Version, get_date
+from batch_infer.store.objects.conditional_puts import REFUSALS, Version, get_response_time
 
 COPY_POLL_SECONDS = 0.1
 
 
-class AzureConditional:
+class AzurePuts:
     """Azure Blob Storage. https://learn.microsoft.com/rest/api/storageservices/specifying-conditional-headers
 
     The SDK repeats requests after 15, 18 and 24 seconds.
@@ -45,13 +45,13 @@ class AzureConditional:
     def read(self, path: str) -> Version | None:
         from azure.core.exceptions import ResourceNotFoundError
 
-        dates: list[float] = []
+        times: list[float] = []
 
         async def read(blob: Any) -> Version:
-            stream = await blob.download_blob(raw_response_hook=_make_date_hook(dates))
+            stream = await blob.download_blob(raw_response_hook=_make_time_hook(times))
             properties = stream.properties
             content = await stream.readall()
-            return Version(content, properties.etag, properties.last_modified.timestamp(), dates[-1])
+            return Version(content, properties.etag, properties.last_modified.timestamp(), times[-1])
 
         try:
             version: Version = self._run(path, read)
@@ -65,14 +65,14 @@ class AzureConditional:
         from azure.core.exceptions import ResourceNotFoundError
 
         async def read_properties(blob: Any) -> None:
-            await blob.get_blob_properties(raw_response_hook=_make_date_hook(dates))
+            await blob.get_blob_properties(raw_response_hook=_make_time_hook(times))
 
-        dates: list[float] = []
+        times: list[float] = []
         try:
             self._run(path, read_properties)
         except ResourceNotFoundError as error:
-            dates.append(get_date(getattr(error.response, "headers", {})))
-        return dates[-1]
+            times.append(get_response_time(getattr(error.response, "headers", {})))
+        return times[-1]
 
     def copy(self, path: str, new_path: str) -> None:
         """Copy a blob. The service copies small blobs of one account at once, but does not promise it."""
@@ -108,5 +108,5 @@ class AzureConditional:
         return sync(self._system.loop, run)
 
 
-def _make_date_hook(dates: list[float]) -> Callable[[Any], None]:
-    return lambda response: dates.append(get_date(response.http_response.headers))
+def _make_time_hook(times: list[float]) -> Callable[[Any], None]:
+    return lambda response: times.append(get_response_time(response.http_response.headers))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from batch_infer.errors import StoppedError, StorageError
 from batch_infer.store.clients import StorageErrors
+from batch_infer.store.objects.downloads import DownloadCache
 from batch_infer.store.objects.service import SERVICES, open_service, parse_location
-from batch_infer.store.objects.spool import DownloadCache, Spool
+from batch_infer.store.objects.spool import Spool
 from batch_infer.store.protocol import is_inside
 from batch_infer.store.temporary import temporary_file_errors
 from batch_infer.store.urls import get_protocol, split_query
@@ -38,16 +39,21 @@ T = TypeVar("T")
 class ObjectFiles:
     """The half of ObjectStore that implements the methods of a store for files.
 
+    Each request that changes an object of OUT, except a log, follows a `check` of the lock. A put, copy or removal that
+    has begun is not stopped, so that a process that is suspended in the middle may still make up to THREADS changes.
     The libraries repeat requests that fail. Listings are not cached.
     """
 
     def __init__(self, location: str) -> None:
         """Connect to the service of OUT, without a request. Raises SettingsError, StorageError."""
         self.location = parse_location(location)
-        self.system, self._root, self.conditional = open_service(self.location)
+        self.system, self._root, self.puts = open_service(self.location)
         self.spool = Spool(self.location)
         self._pool = ThreadPoolExecutor(THREADS, "storage")
         self._cache = DownloadCache(self.spool.folder / "parts", self._download, self._pool)
+
+    def check(self) -> None:
+        """Check the lock. A store without a lock has nothing to check."""
 
     def locate(self, name: str) -> str:
         return f"{self.location}/{name}" if name else self.location
@@ -106,18 +112,14 @@ class ObjectFiles:
     def read(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError), StorageErrors("read", self.locate(name)):
             # Not with cat_file: that of s3fs repeats all attempts of a request, so that an outage takes ten minutes.
-            version = self.conditional.read(self.get_path(name))
+            version = self.puts.read(self.get_path(name))
             return None if version is None else version.content
         return None
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[pa.NativeFile]:
         """Open a local copy, which is kept for the next time. Raises FileNotFoundError, StorageError."""
-        import pyarrow as pa
-
-        with self._cache.pinned(name) as path:
-            file = pa.OSFile(str(path))
-        with file:
+        with self._cache.open(name) as file:
             yield file
 
     def prefetch(self, names: Iterable[str]) -> Iterator[str]:
@@ -134,6 +136,8 @@ class ObjectFiles:
             with StorageErrors("read", self.locate(name)), temporary_file_errors(reads=True):
                 self.system.get_file(self.get_path(name), str(path))
         except FileNotFoundError:
+            if not path.parent.exists():
+                raise self.spool.make_missing_error(f"cannot read {self.locate(name)}", path) from None
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.locate(name)) from None
 
     @contextmanager
@@ -143,14 +147,26 @@ class ObjectFiles:
             self.put(path, name)
 
     def put(self, path: Path, name: str) -> None:
+        """Store a local file. Raises StorageError also if another program has removed it from the spool."""
+        self.check()
+        self.put_unchecked(path, name)
+
+    def put_unchecked(self, path: Path, name: str) -> None:
+        """Store a local file whether or not this process holds the lock, as for logs, which have unique names."""
         with StorageErrors("write", self.locate(name)):
-            self.system.put_file(str(path), self.get_path(name))
+            try:
+                self.system.put_file(str(path), self.get_path(name))
+            except FileNotFoundError:
+                if path.exists():  # the bucket is missing
+                    raise
+                raise self.spool.make_missing_error(f"cannot write {self.locate(name)}", path) from None
         self._cache.discard(name)
 
     def create(self, name: str, content: bytes) -> bool:
         """Store a file unless it exists. Returns False too if it was stored but the response was lost."""
+        self.check()
         with StorageErrors("write", self.locate(name)):
-            return self.conditional.create(self.get_path(name), content) is not None
+            return self.puts.create(self.get_path(name), content) is not None
 
     def rename(self, name: str, new_name: str) -> None:
         """Copy a file within the service and remove it. After a crash, both may exist."""
@@ -161,13 +177,15 @@ class ObjectFiles:
         self.remove([name])
 
     def copy(self, name: str, new_name: str) -> None:
+        self.check()
         with StorageErrors("copy", self.locate(name)):
-            self.conditional.copy(self.get_path(name), self.get_path(new_name))
+            self.puts.copy(self.get_path(name), self.get_path(new_name))
 
     def remove(self, names: Iterable[str]) -> None:
         self.run_all(self._remove, (name for name in names if is_inside(name)))
 
     def _remove(self, name: str) -> None:
+        self.check()
         self._cache.discard(name)
         with suppress(FileNotFoundError), StorageErrors("remove", self.locate(name)):
             self.system.rm_file(self.get_path(name))
@@ -211,12 +229,16 @@ class ObjectFiles:
         """Do nothing: there are no empty folders."""
 
     def contains(self, table: str, names: Iterable[str]) -> bool:
-        service = SERVICES[get_protocol(self.location) or ""]
-        if SERVICES.get(get_protocol(table) or "") != service:
+        """Return whether a URL, or the last link of a chain such as simplecache::s3://, leads into these names of OUT.
+
+        The URL may have another protocol of the same service, or name the account.
+        """
+        link = split_query(table.rpartition("::")[2])[0]
+        protocol = get_protocol(link) or ""
+        if SERVICES.get(protocol) != SERVICES[get_protocol(self.location) or ""]:
             return False
-        path = split_query(table)[0].partition("://")[2]
-        root = self.location.partition("://")[2]
-        return any(f"{path}/".startswith(f"{root}/{name}/") for name in names)
+        path = self.system._strip_protocol(f"{protocol}://{link.partition('://')[2]}")
+        return any(f"{path}/".startswith(f"{self._root}/{name}/") for name in names)
 
 
 def _get_depth(name: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from batch_infer.store.objects.conditional import Version, get_date
+from batch_infer.store.objects.conditional_puts import Version, get_response_time
 
 
-class GoogleConditional:
+class GooglePuts:
     """Google Cloud Storage, which has generations and not ETags.
 
     Follows https://cloud.google.com/storage/docs/request-preconditions, but has only been tested with a simulated
@@ -37,12 +37,12 @@ class GoogleConditional:
         except FileNotFoundError:
             return None
         modified_at = parsedate_to_datetime(headers["Last-Modified"]).timestamp()
-        return Version(content, headers["x-goog-generation"], modified_at, get_date(headers))
+        return Version(content, headers["x-goog-generation"], modified_at, get_response_time(headers))
 
     def now(self, path: str) -> float:
         bucket = self._system.split_path(path)[0]
         headers, _ = self._system.call("GET", "b/{}/o", bucket, maxResults=1, fields="kind")
-        return get_date(headers)
+        return get_response_time(headers)
 
     def copy(self, path: str, new_path: str) -> None:
         self._system.cp_file(path, new_path)

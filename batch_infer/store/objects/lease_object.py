@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from batch_infer.store.clients import StorageErrors
-from batch_infer.store.objects.conditional import Conditional, Version
+from batch_infer.store.objects.conditional_puts import ConditionalPuts, Version
 
 LEASE = ".lease"
 LEASE_SECONDS = 60.0
@@ -26,7 +25,8 @@ class LeaseRecord(NamedTuple):
 
     @property
     def remaining(self) -> float:
-        return self.seconds - self.age
+        """Return the seconds until another run may take over. A lease of 0 seconds is released, whatever its age."""
+        return self.seconds - self.age if self.seconds > 0 else 0.0
 
     @classmethod
     def parse(cls, version: Version) -> LeaseRecord:
@@ -40,7 +40,7 @@ class LeaseRecord(NamedTuple):
         return cls(
             holder if isinstance(holder, str) else "its process is unknown",
             token if isinstance(token, str) else None,
-            seconds if isinstance(seconds, int | float) and 0 < seconds <= LEASE_SECONDS else LEASE_SECONDS,
+            seconds if isinstance(seconds, int | float) and 0 <= seconds <= LEASE_SECONDS else LEASE_SECONDS,
             version.version,
             version.read_at - version.modified_at,
         )
@@ -51,29 +51,24 @@ class LeaseObject:
     """The object that contains the lease of `out`. Methods raise StorageError and SettingsError."""
 
     out: str
-    system: Any
-    conditional: Conditional
+    puts: ConditionalPuts
     path: str
 
     def create(self, content: bytes) -> str | None:
         with StorageErrors("write", self.location):
-            return self.conditional.create(self.path, content)
+            return self.puts.create(self.path, content)
 
     def replace(self, content: bytes, version: str) -> str | None:
         with StorageErrors("write", self.location):
-            return self.conditional.replace(self.path, content, version)
+            return self.puts.replace(self.path, content, version)
 
     def read(self) -> LeaseRecord | None:
         with StorageErrors("read", self.location):
-            version = self.conditional.read(self.path)
+            version = self.puts.read(self.path)
             return None if version is None else LeaseRecord.parse(version)
 
-    def remove(self) -> None:
-        with StorageErrors("remove", self.location), suppress(FileNotFoundError):
-            self.system.rm_file(self.path)
-
     def find_holder(self) -> str | None:
-        """Return a description of the holder, or None if the lease is missing or has ended."""
+        """Return a description of the holder, or None if the lease is missing, released or ended."""
         record = self.read()
         return None if record is None or record.remaining <= 0 else record.holder
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from batch_infer.store.clients import READ_TIMEOUT_SECONDS, get_http_status, is_bucket_missing
-from batch_infer.store.objects.conditional import CONFLICT, REFUSALS, Version, get_date
+from batch_infer.store.clients import CONFLICT, READ_TIMEOUT_SECONDS, get_http_status, is_bucket_missing
+from batch_infer.store.objects.conditional_puts import REFUSALS, Version, get_response_time
 
 MAX_CONNECTIONS = 64
 ATTEMPTS = 12
@@ -16,13 +16,13 @@ _READ_ATTEMPTS = 3
 _TRANSIENT = {429, 500, 502, 503, 504}
 
 
-class S3Conditional:
+class S3Puts:
     """S3 and services with its API. https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
 
-    Before it connects, the file system is set to survive an outage of half a minute. Unless told otherwise, s3fs does
-    not repeat a request after a refused connection or a response with status 5xx. botocore does, but its pauses are
-    random, and its newer retry modes allow about 100 retries for all requests together, so that it gives up early if
-    32 threads wait.
+    Before it connects, the file system is set to survive an outage of half a minute. By default, s3fs does not repeat
+    a request after a refused connection or a response with status 5xx. botocore does, but its pauses are random, and
+    its newer retry modes allow about 100 retries for all requests together, so that it gives up early if 32 threads
+    wait. The error handler of s3fs is global: all of its file systems in this process then repeat such requests.
     """
 
     def __init__(self, system: Any) -> None:
@@ -74,7 +74,7 @@ class S3Conditional:
                 if attempt == _READ_ATTEMPTS:
                     raise
                 continue
-            read_at = get_date(response["ResponseMetadata"]["HTTPHeaders"])
+            read_at = get_response_time(response["ResponseMetadata"]["HTTPHeaders"])
             return Version(content, response["ETag"], response["LastModified"].timestamp(), read_at)
         raise AssertionError("unreachable")
 
@@ -83,10 +83,12 @@ class S3Conditional:
             response = self._call("head_object", path)
         except FileNotFoundError as error:
             response = getattr(error.__cause__, "response", {})
-        return get_date(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
+        return get_response_time(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
     def copy(self, path: str, new_path: str) -> None:
-        self._system.cp_file(path, new_path)
+        """Copy an object of up to 5 GB. Unlike cp_file of s3fs, this needs no HEAD request."""
+        bucket, key, _ = self._system.split_path(path)
+        self._call("copy_object", new_path, CopySource={"Bucket": bucket, "Key": key})
 
     def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         bucket, key, _ = self._system.split_path(path)

@@ -1,4 +1,4 @@
-"""Open the service that a URL of OUT names. A new service needs an implementation of `Conditional` and an entry."""
+"""Open the service that a URL of OUT names. A new service needs an implementation of `ConditionalPuts` and an entry."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from batch_infer.errors import SettingsError
 from batch_infer.store.clients import StorageErrors, connect, describe
-from batch_infer.store.objects.conditional import Conditional
+from batch_infer.store.objects.conditional_puts import ConditionalPuts
 from batch_infer.store.urls import get_protocol, redact_url
 
 SERVICES = {
-    **dict.fromkeys(("s3", "s3a"), ("s3", "S3Conditional")),
-    **dict.fromkeys(("abfss", "abfs", "az"), ("azure", "AzureConditional")),
-    **dict.fromkeys(("gs", "gcs"), ("google", "GoogleConditional")),
+    **dict.fromkeys(("s3", "s3a"), ("s3", "S3Puts")),
+    **dict.fromkeys(("abfss", "abfs", "az"), ("azure", "AzurePuts")),
+    **dict.fromkeys(("gs", "gcs"), ("google", "GooglePuts")),
 }
 """The module and class of the conditional puts of each protocol that OUT can have."""
 
@@ -23,7 +23,7 @@ class Service(NamedTuple):
 
     system: Any
     root: str
-    conditional: Conditional
+    puts: ConditionalPuts
 
 
 def parse_location(url: str) -> str:
@@ -54,5 +54,5 @@ def open_service(location: str) -> Service:
             system, root = connect(location, location, SettingsError, "writing to")
         except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:  # configuration, credentials
             raise SettingsError(f"cannot open {location}: {describe(error)}") from None
-    conditional = getattr(import_module(f"batch_infer.store.objects.{module}"), name)
-    return Service(system, root.rstrip("/"), conditional(system))
+    puts = getattr(import_module(f"batch_infer.store.objects.{module}"), name)
+    return Service(system, root.rstrip("/"), puts(system))

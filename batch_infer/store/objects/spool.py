@@ -1,4 +1,4 @@
-"""Keep local copies of objects in a temporary folder: files to upload, logs, and parts that were downloaded."""
+"""Keep local copies of objects in a temporary folder: files to upload, and logs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ import stat
 import tempfile
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from batch_infer.errors import StorageError
 from batch_infer.records import utc_now
 from batch_infer.store.files import is_abandoned, unique_name
 from batch_infer.store.temporary import temporary_file_errors
 
 PREFIX = "batch-infer-spool-"
-CACHED_BYTES = 1 << 30
-"""Maximum total size in bytes of downloaded parts, except that parts in use are kept."""
 UPLOAD_SECONDS = 60.0
 """Seconds between two uploads of a log."""
 _OUT, _LOGS = "out", "logs"
@@ -63,6 +60,13 @@ class Spool:
                 yield folder / name
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def make_missing_error(self, action: str, path: Path) -> StorageError:
+        """Return an error that says that `action` has failed, because a file or folder in the spool is missing."""
+        return StorageError(
+            f"{action}: {path} is missing; set TMPDIR to a folder in which no other program removes"
+            " files, and run again"
+        )
 
     def log_path(self, name: str) -> Path:
         """Return a path for a log, which is uploaded as `name`, and create its folder."""
@@ -143,13 +147,14 @@ def make_log_name(name: str) -> str:
 def upload_while_open(path: Path, upload: Callable[[], bool]) -> Iterator[None]:
     """Call `upload` in the background whenever a log has grown, and at the end, and then remove the log."""
     closed = threading.Event()
-    sizes = [0]
+    uploaded_size = 0
 
     def upload_if_grown() -> bool:
+        nonlocal uploaded_size
         size = path.stat().st_size if path.exists() else 0
-        if size != sizes[-1] and upload():
-            sizes.append(size)
-        return size == sizes[-1]
+        if size != uploaded_size and upload():
+            uploaded_size = size
+        return size == uploaded_size
 
     def run() -> None:
         while not closed.wait(UPLOAD_SECONDS):
@@ -164,68 +169,3 @@ def upload_while_open(path: Path, upload: Callable[[], bool]) -> Iterator[None]:
         thread.join()
         if upload_if_grown():
             path.unlink(missing_ok=True)
-
-
-# Downloads
-
-
-class DownloadCache:
-    """Downloads objects that never change, in advance if required, and keeps the last ones up to CACHED_BYTES."""
-
-    def __init__(self, folder: Path, download: Callable[[str, Path], None], pool: Executor) -> None:
-        self._folder, self._download, self._pool = folder, download, pool
-        self._files: OrderedDict[str, Future[Path]] = OrderedDict()
-        self._bytes = 0
-        self._count = 0
-        self._lock = threading.RLock()
-
-    def request(self, name: str) -> Future[Path]:
-        """Begin to download an object unless it is cached or being downloaded. Return the future of its path."""
-        with self._lock:
-            future = self._files.get(name)
-            if future is None or (future.done() and future.exception() is not None):
-                self._count += 1
-                future = self._files[name] = self._pool.submit(self._fetch, name, self._folder / str(self._count))
-            self._files.move_to_end(name)
-            return future
-
-    def _fetch(self, name: str, path: Path) -> Path:
-        with temporary_file_errors():
-            self._folder.mkdir(exist_ok=True)
-        self._download(name, path)
-        with self._lock:
-            if name in self._files:
-                self._bytes += path.stat().st_size
-                if self._bytes > CACHED_BYTES:
-                    self._evict(name)
-            else:  # discarded in the meantime
-                path.unlink()
-        return path
-
-    def _evict(self, name: str) -> None:
-        """Remove the least recently used files, but not `name`."""
-        for other, future in list(self._files.items()):
-            if self._bytes <= CACHED_BYTES:
-                return
-            if other != name and future.done() and future.exception() is None:
-                self.discard(other)
-
-    def discard(self, name: str) -> None:
-        """Remove an object from the cache, for example because it was removed from OUT."""
-        with self._lock:
-            future = self._files.pop(name, None)
-            if future is not None and future.done() and future.exception() is None:
-                path = future.result()
-                with suppress(OSError):  # Windows cannot remove a file that is open
-                    self._bytes -= path.stat().st_size
-                    path.unlink()
-
-    @contextmanager
-    def pinned(self, name: str) -> Iterator[Path]:
-        """Yield the path of a downloaded object, which is not removed while the caller opens it."""
-        while True:
-            path = self.request(name).result()
-            with self._lock:
-                if path.exists():
-                    yield path
-                    return

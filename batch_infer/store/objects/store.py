@@ -33,7 +33,7 @@ class ObjectStore(ObjectFiles):
         """
         super().__init__(address.location)
         self._lease_seconds, self._marker = lease_seconds, address.marker
-        self._lease = LeaseObject(self.location, self.system, self.conditional, self.get_path(LEASE))
+        self._lease = LeaseObject(self.location, self.puts, self.get_path(LEASE))
         self._lock: Lease | LeaseReader | None = LeaseReader(self._lease, address.marker) if address.marker else None
 
     @property
@@ -60,12 +60,15 @@ class ObjectStore(ObjectFiles):
         self.spool.stage(name, content)
 
     def publish(self, names: Sequence[str]) -> None:
+        """Put staged images, several at once, and check the lock before each.
+
+        If another run takes over in the meantime, it and this run render the same rows. Then only the puts that have
+        already begun may replace images of the other run.
+        """
         self.run_all(self._publish, names)
 
     def _publish(self, name: str) -> None:
         path = self.spool.staged_path(name)
-        if not path.exists():
-            raise StorageError(f"cannot write {self.locate(name)}: its copy in {self.spool.folder} is missing")
         self.put(path, name)
         path.unlink(missing_ok=True)
 
@@ -84,13 +87,13 @@ class ObjectStore(ObjectFiles):
     def locked(self) -> Iterator[ObjectStore]:
         self._collect_logs()
         lease = Lease(self._lease, self._lease_seconds)
-        with lease.hold():
-            store = copy.copy(self)
-            store._lock, store._marker = lease, lease.token
-            try:
+        store = copy.copy(self)
+        store._lock, store._marker = lease, lease.token
+        try:
+            with lease.hold():
                 yield store
-            finally:
-                self._collect_logs()  # of worker processes, which the engine kills at its end
+        finally:  # after the release, because a stop may leave no time for uploads
+            self._collect_logs()  # of worker processes, which the engine kills at its end
 
     def find_holder(self) -> str | None:
         return self._lease.find_holder()
@@ -116,7 +119,7 @@ class ObjectStore(ObjectFiles):
     def _upload_log(self, name: str, path: Path) -> bool:
         """Return whether a log was uploaded."""
         with suppress(SettingsError, StorageError):
-            self.put(path, name)
+            self.put_unchecked(path, name)
             return True
         return False
 
@@ -125,14 +128,15 @@ class ObjectStore(ObjectFiles):
 
     def now(self) -> float:
         with StorageErrors("read", self.location):
-            return self.conditional.now(self.get_path(LEASE))
+            return self.puts.now(self.get_path(LEASE))
 
     def write_private(self, name: str, content: bytes) -> bool:
+        self.check()
         with StorageErrors("write", self.locate(name)):
             self.system.pipe_file(self.get_path(name), content)
         return False
 
     def read_private(self, name: str) -> PrivateFile | None:
         with StorageErrors("read", self.locate(name)):
-            version = self.conditional.read(self.get_path(name))
+            version = self.puts.read(self.get_path(name))
         return None if version is None else PrivateFile(version.content, version.modified_at, is_trusted=False)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, Protocol
 
-NOT_FOUND, CONFLICT, PRECONDITION_FAILED = 404, 409, 412
+from batch_infer.store.clients import CONFLICT, NOT_FOUND
+
+PRECONDITION_FAILED = 412
 REFUSALS = {NOT_FOUND, CONFLICT, PRECONDITION_FAILED}
 """HTTP status codes of conditional puts whose condition is not met."""
 
@@ -21,7 +23,7 @@ class Version(NamedTuple):
     read_at: float
 
 
-class Conditional(Protocol):
+class ConditionalPuts(Protocol):
     """Conditional puts to paths of a file system. All methods raise the errors of the client libraries.
 
     A put whose response was lost is repeated by the library, and then seems to have failed. The caller can read the
@@ -51,7 +53,7 @@ class Conditional(Protocol):
         ...
 
 
-def get_date(headers: Mapping[str, str]) -> float:
-    """Return the time at which a server responded, or this machine's time if a proxy has removed it."""
+def get_response_time(headers: Mapping[str, str]) -> float:
+    """Return the time in seconds at which a server responded, or this machine's time if a proxy has removed it."""
     date = next((value for name, value in headers.items() if name.lower() == "date"), None)
     return time.time() if date is None else parsedate_to_datetime(date).timestamp()
