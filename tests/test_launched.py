@@ -232,12 +232,44 @@ def test_a_rendezvous_file_of_another_user_is_ignored(tmp_path: Path, monkeypatc
     assert "is ignored" in str(read_rendezvous(LocalStore(tmp_path)))
     with pytest.raises(SettingsError, match=f"does not store owners and modes of files.*set {SECRET}"):
         write_rendezvous(LocalStore(tmp_path), rendezvous)
+    assert not (tmp_path / FILE_NAME).exists(), "it contains the key"
     monkeypatch.setenv(SECRET, "of all ranks")
     key = write_rendezvous(LocalStore(tmp_path), rendezvous)
     assert json.loads((tmp_path / FILE_NAME).read_text())["key"] == ""
     trusted = read_rendezvous(LocalStore(tmp_path))
     assert isinstance(trusted, TrustedRendezvous)
     assert trusted.key == key
+
+
+class StoreWithoutOwners(LocalStore):
+    """Keeps no owners and modes, like a store of objects."""
+
+    keeps_file_owners = False
+
+    def write_private(self, name: str, content: bytes) -> bool:
+        super().write_private(name, content)
+        return False
+
+
+def test_a_key_is_not_stored_where_all_may_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners: list[socket.socket] = []
+    real_listen = launched_module._listen
+
+    def listen(rank_info: RankInfo) -> socket.socket:
+        listeners.append(real_listen(rank_info))
+        return listeners[-1]
+
+    monkeypatch.setattr(launched_module, "_listen", listen)
+    store = StoreWithoutOwners(tmp_path)
+    engine = LaunchedEngine("cpu", RankInfo(0, 2, 0, 2, "127.0.0.1", "launch"), store)
+    monkeypatch.setattr(StoreWithoutOwners, "write_private", lambda *_: pytest.fail("the key was stored"))
+    with pytest.raises(SettingsError, match=f"set {SECRET} to the same random text for all ranks"):
+        engine.__enter__()
+    assert [listener.fileno() for listener in listeners] == [-1], "it is closed"
+    monkeypatch.undo()
+    monkeypatch.setenv(SECRET, "of all ranks")
+    write_rendezvous(store, Rendezvous("launch", "127.0.0.1", 1, "00"))
+    assert json.loads((tmp_path / FILE_NAME).read_text())["key"] == ""
 
 
 @pytest.mark.parametrize("skew", [0.0, -3600.0, 3600.0], ids=["", "slow server", "fast server"])

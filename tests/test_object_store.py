@@ -494,6 +494,7 @@ def test_publishing_stops_when_another_run_takes_over(
 
 
 def test_the_clock_of_the_service(store: ObjectStore) -> None:
+    assert not store.keeps_file_owners
     before = store.now()
     store.write_private("cache.json", b"{}")
     file = store.read_private("cache.json")

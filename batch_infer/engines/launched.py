@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
@@ -28,7 +28,7 @@ from batch_infer.engines.messages import Hello, StopTask, encode
 from batch_infer.engines.remote import check_same_model
 from batch_infer.engines.rendezvous import Rendezvous, age_seconds, read_rendezvous, remove_rendezvous, write_rendezvous
 from batch_infer.engines.worker_process import WorkerSpec, work
-from batch_infer.errors import ServiceError, SettingsError
+from batch_infer.errors import ServiceError, SettingsError, StorageError
 from batch_infer.models import ModelCard
 from batch_infer.settings import Device
 from batch_infer.stopping import StopRequested
@@ -92,9 +92,12 @@ class LaunchedEngine(LocalEngine):
         self._listener = _listen(info)
         port = self._listener.getsockname()[1]
         self._rendezvous = Rendezvous(info.launch_id, info.master_address, port, secrets.token_hex(32))
-        key = write_rendezvous(self._store, self._rendezvous)
-        accept_workers(self._listener, key, self._admit)
-        super().__enter__()
+        with ExitStack() as stack:
+            stack.callback(self._listener.close)
+            key = write_rendezvous(self._store, self._rendezvous)
+            accept_workers(self._listener, key, self._admit)
+            super().__enter__()
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -103,8 +106,11 @@ class LaunchedEngine(LocalEngine):
                 self._stop_late_ranks()
             if kind is None and self._missing_ranks > 0:  # tell ranks that start even later not to wait
                 write_rendezvous(self._store, msgspec.structs.replace(self._rendezvous, has_ended=True))
-            else:
+            elif kind is None:
                 remove_rendezvous(self._store)
+            else:
+                with suppress(SettingsError, StorageError):  # it would mask the original exception
+                    remove_rendezvous(self._store)
         finally:
             self._listener.close()
             super().__exit__(kind)

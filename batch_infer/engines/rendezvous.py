@@ -45,20 +45,21 @@ class TrustedRendezvous:
 def write_rendezvous(store: Store, rendezvous: Rendezvous) -> bytes:
     """Write the file and return the key.
 
-    Raises StorageError, and SettingsError if there is no secret and the file cannot prove who wrote it.
+    Raises StorageError, and SettingsError if there is no secret and the file cannot prove who wrote it. The key is then
+    not stored, or removed.
     """
     secret = os.environ.get(SECRET)
     if secret:
-        rendezvous = msgspec.structs.replace(rendezvous, key="")
-    is_trusted = store.write_private(FILE_NAME, msgspec.json.encode(rendezvous))
-    if secret:
+        store.write_private(FILE_NAME, msgspec.json.encode(msgspec.structs.replace(rendezvous, key="")))
         return _derive_key(secret)
-    if not is_trusted:
-        raise SettingsError(
-            f"{store.location} does not store owners and modes of files, so ranks cannot verify who wrote {FILE_NAME}:"
-            f" set {SECRET} to the same random text for all ranks"
-        )
-    return bytes.fromhex(rendezvous.key)
+    if store.keeps_file_owners:
+        if store.write_private(FILE_NAME, msgspec.json.encode(rendezvous)):
+            return bytes.fromhex(rendezvous.key)
+        remove_rendezvous(store)
+    raise SettingsError(
+        f"{store.location} does not store owners and modes of files, so ranks cannot verify who wrote {FILE_NAME}:"
+        f" set {SECRET} to the same random text for all ranks"
+    )
 
 
 def read_rendezvous(store: Store) -> TrustedRendezvous | str | None:

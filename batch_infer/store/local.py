@@ -194,6 +194,11 @@ class LocalStore(LocalImages):
             finally:
                 probe.unlink(missing_ok=True)
 
+    @property
+    def keeps_file_owners(self) -> bool:
+        """True, but some file systems keep none, which `write_private` finds out."""
+        return True
+
     def write_private(self, name: str, content: bytes) -> bool:
         path = self.root / name
         with atomic_write(path, parents=False) as temporary:

@@ -212,6 +212,11 @@ class Store(Protocol):
         """Return the time in seconds by the storage's clock, by which it dates files."""
         ...
 
+    @property
+    def keeps_file_owners(self) -> bool:
+        """Whether the storage may keep the owners and modes of files. Otherwise, `write_private` returns False."""
+        ...
+
     def write_private(self, name: str, content: bytes) -> bool:
         """Store a file that only this user may read. Return whether `read_private` can prove who wrote it."""
         ...

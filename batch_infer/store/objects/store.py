@@ -130,6 +130,10 @@ class ObjectStore(ObjectFiles):
         with StorageErrors("read", self.location):
             return self.puts.now(self.get_path(LEASE))
 
+    @property
+    def keeps_file_owners(self) -> bool:
+        return False
+
     def write_private(self, name: str, content: bytes) -> bool:
         self.check()
         with StorageErrors("write", self.locate(name)):
