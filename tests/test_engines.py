@@ -154,7 +154,7 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.cli.progress import make_progress
 from batch_infer.settings import ComputeSettings, ModelSettings, RunSettings, TableSettings
 folder = Path(sys.argv[1])
-settings = RunSettings(TableSettings((str(folder / "t.csv"),)), folder / "out", model=ModelSettings(device="cpu"),
+settings = RunSettings(TableSettings((str(folder / "t.csv"),)), str(folder / "out"), model=ModelSettings(device="cpu"),
                        compute=ComputeSettings(processes=1))
 if sys.argv[2] == "run":
     render_tables(settings, make_progress(shown=False))

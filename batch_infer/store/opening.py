@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 from batch_infer.errors import SettingsError, StorageError
 from batch_infer.store.folder import USAGE_ERRORS
@@ -17,6 +17,7 @@ from batch_infer.store.protocol import Store, StoreAddress, StoredFile
 
 Out: TypeAlias = "Path | str | StoreAddress | Store"
 """A place for OUT: a path, a URL, the address of a store, or a store."""
+_open_stores: WeakValueDictionary[StoreAddress, Store] = WeakValueDictionary()
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -54,10 +55,15 @@ def _open_url(address: StoreAddress) -> Store:
     return ObjectStore(address)
 
 
-@lru_cache(maxsize=4)
 def _open_locked_url(address: StoreAddress) -> Store:
-    """Open the store of a run once per process, since it has threads, connections and a temporary folder."""
-    return _open_url(address)
+    """Open the store of a run, or return the one that this process is using.
+
+    A store has threads and connections, and a temporary folder, which is removed with it.
+    """
+    store = _open_stores.get(address)
+    if store is None:
+        store = _open_stores[address] = _open_url(address)
+    return store
 
 
 def to_absolute(out: Out) -> Out:
