@@ -140,7 +140,7 @@ def test_the_choice_between_rows_with_equal_attempts_is_stable(tmp_path: Path) -
     assert len(counted) == 1
 
 
-@pytest.mark.parametrize("fault", ["error", "gone", "damaged"])
+@pytest.mark.parametrize("fault", ["error", "missing", "damaged"])
 def test_add_retries_parts_that_it_could_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     manifest = Manifest(tmp_path)
     with manifest.index() as index:
@@ -156,7 +156,7 @@ def test_add_retries_parts_that_it_could_not_read(tmp_path: Path, monkeypatch: p
                 patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1].name, read_part))
                 index.add(parts, damaged_parts.append)
         else:
-            path.unlink() if fault == "gone" else path.write_bytes(whole[:50])
+            path.unlink() if fault == "missing" else path.write_bytes(whole[:50])
             index.add(parts, damaged_parts.append)
             path.write_bytes(whole)
         assert [error.part for error in damaged_parts] == [str(path)] * (fault == "damaged")

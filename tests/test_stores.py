@@ -19,7 +19,7 @@ IMAGE, BACKUP = "images/t-00000/a-0.png", "images/t-00000/.original-a-0.png"
 
 @pytest.fixture(scope="module", params=["local", "s3", "azure"])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A folder or URL in which each test has its own OUT."""
+    """A folder or URL that contains the OUT of each test."""
     folder = tmp_path_factory.mktemp("stores")
     if request.param == "local":
         yield str(folder)
@@ -33,7 +33,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def store(place: str, request: pytest.FixtureRequest) -> Iterator[Store]:
-    """A locked store in an OUT of its own."""
+    """A locked store in a separate OUT for each test."""
     with open_store(f"{place}/{request.node.originalname}").locked() as store:
         yield store
 

@@ -71,7 +71,8 @@ class Store(Protocol):
     def check(self) -> None:
         """Check that OUT is still the same place, and that no other command has taken over the lock, if this has one.
 
-        Writers call this before they write. Raises StorageError.
+        Callers call this before they write, because a local store checks by itself only in `stage`. An object store
+        also checks before each request that changes OUT. Raises StorageError.
         """
         ...
 
