@@ -82,6 +82,8 @@ class Signatures:
 def _list_key(values: list[Any], free_lengths: bool) -> Hashable:
     """Return the key of a list of batch elements."""
     first = values[0]
+    if isinstance(first, torch.Generator):
+        return "generators"
     if not isinstance(first, torch.Tensor):
         return "items", frozenset(map(repr, values))
     if free_lengths:
