@@ -76,6 +76,10 @@ class _Trial:
         self._pipeline, self._make_arguments = pipeline, make_arguments
         self._plan = replace(plan, host_timesteps=pipeline.device.type == "cuda")
         self._recorded = {guided: self._record([SHORT_TEXT], guided) for guided in (True, False)}
+        # Some components are networks that no call evaluates, such as the image normalizer of StableUnCLIPPipeline.
+        called = {call.network.name for calls in self._recorded.values() for call in calls}
+        networks = tuple(network for network in plan.networks if network.name in called)
+        self._plan = replace(self._plan, networks=networks)
         self._elements = 1
 
     def run(self) -> StackingPlan:
@@ -220,7 +224,7 @@ class _CheckingStacker(CallStacker[int]):
         return row_pipeline
 
     def _stack(self, network: Network, calls: Sequence[Call[int]]) -> list[Any]:
-        # The stack comes last, so that a network that stores something, such as attention maps, stores that of the stack.
+        # The stack comes last, so that a network that stores something, such as attention maps, has stored it then.
         expected = [find_tensor(network.evaluate(call.arguments)) for call in calls]
         results = super()._stack(network, calls)
         for one, result in zip(expected, results, strict=True):
