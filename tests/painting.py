@@ -1,7 +1,7 @@
 """Very small diffusers pipelines: one that can be stacked completely, and variants that each have one peculiarity.
 
-A prompt that contains `refused`, `broken` or `nan` makes its call fail before the first step, at a later step, or
-return an image that is not finite.
+A prompt that contains `refused`, `broken` or `poison` makes its call fail before the first step, at a later step, or
+inside the denoiser. The image for a prompt that contains `nan` is not finite.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from batch_infer.models import AnyPipeline
 from batch_infer.models.card import SamplingRules
-from batch_infer.records import SizeRules
-from tests.rendering import CPU
+from batch_infer.records import PromptRequest, SizeRules
+from tests.rendering import CPU, make_request
 
 WIDTH = 16
 """Channels of texts. Kernels take 16 values at once, and their results are those for each element of a batch alone."""
@@ -72,6 +72,8 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.calls.append(len(hidden_states))
         if len(hidden_states) > self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        if hidden_states.isnan().any():
+            raise RuntimeError("the network gets values that are not finite")
         pixels = (hidden_states[:, :, None] * self.inner).sum(1)
         context = timestep.reshape(-1, 1).float() / 1000 * self.time + self.pool(text, **other)
         hidden = torch.tanh(pixels + context[..., None, None])
@@ -151,6 +153,8 @@ class PaintingPipeline(DiffusionPipeline):  # type: ignore[misc]
         for index, timestep in enumerate(self.scheduler.timesteps):
             if index == min(2, num_inference_steps - 1) and any("broken" in text for text in prompt):
                 raise RuntimeError("the loop is broken")
+            if index == 1 and any("poison" in text for text in prompt):
+                latents = latents * torch.nan
             prediction = self.predict(latents, timestep, texts)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         if any("nan" in text for text in prompt):
@@ -179,6 +183,11 @@ class PaintingPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def guide(self, first: torch.Tensor, second: torch.Tensor | None = None) -> torch.Tensor:
         return first if second is None else first + self._guidance_scale * (second - first)
+
+
+def paint_row(name: str = "row", prompt: str | None = None, **values: Any) -> PromptRequest:
+    """Return a request whose prompt is its name by default."""
+    return make_request(name, name if prompt is None else prompt, **{"size": (32, 32), "guidance": 5.0, **values})
 
 
 def load_painting(pipeline_type: Any = PaintingPipeline, rules: SamplingRules = RULES) -> AnyPipeline:
@@ -235,6 +244,13 @@ class LayeredPipeline(PaintingPipeline):
     def join(self, texts: list[Any]) -> Any:
         text = torch.cat(texts)
         return torch.stack([text, 2 * text, text.square()])
+
+
+class ModifyingPipeline(PaintingPipeline):
+    """Modifies the result of its text encoder in place."""
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        return super().encode(texts).mul_(0.5)
 
 
 class MaskedDenoiser(Denoiser):
