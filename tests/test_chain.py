@@ -230,24 +230,27 @@ def test_batch_sizes_without_an_element_are_rejected(slots: int, decode: int) ->
         BatchSizes(slots, decode)
 
 
-@settings(max_examples=40)
-@given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5]), st.sampled_from([(16, 16), (16, 24)])), max_size=40
+    ),
+    slots=st.integers(2, 9),
+)
 @pytest.mark.promises
-def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
-    requests = sorted(
-        (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
-        key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
-    )
-    chain, outcomes = run(requests, slots=5)
+def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float, tuple[int, int]]], slots: int) -> None:
+    """In any order of sizes, and if rows without guidance overtake others."""
+    requests = [
+        paint(str(k), steps=steps, guidance=guidance, size=size) for k, (steps, guidance, size) in enumerate(rows)
+    ]
+    chain, outcomes = run(requests, slots=slots)
     assert len(outcomes) == len(requests)
-    packing = BatchingEstimator(lambda _: 5)
+    estimator, solver = BatchingEstimator(lambda _: slots), Painter().solver
     for item in requests:
-        evaluations = Painter().solver.table(item.params.num_inference_steps).evaluations
-        packing.add(item, RowCost(evaluations, item.params.slots))
-    packing.close()
-    (load,) = packing.costs.values()
-    assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
-    assert load.ticks == chain.stages.ticks
+        estimator.add(item, RowCost(solver.table(item.params.num_inference_steps).evaluations, item.params.slots))
+    estimator.close()
+    actual = {size: (stages.images, stages.row_forwards, stages.ticks) for size, stages in chain.stages_by_size.items()}
+    assert {size: (cost.images, cost.row_forwards, cost.ticks) for size, cost in estimator.costs.items()} == actual
 
 
 # In the background
