@@ -24,7 +24,7 @@ LAYERS = (
     {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard"},
     {"store"},
     {"images", "accelerator"},
-    {"diffusion"},
+    {"diffusion", "stacking"},
     {"models", "safety", "table", "planning", "manifest", "sinks"},
     {"chain"},
     {"worker"},
@@ -37,7 +37,7 @@ LAYERS = (
 )
 """Packages and modules from the lowest layer up. Imports point down, never to the same layer."""
 
-LOADS_TORCH = {"accelerator", "diffusion", "serving", "azureml"}
+LOADS_TORCH = {"accelerator", "diffusion", "stacking", "serving", "azureml"}
 """Packages that may load torch on import. The others load it when a name that needs it is first used."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "store", "lazy"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
