@@ -58,7 +58,7 @@ def load_subject(settings: BenchSettings) -> Subject:
     """
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), ".", model=settings.model, compute=settings.compute)
-    with explain_out_of_memory():
+    with explain_out_of_memory(settings.model, settings.compute):
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)

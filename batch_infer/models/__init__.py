@@ -3,13 +3,21 @@
 Each model family has one module, and each pipeline class of a family has one entry in the registry in families.py.
 """
 
+import logging
 import os
+import sys
 
 # Set before these libraries are imported. Otherwise they log hints for developers, such as about image processors.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # Otherwise transformers would, for some networks, fetch kernels from the Hub and run them.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
+# bitsandbytes, which diffusers and peft import if it is installed, would do the same on a CPU with AVX512-BF16.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # makes `import kernels` raise ImportError
+# These loggers warn of kernels that are missing and not needed, and of a deprecated call in torchao.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from typing import TYPE_CHECKING
 

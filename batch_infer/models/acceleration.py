@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import CompilationError
+from batch_infer.models.quantization import is_quantized
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.store import temporary_file_errors
 
@@ -48,9 +49,10 @@ def optimize_networks(
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # For UNets only: in joint transformers, diffusers' fused attention omits the norms.
+            # For UNets only: in joint transformers, diffusers' fused attention omits the norms. Quantized weights
+            # cannot be joined.
             fuse: Any = getattr(network, "fuse_qkv_projections", None)
-            if fuse and hasattr(network, "down_blocks"):
+            if fuse and hasattr(network, "down_blocks") and not is_quantized(network):
                 fuse()
         if compiled:
             network.forward = Compiled(cast(Any, network.forward), threads)

@@ -37,9 +37,12 @@ def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Late
         if card.uses_pipeline_call:
             from batch_infer.models import AnyPipeline
 
-            return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
-        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
+            return AnyPipeline.load(card, device, dtype, with_checker=with_checker, offload=compute.offload)
+        on_host = compute.offload is not None
+        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker, on_host=on_host)
         optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+        if compute.offload is not None:
+            model.offload(compute.offload)
     return model
 
 
@@ -72,4 +75,6 @@ def make_chain(
     # isinstance would need AnyPipeline, whose import is slow and unnecessary in most runs.
     if getattr(model, "uses_pipeline_call", False):
         return PipelineCallChain(cast("AnyPipeline", model), batch_sizes, checker, stop)
-    return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop)
+    # With --offload, a network that runs in another thread would take the denoiser's place on the device.
+    in_background = None if compute.offload is None else False
+    return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop, in_background=in_background)
