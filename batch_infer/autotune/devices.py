@@ -85,7 +85,7 @@ def explain_out_of_memory(model: ModelCard | ModelSettings, compute: Compute | C
         yield
     except torch.OutOfMemoryError as error:
         smaller = {None: "--quantize int8 or nf4", "fp8": "--quantize nf4", "int8": "--quantize nf4"}
-        moved = {None: "--offload model", "model": "--offload sequential"}
+        moved = {None: "--offload model", "model": None if model.quantize else "--offload sequential"}
         options = filter(None, (smaller.get(model.quantize), moved.get(compute.offload), "another --dtype or --device"))
         raise SettingsError(
             f"the model does not fit into the device's memory: use {', '.join(options)}, or check what else uses that "

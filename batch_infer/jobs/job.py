@@ -227,6 +227,11 @@ def _choose_offload(settings: RunSettings, device: Device) -> Offload | None:
         raise SettingsError(f"--offload {mode} saves GPU memory, but this run renders on a CPU: leave it out")
     if settings.model.long_prompts:
         raise SettingsError(f"--offload {mode} and --long-prompts do not work together: leave one out")
+    if mode == "sequential" and settings.model.quantize is not None:
+        raise SettingsError(
+            f"--offload sequential cannot move quantized layers: use --offload model, or leave out --quantize "
+            f"{settings.model.quantize}"
+        )
     return mode
 
 

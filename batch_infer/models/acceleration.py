@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -157,13 +158,20 @@ def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     return _count_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
 
 
+def _count_4bit_flops(inputs: Sequence[int], weight: object, shape: Sequence[int], *_: object, **__: object) -> int:
+    """Return the FLOP of a product of inputs (..., in) and a weight whose unpacked shape is (out, in)."""
+    return 2 * math.prod(inputs) * shape[0]
+
+
 def _count_flops(call: Callable[[], object]) -> int:
+    library = torch.ops.bitsandbytes
+    formulas = {library.gemm_4bit: _count_4bit_flops} if hasattr(library, "gemm_4bit") else {}
     # Neither fuse attention nor compile: the counter does not support all fused kernels and cannot see compiled code.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
         FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
         call()
     return int(counter.get_total_flops())

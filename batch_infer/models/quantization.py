@@ -54,9 +54,10 @@ def is_quantized(network: nn.Module) -> bool:
     return any(len(_parts_of(weight)) > 1 for weight in network.parameters())
 
 
-def count_weight_bytes(networks: Iterable[nn.Module]) -> int:
-    """Return the bytes of the networks' weights, including the scales of quantized weights."""
-    return sum(part.nbytes for network in networks for weight in network.parameters() for part in _parts_of(weight))
+def count_weight_bytes(components: Iterable[Any]) -> int:
+    """Return the bytes of the weights of all networks among `components`, including scales of quantized weights."""
+    networks = nn.ModuleList(component for component in components if isinstance(component, nn.Module))
+    return sum(part.nbytes for weight in networks.parameters() for part in _parts_of(weight))
 
 
 def _parts_of(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
