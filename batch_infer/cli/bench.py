@@ -128,10 +128,9 @@ def _report_lines(report: BenchReport) -> Iterator[str]:
         images = format_count(parity.rows, "image")
         yield f"images   {images} at most {parity.largest_difference}/255 from those of diffusers ({parity.against})"
     if (quality := report.quality) is not None:
-        sizes = (
-            tqdm.format_sizeof(size, "B", 1024) for size in (quality.weight_bytes, quality.unquantized_weight_bytes)
-        )
-        yield f"weights  {' instead of '.join(sizes)} without --quantize"
+        bytes_by_model = quality.weight_bytes, quality.unquantized_weight_bytes
+        quantized, plain = (tqdm.format_sizeof(size, "B", 1024) for size in bytes_by_model)
+        yield f"weights  {quantized}, without --quantize {plain}"
         images = f"{format_count(quality.rows, 'image')} against the unquantized model"
         yield f"quality  PSNR {quality.mean_psnr:.1f} dB on average, {quality.min_psnr:.1f} dB at worst, of {images}"
     for point in report.sweep.points:
