@@ -75,7 +75,7 @@ def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, de
 
 
 def render_as_worker(subject: Subject, rows: Sequence[PromptRequest]) -> dict[str, Any]:
-    """Render rows with the chain of a worker and return pixels by id. Raises RuntimeError for a row without an image."""
+    """Render rows with a worker's chain and return pixels by id. Raises RuntimeError for a row without an image."""
     return pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
 
 
