@@ -7,6 +7,7 @@ restores its weight before it multiplies.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ NF4_BLOCK = 64
 """Number of weights that share a scale in nf4. A layer whose input width is not a multiple of it is not quantized."""
 PRECISE_LAYERS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """Attributes in which diffusers and transformers name the layers that must not be quantized, such as T5's `wo`."""
+
+# torch.compile advises the authors of torchao on its cache.
+warnings.filterwarnings("ignore", ".* does not implement _stable_hash_for_caching", UserWarning)
 
 
 def quantize(components: Mapping[str, Any], kind: Quantization, model: str) -> None:
