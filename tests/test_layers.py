@@ -54,6 +54,8 @@ EXTRAS = {
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "ray": ("ray", "batch_infer.engines.ray"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
+    "torchao": ("quantize", "batch_infer.models.quantization"),
+    "bitsandbytes": ("quantize", "batch_infer.models.quantization"),
     "s3fs": ("s3", "batch_infer.store.objects.s3"),
 }
 """Optional libraries, with the extra that installs them and the modules that import them.

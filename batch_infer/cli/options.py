@@ -132,6 +132,12 @@ model_options = (
         help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models that run "
         "in their diffusers pipeline), float32 on a CPU.",
     ),
+    option(
+        "--quantize",
+        type=click.Choice(get_args(s.Quantization)),
+        help="Store the weights of the denoiser's and the text encoders' linear layers in 8 bits, or in 4 (nf4), which "
+        "changes every image. Needs pip install 'batch-infer[quantize]'.",
+    ),
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option(
         "--scheduler",

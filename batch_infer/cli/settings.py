@@ -55,6 +55,12 @@ job_options = (
     option("--limit", type=POSITIVE, metavar="N", help="Render only the first N rows."),
     *model_options,
     option(
+        "--offload",
+        type=click.Choice(get_args(s.Offload)),
+        help="For models larger than the GPU: keep the weights in host memory. model: move each network to the GPU "
+        "when it runs. sequential: move each layer, which needs the least GPU memory and is slowest. Changes no image.",
+    ),
+    option(
         "--num-processes",
         type=NONNEGATIVE,
         metavar="N",
@@ -182,6 +188,7 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         s.SchedulerSpec.parse(options["scheduler"]) if options["scheduler"] else None,
         tuple(map(s.LoraSpec.parse, options["loras"])),
         options["long_prompts"],
+        options["quantize"],
     )
 
 
@@ -211,4 +218,5 @@ def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
         options.get("num_processes"),
         options.get("engine", "local"),
         options.get("ray_address"),
+        options.get("offload"),
     )

@@ -79,6 +79,7 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
         raise SettingsError("--slots auto: give a number here; `batch-infer bench --slots auto` finds one")
     card, target = read_card(model), folder.absolute()
     extras = ["azure", *["lora"] * bool(card.loras), *["long-prompts"] * model.long_prompts]
+    extras += ["quantize"] * bool(model.quantize)
     # The temporary folder is next to the target, so that it can be renamed to it. If the model is on the same disk, its
     # files are hard-linked and take no space.
     temporary = temporary_path(target)
@@ -141,6 +142,7 @@ def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSetti
         "DEVICE": None if model.device == "auto" else model.device,
         "SCHEDULER": str(model.scheduler) if model.scheduler else None,
         "LONG_PROMPTS": "true" if model.long_prompts else None,
+        "QUANTIZE": model.quantize,
         "SLOTS": compute.slots,
         "THREADS": compute.threads,
         "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),

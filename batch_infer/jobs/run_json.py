@@ -186,6 +186,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "revision": card.revision,
             "family": card.family,
             "fingerprint": card.fingerprint,
+            "quantize": card.quantize,
             "loras": [
                 {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
             ],
@@ -233,5 +234,8 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: s
 def _format_identity(record: Mapping[str, Any], name: str) -> str:
     """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
     value = str(record.get("identity", {}).get(name))
-    display_name = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
-    return f"{display_name} ({value[:12]})" if display_name else value
+    part = record.get(name)
+    if not isinstance(part, Mapping) or not part.get("name"):
+        return value
+    quantized = f" in {part['quantize']}" if part.get("quantize") else ""
+    return f"{part['name']}{quantized} ({value[:12]})"

@@ -25,10 +25,12 @@ from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
+from batch_infer.models.offloading import offload_networks
+from batch_infer.models.quantization import quantize
 from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
 from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
-from batch_infer.settings import SchedulerSpec
+from batch_infer.settings import Offload, SchedulerSpec
 from batch_infer.stacking import (
     ENCODE_BATCH,
     CallStacker,
@@ -84,14 +86,27 @@ class AnyPipeline:
             self.plan = make_plan(pipeline, self._make_trial_arguments)
 
     @classmethod
-    def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
+    def load(
+        cls,
+        card: ModelCard,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        with_checker: bool,
+        offload: Offload | None = None,
+    ) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
-        pipeline.to(device)
+        checker, feature_extractor = load_checker(card, device, dtype) if with_checker else (None, None)
+        if card.quantize is not None:
+            quantize(pipeline.components, card.quantize, card.name)
+        if offload is None:
+            pipeline.to(device)
+        else:
+            offload_networks(pipeline.components.values(), device, offload, checker)
         pipeline.set_progress_bar_config(disable=True)
         model = cls(pipeline, card, device, dtype)
-        if with_checker:
-            model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
+        model.safety_checker, model.feature_extractor = checker, feature_extractor
         return model
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from batch_infer.models.lora import Lora
 from batch_infer.records import SizeRules
-from batch_infer.settings import SchedulerSpec
+from batch_infer.settings import Quantization, SchedulerSpec
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 ANY_PIPELINE = "any_pipeline"
@@ -39,7 +39,7 @@ class ModelCard(SamplingRules):
     `name` is the Hub id, the name of the folder, the name of the file without its suffix, or "built-in demo model".
     `revision` is the commit of a Hub checkpoint, otherwise None. `pipeline` is the class in model_index.json.
     `scheduler` is the requested scheduler, or None for the checkpoint's default. `windows` is the maximum number of
-    windows of 77 tokens per prompt with --long-prompts, and 1 without.
+    windows of 77 tokens per prompt with --long-prompts, and 1 without. `quantize` is the form of quantized weights.
     """
 
     name: str
@@ -55,11 +55,13 @@ class ModelCard(SamplingRules):
     checker_fingerprint: str | None
     loras: tuple[Lora, ...] = ()
     windows: int = 1
+    quantize: Quantization | None = None
 
     @property
     def title(self) -> str:
-        """The model's name followed by its LoRAs."""
-        return " + ".join((self.name, *map(str, self.loras)))
+        """The model's name followed by its LoRAs and the form of quantized weights."""
+        name = " + ".join((self.name, *map(str, self.loras)))
+        return f"{name} in {self.quantize}" if self.quantize else name
 
     @property
     def uses_pipeline_call(self) -> bool:

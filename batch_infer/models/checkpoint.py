@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +18,12 @@ from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
 from batch_infer.records import digest
-from batch_infer.settings import ModelSettings
+from batch_infer.settings import ModelSettings, Quantization
 
 DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
+QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+"""The library of each value of --quantize."""
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 """Components whose files are covered by separate fingerprints instead of the model's fingerprint."""
 
@@ -110,6 +112,7 @@ def _make_card(
     if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
     _check_options(settings, family, f"{name} is a {pipeline}")
+    _check_quantization(settings.quantize, path, components, name)
     rules = _read_rules(family, path, name, inspect)
     loras = tuple(map(read_lora, settings.loras))
     windows = WINDOWS if settings.long_prompts else 1
@@ -123,13 +126,14 @@ def _make_card(
         variant=settings.variant,
         family=family.name,
         pipeline=pipeline,
-        fingerprint=_fingerprint(weights, index, family, loras, windows),
+        fingerprint=_quantized(_fingerprint(weights, index, family, loras, windows), settings.quantize),
         scheduler=spec,
         scheduler_name=str(spec) if spec else components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
         checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant) if has_checker else None,
         loras=loras,
         windows=windows,
+        quantize=settings.quantize,
     )
 
 
@@ -166,6 +170,22 @@ def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
             raise ModelError(f"{model}; --{option} supports only the model families {', '.join(names)}")
         if is_set and find_spec(library) is None:
             raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{option}]'")
+
+
+def _check_quantization(kind: Quantization | None, path: Path, components: Iterable[str], name: str) -> None:
+    """Raise ModelError if --quantize needs a missing library, or the checkpoint is already quantized."""
+    if kind is None:
+        return
+    if find_spec(QUANTIZATION_LIBRARIES[kind]) is None:
+        raise ModelError(f"--quantize {kind} needs {QUANTIZATION_LIBRARIES[kind]}: pip install 'batch-infer[quantize]'")
+    for config in (path / component / "config.json" for component in sorted(components)):
+        if config.is_file() and read_object(config, name).get("quantization_config"):
+            raise ModelError(f"{name}: the weights in {config.parent.name}/ are already quantized; omit --quantize")
+
+
+def _quantized(fingerprint: str, kind: Quantization | None) -> str:
+    """Return the fingerprint of a model with quantized weights, or the same one without quantization."""
+    return fingerprint if kind is None else digest([fingerprint, kind])
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:

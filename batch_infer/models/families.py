@@ -148,10 +148,13 @@ OTHER_FAMILY = Family(
 
 
 def load_latent_diffusion(
-    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool
+    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool, on_host: bool = False
 ) -> LatentDiffusion:
-    """Load a checkpoint of a model family on a device, optionally with its safety checker. Raises ModelError."""
-    return _implementation(card).load(card, device, dtype, with_checker=with_checker)
+    """Load a checkpoint of a model family on a device, optionally with its safety checker. Raises ModelError.
+
+    With `on_host`, the networks stay in host memory until the model's `offload` is called.
+    """
+    return _implementation(card).load(card, device, dtype, with_checker=with_checker, on_host=on_host)
 
 
 def load_solver(card: ModelCard) -> Solver:

@@ -16,9 +16,12 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
 from batch_infer.models.loading import load_checker, load_pipeline
 from batch_infer.models.lora import fuse_lora
+from batch_infer.models.offloading import offload_networks
+from batch_infer.models.quantization import quantize
 from batch_infer.models.schedulers import make_solver
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
+from batch_infer.settings import Offload
 
 TEXT_BATCH = 8
 """Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
@@ -103,8 +106,13 @@ class LatentDiffusion:
             self._counter = self._encoder = LongPrompts(pipeline, dtype)
 
     @classmethod
-    def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> LatentDiffusion:
-        """Load a checkpoint and optionally its safety checker. Raises ModelError."""
+    def load(
+        cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool, on_host: bool = False
+    ) -> LatentDiffusion:
+        """Load a checkpoint and optionally its safety checker. Raises ModelError.
+
+        With `on_host`, the networks stay in host memory until `offload` is called.
+        """
         denoiser, modules = cls.load_modules(card, dtype)
         modules = {**cls.absent_components, **modules}
         if with_checker:
@@ -112,8 +120,17 @@ class LatentDiffusion:
         pipeline = load_pipeline(_pipeline_class(card), card.path, modules, card.scheduler)
         for lora in card.loras:
             fuse_lora(pipeline, lora, card.name)
-        pipeline.to(device)
-        return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
+        if card.quantize is not None:
+            quantize({**pipeline.components, "denoiser": denoiser}, card.quantize, card.name)
+        if not on_host:
+            pipeline.to(device)
+            denoiser.to(device)
+        return cls(pipeline, denoiser, device, dtype, card.windows)
+
+    def offload(self, mode: Offload) -> None:
+        """Move the networks to the device only when they run."""
+        networks = (*self.pipeline.components.values(), self.denoiser, self._vae)
+        offload_networks(networks, self.device, mode, self.safety_checker)
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:

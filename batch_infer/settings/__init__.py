@@ -3,7 +3,7 @@
 Classes that parse or check their values raise SettingsError.
 """
 
-from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, Quantization, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
@@ -15,6 +15,7 @@ from batch_infer.settings.run import (
     FailureBudget,
     IdSource,
     ImageFormat,
+    Offload,
     OutputSettings,
     ResultsFormat,
     RetryStatus,
@@ -38,8 +39,10 @@ __all__ = [
     "ImageFormat",
     "LoraSpec",
     "ModelSettings",
+    "Offload",
     "OnFlagged",
     "OutputSettings",
+    "Quantization",
     "ResultsFormat",
     "RetryStatus",
     "RowDefaults",

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from batch_infer.errors import SettingsError
 
+Quantization = Literal["fp8", "int8", "nf4"]
+
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _WITH_KARRAS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +57,7 @@ class ModelSettings:
     scheduler: SchedulerSpec | None = None
     loras: tuple[LoraSpec, ...] = ()
     long_prompts: bool = False
+    quantize: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ class _Outcome:
 class _Trial:
     def __init__(self, pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) -> None:
         self._pipeline, self._make_arguments = pipeline, make_arguments
-        self._plan = replace(plan, host_timesteps=pipeline.device.type == "cuda")
+        self._plan = replace(plan, host_timesteps=pipeline._execution_device.type == "cuda")
         self._recorded = {guided: self._record([SHORT_TEXT], guided) for guided in (True, False)}
         # Some components are networks that no call evaluates, such as the image normalizer of StableUnCLIPPipeline.
         called = {call.network.name for calls in self._recorded.values() for call in calls}
