@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
@@ -22,7 +23,7 @@ from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
-from batch_infer.models.loading import load_checker, load_network, load_pipeline
+from batch_infer.models.loading import fuse_loras, load_checker, load_network, load_pipeline
 from batch_infer.models.trial_calls import REFUSALS, can_share_calls
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
 from batch_infer.records import PromptRequest, SizeRules
@@ -70,6 +71,7 @@ class AnyPipeline:
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
+        fuse_loras(pipeline, card)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
@@ -236,6 +238,8 @@ def inspect_pipeline(path: Path) -> SamplingRules:
             float(call[guidance].default) if guidance else 1.0,
             embedded_guidance=_is_embedded(config),
             unsupported_fields=tuple(unsupported.items()),
+            supports_lora=hasattr(pipeline, "load_lora_weights"),
+            supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
         )
 
 

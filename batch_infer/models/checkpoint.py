@@ -13,11 +13,11 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
-from batch_infer.models.lora import Lora, read_lora
+from batch_infer.models.lora import read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
-from batch_infer.records import digest
+from batch_infer.records import Lora, digest
 from batch_infer.settings import ModelSettings
 
 DEMO_NAME = "built-in demo model"
@@ -109,8 +109,8 @@ def _make_card(
         family = OTHER_FAMILY  # timesteps depend on the image size, so rows of different sizes could not share a step
     if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
-    _check_options(settings, family, f"{name} is a {pipeline}")
     rules = _read_rules(family, path, name, inspect)
+    _check_options(settings, family, rules, f"{name} is a {pipeline}")
     loras = tuple(map(read_lora, settings.loras))
     windows = WINDOWS if settings.long_prompts else 1
     weights = hash_files(path, components.keys() - SEPARATE, settings.variant)
@@ -155,15 +155,17 @@ def _read_rules(
     return inspect_pipeline(path)
 
 
-def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
-    """Raise ModelError if the family or this environment does not support --lora or --long-prompts."""
-    for option, is_set, flag, library in (
-        ("lora", settings.loras, "supports_lora", "peft"),
-        ("long-prompts", settings.long_prompts, "supports_long_prompts", "compel"),
+def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules, model: str) -> None:
+    """Raise ModelError if the model or this environment does not support --lora or --long-prompts."""
+    if settings.loras and not rules.supports_lora:
+        raise ModelError(f"{model}, for which diffusers has no LoRA loader: leave --lora out")
+    if settings.long_prompts and not family.supports_long_prompts:
+        names = sorted({known.name for known in FAMILIES.values() if known.supports_long_prompts})
+        raise ModelError(f"{model}; --long-prompts supports only the model families {', '.join(names)}")
+    for option, is_set, library in (
+        ("lora", settings.loras, "peft"),
+        ("long-prompts", settings.long_prompts, "compel"),
     ):
-        if is_set and not getattr(family, flag):
-            names = sorted({known.name for known in FAMILIES.values() if getattr(known, flag)})
-            raise ModelError(f"{model}; --{option} supports only the model families {', '.join(names)}")
         if is_set and find_spec(library) is None:
             raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{option}]'")
 

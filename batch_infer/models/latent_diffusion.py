@@ -14,8 +14,7 @@ import torch
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.loading import load_checker, load_pipeline
-from batch_infer.models.lora import fuse_lora
+from batch_infer.models.loading import fuse_loras, load_checker, load_pipeline
 from batch_infer.models.schedulers import make_solver
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
@@ -107,8 +106,7 @@ class LatentDiffusion:
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         pipeline = load_pipeline(_pipeline_class(card), card.path, modules, card.scheduler)
-        for lora in card.loras:
-            fuse_lora(pipeline, lora, card.name)
+        fuse_loras(pipeline, card)
         pipeline.to(device)
         return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
 

@@ -111,3 +111,12 @@ def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
         limit_tokenizer(tokenizer, positions, getattr(embeddings, "num_embeddings", None), folder)
     if not suffix and isinstance(getattr(pipeline, "tokenizer_max_length", None), (int, float)):
         pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)
+
+
+def fuse_loras(pipeline: Any, card: ModelCard) -> None:
+    """Fuse the LoRAs of --lora into the weights of a pipeline. Raises ModelError if one does not fit."""
+    if card.loras:
+        from batch_infer.models.lora_fusing import fuse_lora  # imports peft
+
+        for lora in card.loras:
+            fuse_lora(pipeline, lora, card.name)
