@@ -88,16 +88,16 @@ def select_pending(
 def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | None = None) -> Iterator[PromptRequest]:
     """Yield requests in rendering order, window by window.
 
-    In a window, rows of one size are adjacent, since all slots must empty before the size changes. Among these rows,
-    those with many steps come first, so that slots are idle only briefly at the end. `get_slots` returns the total
-    number of slots of all devices for a size. With it, up to MAX_BALANCED_ROWS rows of one size are also balanced, so
-    that all slots become idle at about the same time.
+    In a window, rows with one size and LoRA are adjacent, since all slots must empty before these change. Among these
+    rows, those with many steps come first, so that slots are idle only briefly at the end. `get_slots` returns the
+    total number of slots of all devices for a size. With it, up to MAX_BALANCED_ROWS rows of one size are also
+    balanced, so that all slots become idle at about the same time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
-        for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
+        for _, group in groupby(sorted(window, key=_make_sort_key), key=lambda request: request.group_key):
             rows = list(group)
             if get_slots is not None and len(rows) <= MAX_BALANCED_ROWS:
-                rows = _balance(rows, get_slots(size) // 2)
+                rows = _balance(rows, get_slots(_get_size(rows[0])) // 2)
             yield from rows
 
 
@@ -124,7 +124,8 @@ def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
     longest_first = -params.num_inference_steps, not params.uses_guidance
     # Rows with equal settings are adjacent: a pipeline's own __call__ renders them together.
     settings = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
-    return *_get_size(request), *longest_first, *settings, request.id, request.image_index
+    lora = ("", 0.0) if request.lora is None else (str(request.lora.path), request.lora.weight)
+    return *_get_size(request), *lora, *longest_first, *settings, request.id, request.image_index
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
@@ -181,8 +182,8 @@ class StepBatchingEstimator:
     """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
     Rows start in the order in which they are added, as soon as enough slots are free, and all slots empty before the
-    size changes. The packer does the same, except that a row without guidance may overtake one that waits for a second
-    slot.
+    size or the LoRA changes. The packer does the same, except that a row without guidance may overtake one that waits
+    for a second slot.
     """
 
     def __init__(self, get_slots: SlotsForSize) -> None:
@@ -190,15 +191,15 @@ class StepBatchingEstimator:
         self._get_slots, self._free = get_slots, 0
         self._now = self._last = 0
         self._running: list[tuple[int, int]] = []
-        self._current: tuple[tuple[int, int], SizeCost] | None = None
+        self._current: tuple[object, SizeCost] | None = None
 
     def add(self, request: PromptRequest, evaluations: int) -> None:
         """Add a row that calls the model `evaluations` times."""
         size = _get_size(request)
-        if self._current is None or self._current[0] != size:
+        if self._current is None or self._current[0] != request.group_key:
             self.close()
             self._free = self._get_slots(size)
-            self._current = size, self.costs.setdefault(size, SizeCost(self._free))
+            self._current = request.group_key, self.costs.setdefault(size, SizeCost(self._free))
         cost, needed = self._current[1], request.params.slots
         while self._free < needed:
             self._now, freed = heappop(self._running)

@@ -109,7 +109,8 @@ class Lora:
 class PromptRequest:
     """Request for one image, with everything that determines its pixels except the run's settings.
 
-    `lora` is the row's own, which is added to the model on top of those of --lora. `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
+    `lora` is the row's own, which is added to the model on top of those of --lora. `attempt` counts from 1. `replaces`
+    is the path, relative to OUT, of the image from an earlier attempt.
     `id_collides` and `stem_collides` say whether the id or file stem of an earlier row or of a committed image differs
     from this row's only by case.
     """

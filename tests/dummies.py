@@ -36,7 +36,7 @@ class DummyChain(DeviceChain):
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
-        batch = requests.take((first.params.height, first.params.width), BATCH_ROWS)
+        batch = requests.take(first.group_key, BATCH_ROWS)
         for request in batch:
             _execute(request.prompt)
         yield self._make(batch, stages)

@@ -48,7 +48,7 @@ class StepLevelChain(DeviceChain):
         """Image sizes and batch sizes for which the networks have been compiled."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the next requests with the image size of the first."""
+        """Render the next requests with the image size and the LoRA of the first."""
         size = size_of(first)
         batch_sizes = self.batch_sizes.for_size(size)
         must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
@@ -58,7 +58,7 @@ class StepLevelChain(DeviceChain):
         size_pass = _SizePass(self.model, postprocessing, stages, must_compile=must_compile)
         try:
             with out_of_memory_errors():
-                yield from size_pass.run(requests, size, self._stop)
+                yield from size_pass.run(requests, first, self._stop)
             return
         except torch.OutOfMemoryError as error:
             message = first_line(error)
@@ -87,7 +87,7 @@ class StepLevelChain(DeviceChain):
 
 
 class _SizePass:
-    """Renders rows of one image size with fixed batch sizes, and holds their state on the device."""
+    """Renders rows of one image size and LoRA with fixed batch sizes, and holds their state on the device."""
 
     _slots: Slots[Tag]
 
@@ -104,21 +104,23 @@ class _SizePass:
         """The stage whose batch size shrinks first if memory runs out now."""
         self.must_compile = must_compile
 
-    def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
-        """Render until all rows are finished and no further request with this size is available.
+    def run(
+        self, requests: ReadAhead, first: PromptRequest, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[RowOutcome]]:
+        """Render until all rows are finished and no further request of the group of the first is available.
 
         After a stop, yield rows that are fully denoised, and drop the others.
         """
         model, slots = self._model, self._postprocessing.slots
-        self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
+        self._slots = Slots(model, slots, model.latent_shape(*size_of(first)), model.device, model.dtype)
         while not stop():
-            self._encode_ahead(requests, size)
+            self._encode_ahead(requests, first.group_key)
             yield self._admit()
             if self._slots.has_rows:
                 if self.must_compile:
                     self._compile()
                 yield from self._postprocess(self._postprocessing.add(self._tick()))
-            elif not self._encoded and not requests.has(size):
+            elif not self._encoded and not requests.has(first.group_key):
                 break
         self._pacer.finish()
         yield from self._postprocess(self._postprocessing.finish())
@@ -146,14 +148,14 @@ class _SizePass:
             yield outcomes
         self.stage = "denoise"
 
-    def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
+    def _encode_ahead(self, requests: ReadAhead, group: object) -> None:
         """Encode the prompts of the rows to admit next.
 
         When at most one encoded row per two slots is waiting, their number is increased to one per slot.
         """
         if len(self._encoded) > self._slots.size // 2:
             return
-        batch = requests.take(size, self._slots.size - len(self._encoded))
+        batch = requests.take(group, self._slots.size - len(self._encoded))
         if not batch:
             return
         self.unfinished.update((request.key, request) for request in batch)

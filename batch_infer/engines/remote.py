@@ -31,7 +31,8 @@ def with_absolute_paths(model: ModelSettings) -> ModelSettings:
     path = None if model.name is None else Path(model.name).expanduser()
     name = str(path.absolute()) if path is not None and path.exists() else model.name
     loras = tuple(replace(lora, file=str(Path(lora.file).expanduser().absolute())) for lora in model.loras)
-    return replace(model, name=name, loras=loras)
+    lora_folder = model.lora_folder and str(Path(model.lora_folder).expanduser().absolute())
+    return replace(model, name=name, loras=loras, lora_folder=lora_folder)
 
 
 def check_same_model(card: ModelCard, settings: WorkerSettings, here: str, there: str) -> None:

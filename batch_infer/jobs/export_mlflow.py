@@ -77,6 +77,8 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     if compute.slots == "auto":
         raise SettingsError("--slots auto: give a number here; `batch-infer bench --slots auto` finds one")
+    if model.lora_folder:
+        raise SettingsError("--lora-folder: an exported model cannot contain a folder of LoRAs; use --lora")
     card, target = read_card(model), folder.absolute()
     extras = ["azure", *["lora"] * bool(card.loras), *["long-prompts"] * model.long_prompts]
     # The temporary folder is next to the target, so that it can be renamed to it. If the model is on the same disk, its

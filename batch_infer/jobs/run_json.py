@@ -128,7 +128,8 @@ def read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str] = (
     if model.name is not None and (folder / model.name).exists():
         model = replace(model, name=str(folder / model.name))
     loras = tuple(replace(lora, file=str(folder / Path(lora.file).expanduser())) for lora in model.loras)
-    model = replace(model, loras=loras)
+    lora_folder = model.lora_folder and str(folder / Path(model.lora_folder).expanduser())
+    model = replace(model, loras=loras, lora_folder=lora_folder)
     return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 

@@ -17,6 +17,7 @@ from batch_infer.lazy import import_on_use
 from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.checkpoint import read_card
 from batch_infer.models.families import load_latent_diffusion, load_solver
+from batch_infer.models.lora import LoraFolder
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "Conditioning",
     "DEMO_MODEL",
     "LatentDiffusion",
+    "LoraFolder",
     "ModelCard",
     "SamplingRules",
     "TruncationCounter",

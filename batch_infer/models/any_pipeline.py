@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -23,11 +23,14 @@ from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
-from batch_infer.models.loading import fuse_loras, load_checker, load_network, load_pipeline
+from batch_infer.models.loading import fuse_loras, load_checker, load_network, load_pipeline, load_row_loras
 from batch_infer.models.trial_calls import REFUSALS, can_share_calls
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
-from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.records import Lora, PromptRequest, SizeRules
 from batch_infer.settings import SchedulerSpec
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -57,6 +60,7 @@ class AnyPipeline:
         self.denoiser: torch.nn.Module | None = _find_denoiser(pipeline)
         self.networks: Sequence[torch.nn.Module] = ()
         """Networks that can be compiled: none, because their shapes may vary."""
+        self._row_loras: RowLoras | None = None
         self._guidance = _guidance_argument(pipeline)
         self._parameters = _parameters_of(type(pipeline))
         arguments = {
@@ -80,6 +84,12 @@ class AnyPipeline:
         if with_checker:
             model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
         return model
+
+    def use_lora(self, lora: Lora | None) -> None:
+        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        if self._row_loras is None:
+            self._row_loras = load_row_loras(self.pipeline)
+        self._row_loras.use(lora)
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.

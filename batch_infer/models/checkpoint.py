@@ -157,17 +157,19 @@ def _read_rules(
 
 def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules, model: str) -> None:
     """Raise ModelError if the model or this environment does not support --lora or --long-prompts."""
-    if settings.loras and not rules.supports_lora:
-        raise ModelError(f"{model}, for which diffusers has no LoRA loader: leave --lora out")
+    lora = "lora" if settings.loras else "lora-folder"
+    uses_lora = bool(settings.loras or settings.lora_folder)
+    if uses_lora and not rules.supports_lora:
+        raise ModelError(f"{model}, for which diffusers has no LoRA loader: leave --{lora} out")
     if settings.long_prompts and not family.supports_long_prompts:
         names = sorted({known.name for known in FAMILIES.values() if known.supports_long_prompts})
         raise ModelError(f"{model}; --long-prompts supports only the model families {', '.join(names)}")
-    for option, is_set, library in (
-        ("lora", settings.loras, "peft"),
-        ("long-prompts", settings.long_prompts, "compel"),
+    for option, is_set, library, extra in (
+        (lora, uses_lora, "peft", "lora"),
+        ("long-prompts", settings.long_prompts, "compel", "long-prompts"),
     ):
         if is_set and find_spec(library) is None:
-            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{option}]'")
+            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{extra}]'")
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:

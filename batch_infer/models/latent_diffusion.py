@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
@@ -14,10 +14,13 @@ import torch
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.loading import fuse_loras, load_checker, load_pipeline
+from batch_infer.models.loading import fuse_loras, load_checker, load_pipeline, load_row_loras
 from batch_infer.models.schedulers import make_solver
 from batch_infer.models.tokens import TokenCounter
-from batch_infer.records import PromptRequest, SamplingParams
+from batch_infer.records import Lora, PromptRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
 
 TEXT_BATCH = 8
 """Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
@@ -88,15 +91,13 @@ class LatentDiffusion:
         self.safety_checker: Any | None = getattr(pipeline, "safety_checker", None)
         self.feature_extractor: Any | None = getattr(pipeline, "feature_extractor", None)
         self._vae = pipeline.vae
-        self._embeddings = EmbeddingCache()
         # tokenizer_3 is excluded, because T5 also reads the text that the CLIP encoders truncate.
         tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
-        if windows > 1:
-            from batch_infer.models.long_prompts import LongPrompts
-
-            self._counter = self._encoder = LongPrompts(pipeline, dtype)
+        self._windows = windows
+        self._forget_texts()
+        self._row_loras: RowLoras | None = None
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> LatentDiffusion:
@@ -124,6 +125,23 @@ class LatentDiffusion:
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """Load the denoiser, and the pipeline's components as a dictionary by name. Raises ModelError."""
         raise NotImplementedError
+
+    def use_lora(self, lora: Lora | None) -> None:
+        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        if self._row_loras is None:
+            self._row_loras = load_row_loras(self.pipeline)
+        try:
+            self._row_loras.use(lora)
+        finally:
+            self._forget_texts()
+
+    def _forget_texts(self) -> None:
+        """Drop embeddings that text encoders with other weights have computed."""
+        self._embeddings = EmbeddingCache()
+        if self._windows > 1:
+            from batch_infer.models.long_prompts import LongPrompts
+
+            self._counter = self._encoder = LongPrompts(self.pipeline, self.dtype)
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:

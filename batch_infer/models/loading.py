@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -19,6 +19,9 @@ from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
 from batch_infer.models.untrusted import choose_variant, loading_errors
 from batch_infer.settings import SchedulerSpec
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
 
 # These progress bars would disturb those of batch-infer.
 diffusers.utils.logging.disable_progress_bar()
@@ -120,3 +123,10 @@ def fuse_loras(pipeline: Any, card: ModelCard) -> None:
 
         for lora in card.loras:
             fuse_lora(pipeline, lora, card.name)
+
+
+def load_row_loras(pipeline: Any) -> RowLoras:
+    """Return the object that adds the LoRAs of single rows to the weights of a pipeline."""
+    from batch_infer.models.lora_fusing import RowLoras  # imports peft
+
+    return RowLoras(pipeline)

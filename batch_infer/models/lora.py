@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
-from batch_infer.errors import ModelError
+from batch_infer.errors import ModelError, RowError
 from batch_infer.models.untrusted import hash_file, read_shapes
 from batch_infer.records import Lora
 from batch_infer.settings import LoraSpec
@@ -14,6 +15,8 @@ NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
 """Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
 UNSUPPORTED_NAME_PARTS = ("hada_w", "lokr_", "lora_mid")
 """Substrings of tensor names in LoHa, LoKr and Tucker-decomposed files, which are refused."""
+MAX_NAME_LENGTH = 200
+"""Maximum length of the name of a row's LoRA."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
 """Suffixes of the names of full weights and full differences, which are also refused."""
 
@@ -43,3 +46,47 @@ def check_lora(path: Path) -> None:
                 f"{path} contains {name}: only LoRA and DoRA are supported, not LoHa, LoKr, Tucker decompositions or "
                 "full differences"
             )
+
+
+class LoraFolder:
+    """Finds the LoRAs that rows name in the folder of --lora-folder. Each file is checked and hashed once."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises ModelError if there is no such folder."""
+        self._folder = Path(folder).expanduser().absolute()
+        self._found: dict[str, str | RowError] = {}
+        """The digest of each file that a row names, or an error."""
+        if not self._folder.is_dir():
+            raise ModelError(f"--lora-folder {folder}: there is no such folder")
+
+    def find(self, text: str) -> Lora:
+        """Return the LoRA of a cell, `NAME` or `NAME:WEIGHT`. Raises RowError.
+
+        NAME is the name of a file in the folder, without `.safetensors`.
+        """
+        name, colon, number = text.strip().rpartition(":") if ":" in text else (text.strip(), "", "")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise RowError(f"lora {text!r}: the weight {number!r} is not a finite number")
+        if name not in self._found:
+            self._found[name] = self._read(name)
+        found = self._found[name]
+        if isinstance(found, RowError):
+            raise found
+        return Lora(self._folder / f"{name}.safetensors", weight, found)
+
+    def _read(self, name: str) -> str | RowError:
+        """Return the digest of a file, or an error. A name cannot leave the folder."""
+        path = self._folder / f"{name}.safetensors"
+        if not name or {"/", "\\", "\0"} & set(name) or name.startswith(".") or len(name) > MAX_NAME_LENGTH:
+            return RowError(f"lora {name[:MAX_NAME_LENGTH]!r} is not the name of a file without its suffix")
+        try:
+            if not path.is_file():
+                return RowError(f"lora {name!r}: there is no {path.name} in {self._folder}")
+            check_lora(path)
+            return hash_file(path)
+        except (ModelError, OSError) as error:
+            return RowError(f"lora {name!r}: {error}")

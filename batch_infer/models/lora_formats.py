@@ -178,13 +178,15 @@ def _apply_configs(adapter: Adapter, configs: Mapping[str, Any]) -> Adapter:
         raise ValueError("its alphas are both in tensors and in its metadata")
     alphas = {}
     for (component, layer), tensors in adapter.layers.items():
-        config = {key.removeprefix(f"{component}."): configs[key] for key in configs if key.startswith(f"{component}.")}
+        config: dict[str, Any] = {
+            key.removeprefix(f"{component}."): configs[key] for key in configs if key.startswith(f"{component}.")
+        }
         if unsupported := [option for option in UNSUPPORTED_OPTIONS if config.get(option)]:
             raise ValueError(f"its metadata sets {unsupported[0]}, which is not supported")
         if "lora_alpha" not in config:
             continue
-        patterns = config.get("alpha_pattern") or {}
-        alpha = float(patterns.get(get_pattern_key(patterns.keys(), layer), config["lora_alpha"]))
+        patterns: dict[str, float] = config.get("alpha_pattern") or {}
+        alpha = float(patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]))
         rank = len(tensors["lora_A.weight"])
         alphas[component, layer] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
     return Adapter(adapter.tensors, alphas)

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from batch_infer.errors import ModelError, first_line
+from batch_infer.accelerator import is_device_error
+from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
 from batch_infer.models.lora_formats import Adapter, layer_of, read_adapter
 from batch_infer.models.untrusted import LOADING_ERRORS, describe, hash_file
 from batch_infer.records import Lora
 
 ADAPTER = "lora"
+MODEL = "the model"
+"""Name of the model in messages for single rows."""
 FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -32,33 +35,36 @@ class RowLoras:
     The weights are restored from copies on the CPU, so that rows do not depend on the LoRAs of earlier rows.
     """
 
-    def __init__(self, pipeline: Any, model: str) -> None:
-        self._pipeline, self._model = pipeline, model
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
         self._current: Lora | None = None
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     @torch.no_grad()
     def use(self, lora: Lora | None) -> bool:
-        """Switch to a LoRA, or to none. Return whether the weights changed. Raises ModelError if it does not fit.
+        """Switch to a LoRA, or to none. Return whether the weights changed.
 
-        After an error, no LoRA is in use.
+        Raises RowError if it does not fit, and FailedRowError if its file was changed or removed. After an error, no
+        LoRA is in use.
         """
         if lora == self._current:
             return False
         self._restore()
         if lora is not None:
             try:
-                if hash_file(lora.path) != lora.fingerprint:
-                    raise ModelError(f"{lora.path} changed after the run started")
-                adapter = _read(self._pipeline, lora, self._model)
+                _check_unchanged(lora)
+                adapter = _read(self._pipeline, lora, MODEL)
                 weights = list(_list_weights(self._pipeline, adapter))
                 self._originals = [(weight, torch.clone(weight.detach()).cpu()) for weight in weights]
-                _fuse(self._pipeline, lora, adapter, self._model)
+                _fuse(self._pipeline, lora, adapter, MODEL)
                 for weight, original in self._originals:  # peft may change the memory format, which affects speed
                     if weight.stride() != original.stride():
                         weight.data = torch.empty_like(original, device=weight.device).copy_(weight)
-            except BaseException:
+            except BaseException as error:
                 self._restore()
+                self._finish()
+                if isinstance(error, ModelError):
+                    raise RowError(str(error)) from error
                 raise
             self._current = lora
         self._finish()
@@ -79,6 +85,16 @@ class RowLoras:
             torch.cuda.synchronize()
 
 
+def _check_unchanged(lora: Lora) -> None:
+    """Raise FailedRowError if a file is not the one that the command has read."""
+    try:
+        is_same = hash_file(lora.path) == lora.fingerprint
+    except ModelError as error:
+        raise FailedRowError(str(error)) from error
+    if not is_same:
+        raise FailedRowError(f"{lora.path} was changed after the run had started")
+
+
 def fuse_lora(pipeline: Any, lora: Lora, model: str) -> None:
     """Fuse a LoRA into the weights of a loaded pipeline.
 
@@ -94,12 +110,19 @@ def _read(pipeline: Any, lora: Lora, model: str) -> Adapter:
         for (component, layer), tensors in adapter.layers.items():
             _check_layer(getattr(pipeline, component), layer, tensors)
     except LOADING_ERRORS as error:
+        _raise_device_error(error)
         raise _misfit(lora, model, describe(error)) from error
     for tensors in adapter.tensors.values():
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ModelError(f"{lora.path} cannot be added to {model}: NaN or infinity in {name}")
     return adapter
+
+
+def _raise_device_error(error: Exception) -> None:
+    """Raise an error that the LoRA did not cause, such as a lack of memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_device_error(error)):
+        raise error
 
 
 def _misfit(lora: Lora, model: str, reason: str) -> ModelError:
@@ -146,6 +169,7 @@ def _fuse(pipeline: Any, lora: Lora, adapter: Adapter, model: str) -> None:
     except ValueError as error:
         raise ModelError(f"{lora.path} cannot be added to {model}: {first_line(error)}") from error
     except LOADING_ERRORS as error:
+        _raise_device_error(error)
         raise _misfit(lora, model, describe(error)) from error
     finally:
         pipeline.unload_lora_weights()

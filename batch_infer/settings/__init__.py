@@ -7,6 +7,7 @@ from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, Sch
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
+    LORA_FIELD,
     BatchShape,
     Compute,
     ComputeSettings,
@@ -35,6 +36,7 @@ __all__ = [
     "FailureBudget",
     "IMAGE_SUFFIXES",
     "IdSource",
+    "LORA_FIELD",
     "ImageFormat",
     "LoraSpec",
     "ModelSettings",

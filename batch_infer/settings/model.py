@@ -45,7 +45,10 @@ https://huggingface.co/docs/diffusers/api/schedulers/overview
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Model settings. If `name` is None, the demo model is used."""
+    """Model settings. If `name` is None, the demo model is used.
+
+    `lora_folder` contains the LoRAs that rows may name in their column `lora`.
+    """
 
     name: str | None = None
     revision: str | None = None
@@ -55,6 +58,7 @@ class ModelSettings:
     scheduler: SchedulerSpec | None = None
     loras: tuple[LoraSpec, ...] = ()
     long_prompts: bool = False
+    lora_folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
