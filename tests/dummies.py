@@ -32,7 +32,7 @@ class DummyChain(DeviceChain):
     uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
+        super().__init__(SimpleNamespace(networks=(), lora=None), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:

@@ -79,6 +79,7 @@ class PaintingPipeline:
     device, dtype, denoiser = CPU, torch.float32, None
 
     def __init__(self, *, needs_separate_calls: bool = False, memory: int = 1000) -> None:
+        self.lora = None
         self.needs_separate_calls, self._memory = needs_separate_calls, memory
         self.calls: list[tuple[int, int]] = []
 

@@ -209,8 +209,6 @@ class DeviceChain(Chain):
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
         self.stages_by_size = {}
-        self._lora: Lora | None = None
-        """The LoRA that the model uses for the current rows."""
         self._unfit: dict[Lora, RowError] = {}
         """Errors of LoRAs that the model cannot use."""
 
@@ -249,16 +247,15 @@ class DeviceChain(Chain):
 
     def _switch_lora(self, lora: Lora | None) -> RowError | None:
         """Let the model use the LoRA of the next rows, and return the error if that fails."""
-        if lora == self._lora or lora in self._unfit:
-            return None if lora is None else self._unfit.get(lora)
-        self._lora = None
+        if lora is not None and lora in self._unfit:
+            return self._unfit[lora]
         try:
-            self.model.use_lora(lora)
+            if lora != self.model.lora:
+                self.model.use_lora(lora)
         except RowError as error:
             if lora is not None:
                 self._unfit[lora] = error
             return error
-        self._lora = lora
         return None
 
     @abstractmethod

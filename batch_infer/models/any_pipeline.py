@@ -61,6 +61,8 @@ class AnyPipeline:
         self.networks: Sequence[torch.nn.Module] = ()
         """Networks that can be compiled: none, because their shapes may vary."""
         self._row_loras: RowLoras | None = None
+        self.lora: Lora | None = None
+        """The LoRA of the current rows, which `use_lora` has added to the weights."""
         self._guidance = _guidance_argument(pipeline)
         self._parameters = _parameters_of(type(pipeline))
         arguments = {
@@ -89,7 +91,10 @@ class AnyPipeline:
         """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
         if self._row_loras is None:
             self._row_loras = load_row_loras(self.pipeline)
-        self._row_loras.use(lora)
+        try:
+            self._row_loras.use(lora)
+        finally:
+            self.lora = self._row_loras.current
 
     def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
         """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.

@@ -79,6 +79,8 @@ class LatentDiffusion:
 
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
+    lora: Lora | None = None
+    """The LoRA of the current rows, which `use_lora` has added to the weights."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets in the scheduler, or None if the scheduler searches for it."""
 
@@ -133,6 +135,7 @@ class LatentDiffusion:
         try:
             self._row_loras.use(lora)
         finally:
+            self.lora = self._row_loras.current
             self._forget_texts()
 
     def _forget_texts(self) -> None:

@@ -37,18 +37,19 @@ class RowLoras:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._current: Lora | None = None
+        self.current: Lora | None = None
+        """The LoRA in use."""
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     @torch.no_grad()
-    def use(self, lora: Lora | None) -> bool:
-        """Switch to a LoRA, or to none. Return whether the weights changed.
+    def use(self, lora: Lora | None) -> None:
+        """Switch to a LoRA, or to none.
 
         Raises RowError if it does not fit, and FailedRowError if its file was changed or removed. After an error, no
         LoRA is in use.
         """
-        if lora == self._current:
-            return False
+        if lora == self.current:
+            return
         self._restore()
         if lora is not None:
             try:
@@ -66,14 +67,13 @@ class RowLoras:
                 if isinstance(error, ModelError):
                     raise RowError(str(error)) from error
                 raise
-            self._current = lora
+            self.current = lora
         self._finish()
-        return True
 
     def _restore(self) -> None:
         for weight, original in self._originals:
             weight.copy_(original)
-        self._originals, self._current = [], None
+        self._originals, self.current = [], None
 
     def _finish(self) -> None:
         """Copy weights to fused projections, which networks on a GPU use, and wait for the copies."""
