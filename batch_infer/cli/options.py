@@ -126,6 +126,17 @@ model_options = (
         "with a weight if needed: style or style:0.8. Rows with an empty cell get none.",
     ),
     option(
+        "--embedding",
+        "embeddings",
+        type=SemicolonList(),
+        metavar="FILE[:TOKEN]",
+        envvar="BATCH_INFER_EMBEDDING",
+        multiple=True,
+        help="Textual inversion embedding: toy.safetensors. Prompts use it by its token: TOKEN, else the one that the "
+        "file names, else the file's name without suffix. Repeatable; separate several in BATCH_INFER_EMBEDDING with "
+        "semicolons.",
+    ),
+    option(
         "--long-prompts",
         is_flag=True,
         help="Read 225 tokens of a prompt instead of 75, and word weights such as (dark red)1.3 or blue++, with "

@@ -185,6 +185,7 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         tuple(map(s.LoraSpec.parse, options["loras"])),
         options["long_prompts"],
         options["lora_folder"],
+        tuple(map(s.EmbeddingSpec.parse, options["embeddings"])),
     )
 
 

@@ -110,6 +110,10 @@ def _save(path: Path, scratch: Path, card: ModelCard, variables: Mapping[str, st
     files |= {
         f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)
     }
+    files |= {
+        f"embedding-{number}": (embedding.path, f"embedding-{number}-{embedding.path.name}")
+        for number, embedding in enumerate(card.embeddings)
+    }
     for artifact, (source, file_name) in files.items():
         (scratch / artifact).mkdir()
         # MLflow refuses symbolic links, such as those in the Hub's cache, so link or copy the files they point to.
@@ -147,6 +151,10 @@ def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSetti
         "THREADS": compute.threads,
         "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),
         "LORA": ";".join(f"{{lora-{number}}}:{lora.weight!r}" for number, lora in enumerate(card.loras)) or None,
+        "EMBEDDING": ";".join(
+            f"{{embedding-{number}}}:{embedding.token}" for number, embedding in enumerate(card.embeddings)
+        )
+        or None,
         "MODEL": "{model}",
     }
     return {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None}

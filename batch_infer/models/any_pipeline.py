@@ -23,7 +23,15 @@ from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
-from batch_infer.models.loading import fuse_loras, load_checker, load_network, load_pipeline, load_row_loras
+from batch_infer.models.loading import (
+    add_embeddings,
+    fuse_loras,
+    load_checker,
+    load_network,
+    load_pipeline,
+    load_row_loras,
+)
+from batch_infer.models.textual_inversion import expand_tokens
 from batch_infer.models.trial_calls import REFUSALS, can_share_calls
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
 from batch_infer.records import Lora, PromptRequest, SizeRules
@@ -60,6 +68,7 @@ class AnyPipeline:
         self.denoiser: torch.nn.Module | None = _find_denoiser(pipeline)
         self.networks: Sequence[torch.nn.Module] = ()
         """Networks that can be compiled: none, because their shapes may vary."""
+        self._embeddings = card.embeddings
         self._row_loras: RowLoras | None = None
         self.lora: Lora | None = None
         """The LoRA of the current rows, which `use_lora` has added to the weights."""
@@ -77,6 +86,7 @@ class AnyPipeline:
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
+        add_embeddings(pipeline, card)
         fuse_loras(pipeline, card)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -114,7 +124,8 @@ class AnyPipeline:
         Whether the pipeline truncates the prompt is unknown.
         """
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        count = len(tokenizer(request.prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
+        (prompt,) = expand_tokens([request.prompt], self._embeddings)
+        count = len(tokenizer(prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
 
     def _call(self, requests: Sequence[PromptRequest]) -> torch.Tensor:

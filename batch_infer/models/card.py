@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batch_infer.models.textual_inversion import Embedding
 from batch_infer.records import Lora, SizeRules
 from batch_infer.settings import SchedulerSpec
 
@@ -57,11 +58,12 @@ class ModelCard(SamplingRules):
     checker_fingerprint: str | None
     loras: tuple[Lora, ...] = ()
     windows: int = 1
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def title(self) -> str:
-        """The model's name followed by its LoRAs."""
-        return " + ".join((self.name, *map(str, self.loras)))
+        """The model's name followed by its LoRAs and embeddings."""
+        return " + ".join((self.name, *map(str, self.loras), *map(str, self.embeddings)))
 
     @property
     def uses_pipeline_call(self) -> bool:

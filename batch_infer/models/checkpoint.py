@@ -15,6 +15,7 @@ from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
 from batch_infer.models.lora import read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
+from batch_infer.models.textual_inversion import Embedding, read_embeddings
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
 from batch_infer.records import Lora, digest
@@ -112,6 +113,7 @@ def _make_card(
     rules = _read_rules(family, path, name, inspect)
     _check_options(settings, family, rules, f"{name} is a {pipeline}")
     loras = tuple(map(read_lora, settings.loras))
+    embeddings = read_embeddings(settings.embeddings)
     windows = WINDOWS if settings.long_prompts else 1
     weights = hash_files(path, components.keys() - SEPARATE, settings.variant)
     has_checker = "safety_checker" in components
@@ -123,13 +125,14 @@ def _make_card(
         variant=settings.variant,
         family=family.name,
         pipeline=pipeline,
-        fingerprint=_fingerprint(weights, index, family, loras, windows),
+        fingerprint=_add_embeddings(_fingerprint(weights, index, family, loras, windows), embeddings),
         scheduler=spec,
         scheduler_name=str(spec) if spec else components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
         checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant) if has_checker else None,
         loras=loras,
         windows=windows,
+        embeddings=embeddings,
     )
 
 
@@ -156,11 +159,15 @@ def _read_rules(
 
 
 def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules, model: str) -> None:
-    """Raise ModelError if the model or this environment does not support --lora or --long-prompts."""
+    """Raise ModelError if the model or this environment does not support an option."""
     lora = "lora" if settings.loras else "lora-folder"
     uses_lora = bool(settings.loras or settings.lora_folder)
     if uses_lora and not rules.supports_lora:
         raise ModelError(f"{model}, for which diffusers has no LoRA loader: leave --{lora} out")
+    if settings.embeddings and not rules.supports_embeddings:
+        raise ModelError(f"{model}, for which diffusers has no loader of embeddings: leave --embedding out")
+    if settings.embeddings and settings.long_prompts:
+        raise ModelError("--embedding and --long-prompts cannot be used together: leave one out")
     if settings.long_prompts and not family.supports_long_prompts:
         names = sorted({known.name for known in FAMILIES.values() if known.supports_long_prompts})
         raise ModelError(f"{model}; --long-prompts supports only the model families {', '.join(names)}")
@@ -170,6 +177,13 @@ def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules
     ):
         if is_set and find_spec(library) is None:
             raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{extra}]'")
+
+
+def _add_embeddings(fingerprint: str, embeddings: tuple[Embedding, ...]) -> str:
+    """Return the fingerprint of a model with textual inversion embeddings."""
+    if not embeddings:
+        return fingerprint
+    return digest([fingerprint, [(embedding.fingerprint, embedding.token) for embedding in embeddings]])
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:

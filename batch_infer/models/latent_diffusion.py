@@ -14,8 +14,9 @@ import torch
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.loading import fuse_loras, load_checker, load_pipeline, load_row_loras
+from batch_infer.models.loading import add_embeddings, fuse_loras, load_checker, load_pipeline, load_row_loras
 from batch_infer.models.schedulers import make_solver
+from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import Lora, PromptRequest, SamplingParams
 
@@ -98,6 +99,7 @@ class LatentDiffusion:
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
         self._windows = windows
+        self._embedding_tokens: Sequence[Embedding] = ()
         self._forget_texts()
         self._row_loras: RowLoras | None = None
 
@@ -109,9 +111,12 @@ class LatentDiffusion:
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         pipeline = load_pipeline(_pipeline_class(card), card.path, modules, card.scheduler)
+        add_embeddings(pipeline, card)
         fuse_loras(pipeline, card)
         pipeline.to(device)
-        return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
+        model = cls(pipeline, denoiser.to(device), device, dtype, card.windows)
+        model._use_embeddings(card.embeddings)
+        return model
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
@@ -138,6 +143,13 @@ class LatentDiffusion:
             self.lora = self._row_loras.current
             self._forget_texts()
 
+    def _use_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Replace the tokens of textual inversion embeddings in texts by one token for each vector."""
+        if embeddings:
+            self._embedding_tokens = embeddings
+            tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+            self._counter = TokenCounter(*filter(None, tokenizers), embeddings=embeddings)
+
     def _forget_texts(self) -> None:
         """Drop embeddings that text encoders with other weights have computed."""
         self._embeddings = EmbeddingCache()
@@ -161,7 +173,7 @@ class LatentDiffusion:
         """Encode the prompts of rows and count their tokens."""
         negatives = [self._negative_prompt(request) if request.params.uses_guidance else None for request in requests]
         texts = {request.prompt for request in requests} | {text for text in negatives if text is not None}
-        embeddings = self._embeddings.get(texts, self._encoder or self._encode)
+        embeddings = self._embeddings.get(texts, self._encoder or self._encode_expanded)
         counts = self._counter.count([request.prompt for request in requests])
         conditionings = []
         for request, text, count in zip(requests, negatives, counts, strict=True):
@@ -186,6 +198,9 @@ class LatentDiffusion:
         """Decode latents (B, C, h, w) to float32 images (B, 3, H, W), not clamped: 0 is black and 1 is white."""
         images: torch.Tensor = self._vae.decode(self._unscale(latents.to(self._vae.dtype)), return_dict=False)[0]
         return images.float() / 2 + 0.5
+
+    def _encode_expanded(self, texts: Sequence[str]) -> list[Context]:
+        return self._encode(expand_tokens(texts, self._embedding_tokens))
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
         """Return the embeddings of each text."""

@@ -116,6 +116,14 @@ def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
         pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)
 
 
+def add_embeddings(pipeline: Any, card: ModelCard) -> None:
+    """Load the embeddings of --embedding into a pipeline. Raises ModelError if one does not fit."""
+    if card.embeddings:
+        from batch_infer.models.embedding_loading import load_embeddings
+
+        load_embeddings(pipeline, card)
+
+
 def fuse_loras(pipeline: Any, card: ModelCard) -> None:
     """Fuse the LoRAs of --lora into the weights of a pipeline. Raises ModelError if one does not fit."""
     if card.loras:

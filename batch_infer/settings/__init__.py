@@ -3,7 +3,7 @@
 Classes that parse or check their values raise SettingsError.
 """
 
-from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.model import SHORT_NAMES, EmbeddingSpec, LoraSpec, ModelSettings, SchedulerSpec
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
@@ -31,6 +31,7 @@ __all__ = [
     "Compute",
     "ComputeSettings",
     "Device",
+    "EmbeddingSpec",
     "EngineName",
     "FIELDS",
     "FailureBudget",
