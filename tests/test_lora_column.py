@@ -22,14 +22,12 @@ from batch_infer.records import Lora, PromptRequest
 from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.settings import LoraSpec, ModelSettings
 from batch_infer.table import parse_rows
+from tests.loras import KOHYA, Tensors, as_kohya, as_peft, make_layers
 from tests.oracle import load_pipeline
 from tests.pipelines import SAVE_FUNCTIONS
 from tests.rendering import CPU, make_request, max_difference, render
 from tests.runs import hashes, results, run, run_json, start
 from tests.tables import RULES, write_csv
-from tests.test_lora_formats import KOHYA, as_kohya, as_peft, make_layers
-
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
