@@ -210,7 +210,7 @@ def drop_a_magnitude(tensors: Tensors) -> None:
 DAMAGES = {
     "unknown tensor": (add_unknown, "does not fit sd1.*other_lora"),
     "lonely alpha": (add_lonely_alpha, "unet.conv_in has an alpha or a magnitude, but no LoRA"),
-    "magnitudes of inputs": (turn_magnitudes, "has a magnitude for each input"),
+    "magnitudes of inputs": (turn_magnitudes, r"is not a magnitude for each output: its shape is \[1, "),
     "a layer without a magnitude": (drop_a_magnitude, "does not fit sd1"),
 }
 

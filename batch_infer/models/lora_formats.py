@@ -78,7 +78,7 @@ def read_adapter(pipeline: Any, lora: Lora) -> Adapter:
         configs = json.loads((file.metadata() or {}).get(CONFIGS, "{}"))
     alphas = {name.removesuffix(ALPHA): tensors.pop(name).item() for name in list(tensors) if name.endswith(ALPHA)}
     magnitudes = {
-        name[: -len(suffix)]: tensors.pop(name)
+        name[: -len(suffix)]: (name, tensors.pop(name))
         for name in list(tensors)
         for suffix in MAGNITUDES
         if name.endswith(suffix)
@@ -98,9 +98,7 @@ def read_adapter(pipeline: Any, lora: Lora) -> Adapter:
         if len(homes[downs[layer]]) > 1:
             raise ValueError(f"{layer} is a fused layer of a DoRA, which diffusers splits without its magnitude")
         component, name = homes[downs[layer]][0]
-        converted[component][f"{name}.lora_magnitude_vector"] = _shape_magnitude(
-            magnitude, tensors[downs[layer]], layer
-        )
+        converted[component][f"{name}.lora_magnitude_vector"] = _shape_magnitude(*magnitude, tensors[downs[layer]])
     adapter = Adapter(converted, {home: alpha for layer, alpha in alphas.items() for home in homes[downs[layer]]})
     return _apply_configs(adapter, configs) if configs else adapter
 
@@ -161,12 +159,15 @@ def _to_peft(pipeline: Any, converted: Tensors) -> dict[str, Tensors]:
     return components
 
 
-def _shape_magnitude(magnitude: torch.Tensor, down: torch.Tensor, layer: str) -> torch.Tensor:
-    """Return the magnitudes of a layer's outputs in peft's shape. Raises ValueError for magnitudes of its inputs."""
-    if magnitude.ndim > 1 and len(magnitude) != magnitude.numel() and magnitude.shape[1] != magnitude.numel():
-        raise ValueError(f"the magnitudes of {layer} have the shape {list(magnitude.shape)}")
-    if magnitude.ndim == 2 and len(magnitude) == 1 != magnitude.numel():
-        raise ValueError(f"{layer} has a magnitude for each input; only magnitudes of outputs are supported")
+def _shape_magnitude(name: str, magnitude: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return the magnitudes of a layer's outputs in peft's shape. Raises ValueError for magnitudes of its inputs.
+
+    kohya's format has the shape (outputs, 1, ...), or (1, inputs, ...) for magnitudes of inputs. peft's has the shape
+    (outputs,), or (1, outputs, 1, 1) for a convolution.
+    """
+    is_convolution_of_peft = magnitude.ndim > 2 and not name.endswith(MAGNITUDES[0])
+    if magnitude.ndim == 0 or magnitude.numel() != magnitude.shape[1 if is_convolution_of_peft else 0]:
+        raise ValueError(f"{name} is not a magnitude for each output: its shape is {list(magnitude.shape)}")
     return magnitude.reshape(1, -1, *[1] * (down.ndim - 2)) if down.ndim > 2 else magnitude.flatten()
 
 
