@@ -32,11 +32,11 @@ class DummyChain(DeviceChain):
     uses_pipeline_call = False
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
+        super().__init__(SimpleNamespace(networks=(), lora=None), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
-        batch = requests.take((first.params.height, first.params.width), BATCH_ROWS)
+        batch = requests.take(first.group_key, BATCH_ROWS)
         for request in batch:
             _execute(request.prompt)
         yield self._make(batch, stages)

@@ -45,6 +45,7 @@ SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 
 EXTRAS = {
     "matplotlib": ("plot", "batch_infer.bench.plotting"),
+    "peft": ("lora", "batch_infer.models.lora_formats"),
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
     "azure": ("azure", "batch_infer.safety.content_safety", "batch_infer.store.objects.azure"),
     "requests": ("azure", "batch_infer.safety.content_safety"),

@@ -142,6 +142,8 @@ job_options = (
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """Return the settings of `run`. Raises SettingsError."""
     columns = _parse_columns(options["columns"])
+    if s.LORA_FIELD in columns and not options["lora_folder"]:
+        raise SettingsError("--column lora=... needs --lora-folder, the folder of the LoRAs that the column names")
     return s.RunSettings(
         table=s.TableSettings(options["tables"], columns, options["limit"], id_from=options["id_from"]),
         out=parse_out(options["out"]),
@@ -171,7 +173,7 @@ def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for text in options:
         field, equals, name = text.partition("=")
-        if not equals or field not in s.FIELDS:
+        if not equals or field not in (*s.FIELDS, s.LORA_FIELD):
             raise SettingsError(f"--column {text}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
         columns[field] = name
     return columns
@@ -189,6 +191,8 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         tuple(map(s.LoraSpec.parse, options["loras"])),
         options["long_prompts"],
         options["quantize"],
+        options["lora_folder"],
+        tuple(map(s.EmbeddingSpec.parse, options["embeddings"])),
     )
 
 

@@ -17,7 +17,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
-from batch_infer.models import ModelCard, SamplingRules, read_card
+from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
 from batch_infer.settings import BatchShape, Compute, Device, Offload, RowDefaults, RunSettings
@@ -87,9 +87,10 @@ def _absolute(path: Path) -> Path:
 def open_tables(settings: RunSettings) -> Tables:
     """Open the tables and log which files in folders and globs are ignored.
 
-    Raises TableError, ServiceError, StorageError.
+    Raises TableError, ModelError, ServiceError, StorageError.
     """
-    tables = Tables(settings.table, SCHEMA.names)
+    folder = settings.model.lora_folder
+    tables = Tables(settings.table, SCHEMA.names, find_lora=LoraFolder(folder).find if folder else None)
     if ignored := str(tables.ignored_files):
         log.info("files ignored %s", ignored)
     return tables

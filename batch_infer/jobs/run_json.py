@@ -128,7 +128,9 @@ def read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str] = (
     if model.name is not None and (folder / model.name).exists():
         model = replace(model, name=str(folder / model.name))
     loras = tuple(replace(lora, file=str(folder / Path(lora.file).expanduser())) for lora in model.loras)
-    model = replace(model, loras=loras)
+    lora_folder = model.lora_folder and str(folder / Path(model.lora_folder).expanduser())
+    embeddings = tuple(replace(spec, file=str(folder / Path(spec.file).expanduser())) for spec in model.embeddings)
+    model = replace(model, loras=loras, lora_folder=lora_folder, embeddings=embeddings)
     return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
@@ -190,6 +192,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "loras": [
                 {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
             ],
+            **_describe_embeddings(card),
         },
         "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
         "identity": {
@@ -203,6 +206,15 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "survey": None,
         "summary": None,
     }
+
+
+def _describe_embeddings(card: ModelCard) -> dict[str, Any]:
+    """Return the entry of textual inversion embeddings, if there are any."""
+    embeddings = [
+        {"path": embedding.path, "token": embedding.token, "fingerprint": embedding.fingerprint}
+        for embedding in card.embeddings
+    ]
+    return {"embeddings": embeddings} if embeddings else {}
 
 
 def _without_transient(settings: RunSettings) -> RunSettings:

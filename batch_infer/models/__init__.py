@@ -19,6 +19,7 @@ from batch_infer.lazy import import_on_use
 from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.checkpoint import read_card
 from batch_infer.models.families import load_latent_diffusion, load_solver
+from batch_infer.models.lora import LoraFolder
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
 # bitsandbytes, which diffusers and peft import if it is installed, would do the same on a CPU with AVX512-BF16.
@@ -51,6 +52,7 @@ __all__ = [
     "Conditioning",
     "DEMO_MODEL",
     "LatentDiffusion",
+    "LoraFolder",
     "ModelCard",
     "SamplingRules",
     "TruncationCounter",

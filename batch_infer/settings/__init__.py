@@ -3,10 +3,18 @@
 Classes that parse or check their values raise SettingsError.
 """
 
-from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, Quantization, SchedulerSpec
+from batch_infer.settings.model import (
+    SHORT_NAMES,
+    EmbeddingSpec,
+    LoraSpec,
+    ModelSettings,
+    Quantization,
+    SchedulerSpec,
+)
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
+    LORA_FIELD,
     BatchShape,
     Compute,
     ComputeSettings,
@@ -31,11 +39,13 @@ __all__ = [
     "Compute",
     "ComputeSettings",
     "Device",
+    "EmbeddingSpec",
     "EngineName",
     "FIELDS",
     "FailureBudget",
     "IMAGE_SUFFIXES",
     "IdSource",
+    "LORA_FIELD",
     "ImageFormat",
     "LoraSpec",
     "ModelSettings",

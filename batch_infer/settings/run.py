@@ -22,6 +22,9 @@ FIELDS = (
 )
 """Fields of a row that determine what is rendered. Table columns without a field are carried to the results."""
 
+LORA_FIELD = "lora"
+"""Field that names a row's LoRA, with --lora-folder. Its column is also carried to the results."""
+
 EngineName = Literal["local", "ray"]
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
