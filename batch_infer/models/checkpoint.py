@@ -174,7 +174,7 @@ def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules
         raise ModelError(f"{model}, for which diffusers has no loader of embeddings: leave --embedding out")
     if settings.quantize and settings.lora_folder:
         raise ModelError(
-            "--lora-folder cannot be used with --quantize, since LoRAs are added to the weights: leave one out"
+            "--lora-folder and --quantize cannot be used together: leave one out"
         )
     if settings.embeddings and settings.long_prompts:
         raise ModelError("--embedding and --long-prompts cannot be used together: leave one out")
