@@ -228,7 +228,7 @@ class BatchingEstimator:
             self._admit(cost.slots)
             if not self._running:
                 return
-            will_prepare = self._incoming and count_room(len(self._waiting), cost.slots)
+            will_prepare = (self._incoming or not is_last) and count_room(len(self._waiting), cost.slots)
             self._now = self._now + 1 if will_prepare else self._running[0][0]
             while self._running and self._running[0][0] <= self._now:
                 self._free += heappop(self._running)[1]

@@ -29,10 +29,9 @@ BATCH_SECONDS = 0.1
 class DummyChain(DeviceChain):
     """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
-    uses_pipeline_call = False
-
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        super().__init__(SimpleNamespace(networks=(), lora=None), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
+        model = SimpleNamespace(networks=(), lora=None, uses_pipeline_call=False)
+        super().__init__(model, BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:

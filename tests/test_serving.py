@@ -88,7 +88,7 @@ class Polled(Iterator[PromptRequest]):
 
 def make_chain(render: Render) -> Any:
     """Return a chain that renders by calling this function with an iterator of requests."""
-    return SimpleNamespace(uses_pipeline_call=False, render=lambda queue: render(Polled(queue)), close=lambda: None)
+    return SimpleNamespace(render=lambda queue: render(Polled(queue)), close=lambda: None)
 
 
 def make_service(deployment: AzureDeployment, render: Render) -> Service:
