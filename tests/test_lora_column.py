@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, StepLevelChain, UnrenderedRow
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import RowError
 from batch_infer.models import AnyPipeline, LoraFolder, load_latent_diffusion, read_card
-from batch_infer.planning import StepBatchingEstimator, order_requests
-from batch_infer.records import Lora, PromptRequest
+from batch_infer.planning import BatchingEstimator, order_requests
+from batch_infer.records import Lora, PromptRequest, RowCost
 from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.settings import LoraSpec, ModelSettings
 from batch_infer.table import parse_rows
@@ -231,7 +231,7 @@ def test_pipelines_without_a_family(tmp_path: Path) -> None:
         return AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
     def render_all(model: AnyPipeline, *rows: PromptRequest) -> dict[str, Any]:
-        outcomes = PipelineCallChain(model, BatchSizes(4, 2), None).render(rows)
+        outcomes = StepLevelChain(model, BatchSizes(4, 2), None).render(rows)
         return {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, RenderedImage)}
 
     model = load()
@@ -265,9 +265,9 @@ def test_planning_and_the_queue_group_by_lora(folder: Path) -> None:
     rows = [row(f"{index}", (None, one, other)[index % 3], steps=2 + index) for index in range(9)]
     ordered = list(order_requests(rows, lambda size: 4))
     assert [request.lora for request in ordered] == [None] * 3 + [other] * 3 + [one] * 3
-    estimator = StepBatchingEstimator(lambda size: 20)
+    estimator = BatchingEstimator(lambda size: 20)
     for request in ordered:
-        estimator.add(request, 10)
+        estimator.add(request, RowCost(10, request.params.slots))
     estimator.close()
     (cost,) = estimator.costs.values()
     assert (cost.images, cost.ticks) == (9, 30)
