@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -53,6 +54,8 @@ from batch_infer.stacking import (
 
 if TYPE_CHECKING:
     from batch_infer.models.lora_fusing import RowLoras
+
+log = logging.getLogger(__name__)
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -126,7 +129,15 @@ class AnyPipeline:
         model = cls(pipeline, card, device, dtype)
         model.safety_checker, model.feature_extractor = checker, feature_extractor
         model._embeddings = card.embeddings
+        model._log_reasons()
         return model
+
+    def _log_reasons(self) -> None:
+        name, reasons = type(self.pipeline).__name__, "; ".join(self.plan.reasons)
+        if self.plan.is_alone:
+            log.warning("the rows of %s run one at a time: %s", name, reasons)
+        elif reasons:
+            log.warning("the rows of %s share only some calls: %s", name, reasons)
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:
