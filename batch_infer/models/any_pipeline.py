@@ -65,6 +65,11 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
 """Candidates for the parameter that receives a row's guidance_scale. `_guidance_argument` chooses one."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 """Components that may be the denoiser. The first that is a network is used."""
+CPU_DIVISOR = 4
+"""Fraction of the native side for trial calls on a CPU, where calls at the native size would take minutes.
+
+On a GPU they have the native size, since kernels, on which the bytes depend, are chosen by shape.
+"""
 NATIVE_SIDE = 1024
 """Default image side in pixels for a pipeline that defines none."""
 
@@ -101,8 +106,12 @@ class AnyPipeline:
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
         with kept_processors(self.denoiser):
-            check_pipeline(pipeline, self.denoiser, lambda: self._make_trial_arguments([TRIAL_TEXT], guided=True))
-            self.plan = make_plan(pipeline, self._make_trial_arguments)
+            native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, CPU_DIVISOR))
+            is_on_cpu = device.type == "cpu"
+            check_pipeline(pipeline, self.denoiser, partial(small if is_on_cpu else native, [TRIAL_TEXT], guided=True))
+            self.plan = make_plan(pipeline, small if is_on_cpu else native)
+            if is_on_cpu and self.plan.is_alone:  # perhaps only because the pipeline does not support the size
+                self.plan = make_plan(pipeline, native)
 
     @classmethod
     def load(
@@ -253,12 +262,15 @@ class AnyPipeline:
         count = len(tokenizer(prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
 
-    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
-        """Return the arguments of a trial call with the model's defaults."""
-        rules = self._rules
-        scale = rules.guidance_scale if guided else 1.0
-        sizes = rules.sizes.native_height, rules.sizes.native_width
-        params = SamplingParams(*sizes, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
+    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool, divisor: int) -> dict[str, Any]:
+        """Return the arguments of a trial call with the model's defaults, for a fraction of its native side."""
+        rules, sizes = self._rules, self._rules.sizes
+        scale = (rules.guidance_scale if rules.guidance_scale > 1 else 2.0) if guided else 1.0
+        height, width = (
+            max(sizes.min_side, side // divisor // sizes.side_multiple * sizes.side_multiple)
+            for side in (sizes.native_height, sizes.native_width)
+        )
+        params = SamplingParams(height, width, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
         return self._make_arguments(prompts, None, range(len(prompts)), params)
 
     def _make_arguments(
