@@ -135,9 +135,7 @@ def test_rows_at_different_denoisers_share_no_call() -> None:
     chain, results = run(model, requests, 4)
     assert all(isinstance(outcome, RenderedImage) for outcome in results.values())
     costs = [model.count_cost(request.params, None) for request in requests]
-    calls = sum(len(network.module.calls) for network in model.plan.networks if network.kind == "denoise")
     assert sum(cost.evaluations for cost in costs) > chain.stages.ticks
-    assert calls > chain.stages.ticks, "some are trial calls"
     # A row's first denoiser takes two elements with guidance, and its second takes one.
     assert chain.stages.row_forwards == sum(
         request.params.num_inference_steps + 2 * request.params.slots for request in requests
