@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench.workload import size_name, size_of
-from batch_infer.chain import StepLevelChain, UnrenderedRow
+from batch_infer.chain import UnrenderedRow
 from batch_infer.errors import ModelError
 from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
@@ -33,7 +33,7 @@ class BatchInfer:
     """Renders with the chain and row order of a run."""
 
     def __init__(self, model: LatentDiffusion, compute: Compute) -> None:
-        self.chain = cast(StepLevelChain, make_chain(model, compute))
+        self.chain = make_chain(model, compute)
 
     def capacity(self, row: PromptRequest) -> int:
         """Return the number of rows with this row's size and guidance that fit into a batch."""

@@ -75,6 +75,9 @@ class LatentDiffusion:
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
     """
 
+    uses_pipeline_call: ClassVar[bool] = False
+    min_slots: ClassVar[int] = 2
+    """Smallest batch size of a denoiser call. A row with guidance has two elements in a call."""
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
     begin_index: ClassVar[int | None] = None
@@ -131,6 +134,10 @@ class LatentDiffusion:
     def networks(self) -> Sequence[torch.nn.Module]:
         """Networks with one fixed input shape per image size, which can be compiled."""
         return self.denoiser, self._vae.decoder
+
+    def count_rows(self, slots: int, params: SamplingParams) -> int:
+        """Return how many rows with these parameters are denoised at a time."""
+        return slots // params.slots
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the latent shape (C, h, w) of an image of `height` by `width` pixels."""
