@@ -186,10 +186,12 @@ PIPELINES = {
         lambda: _sana(SanaPipeline, 20), (512, 512), other_scheduler="FlowMatchEulerDiscreteScheduler"
     ),
     "SanaPAGPipeline": TinyPipeline(lambda: _sana(SanaPAGPipeline, 20), (512, 512)),
-    "SanaSprintPipeline": TinyPipeline(lambda: _sana(SanaSprintPipeline, 20), (1024, 1024), negative=False, steps=(2,)),
+    "SanaSprintPipeline": TinyPipeline(
+        lambda: _sana(SanaSprintPipeline, 20), (1024, 1024), embeds=True, negative=False, steps=(2,)
+    ),
     "CogView4Pipeline": TinyPipeline(cogview4),
     "HiDreamImagePipeline": TinyPipeline(hidream, is_saved=False),
-    "Flux2Pipeline": TinyPipeline(flux2, negative=False),
+    "Flux2Pipeline": TinyPipeline(flux2, embeds=True, negative=False),
     "LuminaPipeline": TinyPipeline(lumina),
     "Lumina2Pipeline": TinyPipeline(lumina2),
     "PRXPipeline": TinyPipeline(prx, (256, 256), is_saved=False),

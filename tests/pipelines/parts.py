@@ -41,6 +41,8 @@ class TinyPipeline:
     """Height and width of its images."""
     guidance: str | None = "guidance_scale"
     """The parameter of `__call__` for a row's guidance scale. None if the scale would have no effect."""
+    embeds: bool = False
+    """Whether the guidance scale is an input of the denoiser, which then needs no second pass."""
     negative: bool = True
     """Whether `__call__` has a negative prompt."""
     steps: tuple[int, ...] = (2, 3, 4, 5)

@@ -16,7 +16,6 @@ from diffusers import (
     CogView3PlusTransformer2DModel,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
@@ -54,9 +53,9 @@ def _pixart(kind: Any, seed: int) -> Any:
         )  # fmt: skip
 
 
-def _flux(kind: Any, seed: int) -> Any:
-    """Make FLUX.1-dev or a variant of it: embedded guidance, CLIP and T5."""
-    with seeded(seed):
+def flux() -> Any:
+    """Make FLUX.1-dev: embedded guidance, CLIP and T5."""
+    with seeded(12):
         transformer = fill(
             FluxTransformer2DModel(
                 patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
@@ -65,7 +64,7 @@ def _flux(kind: Any, seed: int) -> Any:
             )
         )  # fmt: skip
         words = make_tokenizer()
-        return kind(
+        return FluxPipeline(
             scheduler=make_flow(use_dynamic_shifting=True), vae=make_kl(shift_factor=0.1), tokenizer=words,
             text_encoder=make_clip(words), text_encoder_2=make_t5(),
             tokenizer_2=make_byte_tokenizer(512), transformer=transformer,
@@ -177,8 +176,7 @@ PIPELINES = {
         lambda: _pixart(PixArtSigmaPipeline, 11), (256, 256), other_scheduler="EulerAncestralDiscreteScheduler"
     ),
     "PixArtSigmaPAGPipeline": TinyPipeline(lambda: _pixart(PixArtSigmaPAGPipeline, 11), (256, 256)),
-    "FluxPipeline": TinyPipeline(lambda: _flux(FluxPipeline, 12), negative=False),
-    "FluxKontextPipeline": TinyPipeline(lambda: _flux(FluxKontextPipeline, 12), negative=False),
+    "FluxPipeline": TinyPipeline(flux, embeds=True, negative=False),
     "ChromaPipeline": TinyPipeline(chroma),
     "BriaPipeline": TinyPipeline(bria),
     "StableDiffusion3Pipeline": TinyPipeline(lambda: _stable_diffusion_3(StableDiffusion3Pipeline, 15)),

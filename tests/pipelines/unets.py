@@ -209,7 +209,7 @@ PIPELINES = {
     "StableDiffusionPAGPipeline": TinyPipeline(lambda: _stable_diffusion(StableDiffusionPAGPipeline, 40)),
     "StableDiffusionSAGPipeline": TinyPipeline(lambda: _stable_diffusion(StableDiffusionSAGPipeline, 40)),
     "LatentConsistencyModelPipeline": TinyPipeline(
-        lambda: _stable_diffusion(LatentConsistencyModelPipeline, 41), negative=False
+        lambda: _stable_diffusion(LatentConsistencyModelPipeline, 41), embeds=True, negative=False
     ),
     "StableDiffusionXLPipeline": TinyPipeline(
         lambda: _stable_diffusion_xl(StableDiffusionXLPipeline, 42), other_scheduler="EulerAncestralDiscreteScheduler"
