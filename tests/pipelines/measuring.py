@@ -53,7 +53,7 @@ def make_row(name: str, row: str, prompt: str = "a red circle", **settings: Any)
 
 
 def rows_of(name: str) -> list[PromptRequest]:
-    """Return rows with different texts, steps and seeds, and with different guidance and negative prompts if possible."""
+    """Return rows with different texts, steps and seeds and, if possible, guidance and negative prompts."""
     tiny = PIPELINES[name]
     steps = [tiny.steps[index % len(tiny.steps)] for index in range(4)]
     rows = [

@@ -88,7 +88,7 @@ def chroma() -> Any:
 
 
 def bria() -> Any:
-    """Make Bria 3.2: T5 without padding, so that texts have different lengths."""
+    """Make Bria 3.2: T5 called for each text without padding, whose results are padded."""
     with seeded(14):
         transformer = fill(
             BriaTransformer2DModel(
@@ -152,13 +152,16 @@ def cogview3() -> Any:
 
 
 def _hunyuan_dit(kind: Any, seed: int) -> Any:
-    """Make HunyuanDiT: BERT and T5. It supports only sizes from 768x1024 pixels, so the patches are large."""
+    """Make HunyuanDiT: BERT and T5. It supports only sizes from 768x1024 pixels, so the patches are large.
+
+    Diffusers' perturbed attention supports only HunyuanDiT 1.2, which has no inputs for style and size.
+    """
     with seeded(seed):
         transformer = fill(
             HunyuanDiT2DModel(
                 sample_size=128, num_layers=2, patch_size=16, attention_head_dim=8, num_attention_heads=2,
                 in_channels=4, cross_attention_dim=WIDTH, cross_attention_dim_t5=WIDTH, pooled_projection_dim=16,
-                hidden_size=16,
+                hidden_size=16, use_style_cond_and_image_meta_size=kind is HunyuanDiTPipeline,
             )
         )  # fmt: skip
         return kind(
