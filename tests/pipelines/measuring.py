@@ -33,15 +33,15 @@ def make_pipeline(name: str, *, other_scheduler: bool = False) -> Any:
     return pipeline
 
 
-def make_model(pipeline: Any, dtype: torch.dtype = torch.float32) -> AnyPipeline:
+def make_model(pipeline: Any) -> AnyPipeline:
     """Prepare a pipeline for stacked calls, with eager attention in its text encoders as in loaded pipelines."""
     tiny = PIPELINES[type(pipeline).__name__]
-    pipeline.to(dtype)
     for part in vars(pipeline).values():
         if isinstance(part, PreTrainedModel):
             part.set_attn_implementation("eager")
     sizes = SizeRules(*tiny.size, 8, 8)
-    return AnyPipeline(pipeline, SamplingRules(sizes, tiny.steps[0], 4.0, embedded_guidance=tiny.embeds), CPU, dtype)
+    rules = SamplingRules(sizes, tiny.steps[0], 4.0, embedded_guidance=tiny.embeds)
+    return AnyPipeline(pipeline, rules, CPU, torch.float32)
 
 
 def make_row(name: str, row: str, prompt: str = "a red circle", **settings: Any) -> PromptRequest:

@@ -28,6 +28,8 @@ CHAT = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
 """Chat template for messages whose content is a text."""
 LAST_TEXT = "<{{ messages[-1]['content'][0]['text'] }}>"
 """Chat template for messages whose content is a list of parts: only the last message."""
+LAST_WORDS = "<{{ messages[-1]['content'][0]['text'][-200:] }}>"
+"""Like LAST_TEXT, but only the end of a long message."""
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -215,7 +215,7 @@ PIPELINES = {
         lambda: _stable_diffusion_xl(StableDiffusionXLPipeline, 42), other_scheduler="EulerAncestralDiscreteScheduler"
     ),
     "StableDiffusionXLPAGPipeline": TinyPipeline(lambda: _stable_diffusion_xl(StableDiffusionXLPAGPipeline, 42)),
-    "IFPipeline": TinyPipeline(deep_floyd),
+    "IFPipeline": TinyPipeline(deep_floyd, (32, 32)),
     "Kandinsky3Pipeline": TinyPipeline(kandinsky3),
     "KandinskyCombinedPipeline": TinyPipeline(kandinsky),
     "KandinskyV22CombinedPipeline": TinyPipeline(kandinsky22),
