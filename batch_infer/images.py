@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import struct
 import zlib
 from typing import Any
@@ -110,6 +111,12 @@ def _without_text(content: bytes) -> bytes:
             chunks.append(chunk)
         offset += length + 12
     return b"".join(chunks)
+
+
+def compute_psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two uint8 images of equal shape in dB, or infinity if they are equal."""
+    error = float(np.mean((image.astype(np.float64) - other.astype(np.float64)) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def hash_pixels(pixels: np.ndarray) -> str:

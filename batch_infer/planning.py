@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
 from batch_infer.carried import estimate_bytes
-from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, RowCost
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, Lora, PromptRequest, ResultRow, RowCost
 
 WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
@@ -89,16 +89,16 @@ def select_pending(
 def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | None = None) -> Iterator[PromptRequest]:
     """Yield requests in rendering order, window by window.
 
-    In a window, rows of one size are adjacent, since all slots must empty before the size changes. Among these rows,
-    those with many steps come first, so that slots are idle only briefly at the end. `get_slots` returns the total
-    number of slots of all devices for a size. With it, up to MAX_BALANCED_ROWS rows of one size are also balanced, so
-    that all slots become idle at about the same time.
+    In a window, rows with one size and LoRA are adjacent, since all slots must empty before these change. Among these
+    rows, those with many steps come first, so that slots are idle only briefly at the end. `get_slots` returns the
+    total number of slots of all devices for a size. With it, up to MAX_BALANCED_ROWS rows of one size are also
+    balanced, so that all slots become idle at about the same time.
     """
     for window in split_batches(requests, WINDOW, WINDOW_BYTES):
-        for size, group in groupby(sorted(window, key=_make_sort_key), key=_get_size):
+        for _, group in groupby(sorted(window, key=_make_sort_key), key=lambda request: request.group_key):
             rows = list(group)
             if get_slots is not None and len(rows) <= MAX_BALANCED_ROWS:
-                rows = _balance(rows, get_slots(size) // 2)
+                rows = _balance(rows, get_slots(_get_size(rows[0])) // 2)
             yield from rows
 
 
@@ -123,7 +123,8 @@ def _get_size(request: PromptRequest) -> tuple[int, int]:
 def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
     longest_first = -params.num_inference_steps, not params.uses_guidance
-    return *_get_size(request), *longest_first, request.id, request.image_index
+    lora = ("", 0.0) if request.lora is None else (str(request.lora.path), request.lora.weight)
+    return *_get_size(request), *lora, *longest_first, request.id, request.image_index
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
@@ -179,13 +180,14 @@ class SizeCost:
 class BatchingEstimator:
     """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
-    All slots empty before the size changes. Otherwise, rows are prepared and admitted as the batchers in `chain` do.
+    All slots empty before the size or the LoRA changes. Otherwise, rows are prepared and admitted as the batchers in
+    `chain` do.
     """
 
     def __init__(self, get_slots: SlotsForSize) -> None:
         self.costs: dict[tuple[int, int], SizeCost] = {}
         self._get_slots = get_slots
-        self._size: tuple[int, int] | None = None
+        self._group: tuple[int, int, Lora | None] | None = None
         self._incoming: deque[RowCost] = deque()
         self._waiting: list[RowCost] = []
         self._running: list[tuple[int, int]] = []
@@ -195,10 +197,11 @@ class BatchingEstimator:
     def add(self, request: PromptRequest, row: RowCost) -> None:
         """Add a row."""
         size = _get_size(request)
-        if self._size != size:
+        cost = self.costs.get(size)
+        if self._group != request.group_key or cost is None:
             self.close()
-            self._size, self._free = size, self.costs.setdefault(size, SizeCost(self._get_slots(size))).slots
-        cost = self.costs[size]
+            cost = self.costs.setdefault(size, SizeCost(self._get_slots(size)))
+            self._group, self._free = request.group_key, cost.slots
         cost.images += 1
         cost.row_forwards += row.slots * row.evaluations
         if row.is_alone:
@@ -208,12 +211,12 @@ class BatchingEstimator:
             self._simulate(cost, is_last=False)
 
     def close(self) -> None:
-        """Finish all rows of the current size."""
-        if self._size is not None:
-            cost = self.costs[self._size]
+        """Finish all rows of the current size and LoRA."""
+        if self._group is not None:
+            cost = self.costs[self._group[:2]]
             self._simulate(cost, is_last=True)
             cost.ticks += self._now
-        self._now, self._size = 0, None
+        self._now, self._group = 0, None
 
     def _simulate(self, cost: SizeCost, *, is_last: bool) -> None:
         """Advance the simulation as far as the rows added so far determine it, or to its end."""
@@ -225,7 +228,7 @@ class BatchingEstimator:
             self._admit(cost.slots)
             if not self._running:
                 return
-            will_prepare = self._incoming and count_room(len(self._waiting), cost.slots)
+            will_prepare = (self._incoming or not is_last) and count_room(len(self._waiting), cost.slots)
             self._now = self._now + 1 if will_prepare else self._running[0][0]
             while self._running and self._running[0][0] <= self._now:
                 self._free += heappop(self._running)[1]

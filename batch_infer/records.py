@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -103,10 +103,23 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A local LoRA file, the weight with which it is added to the model, and a digest of its bytes."""
+
+    path: Path
+    weight: float
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.path.stem}:{self.weight:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class PromptRequest:
     """Request for one image, with everything that determines its pixels except the run's settings.
 
-    `attempt` counts from 1. `replaces` is the path, relative to OUT, of the image from an earlier attempt.
+    `lora` is the row's own, which is added to the model on top of those of --lora. `attempt` counts from 1. `replaces`
+    is the path, relative to OUT, of the image from an earlier attempt.
     `id_collides` and `stem_collides` say whether the id or file stem of an earlier row or of a committed image differs
     from this row's only by case.
     """
@@ -124,10 +137,16 @@ class PromptRequest:
     replaces: str | None = None
     id_collides: bool = False
     stem_collides: bool = False
+    lora: Lora | None = None
 
     @property
     def key(self) -> tuple[str, int]:
         return self.id, self.image_index
+
+    @property
+    def group_key(self) -> tuple[int, int, Lora | None]:
+        """Key shared by all requests that can share a denoiser call: the height, the width and the row's LoRA."""
+        return self.params.height, self.params.width, self.lora
 
 
 @dataclass(frozen=True, slots=True)

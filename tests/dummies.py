@@ -29,14 +29,13 @@ BATCH_SECONDS = 0.1
 class DummyChain(DeviceChain):
     """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
-    uses_pipeline_call = False
-
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        super().__init__(SimpleNamespace(networks=()), BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
+        model = SimpleNamespace(networks=(), lora=None, uses_pipeline_call=False)
+        super().__init__(model, BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 
     def _render_next(self, requests: Any, first: PromptRequest, stages: Stages) -> Iterator[list[RowOutcome]]:
-        batch = requests.take((first.params.height, first.params.width), BATCH_ROWS)
+        batch = requests.take(first.group_key, BATCH_ROWS)
         for request in batch:
             _execute(request.prompt)
         yield self._make(batch, stages)

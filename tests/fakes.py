@@ -1,4 +1,4 @@
-"""Fake models, pipelines and checkers without networks. A prompt is a number that sets the colour of the image."""
+"""Fake models and checkers without networks. A prompt is a number that sets the colour of the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from diffusers import PNDMScheduler
 
 from batch_infer.diffusion import Context, Solver
-from batch_infer.errors import FailedRowError, RowError
 from batch_infer.models import Conditioning, LatentDiffusion
 from batch_infer.records import PromptRequest, Verdict
 from tests.rendering import CPU, make_request
@@ -68,37 +67,6 @@ class MemoryLimitedPainter(Painter):
     def _check_memory(self, size: int, limit: int) -> None:
         if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
-
-
-class PaintingPipeline:
-    """A pipeline without networks. The prompts `refused` and `broken` make a call fail.
-
-    Calls with a batch of more than `memory` rows run out of memory.
-    """
-
-    device, dtype, denoiser = CPU, torch.float32, None
-
-    def __init__(self, *, needs_separate_calls: bool = False, memory: int = 1000) -> None:
-        self.needs_separate_calls, self._memory = needs_separate_calls, memory
-        self.calls: list[tuple[int, int]] = []
-
-    def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
-        self.calls.append((len(requests), batch))
-        assert len(requests) <= batch
-        assert len({request.batch_key for request in requests}) == 1
-        if (1 if self.needs_separate_calls else batch) > self._memory:
-            raise torch.OutOfMemoryError("out of memory\nand more")
-        for request in requests:
-            if request.prompt == "refused":
-                raise RowError("PaintingPipeline rejects this row")
-            if request.prompt == "broken":
-                raise FailedRowError("PaintingPipeline failed")
-        colours = torch.tensor([0.5 if request.prompt == "a trial" else float(request.prompt) for request in requests])
-        params = requests[0].params
-        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, params.height, params.width)
-
-    def count_tokens(self, request: PromptRequest) -> Conditioning:
-        return Conditioning(({}, None), len(request.prompt), None)
 
 
 class Recorder:

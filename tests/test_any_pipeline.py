@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -20,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
-from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
+from batch_infer.models import AnyPipeline, ModelCard, read_card
 from batch_infer.models.any_pipeline import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
+from batch_infer.stacking import trial
+from tests import stackers
 from tests.checkpoints import amend
 from tests.oracle import call_diffusers
 from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
@@ -37,7 +40,7 @@ NAMES = ("pixart", "flux", "z_image", "perturbed")
 SIZES = {"pixart": (256, 256)}
 """Image sizes (height, width) of checkpoints, if not 64x64 pixels."""
 GUIDED_BY_INPUT = {"flux"}
-ONE_BY_ONE = {"z_image"}
+ONE_BY_ONE = {"perturbed"}
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +136,11 @@ def test_an_image_depends_only_on_its_row(models: dict[str, AnyPipeline], name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bit_depends_on_the_neighbours_texts(models: dict[str, AnyPipeline], name: str) -> None:
     """Values are compared before rounding. Texts that fill the encoder need no mask, but shorter texts do."""
-    full, short, other = (row(name, "row", text) for text in ("and more " * 100, "a", "two blue squares"))
-    for first, neighbour in ((full, short), (short, full), (other, full)):
-        alone, with_neighbour = models[name].render([first], 2), models[name].render([first, neighbour], 2)
-        assert torch.equal(alone[0], with_neighbour[0])
+    full, short, other = "and more " * 100, "a", "two blue squares"
+    for text, neighbours_text in ((full, short), (short, full), (other, full)):
+        first, neighbour = row(name, "row", text), row(name, "neighbour", neighbours_text)
+        alone, together = (stackers.run(models[name], rows) for rows in ([first], [neighbour, first]))
+        assert torch.equal(stackers.image_of(alone["row"]), stackers.image_of(together["row"]))
 
 
 def test_text_encoders_use_the_same_kernel_for_every_batch(models: dict[str, AnyPipeline]) -> None:
@@ -154,20 +158,15 @@ def test_the_text_changes_the_image(models: dict[str, AnyPipeline]) -> None:
         assert max_difference(first.pixels, second.pixels) > 2
 
 
-def test_rows_share_calls_if_shapes_do_not_depend_on_texts(models: dict[str, AnyPipeline]) -> None:
-    assert {name for name, model in models.items() if model.needs_separate_calls} == ONE_BY_ONE
+def test_rows_share_calls_unless_a_network_mixes_them(models: dict[str, AnyPipeline]) -> None:
+    """The attention processors of perturbed attention guidance split their batch into parts."""
+    assert {name for name, model in models.items() if model.plan.is_alone} == ONE_BY_ONE
+    assert {name for name, model in models.items() if not model.plan.is_stacked} == ONE_BY_ONE
     for name, model in models.items():
-        batch_sizes: list[int] = []
-
-        def note(arguments: Any, batch_sizes: list[int] = batch_sizes) -> None:
-            batch_sizes.append(len(arguments["prompt"]))
-
-        spied = _Spy(model.pipeline, note)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "pipeline", spied)
-            render(model, [row(name, str(k), seed=k) for k in range(3)], slots=4)
-        shared = [4] if name in GUIDED_BY_INPUT else [2, 2]  # of 4 slots, a row with two passes takes two
-        assert batch_sizes == ([1, 1, 1] if name in ONE_BY_ONE else shared)
+        chain = StepLevelChain(model, BatchSizes(4, 2), None)
+        assert len(list(chain.render([row(name, str(k), seed=k) for k in range(3)]))) == 3
+        rows_per_call = 1 if name in ONE_BY_ONE else 4 if name in GUIDED_BY_INPUT else 2
+        assert chain.stages.ticks == 3 * -(-3 // rows_per_call)
 
 
 def test_another_scheduler_matches_diffusers(folders: dict[str, Path]) -> None:
@@ -216,36 +215,29 @@ def test_the_checkers_verdicts_equal_those_of_diffusers(folders: dict[str, Path]
 # Rows that a pipeline does not support
 
 
-class _Spy:
-    """A pipeline that first passes the arguments of each call to a function, which may raise an error."""
-
-    def __init__(self, pipeline: Any, inspect: Callable[[dict[str, Any]], object]) -> None:
-        self._pipeline, self._inspect = pipeline, inspect
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def __call__(self, **arguments: Any) -> Any:
-        self._inspect(arguments)
-        return self._pipeline(**arguments)
-
-
 def make_fail(model: AnyPipeline, error: Exception, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the pipeline raise an error for calls with this prompt."""
+    call = type(model.pipeline).__call__
 
-    def fail(arguments: dict[str, Any]) -> None:
+    @functools.wraps(call)
+    def fail(pipeline: Any, **arguments: Any) -> Any:
         if prompt in arguments["prompt"]:
             raise error
+        return call(pipeline, **arguments)
 
-    monkeypatch.setattr(model, "pipeline", _Spy(model.pipeline, fail))
+    monkeypatch.setattr(type(model.pipeline), "__call__", fail)
 
 
 @pytest.mark.parametrize(
     ("error", "invalid", "message"),
     [
-        (ValueError("no such text\nand more"), True, "_Spy does not support this row: no such text"),
-        (IndexError("index 3 is out of bounds"), True, "_Spy does not support this row: index 3 is out of bounds"),
-        (RuntimeError("shapes do not match"), False, "_Spy failed: shapes do not match"),
+        (ValueError("no such text\nand more"), True, "FluxPipeline does not support this row: no such text"),
+        (
+            IndexError("index 3 is out of bounds"),
+            True,
+            "FluxPipeline does not support this row: index 3 is out of bounds",
+        ),
+        (RuntimeError("shapes do not match"), False, "FluxPipeline failed: shapes do not match"),
     ],
 )
 def test_an_error_fails_its_row_and_not_the_neighbours(
@@ -281,17 +273,17 @@ def test_a_lost_device_fails_no_row(
 ) -> None:
     make_fail(models["flux"], error, "bad", monkeypatch)
     with pytest.raises(type(error)) as raised:
-        models["flux"].render([row("flux", "bad", "bad")], 2)
+        stackers.run(models["flux"], [row("flux", "bad", "bad")])
     assert not isinstance(raised.value, FailedRowError)
 
 
 def test_a_device_lost_during_trial_calls_is_reported(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> bool:
+    def fail(*_: object) -> None:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
-    monkeypatch.setattr(trial_calls, "has_one_shape", fail)
+    monkeypatch.setattr(trial, "compare_calls", fail)
     with pytest.raises(RuntimeError, match="cuDNN error"):
         load_model(folders["flux"])
 

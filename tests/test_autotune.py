@@ -11,10 +11,13 @@ import torch
 from batch_infer.autotune import cache, plateau
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
+from batch_infer.errors import RowError
 from batch_infer.records import SamplingParams
 from tests.clocks import Clock
 from tests.fakes import MemoryLimitedPainter, Painter
+from tests.painting import StoringPipeline, load_painting, paint_row
 from tests.runs import command, run, run_json
+from tests.stackers import assert_restored
 from tests.tables import write_csv
 
 PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
@@ -71,6 +74,26 @@ def test_memory_limits_the_search(clock: Clock) -> None:
     assert find_plateau(Roomy(slots=40, decode=3), PARAMS).slots == 32
     with pytest.raises(torch.OutOfMemoryError):
         find_plateau(MemoryLimitedPainter(slots=1), PARAMS)
+
+
+def test_memory_limits_the_search_for_any_pipeline() -> None:
+    model = load_painting()
+    model.pipeline.transformer.memory = 4
+    assert find_plateau(model, paint_row().params).slots <= 4
+    model.pipeline.transformer.memory = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        find_plateau(model, paint_row().params)
+    assert_restored(model)
+
+
+def test_rows_that_run_alone_need_no_search() -> None:
+    result = find_plateau(load_painting(StoringPipeline), paint_row().params)
+    assert (result.slots, result.decode_batch) == (2, 1)
+
+
+def test_steps_that_any_pipeline_refuses_are_reported() -> None:
+    with pytest.raises(RowError, match="PaintingPipeline does not support this row"):
+        find_plateau(load_painting(), paint_row(steps=0).params)
 
 
 @pytest.mark.promises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, pairwise
 from pathlib import Path
 from threading import active_count
@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 
 from batch_infer.chain import (
     BatchSizes,
-    DeviceChain,
     NoRequest,
-    PipelineCallChain,
     RenderedImage,
     StepLevelChain,
     UnrenderedRow,
@@ -29,7 +27,8 @@ from batch_infer.diffusion import Context
 from batch_infer.planning import BatchingEstimator
 from batch_infer.records import PromptRequest, RowCost, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
-from tests.fakes import MemoryLimitedPainter, Painter, PaintingPipeline, Recorder, paint
+from tests.fakes import MemoryLimitedPainter, Painter, Recorder, paint
+from tests.painting import load_painting
 from tests.rendering import load_family, make_request, render
 
 REJECTED_STEPS = 3
@@ -185,17 +184,11 @@ def test_an_endless_table_is_read_as_it_is_rendered() -> None:
     assert next(read) <= 10 + 3 * 4
 
 
-@pytest.mark.parametrize(
-    "chain",
-    [
-        StepLevelChain(Painter(), BatchSizes(4, 2), None),
-        PipelineCallChain(PaintingPipeline(), BatchSizes(4, 2), None),  # type: ignore[arg-type]
-    ],
-    ids=["step level", "pipeline call"],
-)
-def test_a_row_is_finished_while_the_source_has_no_other_yet(chain: DeviceChain) -> None:
+@pytest.mark.parametrize("load", [Painter, load_painting], ids=["family", "any pipeline"])
+def test_a_row_is_finished_while_the_source_has_no_other_yet(load: Callable[[], Any]) -> None:
     """Its batch is padded instead of waiting for more rows."""
-    rows = [paint("first", steps=4), paint("second", steps=4)]
+    chain = StepLevelChain(load(), BatchSizes(4, 2), None)
+    rows = [paint("first", steps=4, size=(32, 32)), paint("second", steps=4, size=(32, 32))]
     finished: list[str] = []
 
     class Source:
@@ -231,30 +224,33 @@ def test_an_unexpected_error_ends_the_chain() -> None:
         )
 
 
-@pytest.mark.parametrize(("slots", "decode"), [(1, 1), (2, 0)])
-def test_batch_sizes_too_small_for_a_row_are_rejected(slots: int, decode: int) -> None:
-    with pytest.raises(ValueError, match="takes two slots"):
+@pytest.mark.parametrize(("slots", "decode"), [(0, 1), (2, 0)])
+def test_batch_sizes_without_an_element_are_rejected(slots: int, decode: int) -> None:
+    with pytest.raises(ValueError, match="at least one batch element"):
         BatchSizes(slots, decode)
 
 
-@settings(max_examples=40)
-@given(rows=st.lists(st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5])), min_size=1, max_size=40))
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(4, 12), st.sampled_from([0.0, 7.5]), st.sampled_from([(16, 16), (16, 24)])), max_size=40
+    ),
+    slots=st.integers(2, 9),
+)
 @pytest.mark.promises
-def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float]]) -> None:
-    requests = sorted(
-        (paint(str(k), steps=steps, guidance=guidance) for k, (steps, guidance) in enumerate(rows)),
-        key=lambda item: (-item.params.num_inference_steps, not item.params.uses_guidance),
-    )
-    chain, outcomes = run(requests, slots=5)
+def test_the_plan_predicts_the_unet_calls(rows: list[tuple[int, float, tuple[int, int]]], slots: int) -> None:
+    """In any order of sizes, and if rows without guidance overtake others."""
+    requests = [
+        paint(str(k), steps=steps, guidance=guidance, size=size) for k, (steps, guidance, size) in enumerate(rows)
+    ]
+    chain, outcomes = run(requests, slots=slots)
     assert len(outcomes) == len(requests)
-    packing = BatchingEstimator(lambda _: 5)
+    estimator, solver = BatchingEstimator(lambda _: slots), Painter().solver
     for item in requests:
-        evaluations = Painter().solver.table(item.params.num_inference_steps).evaluations
-        packing.add(item, RowCost(evaluations, item.params.slots))
-    packing.close()
-    (load,) = packing.costs.values()
-    assert (load.images, load.row_forwards) == (len(requests), chain.stages.row_forwards)
-    assert load.ticks == chain.stages.ticks
+        estimator.add(item, RowCost(solver.table(item.params.num_inference_steps).evaluations, item.params.slots))
+    estimator.close()
+    actual = {size: (stages.images, stages.row_forwards, stages.ticks) for size, stages in chain.stages_by_size.items()}
+    assert {size: (cost.images, cost.row_forwards, cost.ticks) for size, cost in estimator.costs.items()} == actual
 
 
 # In the background
@@ -405,19 +401,23 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_sizes", "stage", "smaller"),
+    ("batch_sizes", "stage", "min_slots", "smaller"),
     [
-        ((32, 8), "denoise", (16, 8)),
-        ((32, 8), "decode", (32, 4)),
-        ((32, 1), "decode", (16, 1)),
-        ((3, 8), "denoise", (3, 4)),
-        ((2, 1), "denoise", None),
+        ((32, 8), "denoise", 2, (16, 8)),
+        ((32, 8), "decode", 2, (32, 4)),
+        ((32, 1), "decode", 2, (16, 1)),
+        ((3, 8), "denoise", 2, (3, 4)),
+        ((2, 1), "denoise", 2, None),
+        ((3, 8), "denoise", 1, (1, 8)),
+        ((2, 1), "decode", 1, (1, 1)),
+        ((1, 2), "denoise", 1, (1, 1)),
+        ((1, 1), "denoise", 1, None),
     ],
 )
 def test_the_batch_of_the_failed_stage_is_halved_if_possible(
-    batch_sizes: tuple[int, int], stage: Any, smaller: tuple[int, int] | None
+    batch_sizes: tuple[int, int], stage: Any, min_slots: int, smaller: tuple[int, int] | None
 ) -> None:
-    smaller_sizes = BatchSizes(*batch_sizes).halve((64, 64), stage)
+    smaller_sizes = BatchSizes(*batch_sizes).halve((64, 64), stage, min_slots)
     assert (smaller_sizes and smaller_sizes.for_size((64, 64))) == smaller
 
 

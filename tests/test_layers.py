@@ -24,7 +24,7 @@ LAYERS = (
     {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard"},
     {"store"},
     {"images", "accelerator"},
-    {"diffusion"},
+    {"diffusion", "stacking"},
     {"models", "safety", "table", "planning", "manifest", "sinks"},
     {"chain"},
     {"worker"},
@@ -37,7 +37,7 @@ LAYERS = (
 )
 """Packages and modules from the lowest layer up. Imports point down, never to the same layer."""
 
-LOADS_TORCH = {"accelerator", "diffusion", "serving", "azureml"}
+LOADS_TORCH = {"accelerator", "diffusion", "stacking", "serving", "azureml"}
 """Packages that may load torch on import. The others load it when a name that needs it is first used."""
 COMMAND_LINE = {"cli", "__main__", "errors", "records", "settings", "store", "lazy"}
 RENDERING = {"torch", "diffusers", "transformers", "accelerate"}
@@ -45,6 +45,7 @@ SLOW = RENDERING | {"pandas", "pyarrow", "numpy", "PIL", "scipy"}
 
 EXTRAS = {
     "matplotlib": ("plot", "batch_infer.bench.plotting"),
+    "peft": ("lora", "batch_infer.models.lora_formats"),
     "compel": ("long-prompts", "batch_infer.models.long_prompts"),
     "azure": ("azure", "batch_infer.safety.content_safety", "batch_infer.store.objects.azure"),
     "requests": ("azure", "batch_infer.safety.content_safety"),
@@ -54,6 +55,8 @@ EXTRAS = {
     "mlflow": ("mlflow", "batch_infer.jobs.export_mlflow"),
     "ray": ("ray", "batch_infer.engines.ray"),
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
+    "torchao": ("quantize", "batch_infer.models.quantization"),
+    "bitsandbytes": ("quantize", "batch_infer.models.quantization"),
     "s3fs": ("s3", "batch_infer.store.objects.s3"),
 }
 """Optional libraries, with the extra that installs them and the modules that import them.

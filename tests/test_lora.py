@@ -231,7 +231,7 @@ def test_a_lora_for_a_family_without_support_is_refused(
     (copy / "unet").rename(copy / "flexible_unet")
     amend(copy / "model_index.json", _class_name="DeciDiffusionPipeline")
     with pytest.raises(
-        ModelError, match="a DeciDiffusionPipeline; --lora supports only .* stable_diffusion, stable_diffusion_xl"
+        ModelError, match="a DeciDiffusionPipeline, for which diffusers has no LoRA loader: leave --lora"
     ):
         card_of(copy, LoraSpec(str(files["both"])))
 
@@ -307,14 +307,14 @@ def test_a_lora_of_another_model_is_refused(
     ("tensors", "reason"),
     [
         ({"conv_in.weight": torch.zeros(1)}, "is not a LoRA"),
-        ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_magnitude_vector": torch.zeros(1)}, "not DoRA"),
-        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "contains lora_unet_a.hada_w1_a: only plain LoRA"),
+        ({"unet.a.lora_A.weight": torch.zeros(1), "unet.a.lora_mid.weight": torch.zeros(1)}, "not .* Tucker"),
+        ({"lora_unet_a.hada_w1_a": torch.zeros(1)}, "contains lora_unet_a.hada_w1_a: only LoRA and DoRA"),
         ({"lora_unet_a.diff": torch.zeros(1)}, "contains lora_unet_a.diff: .* not .* full differences"),
         (None, "there is no such file"),
     ],
-    ids=["a checkpoint", "DoRA", "LoHa", "difference", "nothing"],
+    ids=["a checkpoint", "Tucker", "LoHa", "difference", "nothing"],
 )
-def test_files_other_than_plain_loras_are_refused(sd1_folder: Path, tmp_path: Path, tensors: Any, reason: str) -> None:
+def test_files_other_than_loras_are_refused(sd1_folder: Path, tmp_path: Path, tensors: Any, reason: str) -> None:
     path = tmp_path / "odd.safetensors"
     if tensors:
         save_file(tensors, path)

@@ -181,6 +181,27 @@ def test_slots_empty_before_the_size_changes() -> None:
     assert costs_of(rows, slots=4) == {(64, 64): SizeCost(4, 2, 12, 6), (72, 72): SizeCost(4, 1, 6, 3)}
 
 
+def test_rows_that_run_alone_share_no_call() -> None:
+    estimator = BatchingEstimator(lambda _: 8)
+    for steps in (3, 5):
+        estimator.add(request(steps=steps), RowCost(2 * steps, 3, is_alone=True))
+    estimator.close()
+    assert estimator.costs == {(64, 64): SizeCost(8, images=2, row_forwards=3 * 16, ticks=16)}
+
+
+def test_a_row_that_needs_more_slots_than_there_are_takes_all() -> None:
+    estimator = BatchingEstimator(lambda _: 2)
+    for slots in (1, 3, 1):
+        estimator.add(request(steps=4), RowCost(4, slots))
+    estimator.close()
+    assert estimator.costs == {(64, 64): SizeCost(2, images=3, row_forwards=4 * 5, ticks=9)}
+
+
+def test_a_row_that_needs_fewer_slots_overtakes() -> None:
+    rows = [request(steps=4), request(steps=4), request(steps=4, guidance=1.0)]
+    assert costs_of(rows, slots=3)[64, 64].ticks == 8
+
+
 def test_no_rows_cost_nothing() -> None:
     assert costs_of([], slots=4) == {}
 

@@ -22,7 +22,7 @@ from PIL import Image
 from batch_infer.azureml import online
 from batch_infer.azureml.deployment import AzureDeployment, read_deployment
 from batch_infer.azureml.payload import MAX_IMAGES, TooManyImagesError
-from batch_infer.chain import BatchSizes, NoRequest, PipelineCallChain, RenderedImage, RequestSource, UnrenderedRow
+from batch_infer.chain import BatchSizes, NoRequest, RenderedImage, RequestSource, StepLevelChain, UnrenderedRow
 from batch_infer.errors import ServiceError, SettingsError, StoppedError, TableError
 from batch_infer.records import PromptRequest, Verdict
 from batch_infer.serving import request_queue
@@ -32,8 +32,8 @@ from batch_infer.serving.service import DEFAULT_SLOTS, SAFETY_TIMEOUT_SECONDS, C
 from batch_infer.settings import OnFlagged, ServiceSettings
 from tests import runs
 from tests.dummies import DummyChain
-from tests.fakes import PaintingPipeline, paint
-from tests.rendering import make_request, max_difference
+from tests.painting import load_painting, paint_row
+from tests.rendering import make_request, max_difference, render
 
 Render = Callable[[Iterator[PromptRequest]], Iterator[RenderedImage | UnrenderedRow]]
 
@@ -88,7 +88,7 @@ class Polled(Iterator[PromptRequest]):
 
 def make_chain(render: Render) -> Any:
     """Return a chain that renders by calling this function with an iterator of requests."""
-    return SimpleNamespace(uses_pipeline_call=False, render=lambda queue: render(Polled(queue)), close=lambda: None)
+    return SimpleNamespace(render=lambda queue: render(Polled(queue)), close=lambda: None)
 
 
 def make_service(deployment: AzureDeployment, render: Render) -> Service:
@@ -310,14 +310,22 @@ def test_closing_the_service_cancels_all_requests(deployment: AzureDeployment) -
         render_all(service, [make_request()])
 
 
-def test_rows_with_equal_settings_share_a_pipeline_call(deployment: AzureDeployment) -> None:
-    painter: Any = PaintingPipeline()
-    chain = PipelineCallChain(painter, BatchSizes(8, 1), None)
+def test_rows_with_different_settings_share_the_slots(deployment: AzureDeployment) -> None:
+    """Also rows of several clients, and each image is that of its row alone."""
+    model = load_painting()
+    rows = [paint_row(str(k), seed=k, steps=3 + k % 3, guidance=1.0 + k % 2) for k in range(6)]
+    alone = render(model, rows[:1], slots=9) | render(model, rows[1:2], slots=9) | render(model, rows[2:], slots=9)
+    chain = StepLevelChain(model, BatchSizes(9, 2), None)
     with closing(Service(deployment, lambda *_: chain)) as service:
-        outcomes = render_all(service, [paint(colour=i / 10, steps=4 + i % 2) for i in range(6)])
-    shades = [round(int(outcome.pixels[0, 0, 0]) / 25.5) for outcome in outcomes if isinstance(outcome, RenderedImage)]
-    assert shades == list(range(6))
-    assert painter.calls == [(3, 4), (3, 4)]
+        outcomes = render_all(service, rows)
+        assert chain.stages.row_forwards == sum(row.params.num_inference_steps * row.params.slots for row in rows)
+        assert chain.stages.ticks < sum(row.params.num_inference_steps for row in rows) / 2
+        with ThreadPoolExecutor(6) as clients:
+            outcomes += [outcome for (outcome,) in clients.map(lambda row: render_all(service, [row]), rows)]
+    for outcome in outcomes:
+        assert isinstance(outcome, RenderedImage)
+        assert np.array_equal(outcome.pixels, alone[outcome.request.id].pixels)
+    assert len(outcomes) == 12
 
 
 def test_a_real_time_service_has_its_own_batch_sizes_and_timeouts(deployment: AzureDeployment) -> None:

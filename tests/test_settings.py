@@ -129,6 +129,7 @@ def test_every_option_is_a_setting() -> None:
             *("--id-from", "content"),
             *("--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--device", "cpu", "--scheduler", "A:x=1"),
             *("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--long-prompts"),
+            *("--lora-folder", "loras", "--embedding", "e.safetensors", "--embedding", "f.safetensors:<toy>"),
             *("--slots", "6", "--threads", "2", "--no-compile", "--steps", "4"),
             *("--engine", "ray", "--ray-address", "head:6379"),
             *("--guidance-scale", "2", "--guidance-rescale", "0.5"),
@@ -153,6 +154,8 @@ def test_every_option_is_a_setting() -> None:
             "scheduler": {"name": "A", "options": (("x", 1),)},
             "loras": ({"file": "l.safetensors", "weight": 0.5}, {"file": "k.safetensors", "weight": 1.0}),
             "long_prompts": True,
+            "lora_folder": "loras",
+            "embeddings": ({"file": "e.safetensors", "token": None}, {"file": "f.safetensors", "token": "<toy>"}),
         },
         "defaults": {
             "num_inference_steps": 4,

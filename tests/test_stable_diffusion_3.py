@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain
 from batch_infer.errors import ModelError
 from batch_infer.models import AnyPipeline, load_latent_diffusion, load_solver, load_token_counter, read_card
 from batch_infer.records import PromptRequest, SizeRules
@@ -124,7 +124,7 @@ def test_a_schedule_that_depends_on_the_size_uses_the_pipeline_call(folder: Path
     assert card.uses_pipeline_call
     assert (card.num_inference_steps, card.guidance_scale) == (28, 7.0)
     request, model = make_request(), AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
-    (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
+    (outcome,) = StepLevelChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, RenderedImage)
     assert max_difference(outcome.pixels, call_diffusers(load_reference(copy), request)[0]) <= 1
 

@@ -43,7 +43,7 @@ def count_cost(card: ModelCard, compute: Compute, params: SamplingParams, negati
 
     Raises ModelError, SettingsError.
     """
-    with explain_out_of_memory():
+    with explain_out_of_memory(card, compute):
         model, _ = _load_model(card, replace(compute, compiled=False))
         try:
             return cast("AnyPipeline", model).count_cost(params, negative_prompt)
@@ -71,7 +71,7 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
 
     from batch_infer.autotune.plateau import find_plateau
 
-    with explain_out_of_memory():
+    with explain_out_of_memory(card, compute):
         # Do not compile: it would hardly change the plateau, but take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
@@ -90,7 +90,7 @@ def measure_rates(
     """
     from batch_infer.worker import make_chain
 
-    with explain_out_of_memory():
+    with explain_out_of_memory(card, compute):
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
         few_steps = _choose_few_steps(card, FEW_STEPS)

@@ -14,7 +14,8 @@ from typing import Any
 
 from batch_infer.autotune.cache import load_calibration, save_calibration
 from batch_infer.errors import SettingsError, first_line
-from batch_infer.settings import Device
+from batch_infer.models import ModelCard
+from batch_infer.settings import Compute, ComputeSettings, Device, ModelSettings
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 DEVICE_VARIABLES = (
@@ -72,19 +73,23 @@ def read_processor_name() -> str:
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
+def explain_out_of_memory(model: ModelCard | ModelSettings, compute: Compute | ComputeSettings) -> Iterator[None]:
     """Raise SettingsError instead of torch.OutOfMemoryError if a model does not fit on its device.
 
-    The parent process could not unpickle torch's error without importing torch.
+    The message names the options that would help and are not in use. The parent process could not unpickle torch's
+    error without importing torch.
     """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
+        smaller = {None: "--quantize int8 or nf4", "fp8": "--quantize nf4", "int8": "--quantize nf4"}
+        moved = {None: "--offload model", "model": None if model.quantize else "--offload sequential"}
+        options = filter(None, (smaller.get(model.quantize), moved.get(compute.offload), "another --dtype or --device"))
         raise SettingsError(
-            "the model does not fit into the device's memory: use another --dtype or --device, or check what else uses "
-            f"that memory ({first_line(error)})"
+            f"the model does not fit into the device's memory: use {', '.join(options)}, or check what else uses that "
+            f"memory ({first_line(error)})"
         ) from error
 
 

@@ -184,7 +184,7 @@ class MiniBatchScorer:
         deployment = self._deployment
         settings = replace(deployment.settings.table, tables=tuple(f"./{name}" for name in names), folder=folder.path)
         shared = SharedFolder(folder.existing, lambda name, file: self._ids.has_earlier_owner(name, file, folder))
-        with Tables(settings, SCHEMA.names, shared) as tables:
+        with Tables(settings, SCHEMA.names, shared, deployment.find_lora) as tables:
             yield Job(
                 deployment.settings, self._store, tables, deployment.card, deployment.compute, deployment.record,
                 deployment.earlier, deployment.rules,

@@ -18,6 +18,7 @@ from batch_infer import peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, matmul_tflops, unet_rate
 from batch_infer.bench.plotting import check_plot, draw
+from batch_infer.bench.quality import Unquantized, compare_quality, render_unquantized
 from batch_infer.bench.renderers import BatchInfer, PlainDiffusers, Renderer
 from batch_infer.bench.report import OURS, BenchReport, Measurement, Parity, Peak, Sweep, SweepPoint
 from batch_infer.bench.settings import BenchSettings
@@ -41,18 +42,21 @@ def benchmark(settings: BenchSettings) -> BenchReport:
     """
     if settings.plot is not None:
         check_plot(settings.plot)
+    unquantized = None if settings.model.quantize is None else render_unquantized(settings, SAMPLE_ROWS)
     subject = load_subject(settings)
     if settings.compute.slots == "auto":
         sizes = settings.workload.sizes_of(subject.sizes)
         subject = replace(subject, compute=tune_batch_sizes(subject, sizes))
-    report = compare(settings, subject)
+    report = compare(settings, subject, unquantized)
     if settings.plot is not None and not report.stopped:
         draw(report, settings.plot)
     return report
 
 
-def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
-    """Compare the contenders on a loaded model. After a stop, the report has the figures measured so far.
+def compare(settings: BenchSettings, subject: Subject, unquantized: Unquantized | None = None) -> BenchReport:
+    """Compare the contenders on a loaded model, and with the unquantized model if it is quantized.
+
+    After a stop, the report has the figures measured so far.
 
     Raises SettingsError if the model does not support the sizes or steps, or if a baseline is unavailable, ModelError
     if batch-infer renders no image for a row, and KeyboardInterrupt after a stop before the first figure.
@@ -70,7 +74,12 @@ def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
         stopped = True
     results = {contender.name: _summarize(contender, contenders[0], workload, peak) for contender in contenders}
     parity, memory = _compare_images(contenders), _peak_memory(subject, contenders, sweep)
-    return BenchReport(_conditions(settings, subject), workload, peak, results, parity, sweep, memory, stopped)
+    conditions, quality = _conditions(settings, subject), None
+    if unquantized is not None:
+        conditions["unet_parameters"] = unquantized.denoiser_parameters  # 4-bit weights are packed in pairs
+        if isinstance(ours := contenders[0], RenderingContender):
+            quality = compare_quality(subject, ours.images, unquantized)
+    return BenchReport(conditions, workload, peak, results, parity, sweep, memory, stopped, quality)
 
 
 def _make_contender(name: str, subject: Subject, workload: Workload) -> Contender:
@@ -200,6 +209,7 @@ def _conditions(settings: BenchSettings, subject: Subject) -> dict[str, Any]:
     return {
         "model": subject.name,
         "architecture": settings.architecture,
+        "quantize": settings.model.quantize,
         "unet_parameters": sum(weight.numel() for weight in networks[0].parameters()),
         "scheduler": subject.model.solver.name,
         "compute": asdict(replace(compute, compiled=compute.compiled and is_compiled(networks))),

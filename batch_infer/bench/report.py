@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,8 +76,30 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """PSNR in dB of a quantized model's images against those of the unquantized model, and bytes of the weights.
+
+    `mean_psnr` and `min_psnr` are infinite if the images are equal.
+    """
+
+    rows: int
+    mean_psnr: float
+    min_psnr: float
+    weight_bytes: int
+    unquantized_weight_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as --json prints them. JSON has no infinity, so None stands for it."""
+        figures = _rounded(asdict(self))
+        return {name: None if value == math.inf else value for name, value in figures.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: whether a stop left some out."""
+    """All figures. `conditions`: model, device, batch sizes and versions; `stopped`: whether a stop left some out.
+
+    `quality` is None without --quantize.
+    """
 
     conditions: Mapping[str, Any]
     workload: Workload
@@ -86,6 +109,7 @@ class BenchReport:
     sweep: Sweep
     peak_memory: Mapping[str, int]
     stopped: bool
+    quality: Quality | None = None
 
     @property
     def ours(self) -> Measurement:
@@ -107,6 +131,7 @@ class BenchReport:
             "peak": _rounded(asdict(self.peak)),
             "contenders": {name: measurement.as_dict() for name, measurement in self.contenders.items()},
             "parity": self.parity and asdict(self.parity),
+            "quality": self.quality and self.quality.as_dict(),
             "sweep": asdict(self.sweep),
             "peak_memory": self.peak_memory,
             "stopped": self.stopped,

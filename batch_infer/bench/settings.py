@@ -111,3 +111,5 @@ class BenchSettings:
         """Check the combination. Raises SettingsError."""
         if self.architecture is not None and self.model.name is not None:
             raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")
+        if self.architecture is not None and self.model.quantize is not None:
+            raise SettingsError("--quantize compares images, but those of an --architecture are noise: give a --model")

@@ -58,7 +58,7 @@ def load_subject(settings: BenchSettings) -> Subject:
     """
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), ".", model=settings.model, compute=settings.compute)
-    with explain_out_of_memory():
+    with explain_out_of_memory(settings.model, settings.compute):
         if settings.architecture is not None:
             return _build(settings.architecture, choose_compute(run, device))
         card = read_card(settings.model)
@@ -67,7 +67,7 @@ def load_subject(settings: BenchSettings) -> Subject:
         compute = choose_compute(run, device, card=card)
         defaults = _defaults(card.sizes, card.guidance_scale, card.guidance_rescale, card.embedded_guidance)
         model = cast("LatentDiffusion", load_model(card, compute, with_checker=False))
-        return Subject(card.name, model, compute, card.sizes, defaults)
+        return Subject(card.title, model, compute, card.sizes, defaults)
 
 
 def _build(name: str, compute: Compute) -> Subject:

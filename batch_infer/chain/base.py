@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from batch_infer.records import PromptRequest, Verdict
+from batch_infer.errors import FailedRowError, RowError
+from batch_infer.records import Lora, PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
@@ -95,6 +96,10 @@ def size_of(request: PromptRequest) -> Size:
     return request.params.height, request.params.width
 
 
+def group_of(request: PromptRequest) -> object:
+    return request.group_key
+
+
 class ReadAhead:
     """Lets a chain look at the next request of a source before taking it, and put requests back."""
 
@@ -111,12 +116,14 @@ class ReadAhead:
             self._requests.append(request)
         return request
 
-    def has(self, key: object, key_of: Callable[[PromptRequest], object] = size_of) -> bool:
-        """Return whether there is a next request and it has this key, by default an image size."""
+    def has(self, key: object, key_of: Callable[[PromptRequest], object] = group_of) -> bool:
+        """Return whether there is a next request and it has this key, by default the `group_key`."""
         request = self.peek()
         return isinstance(request, PromptRequest) and key_of(request) == key
 
-    def take(self, key: object, limit: int, key_of: Callable[[PromptRequest], object] = size_of) -> list[PromptRequest]:
+    def take(
+        self, key: object, limit: int, key_of: Callable[[PromptRequest], object] = group_of
+    ) -> list[PromptRequest]:
         """Remove and return the next requests with this key, up to `limit` and as far as they are available."""
         requests: list[PromptRequest] = []
         while len(requests) < limit and self.has(key, key_of):
@@ -182,7 +189,7 @@ class Chain(ABC):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests and yield outcomes in the order in which they finish.
 
-        Requests with the same image size should be adjacent, because only adjacent requests can share a batch. If the
+        Requests with the same `group_key` should be adjacent, because only adjacent requests can share a batch. If the
         device runs out of memory, the chain makes later batches smaller and renders the unfinished rows again. They
         fail if batches cannot be smaller.
         """
@@ -198,6 +205,8 @@ class DeviceChain(Chain):
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
         self.stages_by_size = {}
+        self._unfit: dict[Lora, RowError] = {}
+        """Errors of LoRAs that the model cannot use."""
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -220,11 +229,30 @@ class DeviceChain(Chain):
             if isinstance(first, PromptRequest):
                 stages = self.stages_by_size.setdefault(size_of(first), Stages())
                 compilation = stages.compilation
-                yield from self._render_next(requests, first, stages)
+                if (error := self._switch_lora(first.lora)) is None:
+                    yield from self._render_next(requests, first, stages)
+                else:
+                    requests.take(first.group_key, 1)
+                    yield [
+                        UnrenderedRow(first, "failed" if isinstance(error, FailedRowError) else "invalid", str(error))
+                    ]
                 stages.seconds += time.perf_counter() - started - (stages.compilation - compilation)
             else:
                 yield ()
             started = time.perf_counter()
+
+    def _switch_lora(self, lora: Lora | None) -> RowError | None:
+        """Let the model use the LoRA of the next rows, and return the error if that fails."""
+        if lora is not None and lora in self._unfit:
+            return self._unfit[lora]
+        try:
+            if lora != self.model.lora:
+                self.model.use_lora(lora)
+        except RowError as error:
+            if lora is not None:
+                self._unfit[lora] = error
+            return error
+        return None
 
     @abstractmethod
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:

@@ -83,13 +83,13 @@ class Postprocessing:
         """Process or submit one micro-batch, padded with copies of its last row if it is not full."""
         batch, self._rows = self._rows[: self._batch], self._rows[self._batch :]
         latents = torch.stack([row.latents for row in batch] + [batch[-1].latents] * (self._batch - len(batch)))
-        if self._pool is None:
-            yield self._process(batch, latents, None)
-            return
         ready = None
         if self._stream is not None:
             ready = torch.cuda.current_stream().record_event()
             latents.record_stream(self._stream)
+        if self._pool is None:
+            yield self._process(batch, latents, ready)
+            return
         self._futures.append(self._pool.submit(self._process, batch, latents, ready))
 
     def _take_finished(self, limit: int) -> Iterator[list[RowOutcome]]:

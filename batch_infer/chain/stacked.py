@@ -93,13 +93,13 @@ class StackedBatcher:
     @contextmanager
     def _observe(self, kind: Kind) -> Iterator[None]:
         """Add the duration of a network call to its stage."""
+        self.stage = "decode" if kind == "decode" else "denoise"  # an error in an earlier call has left it as it was
         if kind == "denoise":
             self._pacer.start()
             yield
             self._pacer.end()
             return
         started = time.perf_counter()
-        self.stage = "decode" if kind == "decode" else "denoise"
         yield
         self.stage = "denoise"
         seconds = time.perf_counter() - started

@@ -45,7 +45,7 @@ class StepLevelChain(DeviceChain):
         """Image sizes and batch sizes for which the networks have been compiled."""
 
     def _render_next(self, requests: ReadAhead, first: PromptRequest, stages: Stages) -> Iterator[Sequence[RowOutcome]]:
-        """Render the next requests with the image size of the first."""
+        """Render the next requests with the image size and the LoRA of the first."""
         size = size_of(first)
         batch_sizes = self.batch_sizes.for_size(size)
         must_compile = is_compiled(self.model.networks) and (size, batch_sizes) not in self._compiled
@@ -56,7 +56,7 @@ class StepLevelChain(DeviceChain):
         size_pass = _SizePass(batcher, postprocessing, stages, must_compile=must_compile)
         try:
             with out_of_memory_errors():
-                yield from size_pass.run(requests, size, self._stop)
+                yield from size_pass.run(requests, first, self._stop)
             return
         except torch.OutOfMemoryError as error:
             message = first_line(error)
@@ -93,7 +93,7 @@ class StepLevelChain(DeviceChain):
 
 
 class _SizePass:
-    """Renders rows of one image size with fixed batch sizes, and holds their state on the device."""
+    """Renders rows of one image size and LoRA with fixed batch sizes, and holds their state on the device."""
 
     def __init__(self, batcher: Batcher, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool) -> None:
         """`must_compile`: compile the networks for this size before the first denoising step."""
@@ -107,29 +107,31 @@ class _SizePass:
         """The stage whose batch size shrinks first if memory runs out now."""
         return "decode" if self._is_postprocessing else self._batcher.stage
 
-    def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
-        """Render until all rows are finished and no further request with this size is available.
+    def run(
+        self, requests: ReadAhead, first: PromptRequest, stop: Callable[[], bool]
+    ) -> Iterator[Sequence[RowOutcome]]:
+        """Render until all rows are finished and no further request of the group of the first is available.
 
         After a stop, yield rows that are fully denoised, and drop the others.
         """
-        batcher = self._batcher
+        batcher, group = self._batcher, first.group_key
         while not stop():
-            self._prepare(requests, size)
+            self._prepare(requests, group)
             yield self._drop(batcher.admit())
             if batcher.is_denoising:
                 if self.must_compile:
                     self._compile()
                 yield from self._postprocess(batcher.tick())
-            elif not batcher.is_waiting and not requests.has(size):
+            elif not batcher.is_waiting and not requests.has(group):
                 yield from self._postprocess(batcher.finish())
                 if not batcher.is_denoising:  # a pipeline may denoise again after its decoder
                     break
         yield from self._postprocess(batcher.finish())
         yield from self._collect(self._postprocessing.finish())
 
-    def _prepare(self, requests: ReadAhead, size: Size) -> None:
+    def _prepare(self, requests: ReadAhead, group: object) -> None:
         """Encode the prompts of the rows to admit next."""
-        if self._batcher.room and (batch := requests.take(size, self._batcher.room)):
+        if self._batcher.room and (batch := requests.take(group, self._batcher.room)):
             self.unfinished.update((request.key, request) for request in batch)
             self._batcher.prepare(batch)
 

@@ -85,7 +85,8 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
     24 rows; and bare, the UNet calls alone, which set the ceiling.
 
     By default, rows have mixed steps, guidance and sizes. Published figures use rows like those of --steps 50
-    --unguided 0 --sizes native. A UNet evaluation is one batch element of a UNet call; --json counts them as
+    --unguided 0 --sizes native. With --quantize, the images and the size of the weights are compared with those of the
+    unquantized model. A UNet evaluation is one batch element of a UNet call; --json counts them as
     row_forwards.
 
     Exit codes: 0 success; 2 usage or settings; 75 stopped, after printing any figures measured so far.
@@ -126,6 +127,12 @@ def _report_lines(report: BenchReport) -> Iterator[str]:
     if (parity := report.parity) is not None:
         images = format_count(parity.rows, "image")
         yield f"images   {images} at most {parity.largest_difference}/255 from those of diffusers ({parity.against})"
+    if (quality := report.quality) is not None:
+        bytes_by_model = quality.weight_bytes, quality.unquantized_weight_bytes
+        quantized, plain = (tqdm.format_sizeof(size, "B", 1024) for size in bytes_by_model)
+        yield f"weights  {quantized}, without --quantize {plain}"
+        images = f"{format_count(quality.rows, 'image')} against the unquantized model"
+        yield f"quality  PSNR {quality.mean_psnr:.1f} dB on average, {quality.min_psnr:.1f} dB at worst, of {images}"
     for point in report.sweep.points:
         yield (
             f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "

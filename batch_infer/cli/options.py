@@ -120,6 +120,23 @@ model_options = (
         "BATCH_INFER_LORA with semicolons.",
     ),
     option(
+        "--lora-folder",
+        metavar="DIR",
+        help="Folder of LoRAs for single rows. The column lora names one of its .safetensors files without the suffix, "
+        "with a weight if needed: style or style:0.8. Rows with an empty cell get none.",
+    ),
+    option(
+        "--embedding",
+        "embeddings",
+        type=SemicolonList(),
+        metavar="FILE[:TOKEN]",
+        envvar="BATCH_INFER_EMBEDDING",
+        multiple=True,
+        help="Textual inversion embedding: toy.safetensors. Prompts use it by its token: TOKEN, else the one that the "
+        "file names, else the file's name without suffix. Repeatable; separate several in BATCH_INFER_EMBEDDING with "
+        "semicolons.",
+    ),
+    option(
         "--long-prompts",
         is_flag=True,
         help="Read 225 tokens of a prompt instead of 75, and word weights such as (dark red)1.3 or blue++, with "
@@ -131,6 +148,12 @@ model_options = (
         default="auto",
         help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models that run "
         "in their diffusers pipeline), float32 on a CPU.",
+    ),
+    option(
+        "--quantize",
+        type=click.Choice(get_args(s.Quantization)),
+        help="Store the weights of the denoiser's and the text encoders' linear layers in 8 bits, or in 4 (nf4), which "
+        "changes every image. Needs pip install 'batch-infer[quantize]'.",
     ),
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option(

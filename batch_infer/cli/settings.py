@@ -55,6 +55,12 @@ job_options = (
     option("--limit", type=POSITIVE, metavar="N", help="Render only the first N rows."),
     *model_options,
     option(
+        "--offload",
+        type=click.Choice(get_args(s.Offload)),
+        help="For models larger than the GPU: keep the weights in host memory. model: move each network to the GPU "
+        "when it runs. sequential: move each layer, which needs the least GPU memory and is slowest. Changes no image.",
+    ),
+    option(
         "--num-processes",
         type=NONNEGATIVE,
         metavar="N",
@@ -136,6 +142,8 @@ job_options = (
 def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
     """Return the settings of `run`. Raises SettingsError."""
     columns = _parse_columns(options["columns"])
+    if s.LORA_FIELD in columns and not options["lora_folder"]:
+        raise SettingsError("--column lora=... needs --lora-folder, the folder of the LoRAs that the column names")
     return s.RunSettings(
         table=s.TableSettings(options["tables"], columns, options["limit"], id_from=options["id_from"]),
         out=parse_out(options["out"]),
@@ -165,7 +173,7 @@ def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for text in options:
         field, equals, name = text.partition("=")
-        if not equals or field not in s.FIELDS:
+        if not equals or field not in (*s.FIELDS, s.LORA_FIELD):
             raise SettingsError(f"--column {text}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
         columns[field] = name
     return columns
@@ -182,6 +190,9 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         s.SchedulerSpec.parse(options["scheduler"]) if options["scheduler"] else None,
         tuple(map(s.LoraSpec.parse, options["loras"])),
         options["long_prompts"],
+        options["quantize"],
+        options["lora_folder"],
+        tuple(map(s.EmbeddingSpec.parse, options["embeddings"])),
     )
 
 
@@ -211,4 +222,5 @@ def make_compute_settings(options: Mapping[str, Any]) -> s.ComputeSettings:
         options.get("num_processes"),
         options.get("engine", "local"),
         options.get("ray_address"),
+        options.get("offload"),
     )

@@ -25,7 +25,7 @@ class InlineEngine:
         return detect_device(self._requested_device)
 
     def render(self, task: Task, on_commit: OnCommit, stop: Stop, on_ready: OnReady = lambda: None) -> TaskReport:
-        with loading():
+        with loading(task.settings):
             worker = Worker(task.settings, format_worker_name(0), load_chain, stop)
         requests = prefetch_first(task.requests)
         started = time.monotonic()

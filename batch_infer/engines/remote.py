@@ -27,11 +27,13 @@ def localize(settings: WorkerSettings, model: ModelSettings, node: str) -> Worke
 
 
 def with_absolute_paths(model: ModelSettings) -> ModelSettings:
-    """Return the settings for processes in another folder: with absolute paths of local models and LoRAs."""
+    """Return the settings for processes in another folder: with absolute paths of all local files."""
     path = None if model.name is None else Path(model.name).expanduser()
     name = str(path.absolute()) if path is not None and path.exists() else model.name
     loras = tuple(replace(lora, file=str(Path(lora.file).expanduser().absolute())) for lora in model.loras)
-    return replace(model, name=name, loras=loras)
+    lora_folder = model.lora_folder and str(Path(model.lora_folder).expanduser().absolute())
+    embeddings = tuple(replace(spec, file=str(Path(spec.file).expanduser().absolute())) for spec in model.embeddings)
+    return replace(model, name=name, loras=loras, lora_folder=lora_folder, embeddings=embeddings)
 
 
 def check_same_model(card: ModelCard, settings: WorkerSettings, here: str, there: str) -> None:

@@ -75,7 +75,7 @@ def work(
         supervisor.send(messages.DeviceReport(detect_device(spec.requested_device)))
         settings = localize(supervisor.wait_for_settings())
         with _logging(open_store(settings.out), spec, supervisor):
-            with loading():
+            with loading(settings):
                 load = spec.load or worker_package.load_chain
                 worker = worker_package.Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
             gc.collect()
@@ -95,7 +95,7 @@ def leave_removed_folder() -> None:
 
 
 @contextmanager
-def loading() -> Iterator[None]:
+def loading(settings: WorkerSettings) -> Iterator[None]:
     """Load a model inside the context, and explain some errors. Leave the current folder first if it was removed.
 
     Raises StorageError if a file is not found because the current folder was removed during loading, and SettingsError
@@ -103,7 +103,7 @@ def loading() -> Iterator[None]:
     """
     leave_removed_folder()
     try:
-        with explain_out_of_memory():
+        with explain_out_of_memory(settings.card, settings.compute):
             yield
     except FileNotFoundError as error:
         try:

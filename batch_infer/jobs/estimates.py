@@ -140,9 +140,10 @@ def _find_nearest(size: Size, measured: Iterable[Size]) -> Size:
 def _shape_conditions(job: Job, size: Size) -> dict[str, Any]:
     """Return all known conditions that affect the throughput plateau."""
     compute = job.compute
+    offload = [compute.offload] if compute.offload else []
     return {
         **_common_conditions(job, size),
-        "compute": [compute.device_name, compute.dtype, compute.threads, compute.compiled],
+        "compute": [compute.device_name, compute.dtype, compute.threads, compute.compiled, *offload],
     }
 
 

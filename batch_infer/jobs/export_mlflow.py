@@ -77,8 +77,11 @@ def export_model(folder: Path, model: ModelSettings, compute: ComputeSettings) -
         raise SettingsError(f"{folder} already exists; name a folder that is new or empty")
     if compute.slots == "auto":
         raise SettingsError("--slots auto: give a number here; `batch-infer bench --slots auto` finds one")
+    if model.lora_folder:
+        raise SettingsError("--lora-folder: an exported model cannot contain a folder of LoRAs; use --lora")
     card, target = read_card(model), folder.absolute()
     extras = ["azure", *["lora"] * bool(card.loras), *["long-prompts"] * model.long_prompts]
+    extras += ["quantize"] * bool(model.quantize)
     # The temporary folder is next to the target, so that it can be renamed to it. If the model is on the same disk, its
     # files are hard-linked and take no space.
     temporary = temporary_path(target)
@@ -107,6 +110,10 @@ def _save(path: Path, scratch: Path, card: ModelCard, variables: Mapping[str, st
     files = {"model": (card.path, name)}
     files |= {
         f"lora-{number}": (lora.path, f"lora-{number}-{lora.path.name}") for number, lora in enumerate(card.loras)
+    }
+    files |= {
+        f"embedding-{number}": (embedding.path, f"embedding-{number}-{embedding.path.name}")
+        for number, embedding in enumerate(card.embeddings)
     }
     for artifact, (source, file_name) in files.items():
         (scratch / artifact).mkdir()
@@ -141,10 +148,15 @@ def _make_variables(card: ModelCard, model: ModelSettings, compute: ComputeSetti
         "DEVICE": None if model.device == "auto" else model.device,
         "SCHEDULER": str(model.scheduler) if model.scheduler else None,
         "LONG_PROMPTS": "true" if model.long_prompts else None,
+        "QUANTIZE": model.quantize,
         "SLOTS": compute.slots,
         "THREADS": compute.threads,
         "COMPILE": None if compute.compiled is None else str(compute.compiled).lower(),
         "LORA": ";".join(f"{{lora-{number}}}:{lora.weight!r}" for number, lora in enumerate(card.loras)) or None,
+        "EMBEDDING": ";".join(
+            f"{{embedding-{number}}}:{embedding.token}" for number, embedding in enumerate(card.embeddings)
+        )
+        or None,
         "MODEL": "{model}",
     }
     return {f"BATCH_INFER_{option}": str(value) for option, value in variables.items() if value is not None}

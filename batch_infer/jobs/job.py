@@ -17,10 +17,10 @@ from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
-from batch_infer.models import ModelCard, SamplingRules, read_card
+from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
-from batch_infer.settings import BatchShape, Compute, Device, RowDefaults, RunSettings
+from batch_infer.settings import BatchShape, Compute, Device, Offload, RowDefaults, RunSettings
 from batch_infer.store import Store, is_url, refuse_unprintable
 from batch_infer.table import RowRules, Tables
 
@@ -87,9 +87,10 @@ def _absolute(path: Path) -> Path:
 def open_tables(settings: RunSettings) -> Tables:
     """Open the tables and log which files in folders and globs are ignored.
 
-    Raises TableError, ServiceError, StorageError.
+    Raises TableError, ModelError, ServiceError, StorageError.
     """
-    tables = Tables(settings.table, SCHEMA.names)
+    folder = settings.model.lora_folder
+    tables = Tables(settings.table, SCHEMA.names, find_lora=LoraFolder(folder).find if folder else None)
     if ignored := str(tables.ignored_files):
         log.info("files ignored %s", ignored)
     return tables
@@ -193,8 +194,9 @@ def choose_compute(
 
     `dtype` is an exception: see `_choose_dtype`. `decode_batch` is derived from the slots of the first run and then
     kept. Batch sizes for specific image sizes, which were measured or halved after running out of memory, are kept
-    until another number of slots is requested. Raises SettingsError if the model does not support --compile.
+    until another number of slots is requested. Raises SettingsError if --offload is not possible.
     """
+    offload = _choose_offload(settings, device)
     earlier_compute = (earlier or {}).get("compute", {})
     requested = settings.compute.slots if isinstance(settings.compute.slots, int) else None
     slots = requested or earlier_compute.get("slots") or SLOTS[device.kind]
@@ -212,7 +214,25 @@ def choose_compute(
         device_name=device.name,
         compiled=_choose_compiled(settings, device, earlier_compute, card),
         by_size=tuple(BatchShape(**shape) for shape in shapes),
+        offload=offload,
     )
+
+
+def _choose_offload(settings: RunSettings, device: Device) -> Offload | None:
+    """Return the requested offloading. Raises SettingsError for a CPU, and for options that do not work with it."""
+    mode = settings.compute.offload
+    if mode is None:
+        return None
+    if device.kind != "cuda":
+        raise SettingsError(f"--offload {mode} saves GPU memory, but this run renders on a CPU: leave it out")
+    if settings.model.long_prompts:
+        raise SettingsError(f"--offload {mode} and --long-prompts do not work together: leave one out")
+    if mode == "sequential" and settings.model.quantize is not None:
+        raise SettingsError(
+            f"--offload sequential cannot move quantized layers: use --offload model, or leave out --quantize "
+            f"{settings.model.quantize}"
+        )
+    return mode
 
 
 def choose_actor_threads(settings: RunSettings, earlier: Mapping[str, Any] | None) -> int:
@@ -252,6 +272,13 @@ def _choose_compiled(
     On a GPU, it needs Triton and a C compiler.
     """
     requested = settings.compute.compiled
+    if (mode := settings.compute.offload) is not None:
+        if requested or (requested is None and earlier_compute.get("compiled")):
+            reason = "--compile requests" if requested else "the run in OUT uses"
+            raise SettingsError(
+                f"--offload {mode} does not work with torch.compile, which {reason}: leave it out, or add --no-compile"
+            )
+        return False
     if requested is not None:
         return requested
     if card is not None and card.uses_pipeline_call:

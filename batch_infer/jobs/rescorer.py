@@ -83,7 +83,9 @@ class Rescorer:
             from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
             from batch_infer.worker import load_image_checker
 
-            compute = choose_compute(settings, detect_device(settings.model.device), record, card)
+            # A run may have needed --offload for its model, but its checker is small, and this may be another machine.
+            unlimited = replace(settings, compute=replace(settings.compute, offload=None))
+            compute = choose_compute(unlimited, detect_device(settings.model.device), record, card)
             self._checker = load_image_checker(card, compute)
         service = settings.safety.service
         self._gate = None if service is None else make_gate(service, stop)

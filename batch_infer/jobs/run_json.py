@@ -128,7 +128,9 @@ def read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str] = (
     if model.name is not None and (folder / model.name).exists():
         model = replace(model, name=str(folder / model.name))
     loras = tuple(replace(lora, file=str(folder / Path(lora.file).expanduser())) for lora in model.loras)
-    model = replace(model, loras=loras)
+    lora_folder = model.lora_folder and str(folder / Path(model.lora_folder).expanduser())
+    embeddings = tuple(replace(spec, file=str(folder / Path(spec.file).expanduser())) for spec in model.embeddings)
+    model = replace(model, loras=loras, lora_folder=lora_folder, embeddings=embeddings)
     return replace(settings, out=out, table=table, model=model, overwrite=False, rerender_changed=False)
 
 
@@ -186,9 +188,11 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "revision": card.revision,
             "family": card.family,
             "fingerprint": card.fingerprint,
+            "quantize": card.quantize,
             "loras": [
                 {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
             ],
+            **_describe_embeddings(card),
         },
         "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
         "identity": {
@@ -202,6 +206,15 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "survey": None,
         "summary": None,
     }
+
+
+def _describe_embeddings(card: ModelCard) -> dict[str, Any]:
+    """Return the entry of textual inversion embeddings, if there are any."""
+    embeddings = [
+        {"path": embedding.path, "token": embedding.token, "fingerprint": embedding.fingerprint}
+        for embedding in card.embeddings
+    ]
+    return {"embeddings": embeddings} if embeddings else {}
 
 
 def _without_transient(settings: RunSettings) -> RunSettings:
@@ -233,5 +246,8 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: s
 def _format_identity(record: Mapping[str, Any], name: str) -> str:
     """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
     value = str(record.get("identity", {}).get(name))
-    display_name = record.get(name, {}).get("name") if isinstance(record.get(name), Mapping) else None
-    return f"{display_name} ({value[:12]})" if display_name else value
+    part = record.get(name)
+    if not isinstance(part, Mapping) or not part.get("name"):
+        return value
+    quantized = f" in {part['quantize']}" if part.get("quantize") else ""
+    return f"{part['name']}{quantized} ({value[:12]})"

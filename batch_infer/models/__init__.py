@@ -3,7 +3,9 @@
 Each model family has one module, and each pipeline class of a family has one entry in the registry in families.py.
 """
 
+import logging
 import os
+import sys
 
 # Set before these libraries are imported. Otherwise they log hints for developers, such as about image processors.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,7 +19,15 @@ from batch_infer.lazy import import_on_use
 from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.checkpoint import read_card
 from batch_infer.models.families import load_latent_diffusion, load_solver
+from batch_infer.models.lora import LoraFolder
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
+
+# bitsandbytes, which diffusers and peft import if it is installed, would do the same on a CPU with AVX512-BF16.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # makes `import kernels` raise ImportError
+# These loggers warn of kernels that are missing and not needed, and of a deprecated call in torchao.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from batch_infer.models.acceleration import decode_flops, denoise_flops, is_compiled, optimize_networks
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from batch_infer.models.architectures import build_architecture
     from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
     from batch_infer.models.loading import load_checker
+    from batch_infer.models.quantization import count_weight_bytes
 else:
     __getattr__ = import_on_use(
         __name__,
@@ -33,6 +44,7 @@ else:
         architectures=("build_architecture",),
         latent_diffusion=("Conditioning", "LatentDiffusion"),
         loading=("load_checker",),
+        quantization=("count_weight_bytes",),
     )
 
 __all__ = [
@@ -40,10 +52,12 @@ __all__ = [
     "Conditioning",
     "DEMO_MODEL",
     "LatentDiffusion",
+    "LoraFolder",
     "ModelCard",
     "SamplingRules",
     "TruncationCounter",
     "build_architecture",
+    "count_weight_bytes",
     "decode_flops",
     "denoise_flops",
     "inspect_pipeline",

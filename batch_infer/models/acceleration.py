@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer.errors import CompilationError
+from batch_infer.models.quantization import is_quantized
 from batch_infer.records import PromptRequest, SamplingParams, Source
 from batch_infer.store import temporary_file_errors
 
@@ -48,9 +50,10 @@ def optimize_networks(
     for network in networks:
         if device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # For UNets only: in joint transformers, diffusers' fused attention omits the norms.
+            # For UNets only: in joint transformers, diffusers' fused attention omits the norms. Quantized weights
+            # cannot be joined.
             fuse: Any = getattr(network, "fuse_qkv_projections", None)
-            if fuse and hasattr(network, "down_blocks"):
+            if fuse and hasattr(network, "down_blocks") and not is_quantized(network):
                 fuse()
         if compiled:
             network.forward = Compiled(cast(Any, network.forward), threads)
@@ -155,13 +158,20 @@ def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     return _count_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
 
 
+def _count_4bit_flops(inputs: Sequence[int], weight: object, shape: Sequence[int], *_: object, **__: object) -> int:
+    """Return the FLOP of a product of inputs (..., in) and a weight whose unpacked shape is (out, in)."""
+    return 2 * math.prod(inputs) * shape[0]
+
+
 def _count_flops(call: Callable[[], object]) -> int:
+    library = torch.ops.bitsandbytes
+    formulas = {library.gemm_4bit: _count_4bit_flops} if hasattr(library, "gemm_4bit") else {}
     # Neither fuse attention nor compile: the counter does not support all fused kernels and cannot see compiled code.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
         FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
         call()
     return int(counter.get_total_flops())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,13 +11,14 @@ from functools import partial
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from batch_infer.errors import FailedRowError, ModelError, RowError, SettingsError, first_line
 from batch_infer.models.acceleration import optimize_networks
@@ -24,11 +26,21 @@ from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
-from batch_infer.models.loading import load_checker, load_network, load_pipeline
+from batch_infer.models.loading import (
+    add_embeddings,
+    fuse_loras,
+    load_checker,
+    load_network,
+    load_pipeline,
+    load_row_loras,
+)
+from batch_infer.models.offloading import offload_networks
+from batch_infer.models.quantization import quantize
+from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
-from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
-from batch_infer.settings import SchedulerSpec
+from batch_infer.records import Lora, PromptRequest, RowCost, SamplingParams, SizeRules
+from batch_infer.settings import Offload, SchedulerSpec
 from batch_infer.stacking import (
     ENCODE_BATCH,
     CallStacker,
@@ -39,6 +51,11 @@ from batch_infer.stacking import (
     make_plan,
     record_pipeline,
 )
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
+
+log = logging.getLogger(__name__)
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -72,6 +89,10 @@ class AnyPipeline:
         self.safety_checker: Any | None = None
         self.feature_extractor: Any | None = None
         self.denoiser: torch.nn.Module | None = _find_denoiser(pipeline)
+        self._embeddings: Sequence[Embedding] = ()
+        self._row_loras: RowLoras | None = None
+        self.lora: Lora | None = None
+        """The LoRA of the current rows, which `use_lora` has added to the weights."""
         self._guidance = _guidance_argument(pipeline)
         self._parameters = _parameters_of(type(pipeline))
         # Pipelines with an image processor return tensors, which are copied to the host in background.
@@ -84,21 +105,55 @@ class AnyPipeline:
             self.plan = make_plan(pipeline, self._make_trial_arguments)
 
     @classmethod
-    def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
+    def load(
+        cls,
+        card: ModelCard,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        with_checker: bool,
+        offload: Offload | None = None,
+    ) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
         pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
-        pipeline.to(device)
+        add_embeddings(pipeline, card)
+        fuse_loras(pipeline, card)
+        checker, feature_extractor = load_checker(card, device, dtype) if with_checker else (None, None)
+        if card.quantize is not None:
+            quantize(pipeline.components, card.quantize, card.name)
+        if offload is None:
+            pipeline.to(device)
+        else:
+            offload_networks(pipeline.components.values(), device, offload, checker)
         pipeline.set_progress_bar_config(disable=True)
         model = cls(pipeline, card, device, dtype)
-        if with_checker:
-            model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
+        model.safety_checker, model.feature_extractor = checker, feature_extractor
+        model._embeddings = card.embeddings
+        model._log_reasons()
         return model
+
+    def _log_reasons(self) -> None:
+        name, reasons = type(self.pipeline).__name__, "; ".join(self.plan.reasons)
+        if self.plan.is_alone:
+            log.warning("the rows of %s run one at a time: %s", name, reasons)
+        elif reasons:
+            log.warning("the rows of %s share only some calls: %s", name, reasons)
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:
         """Networks that can be compiled: the denoisers, if all their calls have one shape per image size."""
         denoisers = [network.module for network in self.plan.networks if network.kind == "denoise"]
         return denoisers if self.plan.is_stacked else ()
+
+    def use_lora(self, lora: Lora | None) -> None:
+        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        if self._row_loras is None:
+            self._row_loras = load_row_loras(self.pipeline)
+        try:
+            self._row_loras.use(lora)
+        finally:
+            self.lora = self._row_loras.current
+            self._cache.clear()
 
     def compile(self, threads: int) -> None:
         """Compile the denoisers. Raises SettingsError if the shapes of their calls vary from row to row."""
@@ -194,7 +249,8 @@ class AnyPipeline:
         Whether the pipeline truncates the prompt is unknown.
         """
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        count = len(tokenizer(request.prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
+        (prompt,) = expand_tokens([request.prompt], self._embeddings)
+        count = len(tokenizer(prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
 
     def _make_trial_arguments(self, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
@@ -320,6 +376,8 @@ def inspect_pipeline(path: Path) -> SamplingRules:
             float(call[guidance].default) if guidance else 1.0,
             embedded_guidance=_is_embedded(config),
             unsupported_fields=tuple(unsupported.items()),
+            supports_lora=hasattr(pipeline, "load_lora_weights"),
+            supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
         )
 
 

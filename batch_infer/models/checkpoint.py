@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +13,18 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
-from batch_infer.models.lora import Lora, read_lora
+from batch_infer.models.lora import read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
+from batch_infer.models.textual_inversion import Embedding, read_embeddings
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
-from batch_infer.records import digest
-from batch_infer.settings import ModelSettings
+from batch_infer.records import Lora, digest
+from batch_infer.settings import ModelSettings, Quantization
 
 DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
+QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+"""The library of each value of --quantize."""
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 """Components whose files are covered by separate fingerprints instead of the model's fingerprint."""
 
@@ -109,9 +112,11 @@ def _make_card(
         family = OTHER_FAMILY  # timesteps depend on the image size, so rows of different sizes could not share a step
     if spec and not scheduler:
         raise ModelError(f"{name} has no scheduler for --scheduler {spec} to replace")
-    _check_options(settings, family, f"{name} is a {pipeline}")
+    _check_quantization(settings.quantize, path, components, name)
     rules = _read_rules(family, path, name, inspect)
+    _check_options(settings, family, rules, f"{name} is a {pipeline}")
     loras = tuple(map(read_lora, settings.loras))
+    embeddings = read_embeddings(settings.embeddings)
     windows = WINDOWS if settings.long_prompts else 1
     weights = hash_files(path, components.keys() - SEPARATE, settings.variant)
     has_checker = "safety_checker" in components
@@ -123,13 +128,17 @@ def _make_card(
         variant=settings.variant,
         family=family.name,
         pipeline=pipeline,
-        fingerprint=_fingerprint(weights, index, family, loras, windows),
+        fingerprint=_quantized(
+            _add_embeddings(_fingerprint(weights, index, family, loras, windows), embeddings), settings.quantize
+        ),
         scheduler=spec,
         scheduler_name=str(spec) if spec else components["scheduler"][1] if scheduler else "None",
         scheduler_fingerprint=digest([scheduler, str(spec)]),
         checker_fingerprint=hash_files(path, CHECKER_COMPONENTS, settings.variant) if has_checker else None,
         loras=loras,
         windows=windows,
+        quantize=settings.quantize,
+        embeddings=embeddings,
     )
 
 
@@ -155,17 +164,50 @@ def _read_rules(
     return inspect_pipeline(path)
 
 
-def _check_options(settings: ModelSettings, family: Family, model: str) -> None:
-    """Raise ModelError if the family or this environment does not support --lora or --long-prompts."""
-    for option, is_set, flag, library in (
-        ("lora", settings.loras, "supports_lora", "peft"),
-        ("long-prompts", settings.long_prompts, "supports_long_prompts", "compel"),
+def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules, model: str) -> None:
+    """Raise ModelError if the model or this environment does not support an option."""
+    lora = "lora" if settings.loras else "lora-folder"
+    uses_lora = bool(settings.loras or settings.lora_folder)
+    if uses_lora and not rules.supports_lora:
+        raise ModelError(f"{model}, for which diffusers has no LoRA loader: leave --{lora} out")
+    if settings.embeddings and not rules.supports_embeddings:
+        raise ModelError(f"{model}, for which diffusers has no loader of embeddings: leave --embedding out")
+    if settings.quantize and settings.lora_folder:
+        raise ModelError("--lora-folder and --quantize cannot be used together: leave one out")
+    if settings.embeddings and settings.long_prompts:
+        raise ModelError("--embedding and --long-prompts cannot be used together: leave one out")
+    if settings.long_prompts and not family.supports_long_prompts:
+        names = sorted({known.name for known in FAMILIES.values() if known.supports_long_prompts})
+        raise ModelError(f"{model}; --long-prompts supports only the model families {', '.join(names)}")
+    for option, is_set, library, extra in (
+        (lora, uses_lora, "peft", "lora"),
+        ("long-prompts", settings.long_prompts, "compel", "long-prompts"),
     ):
-        if is_set and not getattr(family, flag):
-            names = sorted({known.name for known in FAMILIES.values() if getattr(known, flag)})
-            raise ModelError(f"{model}; --{option} supports only the model families {', '.join(names)}")
         if is_set and find_spec(library) is None:
-            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{option}]'")
+            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{extra}]'")
+
+
+def _add_embeddings(fingerprint: str, embeddings: tuple[Embedding, ...]) -> str:
+    """Return the fingerprint of a model with textual inversion embeddings."""
+    if not embeddings:
+        return fingerprint
+    return digest([fingerprint, [(embedding.fingerprint, embedding.token) for embedding in embeddings]])
+
+
+def _check_quantization(kind: Quantization | None, path: Path, components: Iterable[str], name: str) -> None:
+    """Raise ModelError if --quantize needs a missing library, or the checkpoint is already quantized."""
+    if kind is None:
+        return
+    if find_spec(QUANTIZATION_LIBRARIES[kind]) is None:
+        raise ModelError(f"--quantize {kind} needs {QUANTIZATION_LIBRARIES[kind]}: pip install 'batch-infer[quantize]'")
+    for config in (path / component / "config.json" for component in sorted(components)):
+        if config.is_file() and read_object(config, name).get("quantization_config"):
+            raise ModelError(f"{name}: the weights in {config.parent.name}/ are already quantized; omit --quantize")
+
+
+def _quantized(fingerprint: str, kind: Quantization | None) -> str:
+    """Return the fingerprint of a model with quantized weights, or the same one without quantization."""
+    return fingerprint if kind is None else digest([fingerprint, kind])
 
 
 def _fingerprint(weights: str, index: Mapping[str, Any], family: Family, loras: tuple[Lora, ...], windows: int) -> str:

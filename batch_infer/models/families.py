@@ -48,6 +48,7 @@ class Family:
     latent_channels: int = 4
     joint_attention: bool = False
     supports_lora: bool = False
+    supports_embeddings: bool = False
     supports_long_prompts: bool = False
 
     @property
@@ -79,6 +80,8 @@ class Family:
             embedded_guidance=is_embedded,
             # Embedded guidance needs no second pass, so a negative prompt and guidance rescale have no effect.
             unsupported_fields=(("negative_prompt", None), ("guidance_rescale", 0.0)) if is_embedded else (),
+            supports_lora=self.supports_lora,
+            supports_embeddings=self.supports_embeddings,
         )
 
 
@@ -96,7 +99,11 @@ def _size_rules(denoiser: Mapping[str, Any], factor: int) -> SizeRules:
 
 
 _STABLE_DIFFUSION = Family(
-    "stable_diffusion", "stable_diffusion.StableDiffusion", supports_lora=True, supports_long_prompts=True
+    "stable_diffusion",
+    "stable_diffusion.StableDiffusion",
+    supports_lora=True,
+    supports_embeddings=True,
+    supports_long_prompts=True,
 )
 FAMILIES = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
@@ -114,6 +121,7 @@ FAMILIES = {
         guidance_scale=5.0,
         sample_size=128,
         supports_lora=True,
+        supports_embeddings=True,
         supports_long_prompts=True,
     ),
     "StableDiffusion3Pipeline": Family(
@@ -127,6 +135,7 @@ FAMILIES = {
         sample_size=128,
         latent_channels=16,
         joint_attention=True,
+        supports_lora=True,
     ),
     "DeciDiffusionPipeline": Family(
         "decidiffusion",
@@ -144,14 +153,17 @@ FAMILIES = {
 OTHER_FAMILY = Family(
     ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
 )
-"""Family of all other checkpoints, which use pipeline-call batching. Image encoders would only read image prompts."""
+"""Family of all other checkpoints, whose rows run their pipeline's own call. Image encoders would only read image prompts."""
 
 
 def load_latent_diffusion(
-    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool
+    card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool, on_host: bool = False
 ) -> LatentDiffusion:
-    """Load a checkpoint of a model family on a device, optionally with its safety checker. Raises ModelError."""
-    return _implementation(card).load(card, device, dtype, with_checker=with_checker)
+    """Load a checkpoint of a model family on a device, optionally with its safety checker. Raises ModelError.
+
+    With `on_host`, the networks stay in host memory until the model's `offload` is called.
+    """
+    return _implementation(card).load(card, device, dtype, with_checker=with_checker, on_host=on_host)
 
 
 def load_solver(card: ModelCard) -> Solver:

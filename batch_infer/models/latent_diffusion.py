@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
@@ -14,11 +14,17 @@ import torch
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.loading import load_checker, load_pipeline
-from batch_infer.models.lora import fuse_lora
+from batch_infer.models.loading import add_embeddings, fuse_loras, load_checker, load_pipeline, load_row_loras
+from batch_infer.models.offloading import offload_networks
+from batch_infer.models.quantization import quantize
 from batch_infer.models.schedulers import make_solver
+from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.tokens import TokenCounter
-from batch_infer.records import PromptRequest, SamplingParams
+from batch_infer.records import Lora, PromptRequest, SamplingParams
+from batch_infer.settings import Offload
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
 
 TEXT_BATCH = 8
 """Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
@@ -80,6 +86,8 @@ class LatentDiffusion:
     """Smallest batch size of a denoiser call. A row with guidance has two elements in a call."""
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
+    lora: Lora | None = None
+    """The LoRA of the current rows, which `use_lora` has added to the weights."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets in the scheduler, or None if the scheduler searches for it."""
 
@@ -92,28 +100,43 @@ class LatentDiffusion:
         self.safety_checker: Any | None = getattr(pipeline, "safety_checker", None)
         self.feature_extractor: Any | None = getattr(pipeline, "feature_extractor", None)
         self._vae = pipeline.vae
-        self._embeddings = EmbeddingCache()
         # tokenizer_3 is excluded, because T5 also reads the text that the CLIP encoders truncate.
         tokenizers = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._counter: Any = TokenCounter(*filter(None, tokenizers))
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
-        if windows > 1:
-            from batch_infer.models.long_prompts import LongPrompts
-
-            self._counter = self._encoder = LongPrompts(pipeline, dtype)
+        self._windows = windows
+        self._embedding_tokens: Sequence[Embedding] = ()
+        self._forget_texts()
+        self._row_loras: RowLoras | None = None
 
     @classmethod
-    def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> LatentDiffusion:
-        """Load a checkpoint and optionally its safety checker. Raises ModelError."""
+    def load(
+        cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool, on_host: bool = False
+    ) -> LatentDiffusion:
+        """Load a checkpoint and optionally its safety checker. Raises ModelError.
+
+        With `on_host`, the networks stay in host memory until `offload` is called.
+        """
         denoiser, modules = cls.load_modules(card, dtype)
         modules = {**cls.absent_components, **modules}
         if with_checker:
             modules["safety_checker"], modules["feature_extractor"] = load_checker(card, device, dtype)
         pipeline = load_pipeline(_pipeline_class(card), card.path, modules, card.scheduler)
-        for lora in card.loras:
-            fuse_lora(pipeline, lora, card.name)
-        pipeline.to(device)
-        return cls(pipeline, denoiser.to(device), device, dtype, card.windows)
+        add_embeddings(pipeline, card)
+        fuse_loras(pipeline, card)
+        if card.quantize is not None:
+            quantize({**pipeline.components, "denoiser": denoiser}, card.quantize, card.name)
+        if not on_host:
+            pipeline.to(device)
+            denoiser.to(device)
+        model = cls(pipeline, denoiser, device, dtype, card.windows)
+        model._use_embeddings(card.embeddings)
+        return model
+
+    def offload(self, mode: Offload) -> None:
+        """Move the networks to the device only when they run."""
+        networks = (*self.pipeline.components.values(), self.denoiser, self._vae)
+        offload_networks(networks, self.device, mode, self.safety_checker)
 
     @classmethod
     def load_solver(cls, card: ModelCard) -> Solver:
@@ -129,6 +152,31 @@ class LatentDiffusion:
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """Load the denoiser, and the pipeline's components as a dictionary by name. Raises ModelError."""
         raise NotImplementedError
+
+    def use_lora(self, lora: Lora | None) -> None:
+        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        if self._row_loras is None:
+            self._row_loras = load_row_loras(self.pipeline)
+        try:
+            self._row_loras.use(lora)
+        finally:
+            self.lora = self._row_loras.current
+            self._forget_texts()
+
+    def _use_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Replace the tokens of textual inversion embeddings in texts by one token for each vector."""
+        if embeddings:
+            self._embedding_tokens = embeddings
+            tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+            self._counter = TokenCounter(*filter(None, tokenizers), embeddings=embeddings)
+
+    def _forget_texts(self) -> None:
+        """Drop embeddings that text encoders with other weights have computed."""
+        self._embeddings = EmbeddingCache()
+        if self._windows > 1:
+            from batch_infer.models.long_prompts import LongPrompts
+
+            self._counter = self._encoder = LongPrompts(self.pipeline, self.dtype)
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:
@@ -149,7 +197,7 @@ class LatentDiffusion:
         """Encode the prompts of rows and count their tokens."""
         negatives = [self._negative_prompt(request) if request.params.uses_guidance else None for request in requests]
         texts = {request.prompt for request in requests} | {text for text in negatives if text is not None}
-        embeddings = self._embeddings.get(texts, self._encoder or self._encode)
+        embeddings = self._embeddings.get(texts, self._encoder or self._encode_expanded)
         counts = self._counter.count([request.prompt for request in requests])
         conditionings = []
         for request, text, count in zip(requests, negatives, counts, strict=True):
@@ -174,6 +222,9 @@ class LatentDiffusion:
         """Decode latents (B, C, h, w) to float32 images (B, 3, H, W), not clamped: 0 is black and 1 is white."""
         images: torch.Tensor = self._vae.decode(self._unscale(latents.to(self._vae.dtype)), return_dict=False)[0]
         return images.float() / 2 + 0.5
+
+    def _encode_expanded(self, texts: Sequence[str]) -> list[Context]:
+        return self._encode(expand_tokens(texts, self._embedding_tokens))
 
     def _encode(self, texts: Sequence[str]) -> list[Context]:
         """Return the embeddings of each text."""

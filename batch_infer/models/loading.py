@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -19,6 +19,9 @@ from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
 from batch_infer.models.untrusted import choose_variant, loading_errors
 from batch_infer.settings import SchedulerSpec
+
+if TYPE_CHECKING:
+    from batch_infer.models.lora_fusing import RowLoras
 
 # These progress bars would disturb those of batch-infer.
 diffusers.utils.logging.disable_progress_bar()
@@ -111,3 +114,27 @@ def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
         limit_tokenizer(tokenizer, positions, getattr(embeddings, "num_embeddings", None), folder)
     if not suffix and isinstance(getattr(pipeline, "tokenizer_max_length", None), (int, float)):
         pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)
+
+
+def add_embeddings(pipeline: Any, card: ModelCard) -> None:
+    """Load the embeddings of --embedding into a pipeline. Raises ModelError if one does not fit."""
+    if card.embeddings:
+        from batch_infer.models.embedding_loading import load_embeddings
+
+        load_embeddings(pipeline, card)
+
+
+def fuse_loras(pipeline: Any, card: ModelCard) -> None:
+    """Fuse the LoRAs of --lora into the weights of a pipeline. Raises ModelError if one does not fit."""
+    if card.loras:
+        from batch_infer.models.lora_fusing import fuse_lora  # imports peft
+
+        for lora in card.loras:
+            fuse_lora(pipeline, lora, card.name)
+
+
+def load_row_loras(pipeline: Any) -> RowLoras:
+    """Return the object that adds the LoRAs of single rows to the weights of a pipeline."""
+    from batch_infer.models.lora_fusing import RowLoras  # imports peft
+
+    return RowLoras(pipeline)

@@ -37,8 +37,8 @@ class StableDiffusion(LatentDiffusion):
         network = self.pipeline.text_encoder
         tokens = tokenize(self.pipeline.tokenizer, texts)
         use_mask = getattr(network.config, "use_attention_mask", False)
-        mask = copy_to(network.device, tokens.attention_mask) if use_mask else None
-        embeddings = network(copy_to(network.device, tokens.input_ids), attention_mask=mask)[0]
+        mask = copy_to(self.device, tokens.attention_mask) if use_mask else None
+        embeddings = network(copy_to(self.device, tokens.input_ids), attention_mask=mask)[0]
         return [{"encoder_hidden_states": embedding} for embedding in embeddings.to(self.dtype).unbind()]
 
 

@@ -76,7 +76,7 @@ class StableDiffusionXL(LatentDiffusion):
         for suffix in ("", "_2"):
             network = getattr(self.pipeline, f"text_encoder{suffix}")
             tokens = tokenize(getattr(self.pipeline, f"tokenizer{suffix}"), texts)
-            output = network(copy_to(network.device, tokens.input_ids), output_hidden_states=True)
+            output = network(copy_to(self.device, tokens.input_ids), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
         embeddings, pooled = torch.cat(hidden, dim=-1).to(self.dtype), output.text_embeds.to(self.dtype)
         pairs = zip(embeddings, pooled, strict=True)

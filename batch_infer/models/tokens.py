@@ -12,6 +12,7 @@ from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.configs import SHORTEST_TEXT, text_positions
 from batch_infer.models.families import FAMILIES
+from batch_infer.models.textual_inversion import Embedding, add_tokens, expand_tokens
 from batch_infer.models.untrusted import loading_errors
 
 WINDOWS = 3
@@ -25,14 +26,19 @@ MAX_PENDING = 8
 class TokenCounter:
     """Counts tokens with fast transformers tokenizers, which add a start and an end token to every text."""
 
-    def __init__(self, *tokenizers: Any, windows: int = 1) -> None:
-        self._tokenizers = tokenizers
+    def __init__(self, *tokenizers: Any, windows: int = 1, embeddings: Sequence[Embedding] = ()) -> None:
+        """The tokenizers have the tokens of the embeddings."""
+        self._tokenizers, self._embeddings = tokenizers, embeddings
         self.max_tokens: int = windows * (min(tokenizer.model_max_length for tokenizer in tokenizers) - 2)
         """Maximum number of tokens, without start and end tokens, of a text that no text encoder truncates."""
 
+    def is_short(self, text: str) -> bool:
+        """Return whether a text certainly fits, because a token of ASCII text has at least one character."""
+        return len(text) <= self.max_tokens and text.isascii() and not self._embeddings
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the maximum token count of each text over the tokenizers, without start, end and padding tokens."""
-        texts = list(texts)
+        texts = expand_tokens(texts, self._embeddings)
         counts = []
         for tokenizer in self._tokenizers:
             # Counting with the backend takes a third less time, because transformers also converts every encoding.
@@ -54,8 +60,8 @@ class TruncationCounter:
         self._total = 0
 
     def add(self, prompt: str) -> None:
-        if len(prompt) <= self._counter.max_tokens and prompt.isascii():
-            return  # it certainly fits, because a token of ASCII text has at least one character
+        if self._counter.is_short(prompt):
+            return
         self._batch.append(prompt)
         if len(self._batch) == COUNT_BATCH:
             self._submit()
@@ -89,8 +95,9 @@ def load_token_counter(card: ModelCard) -> TokenCounter | None:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             positions, embeddings = text_positions(card.path, name.replace("tokenizer", "text_encoder"), card.path.name)
             limit_tokenizer(tokenizer, positions, embeddings, folder)
+            add_tokens(tokenizer, card.embeddings)
         tokenizers.append(tokenizer)
-    return TokenCounter(*tokenizers, windows=card.windows)
+    return TokenCounter(*tokenizers, windows=card.windows, embeddings=card.embeddings)
 
 
 def limit_tokenizer(tokenizer: Any, positions: int | None, embeddings: int | None, folder: Path) -> None:

@@ -146,10 +146,14 @@ def _describe(pipeline: Any, part: str) -> str:
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Temporarily replace a method of an object by a function.
 
-    The function gets the method's signature, because pipelines inspect it.
+    The function gets the method's signature, because pipelines inspect it. An object may have its own method instead of
+    its class's, such as the `forward` of a network with accelerate's hooks.
     """
+    own = vars(owner).get(name)
     setattr(owner, name, functools.wraps(getattr(owner, name))(function))
     try:
         yield
     finally:
         delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)

@@ -19,7 +19,7 @@ from batch_infer.worker import explain_flag
 
 def read_rows(rows: Iterable[Mapping[str, Any]], deployment: Deployment) -> Iterator[PromptRequest | ResultRow]:
     """Yield the requests or the invalid result of each row, in order. A row maps column names to cells."""
-    return parse_rows(rows, deployment.settings.table.columns, deployment.rules)
+    return parse_rows(rows, deployment.settings.table.columns, deployment.rules, deployment.find_lora)
 
 
 def check_parameters(parameters: Mapping[str, Any], deployment: Deployment) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from queue import Empty
 from threading import Event, Lock
 
@@ -15,11 +16,11 @@ from msgspec import structs
 
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import RetryableError, StoppedError
-from batch_infer.models import ModelCard
+from batch_infer.models import LoraFolder, ModelCard
 from batch_infer.records import PromptRequest
 from batch_infer.serving.request_queue import RequestQueue, Submission
 from batch_infer.settings import Compute, RunSettings
-from batch_infer.table import RowRules
+from batch_infer.table import FindLora, RowRules
 from batch_infer.worker import ChainLoader, load_chain
 
 DEFAULT_SLOTS = 8
@@ -71,6 +72,16 @@ class Deployment:
     compute: Compute
     rules: RowRules
 
+    @property
+    def find_lora(self) -> FindLora | None:
+        """The function that finds the LoRAs of rows, or None without --lora-folder. Raises ModelError."""
+        folder = self.settings.model.lora_folder
+        return _open_lora_folder(folder).find if folder else None
+
+
+_open_lora_folder = lru_cache(LoraFolder)
+"""Opens a folder once per process, because its files are hashed."""
+
 
 class Service:
     """Renders requests from any thread. Rows of all clients share the slots.
@@ -93,9 +104,7 @@ class Service:
         # The thread also loads the model, because a compiled network may be bound to the thread that loaded it.
         self._pool = ThreadPoolExecutor(1, "render")
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
-        self._queue = RequestQueue(
-            lambda request: (request.params.height, request.params.width), slots + max(slots, MIN_READ_AHEAD)
-        )
+        self._queue = RequestQueue(lambda request: request.group_key, slots + max(slots, MIN_READ_AHEAD))
 
     def render(
         self, requests: Sequence[PromptRequest], client: Client = NO_TIMEOUT

@@ -3,10 +3,18 @@
 Classes that parse or check their values raise SettingsError.
 """
 
-from batch_infer.settings.model import SHORT_NAMES, LoraSpec, ModelSettings, SchedulerSpec
+from batch_infer.settings.model import (
+    SHORT_NAMES,
+    EmbeddingSpec,
+    LoraSpec,
+    ModelSettings,
+    Quantization,
+    SchedulerSpec,
+)
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
+    LORA_FIELD,
     BatchShape,
     Compute,
     ComputeSettings,
@@ -15,6 +23,7 @@ from batch_infer.settings.run import (
     FailureBudget,
     IdSource,
     ImageFormat,
+    Offload,
     OutputSettings,
     ResultsFormat,
     RetryStatus,
@@ -30,16 +39,20 @@ __all__ = [
     "Compute",
     "ComputeSettings",
     "Device",
+    "EmbeddingSpec",
     "EngineName",
     "FIELDS",
     "FailureBudget",
     "IMAGE_SUFFIXES",
     "IdSource",
+    "LORA_FIELD",
     "ImageFormat",
     "LoraSpec",
     "ModelSettings",
+    "Offload",
     "OnFlagged",
     "OutputSettings",
+    "Quantization",
     "ResultsFormat",
     "RetryStatus",
     "RowDefaults",

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from batch_infer.errors import SettingsError
 
+Quantization = Literal["fp8", "int8", "nf4"]
+
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _WITH_KARRAS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +47,10 @@ https://huggingface.co/docs/diffusers/api/schedulers/overview
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Model settings. If `name` is None, the demo model is used."""
+    """Model settings. If `name` is None, the demo model is used.
+
+    `lora_folder` contains the LoRAs that rows may name in their column `lora`.
+    """
 
     name: str | None = None
     revision: str | None = None
@@ -55,6 +60,9 @@ class ModelSettings:
     scheduler: SchedulerSpec | None = None
     loras: tuple[LoraSpec, ...] = ()
     long_prompts: bool = False
+    quantize: Quantization | None = None
+    lora_folder: str | None = None
+    embeddings: tuple[EmbeddingSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,22 @@ class LoraSpec:
         if not math.isfinite(weight):
             raise SettingsError(f"--lora {text}: the weight {number!r} is not a finite number")
         return cls(name + suffix, weight)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpec:
+    """File of a textual inversion embedding, and the token that stands for it, or None for the file's own."""
+
+    file: str
+    token: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> EmbeddingSpec:
+        """Parse `FILE[:TOKEN]`. FILE ends in .safetensors and may contain colons. Raises SettingsError."""
+        name, suffix, rest = text.rpartition(".safetensors")
+        if not suffix or rest == ":" or rest[:1] not in ("", ":"):
+            raise SettingsError(f"--embedding {text}: expected FILE.safetensors or FILE.safetensors:TOKEN")
+        return cls(name + suffix, rest[1:] or None)
 
 
 def _parse_value(text: str) -> Any:

@@ -22,10 +22,14 @@ FIELDS = (
 )
 """Fields of a row that determine what is rendered. Table columns without a field are carried to the results."""
 
+LORA_FIELD = "lora"
+"""Field that names a row's LoRA, with --lora-folder. Its column is also carried to the results."""
+
 EngineName = Literal["local", "ray"]
 IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+Offload = Literal["model", "sequential"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
 """Statuses of the results that `retry` can render again. `missing` selects results whose image file does not exist."""
@@ -102,7 +106,7 @@ class ComputeSettings:
 
     `processes` is the number of worker processes. With None, there is one for each GPU, or one without GPUs, or as many
     as a Ray cluster has room for. With 0, the command itself renders. `ray_address` is the address of that cluster,
-    which run.json does not record. Image bytes do not depend on `processes`, `engine` and `ray_address`.
+    which run.json does not record. Image bytes do not depend on `processes`, `engine`, `ray_address` and `offload`.
     """
 
     slots: Count | Literal["auto"] | None = None
@@ -111,6 +115,7 @@ class ComputeSettings:
     processes: int | None = None
     engine: EngineName = "local"
     ray_address: str | None = None
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute settings in use. Image bytes may depend on every field.
+    """Compute settings in use. Image bytes may depend on every field except `offload`.
 
     `by_size` overrides the batch sizes for specific image sizes.
     """
@@ -147,6 +152,7 @@ class Compute:
     device_name: str = ""
     compiled: bool = False
     by_size: tuple[BatchShape, ...] = ()
+    offload: Offload | None = None
 
     def shape_of(self, height: int, width: int) -> BatchShape:
         """Return the batch sizes for an image size."""

@@ -25,8 +25,8 @@ class EncoderCache:
         return self._results.get(key)
 
     def put(self, key: Hashable, result: Any) -> None:
+        self._bytes += count_bytes(result) - count_bytes(self._results.pop(key, None))
         self._results[key] = result
-        self._bytes += count_bytes(result)
         while self._bytes > self._max_bytes:
             self._bytes -= count_bytes(self._results.popitem(last=False)[1])
 

@@ -23,15 +23,12 @@ class Network:
     name: str
     module: Any
     kind: Kind
+    device: torch.device
+    """Where the network computes. Its weights may be elsewhere, if they are offloaded."""
 
     @property
     def method(self) -> str:
         return "decode" if self.kind == "decode" else "forward"
-
-    @functools.cached_property
-    def device(self) -> torch.device:
-        parameter: torch.nn.Parameter = next(self.module.parameters())
-        return parameter.device
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -81,7 +78,7 @@ def find_networks(pipeline: Any) -> tuple[Network, ...]:
             continue
         is_decoder = hasattr(module, "decode") and hasattr(module, "encode")
         kind: Kind = "decode" if is_decoder else "denoise" if isinstance(module, ModelMixin) else "encode"
-        networks[id(module)] = Network(name, module, kind)
+        networks[id(module)] = Network(name, module, kind, pipeline._execution_device)
     return tuple(networks.values())
 
 

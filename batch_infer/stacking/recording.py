@@ -80,6 +80,22 @@ def first_calls(calls: Sequence[RecordedCall]) -> dict[str, RecordedCall]:
     return {call.network.name: call for call in reversed(calls)}
 
 
+def pair_calls(
+    short: Sequence[RecordedCall], long: Sequence[RecordedCall]
+) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return, by network, the arguments of its first calls for two texts in which shapes differ.
+
+    With guidance in separate calls, the calls for the negative prompt are equal.
+    """
+    pairs: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for name in {call.network.name for call in short}:
+        ones, others = ([call.arguments for call in calls if call.network.name == name] for calls in (short, long))
+        different = (pair for pair in zip(ones, others, strict=False) if list_shapes(pair[0]) != list_shapes(pair[1]))
+        if (pair := next(different, None)) is not None:
+            pairs[name] = pair
+    return pairs
+
+
 @torch.no_grad()
 def record_pipeline(
     pipeline: Any, networks: Sequence[Network], arguments: Mapping[str, Any], known: dict[object, Any] | None = None

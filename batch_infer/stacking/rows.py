@@ -75,13 +75,14 @@ def get_autocast(device: torch.device) -> Autocast:
 
 @contextmanager
 def autocast(state: Autocast) -> Iterator[None]:
-    """Set autocast to that of a row, and disable it afterwards."""
+    """Set autocast to that of a row, and restore the caller's afterwards."""
+    before = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")]
     if state is not None:
         torch.set_autocast_dtype(*state)
         torch.set_autocast_enabled(state[0], True)
     try:
         yield
     finally:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                torch.set_autocast_enabled(kind, False)
+        for kind, dtype, is_enabled in before:
+            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_enabled(kind, is_enabled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,7 +44,7 @@ class Signatures:
     def _key(self, value: Any, path: Path, axes: Mapping[Path, int] | None, free_lengths: bool) -> Hashable:
         """Return the key of a value. Without `axes`, it stands for the whole content."""
         if type(value) in PLAIN:
-            return value
+            return cast(Hashable, value)
         if isinstance(value, torch.Tensor):
             return self._digest(value) if axes is None else self._tensor_key(value, axes.get(path))
         if isinstance(value, (int, float)):
@@ -82,6 +82,8 @@ class Signatures:
 def _list_key(values: list[Any], free_lengths: bool) -> Hashable:
     """Return the key of a list of batch elements."""
     first = values[0]
+    if isinstance(first, torch.Generator):
+        return "generators"
     if not isinstance(first, torch.Tensor):
         return "items", frozenset(map(repr, values))
     if free_lengths:

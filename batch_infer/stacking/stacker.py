@@ -175,8 +175,10 @@ class CallStacker(Generic[Tag]):
 
     def _fail(self, row: Row[Tag], error: Exception) -> None:
         """Raise an error in a row, at its call."""
+        state = row.call.autocast if row.call is not None else None
         row.call = None
-        row.greenlet.throw(error)
+        with autocast(state):
+            row.greenlet.throw(error)
         self._update(row)
 
     def _update(self, row: Row[Tag]) -> None:
@@ -217,13 +219,17 @@ class CallStacker(Generic[Tag]):
         return []
 
     def _fit(self, calls: Sequence[Call[Tag]]) -> list[Call[Tag]]:
-        """Return the calls that fit into a stack, at least one."""
+        """Return the calls that fit into a stack, at least one. Calls with equal texts need room only once."""
         room = self._sizes[calls[0].network.kind]
         fitting: list[Call[Tag]] = []
+        contents: set[Hashable] = set()
         for call in calls if calls[0].signature is not None else calls[:1]:
-            if call.elements <= room or not fitting:
+            if call.content in contents:
+                fitting.append(call)
+            elif call.elements <= room or not fitting:
                 fitting.append(call)
                 room -= call.elements
+                contents |= {call.content} - {None}
         return fitting
 
     def _make(self, calls: list[Call[Tag]]) -> None:
@@ -268,13 +274,16 @@ class CallStacker(Generic[Tag]):
         return stack, stack.stack([*(call.arguments for call in calls), *stand_ins])
 
     def _encode(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
-        """Make a stack of the calls with different texts, and cache the results."""
+        """Make a stack of the calls with different texts, and cache the results.
+
+        Each row gets a copy, because some pipelines modify embeddings in place.
+        """
         distinct = {call.content: call for call in calls}
         stacked = self._stack(network, list(distinct.values()))
         results = {content: clone_tensors(result) for content, result in zip(distinct, stacked, strict=True)}
         for content, result in results.items():
             self._cache.put(content, result)
-        return [results[call.content] for call in calls]
+        return [clone_tensors(results[call.content]) for call in calls]
 
     def _note(self, network: Network, used: int, size: int) -> None:
         if network.kind == "denoise":
@@ -292,7 +301,7 @@ class CallStacker(Generic[Tag]):
             if call.signature is None:
                 return original(**arguments)
             if (cached := self._cache.get(call.content)) is not None:
-                return cached
+                return clone_tensors(cached)
         row.call = call
         return self._main.switch()
 
@@ -309,7 +318,8 @@ class CallStacker(Generic[Tag]):
                 raise UnstackableError
             free_lengths = network.name in self._plan.stand_ins
             signature = self._signatures.of(arguments, axes, free_lengths=free_lengths)
-            content = (network.name, self._signatures.content(arguments)) if network.kind == "encode" else None
+            is_text = network.kind == "encode"
+            content = (network.name, state, self._signatures.content(arguments)) if is_text else None
         except UnstackableError:
             return Call(row, network, arguments, None, self._plan.count_elements(network, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)

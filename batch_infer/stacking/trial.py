@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from batch_infer.accelerator import is_device_error
+from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, has_nested_pipelines
 from batch_infer.stacking.padding import find_padding, find_stand_ins
 from batch_infer.stacking.plan import StackingPlan
-from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, record_pipeline
+from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, pair_calls, record_pipeline
 from batch_infer.stacking.rows import Call
 from batch_infer.stacking.stack import Stack
 from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker
@@ -43,18 +43,32 @@ class _FirstStepDone(RuntimeError):
 
 
 def make_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
-    """Return how the calls of a pipeline's networks can be stacked. Raises device errors.
+    """Return how the calls of a pipeline's networks can be stacked. Raises device errors except out of memory.
 
     The pipeline is called with short and long texts, with and without guidance. Calls are stacked only if, at the first
     step, each row gets the result of its own call, and the same bytes alone and among other rows.
     """
-    plan = StackingPlan(find_networks(pipeline))
+    networks = find_networks(pipeline)
+    plan = StackingPlan(networks, is_alone=True)
+    # A pipeline may compute with timesteps, which must then be on its device.
+    for host_timesteps in (True, False) if pipeline._execution_device.type == "cuda" else (False,):
+        plan = _try_plan(pipeline, make_arguments, StackingPlan(networks, host_timesteps=host_timesteps))
+        if not plan.is_alone:
+            break
+    return plan
+
+
+def _try_plan(pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) -> StackingPlan:
     try:
-        return _Trial(pipeline, make_arguments, plan).run()
+        with out_of_memory_errors():
+            return _Trial(pipeline, make_arguments, plan).run()
+    except torch.OutOfMemoryError:
+        reason = "there is too little memory to try calls with two rows"
     except ROW_ERRORS as error:
         if is_device_error(error):
             raise
-        return run_alone(plan, f"a trial call failed ({first_line(error)})")
+        reason = f"a trial call failed ({first_line(error)})"
+    return run_alone(plan, reason)
 
 
 def run_alone(plan: StackingPlan, *reasons: str) -> StackingPlan:
@@ -74,8 +88,12 @@ class _Outcome:
 class _Trial:
     def __init__(self, pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) -> None:
         self._pipeline, self._make_arguments = pipeline, make_arguments
-        self._plan = replace(plan, host_timesteps=pipeline.device.type == "cuda")
+        self._plan = plan
         self._recorded = {guided: self._record([SHORT_TEXT], guided) for guided in (True, False)}
+        # Some components are networks that no call evaluates, such as the image normalizer of StableUnCLIPPipeline.
+        called = {call.network.name for calls in self._recorded.values() for call in calls}
+        networks = tuple(network for network in plan.networks if network.name in called)
+        self._plan = replace(self._plan, networks=networks)
         self._elements = 1
 
     def run(self) -> StackingPlan:
@@ -135,12 +153,12 @@ class _Trial:
 
     def _fix_lengths(self, plan: StackingPlan) -> tuple[StackingPlan, str]:
         """Return a plan in which texts of all lengths share calls, or one without calls of those denoisers."""
-        short, long = (first_calls(self._recorded[True]), first_calls(self._record([LONG_TEXT], True)))
+        pairs = pair_calls(self._recorded[True], self._record([LONG_TEXT], True))
         for network in plan.networks:
             name = network.name
-            if network.kind != "denoise" or name not in plan.axes or name not in short:
+            if network.kind != "denoise" or name not in plan.axes or name not in pairs:
                 continue
-            one, other = short[name].arguments, long[name].arguments
+            one, other = pairs[name]
             padding = find_padding(network, one, other)
             stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
             if padding is not None:
@@ -220,9 +238,11 @@ class _CheckingStacker(CallStacker[int]):
         return row_pipeline
 
     def _stack(self, network: Network, calls: Sequence[Call[int]]) -> list[Any]:
+        # The stack comes last, so that a network that stores something, such as attention maps, has stored it then.
+        expected = [find_tensor(network.evaluate(call.arguments)) for call in calls]
         results = super()._stack(network, calls)
-        for call, result in zip(calls, results, strict=True):
-            if not _is_close(find_tensor(result), find_tensor(network.evaluate(call.arguments))):
+        for one, result in zip(expected, results, strict=True):
+            if not _is_close(find_tensor(result), one):
                 self.different.add(network.name)
         return results
 

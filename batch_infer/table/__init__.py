@@ -7,12 +7,13 @@ from batch_infer.store import redact_url
 from batch_infer.table.base import make_default_id
 from batch_infer.table.json import DocumentFormat, parse_element, parse_payload_columns
 from batch_infer.table.jsonl import is_too_deep
-from batch_infer.table.rows import RowRules, parse_rows
+from batch_infer.table.rows import FindLora, RowRules, parse_rows
 from batch_infer.table.selection import is_ignored_name
 from batch_infer.table.tables import SharedFolder, Tables
 
 __all__ = [
     "DocumentFormat",
+    "FindLora",
     "SharedFolder",
     "RowRules",
     "Tables",

@@ -22,7 +22,7 @@ from batch_infer.carried import (
 )
 from batch_infer.errors import TableError
 from batch_infer.records import digest
-from batch_infer.settings import FIELDS
+from batch_infer.settings import FIELDS, LORA_FIELD
 from batch_infer.table.base import MAX_SHOWN_COLUMNS, SEPARATORS, RawRow, Reader, TableFile
 from batch_infer.table.fields import read_fields
 
@@ -54,7 +54,8 @@ class OpenTable:
     """A readable file and its columns.
 
     `path_columns` come from the file's path and override columns of the file. `fields` maps fields to columns, and
-    `carried` maps the other columns to their names in the results.
+    `carried` maps the other columns to their names in the results. `lora_column` names the rows' LoRAs, and is also
+    carried.
     """
 
     file: TableFile
@@ -62,6 +63,7 @@ class OpenTable:
     path_columns: Mapping[str, str | None]
     fields: Mapping[str, str]
     carried: dict[str, str]
+    lora_column: str | None = None
 
     def read_rows(self) -> Iterator[RawRow]:
         rows = self.reader.read_rows()
@@ -77,11 +79,11 @@ class CellReader:
     """Converts the cells of one file. `schema` contains the types of the carried columns in the results."""
 
     def __init__(self, table: OpenTable, schema: pa.Schema) -> None:
-        self._fields = table.fields
+        self._fields, self._lora_column = table.fields, table.lora_column
         self._python_readers = {
             field: reader
-            for field, column in table.fields.items()
-            if (reader := make_python_reader(table.get_type(column)))
+            for field, column in {**table.fields, LORA_FIELD: table.lora_column}.items()
+            if column is not None and (reader := make_python_reader(table.get_type(column)))
         }
         self._dtypes = {column: to_result_type(table.get_type(column)) for column in table.carried}
         self._converters = [
@@ -96,6 +98,12 @@ class CellReader:
             if cells.get(field) is not None:
                 cells[field] = read(cells[field])
         return cells
+
+    def read_lora(self, row: RawRow) -> Any:
+        """Return the cell that names the row's LoRA, or None if there is no such column."""
+        cell = None if self._lora_column is None else row.cells.get(self._lora_column)
+        read = self._python_readers.get(LORA_FIELD)
+        return cell if read is None or cell is None else read(cell)
 
     def digest(self, fields: Mapping[str, Any], row: RawRow) -> str:
         """Return a digest of the text of a row's cells. It does not depend on the row's file and position.
@@ -175,7 +183,11 @@ def _warn_about_text(name: str, dtypes: Mapping[str, pa.DataType]) -> Iterator[s
 
 
 def map_fields(
-    file: TableFile, names: Sequence[str], columns: Mapping[str, str], renamed: Mapping[str, str]
+    file: TableFile,
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    renamed: Mapping[str, str],
+    names_of_fields: Sequence[str] = FIELDS,
 ) -> dict[str, str]:
     """Return the column of each field that has one. `columns` maps fields to the user's column names, '' for no column.
 
@@ -185,7 +197,7 @@ def map_fields(
     if file.format == ".txt":
         columns = {**columns, "prompt": "prompt"}
     fields = {}
-    for field in FIELDS:
+    for field in names_of_fields:
         name = columns.get(field, field)
         if name and name in names:
             fields[field] = name
@@ -246,6 +258,17 @@ def _describe_near_fields(tables: Iterable[OpenTable], columns: Mapping[str, str
         more = f" and {len(names) - 1} more" if names[1:] else ""
         option = f"--column {shlex.quote(f'{field}={name}')}"
         yield f"{names[0]}{more}: column {name!r} is carried and has no effect; if it is the {field}, add {option}"
+
+
+def describe_unused_loras(tables: Iterable[OpenTable]) -> Iterator[str]:
+    """Yield a hint if a table seems to name LoRAs, but there is no folder of LoRAs."""
+    files = [table.file.name for table in tables if LORA_FIELD in table.carried]
+    if files:
+        more = f" and {len(files) - 1} more" if files[1:] else ""
+        yield (
+            f"{files[0]}{more}: column {LORA_FIELD!r} is carried and has no effect; if it names the LoRAs of rows, add "
+            "--lora-folder DIR"
+        )
 
 
 def _match_near(missing: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from batch_infer.errors import RowError, SettingsError
-from batch_infer.records import PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
-from batch_infer.settings import FIELDS, RowDefaults
+from batch_infer.records import Lora, PromptRequest, ResultRow, SamplingParams, SizeRules, Source, digest, utc_now
+from batch_infer.settings import FIELDS, LORA_FIELD, RowDefaults
 from batch_infer.table.base import find_encoding_error, is_utf8, make_default_id, replace_surrogates
 from batch_infer.table.fields import MAX_SEED, MAX_TEXT_LENGTH, PARSERS, format_id, format_value, read_fields
 
@@ -63,6 +63,8 @@ EARLIER_WORDINGS = (
 An invalid row's fingerprint includes its error. It is computed from the earlier wording, so that it stays the same.
 """
 
+FindLora: TypeAlias = "Callable[[str], Lora]"
+"""Returns the LoRA that a cell names. Raises RowError."""
 HasFinalResult: TypeAlias = "Callable[[PromptRequest], bool]"
 """Returns whether the manifest has a final result for a request."""
 
@@ -95,8 +97,8 @@ class RowCells:
     """The cells of a row: those of fields (None if empty), and those carried to the results.
 
     `id` is unique among the rows of a run's tables, but may repeat in `parse_rows`. `too_large` is an error
-    message if carried cells were dropped because of their size. PromptRequest documents `id_collides` and
-    `stem_collides`.
+    message if carried cells were dropped because of their size. `lora` is the row's LoRA, or an error. PromptRequest
+    documents `id_collides` and `stem_collides`.
     """
 
     id: str
@@ -106,22 +108,25 @@ class RowCells:
     too_large: str | None = None
     id_collides: bool = False
     stem_collides: bool = False
+    lora: Lora | RowError | None = None
 
 
 def parse_rows(
-    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], rules: RowRules, find_lora: FindLora | None = None
 ) -> Iterator[PromptRequest | ResultRow]:
     """For each row of a data frame or HTTP request, yield its prompt requests or one invalid result.
 
     `columns` maps a field to its column if their names differ, or to '' if the field has no column. Other columns are
-    ignored. Ids need not be unique: they only determine the seeds of rows without a seed.
+    ignored. Ids need not be unique: they only determine the seeds of rows without a seed. Without `find_lora`, rows
+    cannot name a LoRA.
     """
     field_columns = {field: name for field in FIELDS if (name := columns.get(field, field))}
     for number, row in enumerate(rows):
         fields = read_fields(field_columns, row.get)
         value = fields.pop("id", None)
         name = make_default_id(REQUEST_STEM, number) if value is None else format_id(value)
-        cells = RowCells(name, Source(REQUEST_STEM, number), fields, {})
+        lora = read_lora(row.get(columns.get(LORA_FIELD, LORA_FIELD)), find_lora)
+        cells = RowCells(name, Source(REQUEST_STEM, number), fields, {}, lora=lora)
         not_utf8 = [field for field, cell in fields.items() if isinstance(cell, str) and not is_utf8(cell)]
         if not_utf8:  # there is no table to save as UTF-8, as `find_encoding_error` may advise
             yield make_invalid(
@@ -131,6 +136,19 @@ def parse_rows(
             yield make_invalid(cells, f"the id must be text or a number, not a {type(value).__name__}")
         else:
             yield from make_requests(cells, rules)
+
+
+def read_lora(cell: Any, find_lora: FindLora | None) -> Lora | RowError | None:
+    """Return the LoRA that a cell names, an error, or None if the cell is empty or rows cannot name one."""
+    value = read_fields({LORA_FIELD: LORA_FIELD}, {LORA_FIELD: cell}.get)[LORA_FIELD]
+    if find_lora is None or value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if not isinstance(value, str):
+            return RowError(f"lora {format_value(value)} is not text but {type(value).__name__}")
+        return find_lora(value)
+    except RowError as error:
+        return error
 
 
 def make_requests(
@@ -158,6 +176,8 @@ def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> 
         values.pop(name) for name in ("num_images_per_prompt", "seed", "prompt", "negative_prompt")
     )
     params = SamplingParams(**values, embedded_guidance=rules.embedded_guidance)
+    lora = cells.lora if isinstance(cells.lora, Lora) else None
+    adapters = [] if lora is None else [[lora.fingerprint, lora.weight]]
     for image_index in range(count):
         image_seed = seed + image_index
         yield PromptRequest(
@@ -168,10 +188,11 @@ def _make_requests(cells: RowCells, rules: RowRules, values: dict[str, Any]) -> 
             seed=image_seed,
             params=params,
             source=cells.source,
-            fingerprint=digest([rules.fingerprint, prompt, negative_prompt, image_seed, *values.values()]),
+            fingerprint=digest([rules.fingerprint, prompt, negative_prompt, image_seed, *values.values(), *adapters]),
             carried=cells.carried,
             id_collides=cells.id_collides,
             stem_collides=cells.stem_collides,
+            lora=lora,
         )
 
 
@@ -220,6 +241,8 @@ def _parse(cells: RowCells, rules: RowRules, errors: list[str]) -> dict[str, Any
     for field, value in rules.fixed:
         if field in values and values[field] != value:
             errors.append(f"{field} {format_value(values[field])} is given, but this model does not support it")
+    if isinstance(cells.lora, RowError):
+        errors.append(str(cells.lora))
     if errors:
         return values
     if cells.fields.get("seed") is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow, Source
-from batch_infer.settings import IdSource, TableSettings
+from batch_infer.settings import FIELDS, LORA_FIELD, IdSource, TableSettings
 from batch_infer.table.base import (
     BLANK_ROW,
     ID_DIGITS,
@@ -22,11 +22,26 @@ from batch_infer.table.base import (
     make_default_id,
     replace_surrogates,
 )
-from batch_infer.table.columns import CellReader, OpenTable, describe_columns, make_carried_schema, map_fields
+from batch_infer.table.columns import (
+    CellReader,
+    OpenTable,
+    describe_columns,
+    describe_unused_loras,
+    make_carried_schema,
+    map_fields,
+)
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
 from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems
-from batch_infer.table.rows import HasFinalResult, RowCells, RowRules, make_invalid, make_requests
+from batch_infer.table.rows import (
+    FindLora,
+    HasFinalResult,
+    RowCells,
+    RowRules,
+    make_invalid,
+    make_requests,
+    read_lora,
+)
 from batch_infer.table.urls import parse_path_columns
 
 
@@ -53,15 +68,19 @@ class Tables:
     """
 
     def __init__(
-        self, settings: TableSettings, result_columns: Iterable[str], shared_folder: SharedFolder | None = None
+        self,
+        settings: TableSettings,
+        result_columns: Iterable[str],
+        shared_folder: SharedFolder | None = None,
+        find_lora: FindLora | None = None,
     ) -> None:
-        """Open every file and find its columns.
+        """Open every file and find its columns. Without `find_lora`, rows cannot name a LoRA.
 
         Raises TableError if no TABLE is given. Without `shared_folder`, also raises it if a named file cannot be read,
         if no file can be read, or if default ids would collide. Raises ServiceError if a service fails, StorageError
         if the disk fails or the temporary folder is full.
         """
-        self._settings, self._shared_folder = settings, shared_folder
+        self._settings, self._shared_folder, self._find_lora = settings, shared_folder, find_lora
         self._limit = None if settings.limit is None else min(settings.limit, sys.maxsize)
         self._owners: Mapping[str, str] = {}
         self._notice_counts = NoticeCounts()
@@ -78,7 +97,8 @@ class Tables:
         paths = [file.path.absolute() for file in files if file.origin == "file" and file.error is None]
         self._stamps = {path: _get_stamp(path) for path in paths}
         self.carried, warnings = make_carried_schema(self._readable, frozenset(result_columns))
-        self._notices = [*describe_columns(self._readable, settings.columns), *warnings]
+        unused = [] if find_lora else describe_unused_loras(self._readable)
+        self._notices = [*describe_columns(self._readable, settings.columns), *unused, *warnings]
 
     def __enter__(self) -> Tables:
         return self
@@ -176,11 +196,13 @@ class Tables:
             # In a shared folder, file.name lacks the folders of the path, which may be columns.
             path_columns = parse_path_columns(file.path.as_posix() if self._shared_folder else file.name)
             names = list(dict.fromkeys([*reader.schema.names, *path_columns]))
-            fields = map_fields(file, names, columns, reader.renamed)
+            known = FIELDS if self._find_lora is None else (*FIELDS, LORA_FIELD)
+            fields = map_fields(file, names, columns, reader.renamed, known)
         except TableError as error:
             return replace(file, error=str(error))
+        lora_column = fields.pop(LORA_FIELD, None)
         carried = {name: name for name in names if name not in fields.values()}
-        return OpenTable(file, reader, path_columns, fields, carried)
+        return OpenTable(file, reader, path_columns, fields, carried, lora_column)
 
     def _find_conflict(self, name: str, file: str) -> str | None:
         """Return an error message if an id in this file belongs or may belong to another file, else None."""
@@ -224,7 +246,8 @@ class Tables:
             name = ids.reserve_unique(make_default_id(file.stem, row.number), file.name)
         source = Source(file.name, row.number, row.line)
         stem_collides = bool(self._colliding) and source.stem in self._colliding
-        cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides)
+        lora = read_lora(reader.read_lora(row), self._find_lora)
+        cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides, lora)
         return cells, row.error or error
 
 

@@ -40,7 +40,7 @@ class WorkerReport:
     `compute` contains the current batch sizes, which shrink when memory runs out. `mfu` is the model FLOP utilisation
     (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows, divided by
     the FLOPs that the device could have computed in the rendering time. It is None before the final report, for
-    pipelines that run their own call, if the device's peak is unknown, and if nothing was rendered.
+    pipelines that run their own call, with --offload, if the device's peak is unknown, and if nothing was rendered.
     """
 
     stages: Mapping[Size, Stages]

@@ -37,12 +37,15 @@ def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Late
         if card.uses_pipeline_call:
             from batch_infer.models import AnyPipeline
 
-            pipeline = AnyPipeline.load(card, device, dtype, with_checker=with_checker)
+            pipeline = AnyPipeline.load(card, device, dtype, with_checker=with_checker, offload=compute.offload)
             if compute.compiled:
                 pipeline.compile(compute.threads)
             return pipeline
-        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
+        on_host = compute.offload is not None
+        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker, on_host=on_host)
         optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+        if compute.offload is not None:
+            model.offload(compute.offload)
     return model
 
 
@@ -72,4 +75,6 @@ def make_chain(
     checker = None
     if model.safety_checker is not None:
         checker = make_image_checker(model.safety_checker, model.feature_extractor, batch_sizes.decode)
-    return StepLevelChain(model, batch_sizes, checker, stop)
+    # With --offload, a network that runs in another thread would take the denoiser's place on the device.
+    in_background = None if compute.offload is None else False
+    return StepLevelChain(model, batch_sizes, checker, stop, in_background=in_background)

@@ -46,10 +46,11 @@ def bench_settings(recorder: Recorder, *, against: Sequence[str] = (), compiled:
     )
 
 
-def load_demo(device: Any, dtype: Any, slots: int) -> Subject:
+def load_demo(device: Any, dtype: Any, slots: int, *, quantize: Any = None, offload: Any = None) -> Subject:
     """Load the built-in model, uncompiled."""
-    compute = ComputeSettings(slots=slots, threads=threads_on(device), compiled=False)
-    return load_subject(BenchSettings(model=ModelSettings(dtype=dtype, device=device), compute=compute))
+    compute = ComputeSettings(slots=slots, threads=threads_on(device), compiled=False, offload=offload)
+    model = ModelSettings(dtype=dtype, device=device, quantize=quantize)
+    return load_subject(BenchSettings(model=model, compute=compute))
 
 
 def threads_on(device: str) -> int | None:
@@ -71,6 +72,11 @@ def rows_for(subject: Subject, count: int, steps: tuple[int, int], *, unguided: 
 def render(model: LatentDiffusion, rows: Sequence[PromptRequest], slots: int, decode: int) -> dict[str, Any]:
     """Render rows and return pixels by id. Raises RuntimeError for a row without an image."""
     return pixels_of(list(StepLevelChain(model, BatchSizes(slots, decode), None).render(rows)))
+
+
+def render_as_worker(subject: Subject, rows: Sequence[PromptRequest]) -> dict[str, Any]:
+    """Render rows with a worker's chain and return pixels by id. Raises RuntimeError for a row without an image."""
+    return pixels_of(list(make_chain(subject.model, subject.compute).render(rows)))
 
 
 def pixels_of(outcomes: Sequence[Any]) -> dict[str, Any]:

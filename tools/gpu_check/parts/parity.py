@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from batch_infer.records import PromptRequest
     from tools.gpu_check.recorder import Recorder
 
+LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+"""Libraries of the forms of quantized weights, which are checked if their library is installed."""
 UNGUIDED = 0.2
 """Share of rows without guidance, which take one slot instead of two."""
 
@@ -37,6 +40,23 @@ def run(recorder: Recorder) -> None:
             elif not recorder.small:
                 reference = images
                 results |= compare_with_tf32(subject, rows, images)
+    if recorder.small:
+        return
+    for mode in ("model", "sequential"):
+        with recorder.section(f"offload {mode}") as results:
+            subject = subjects.load_demo(recorder.device, "float32", slots, offload=mode)
+            rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
+            results["equal_to_images_without_offload"] = count_equal(
+                subjects.render_as_worker(subject, rows), reference
+            )
+    for kind, library in LIBRARIES.items():
+        if find_spec(library):
+            with recorder.section(f"float16 in {kind}") as results:
+                subject = subjects.load_demo(recorder.device, "float16", slots, quantize=kind)
+                rows = subjects.rows_for(subject, count, steps, unguided=UNGUIDED)
+                images = render(subject, rows)
+                results |= compare_in_other_batches(subject, rows, images)
+                results["quantized_compared_with_float32"] = compare_images(images, reference)
 
 
 def render(subject: Subject, rows: list[PromptRequest]) -> dict[str, Any]:
