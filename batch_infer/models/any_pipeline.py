@@ -193,7 +193,7 @@ class AnyPipeline:
             raise self._refuse(error) from error
         if error is not None:
             raise FailedRowError(f"{name} failed: {first_line(error)}") from error
-        images = result.images
+        images = result[0]  # named `images`, except by Kandinsky 5
         if not isinstance(images, torch.Tensor):
             images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
         # Some pipelines silently round sizes.
