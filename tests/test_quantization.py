@@ -24,7 +24,8 @@ from batch_infer.records import SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings, Quantization
 from batch_infer.worker import load_model, make_chain
 from tests.checkpoints import amend
-from tests.pipelines import make_t5, save_flux
+from tests.pipelines import save_flux
+from tests.pipelines.saved import make_t5
 from tests.rendering import copy_folder, make_request
 from tests.runs import command, results, run, run_json
 from tests.tables import write_csv

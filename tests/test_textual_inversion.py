@@ -16,7 +16,8 @@ from batch_infer.models import AnyPipeline, ModelCard, load_latent_diffusion, lo
 from batch_infer.settings import EmbeddingSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import assert_close, call_diffusers, load_pipeline
-from tests.pipelines import SAVE_FUNCTIONS, WIDTH
+from tests.pipelines import SAVE_FUNCTIONS
+from tests.pipelines.parts import WIDTH
 from tests.rendering import CPU, copy_folder, make_request, max_difference, render
 from tests.runs import command, results, run, run_json
 

@@ -96,7 +96,8 @@ def call_alone(pipeline: Any, request: PromptRequest) -> np.ndarray:
     elif tiny.guidance == "true_cfg_scale" and params.uses_guidance:
         arguments["negative_prompt"] = " "  # this pipeline omits guidance without a negative prompt
     images = np.asarray(pipeline(**arguments)[0])
-    return (images[0] * 255).round().astype(np.uint8)
+    pixels: np.ndarray = (images[0] * 255).round().astype(np.uint8)
+    return pixels
 
 
 @dataclass(frozen=True)
