@@ -22,7 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer import peak_flops
-from batch_infer.bench import BenchSettings, WorkloadSettings, contenders, parse_against, parse_steps, parse_sweep
+from batch_infer.bench import (
+    BenchSettings,
+    WorkloadSettings,
+    contenders,
+    family_probe,
+    parse_against,
+    parse_steps,
+    parse_sweep,
+)
 from batch_infer.bench.comparison import _estimate_seconds, measure_sweep
 from batch_infer.bench.contenders import matmul_tflops
 from batch_infer.bench.renderers import PlainDiffusers
@@ -99,7 +107,7 @@ def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> Non
         seconds = statistics.median(figures["seconds"])
         assert len(figures["seconds"]) == report["rounds"] == 2
         assert figures["images_per_second"] * seconds == pytest.approx(table["rows"], rel=0.01)
-        tflop = table["unet_tflop" if name == "bare" else "tflop"]
+        tflop = table["denoiser_tflop" if name == "bare" else "tflop"]
         assert figures["mfu"] == pytest.approx(tflop / seconds / peak["tflops"], rel=0.02)
         if name != "batch-infer":
             ratios = [theirs / own for theirs, own in zip(figures["seconds"], ours["seconds"], strict=True)]
@@ -109,12 +117,12 @@ def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> Non
 
 
 @pytest.mark.promises
-def test_tflop_counts_the_unet_and_the_decoder(report: dict[str, Any]) -> None:
+def test_tflop_counts_the_denoiser_and_the_decoder(report: dict[str, Any]) -> None:
     sizes = report["table"]["sizes"]
-    unet = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
+    denoiser = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
     decoder = sum(size["images"] * size["decode_tflop"] for size in sizes)
-    assert report["table"]["unet_tflop"] == pytest.approx(unet)
-    assert report["table"]["tflop"] == pytest.approx(unet + decoder)
+    assert report["table"]["denoiser_tflop"] == pytest.approx(denoiser)
+    assert report["table"]["tflop"] == pytest.approx(denoiser + decoder)
 
 
 @pytest.mark.promises
@@ -124,7 +132,7 @@ def test_one_by_one_is_timed_on_a_sample(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.promises
-def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_sample_is_extrapolated_by_denoiser_evaluations(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "seconds_of", lambda work, device: (work(), 2.0)[1])
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
     figures = json.loads(done.stdout)["contenders"]
@@ -136,7 +144,7 @@ def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monke
 
 
 @pytest.mark.promises
-def test_time_of_the_bare_unet_follows_from_its_rates(report: dict[str, Any]) -> None:
+def test_time_of_the_bare_denoiser_follows_from_its_rates(report: dict[str, Any]) -> None:
     figures = report["contenders"]["bare"]
     rates = figures["row_forwards_per_second"]
     seconds = sum(
@@ -155,9 +163,7 @@ def test_images_equal_those_of_plain_diffusers(report: dict[str, Any]) -> None:
 @pytest.mark.promises
 def test_different_images_are_reported(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison would be meaningless if a baseline rendered other images."""
-    monkeypatch.setattr(
-        PlainDiffusers, "_generator", staticmethod(lambda row: torch.Generator().manual_seed(row.seed + 1))
-    )
+    monkeypatch.setattr(family_probe, "make_generator", lambda row: torch.Generator().manual_seed(row.seed + 1))
     done = command("bench", *ROWS, "--rounds", "1", "--against", "grouped", "--json")
     assert json.loads(done.stdout)["parity"]["largest_difference"] > 20
 
@@ -464,7 +470,7 @@ def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest
             raise torch.OutOfMemoryError("full")
         return 100.0
 
-    monkeypatch.setattr("batch_infer.bench.comparison.unet_rate", rate)
+    monkeypatch.setattr("batch_infer.bench.comparison.denoiser_rate", rate)
     sweep = Sweep()
     measure_sweep(sweep, [2, 8, 16], demo, make_workload(WorkloadSettings(2, (1, 1), "native"), demo))
     assert [point.slots for point in sweep.points] == [2]

@@ -20,7 +20,7 @@ from batch_infer.models.families import load_latent_diffusion, load_solver
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
 if TYPE_CHECKING:
-    from batch_infer.models.acceleration import decode_flops, denoise_flops, is_compiled, optimize_networks
+    from batch_infer.models.acceleration import count_flops, decode_flops, denoise_flops, is_compiled, optimize_networks
     from batch_infer.models.any_pipeline import AnyPipeline, inspect_pipeline
     from batch_infer.models.architectures import build_architecture
     from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = import_on_use(
         __name__,
-        acceleration=("decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
+        acceleration=("count_flops", "decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
         any_pipeline=("AnyPipeline", "inspect_pipeline"),
         architectures=("build_architecture",),
         latent_diffusion=("Conditioning", "LatentDiffusion"),
@@ -44,6 +44,7 @@ __all__ = [
     "SamplingRules",
     "TruncationCounter",
     "build_architecture",
+    "count_flops",
     "decode_flops",
     "denoise_flops",
     "inspect_pipeline",

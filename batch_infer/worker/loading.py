@@ -37,10 +37,20 @@ def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Late
         if card.uses_pipeline_call:
             from batch_infer.models import AnyPipeline
 
-            return AnyPipeline.load(card, device, dtype, with_checker=with_checker)
-        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
-        optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+            model: LatentDiffusion | AnyPipeline
+            model = AnyPipeline.load(card, device, dtype, with_checker=with_checker)
+        else:
+            model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
+        optimize_model(model, compute)
     return model
+
+
+def optimize_model(model: LatentDiffusion | AnyPipeline, compute: Compute) -> None:
+    """Optimize the networks of a model, and compile them if the settings say so."""
+    if not model.uses_pipeline_call:
+        optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+    elif compute.compiled:
+        model.compile(compute.threads)
 
 
 def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,12 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, Qwen3ForCausalLM, Qwen3Model
 
+from batch_infer.models.any_pipeline import AnyPipeline, make_rules
 from batch_infer.models.architectures import text
+from batch_infer.models.architectures.families import build_family
 from batch_infer.models.architectures.weights import Sizes, initialized_on
+from batch_infer.models.card import SamplingRules
+from batch_infer.models.latent_diffusion import LatentDiffusion
 
 FLUX = Sizes(
     {},
@@ -128,6 +132,24 @@ class PipelineArchitecture:
     build: Callable[[bool, Any], Any]
     steps: int | None = None
     guidance_scale: float | None = None
+
+
+def build_architecture(
+    name: str, device: torch.device, dtype: torch.dtype, *, small: bool = False
+) -> tuple[LatentDiffusion | AnyPipeline, SamplingRules]:
+    """Build an architecture and derive its sampling rules. `small` has an effect only on those in PIPELINES.
+
+    Raises ModelError for an unknown name.
+    """
+    if name not in PIPELINES:
+        return build_family(name, device, dtype)
+    architecture, pipeline = PIPELINES[name], build_pipeline(name, device, dtype, small=small)
+    rules = make_rules(pipeline)
+    if architecture.steps is not None:
+        rules = replace(rules, num_inference_steps=architecture.steps)
+    if architecture.guidance_scale is not None:
+        rules = replace(rules, guidance_scale=architecture.guidance_scale)
+    return AnyPipeline(pipeline, rules, device, dtype), rules
 
 
 def build_pipeline(name: str, device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:

@@ -30,7 +30,7 @@ def run(recorder: Recorder) -> None:
         results |= subjects.render_first_images(subject)
     with recorder.section("bench") as results:
         report = compare(settings, subject).as_dict()
-        names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "unet_parameters", "versions")
+        names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "denoiser_parameters", "versions")
         results |= {name: report[name] for name in names}
     with recorder.section("bare unet") as results:
         results |= measure_unet(subject, recorder)
