@@ -120,12 +120,6 @@ class PromptRequest:
     def key(self) -> tuple[str, int]:
         return self.id, self.image_index
 
-    @property
-    def batch_key(self) -> tuple[object, ...]:
-        """Key shared by all requests that one diffusers pipeline call can render."""
-        params = self.params
-        sampling = params.num_inference_steps, params.guidance_scale, params.guidance_rescale
-        return params.height, params.width, *sampling, self.negative_prompt is None
 
 
 @dataclass(frozen=True, slots=True)

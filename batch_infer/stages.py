@@ -35,6 +35,12 @@ class Stages:
         totals["ended_at"] = max(self.ended_at, other.ended_at)
         return Stages(**totals)
 
+    def add_tick(self, used: int, slots: int) -> None:
+        """Count a denoiser call with `slots` batch elements, of which rows use `used`."""
+        self.ticks += 1
+        self.slot_ticks += slots
+        self.row_forwards += used
+
     @property
     def occupancy(self) -> float:
         """Share of UNet batch elements that belong to a row."""

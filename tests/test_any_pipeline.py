@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, UnrenderedRow
+from batch_infer.chain import BatchSizes, StepLevelChain, RenderedImage, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.any_pipeline import find_class
@@ -96,8 +95,8 @@ def render(
     model: AnyPipeline, requests: list[PromptRequest], *, slots: int = 8, checker: ImageChecker | None = None
 ) -> dict[str, RenderedImage]:
     rendered = {}
-    ordered = sorted(requests, key=attrgetter("batch_key"))
-    for outcome in PipelineCallChain(model, BatchSizes(slots, 2), checker).render(ordered):
+    ordered = sorted(requests, key=lambda request: (request.params.height, request.params.width))
+    for outcome in StepLevelChain(model, BatchSizes(slots, 2), checker).render(ordered):
         assert isinstance(outcome, RenderedImage), outcome.error
         rendered[outcome.request.id] = outcome
     return rendered
@@ -257,7 +256,7 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
     expected = render(model, rows)
     make_fail(model, error, "bad", monkeypatch)
     outcomes = {
-        outcome.request.id: outcome for outcome in PipelineCallChain(model, BatchSizes(8, 2), None).render(rows)
+        outcome.request.id: outcome for outcome in StepLevelChain(model, BatchSizes(8, 2), None).render(rows)
     }
     for name in "ac":
         image = outcomes[name]
@@ -300,7 +299,7 @@ def test_a_device_lost_during_trial_calls_is_reported(
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:
-    (outcome,) = PipelineCallChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
+    (outcome,) = StepLevelChain(models["flux"], BatchSizes(4, 2), None).render([row("flux", "row", size=(64, 72))])
     assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "invalid"
     assert outcome.error.startswith("FluxPipeline makes images of 64x64 pixels instead of 72x64")
@@ -312,7 +311,7 @@ def test_values_that_are_not_finite_are_reported(folders: dict[str, Path], tmp_p
     weights = load_file(file)
     weights["proj_out.bias"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    (outcome,) = PipelineCallChain(load_model(copy), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
+    (outcome,) = StepLevelChain(load_model(copy), BatchSizes(4, 2), None).render([row("flux", "row", guidance=2.5)])
     assert isinstance(outcome, UnrenderedRow)
     assert outcome.status == "failed"
     assert "not finite at 3 steps and guidance_scale 2.5" in outcome.error

@@ -59,8 +59,8 @@ class Contender:
 class RenderingContender(Contender):
     """Times a renderer on its rows.
 
-    The rows may be a sample, which needs only a `share` of the workload's denoiser evaluations. `images` maps the ids in
-    `compared` to pixels.
+    The rows may be a sample, which needs only a `share` of the workload's denoiser evaluations. `images` maps the ids
+    in `compared` to pixels.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ ASPECT = 1.5
 class WorkloadSettings:
     """Settings of the rows to render.
 
-    `steps`: minimum and maximum, or None for the model's default (see `steps_for`); `sizes`: `mixed`, `native`, or width x height as in `640x448,512x512`; `unguided`:
-    probability that a row has no guidance.
+    `steps`: minimum and maximum, or None for the model's default (see `steps_for`); `sizes`: `mixed`, `native`, or
+    width x height as in `640x448,512x512`; `unguided`: probability that a row has no guidance.
     """
 
     rows: int = 200

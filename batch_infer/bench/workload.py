@@ -28,7 +28,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class SizeWork:
-    """Images and denoiser evaluations (`row_forwards`) of one size, with the TFLOP of an evaluation and of a decoding."""
+    """Images and denoiser evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and one decoding."""
 
     height: int
     width: int

@@ -1,7 +1,7 @@
 """Chains render requests on one device: they encode prompts, denoise and decode latents, and may check images.
 
-StepLevelChain batches rows for each denoising step, and PipelineCallChain for each call of a diffusers pipeline.
-GatedChain wraps one of them, and sends the prompts and images to a safety service.
+StepLevelChain batches rows for each denoising step. GatedChain wraps it, and sends the prompts and images to a safety
+service.
 """
 
 from typing import TYPE_CHECKING
@@ -20,12 +20,9 @@ from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
     from batch_infer.chain.gated import GatedChain
-    from batch_infer.chain.pipeline_call import PipelineCallChain
     from batch_infer.chain.step_level import StepLevelChain
 else:
-    __getattr__ = import_on_use(
-        __name__, gated=("GatedChain",), pipeline_call=("PipelineCallChain",), step_level=("StepLevelChain",)
-    )
+    __getattr__ = import_on_use(__name__, gated=("GatedChain",), step_level=("StepLevelChain",))
 
 __all__ = [
     "BatchSizes",
@@ -33,7 +30,6 @@ __all__ = [
     "DeviceChain",
     "GatedChain",
     "NoRequest",
-    "PipelineCallChain",
     "RenderedImage",
     "RequestSource",
     "RowOutcome",

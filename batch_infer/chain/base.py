@@ -32,10 +32,7 @@ Stage: TypeAlias = Literal["denoise", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class RenderedImage:
-    """An image (H, W, 3) uint8 and its safety verdict.
-
-    `seconds` is the time that the row spent in the slots or, with pipeline-call batching, the time to render its batch.
-    """
+    """An image (H, W, 3) uint8, its safety verdict, and the seconds that the row spent in the slots."""
 
     request: PromptRequest
     pixels: np.ndarray
@@ -144,22 +141,23 @@ class BatchSizes:
 
     def __post_init__(self) -> None:
         for slots, decode in ((self.slots, self.decode), *self.by_size.values()):
-            if slots < 2 or decode < 1:
-                raise ValueError(f"{self}: a row with guidance takes two slots, and a decoder call at least one image")
+            if slots < 1 or decode < 1:
+                raise ValueError(f"{self}: a call has at least one batch element")
 
     def for_size(self, size: Size) -> tuple[int, int]:
         """Return the slots and the decoder batch size for an image size."""
         return self.by_size.get(size, (self.slots, self.decode))
 
-    def halve(self, size: Size, stage: Stage) -> BatchSizes | None:
+    def halve(self, size: Size, stage: Stage, min_slots: int = 2) -> BatchSizes | None:
         """Return a copy in which the batch size of a stage is halved for one image size.
 
         If that size is at its minimum, the other stage's is halved. Returns None if both are at their minimum.
         """
         slots, decode = self.for_size(size)
-        if slots < 4 and decode < 2:
+        can_halve_slots = slots >= 2 * min_slots
+        if not can_halve_slots and decode < 2:
             return None
-        halve_slots = decode < 2 or (stage == "denoise" and slots >= 4)
+        halve_slots = decode < 2 or (stage == "denoise" and can_halve_slots)
         smaller = (slots // 2, decode) if halve_slots else (slots, decode // 2)
         return replace(self, by_size={**self.by_size, size: smaller})
 
@@ -167,8 +165,6 @@ class BatchSizes:
 class Chain(ABC):
     """Renders requests on one device and may check the images. The worker stores the images on other threads."""
 
-    uses_pipeline_call: bool
-    """Whether a diffusers pipeline runs the denoising loop."""
     model: LatentDiffusion | AnyPipeline
     stages_by_size: dict[Size, Stages]
 
@@ -186,8 +182,7 @@ class Chain(ABC):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests and yield outcomes in the order in which they finish.
 
-        Requests with the same image size, or for pipeline-call batching with the same `batch_key`, should be adjacent,
-        because only adjacent requests can share a batch. If the device runs out of memory, the chain makes later
+        Requests with the same image size should be adjacent, because only adjacent requests can share a batch. If the device runs out of memory, the chain makes later
         batches smaller and renders the unfinished rows again. They fail if batches cannot be smaller.
         """
 
@@ -215,7 +210,7 @@ class DeviceChain(Chain):
             yield from outcomes
 
     def steps(self, source: RequestSource) -> Iterator[Sequence[RowOutcome]]:
-        """Render requests and yield new outcomes, possibly none, at least once per step or pipeline-call batch.
+        """Render requests and yield new outcomes, possibly none, at least once per step.
 
         The caller can do other work in between.
         """

@@ -7,22 +7,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from batch_infer.chain.base import RenderedImage, RowOutcome, UnrenderedRow
+from batch_infer.chain.batcher import Tag
 from batch_infer.chain.pacing import stream_for
 from batch_infer.diffusion import FinishedRow
-from batch_infer.records import PromptRequest, Verdict
+from batch_infer.records import Verdict
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import Conditioning, LatentDiffusion
-
-Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 MIN_MICRO_BATCHES_AHEAD = 2
 
@@ -37,7 +36,7 @@ class Postprocessing:
 
     def __init__(
         self,
-        model: LatentDiffusion,
+        model: LatentDiffusion | AnyPipeline,
         checker: ImageChecker | None,
         batch_sizes: tuple[int, int],
         stages: Stages,
@@ -59,11 +58,6 @@ class Postprocessing:
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None
         self._stream = stream_for(model.device, "postprocess")
-
-    def compile(self, latent_shape: tuple[int, int, int]) -> None:
-        """Compile the decoder in the calling thread. It must not happen while another thread calls compiled code."""
-        with torch.inference_mode():
-            self._model.decode(torch.zeros(self._batch, *latent_shape, device=self._model.device))
 
     def add(self, rows: Sequence[FinishedRow[Tag]]) -> Iterator[list[RowOutcome]]:
         """Add rows, and yield the outcomes of finished micro-batches."""

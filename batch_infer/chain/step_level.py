@@ -1,37 +1,34 @@
-"""Step-level batching: rows of one size share UNet calls at any step count and guidance, and leave when they finish."""
+"""Step-level batching: rows of one size share denoiser calls at any step and guidance, and leave when they finish."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.base import BatchSizes, DeviceChain, ReadAhead, RowOutcome, Size, Stage, UnrenderedRow, size_of
-from batch_infer.chain.pacing import encode_concurrently, make_pacer
-from batch_infer.chain.postprocessing import Postprocessing, Tag
-from batch_infer.diffusion import FinishedRow, Slots
-from batch_infer.errors import RowError, first_line
+from batch_infer.chain.batcher import Advanced, Batcher, PackedBatcher, Tag
+from batch_infer.chain.postprocessing import Postprocessing
+from batch_infer.diffusion import FinishedRow
+from batch_infer.errors import first_line
 from batch_infer.models import is_compiled
 from batch_infer.records import PromptRequest
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 
 if TYPE_CHECKING:
-    from batch_infer.models import LatentDiffusion
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
 
 class StepLevelChain(DeviceChain):
-    """Renders with this package's denoising loop, and admits rows as slots become free."""
-
-    uses_pipeline_call = False
-    model: LatentDiffusion
+    """Renders rows that advance step by step, and admits rows as slots become free."""
 
     def __init__(
         self,
-        model: LatentDiffusion,
+        model: LatentDiffusion | AnyPipeline,
         batch_sizes: BatchSizes,
         checker: ImageChecker | None,
         stop: Callable[[], bool] = lambda: False,
@@ -55,7 +52,8 @@ class StepLevelChain(DeviceChain):
         postprocessing = Postprocessing(
             self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
-        size_pass = _SizePass(self.model, postprocessing, stages, must_compile=must_compile)
+        batcher = self._make_batcher(batch_sizes, size, stages)
+        size_pass = _SizePass(batcher, postprocessing, stages, must_compile=must_compile)
         try:
             with out_of_memory_errors():
                 yield from size_pass.run(requests, size, self._stop)
@@ -66,17 +64,25 @@ class StepLevelChain(DeviceChain):
             unfinished, stage = list(size_pass.unfinished.values()), size_pass.stage
             if must_compile and not size_pass.must_compile:
                 self._compiled.add((size, batch_sizes))
+            batcher.close()
             postprocessing.close()
         # Free memory outside the except block, whose traceback would keep the tensors alive.
-        del size_pass, postprocessing
+        del size_pass, batcher, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         yield self._retry_or_fail(requests, unfinished, size, self._shrink(size, stage), message)
 
+    def _make_batcher(self, batch_sizes: tuple[int, int], size: Size, stages: Stages) -> Batcher:
+        if self.model.uses_pipeline_call:
+            from batch_infer.chain.stacked import StackedBatcher
+
+            return StackedBatcher(cast("AnyPipeline", self.model), batch_sizes, stages)
+        return PackedBatcher(cast("LatentDiffusion", self.model), batch_sizes, size, stages)
+
     def _shrink(self, size: Size, stage: Stage) -> str | None:
         """Halve a batch size and describe the change. Returns None if both batch sizes are at their minimum."""
         old_slots, old_decode = self.batch_sizes.for_size(size)
-        smaller = self.batch_sizes.halve(size, stage)
+        smaller = self.batch_sizes.halve(size, stage, self.model.min_slots)
         if smaller is None:
             return None
         self._batch_sizes = smaller
@@ -89,106 +95,76 @@ class StepLevelChain(DeviceChain):
 class _SizePass:
     """Renders rows of one image size with fixed batch sizes, and holds their state on the device."""
 
-    _slots: Slots[Tag]
-
-    def __init__(
-        self, model: LatentDiffusion, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool
-    ) -> None:
+    def __init__(self, batcher: Batcher, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool) -> None:
         """`must_compile`: compile the networks for this size before the first denoising step."""
-        self._model, self._postprocessing, self._stages = model, postprocessing, stages
-        self._encoded: list[Tag] = []
-        """Rows that wait for free slots, oldest first."""
-        self._pacer = make_pacer(model.device, stages)
+        self._batcher, self._postprocessing, self._stages = batcher, postprocessing, stages
         self.unfinished: dict[tuple[str, int], PromptRequest] = {}
-        self.stage: Stage = "denoise"
-        """The stage whose batch size shrinks first if memory runs out now."""
+        self._is_postprocessing = False
         self.must_compile = must_compile
+
+    @property
+    def stage(self) -> Stage:
+        """The stage whose batch size shrinks first if memory runs out now."""
+        return "decode" if self._is_postprocessing else self._batcher.stage
 
     def run(self, requests: ReadAhead, size: Size, stop: Callable[[], bool]) -> Iterator[Sequence[RowOutcome]]:
         """Render until all rows are finished and no further request with this size is available.
 
         After a stop, yield rows that are fully denoised, and drop the others.
         """
-        model, slots = self._model, self._postprocessing.slots
-        self._slots = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
+        batcher = self._batcher
         while not stop():
-            self._encode_ahead(requests, size)
-            yield self._admit()
-            if self._slots.has_rows:
+            self._prepare(requests, size)
+            yield self._drop(batcher.admit())
+            if batcher.is_denoising:
                 if self.must_compile:
                     self._compile()
-                yield from self._postprocess(self._postprocessing.add(self._tick()))
-            elif not self._encoded and not requests.has(size):
-                break
-        self._pacer.finish()
-        yield from self._postprocess(self._postprocessing.finish())
+                yield from self._postprocess(batcher.tick())
+            elif not batcher.is_waiting and not requests.has(size):
+                yield from self._postprocess(batcher.finish())
+                if not batcher.is_denoising:  # a pipeline may denoise again after its decoder
+                    break
+        yield from self._postprocess(batcher.finish())
+        yield from self._collect(self._postprocessing.finish())
+
+    def _prepare(self, requests: ReadAhead, size: Size) -> None:
+        """Encode the prompts of the rows to admit next."""
+        if self._batcher.room and (batch := requests.take(size, self._batcher.room)):
+            self.unfinished.update((request.key, request) for request in batch)
+            self._batcher.prepare(batch)
 
     def _compile(self) -> None:
-        """Compile the UNet and the decoder for these shapes by calling each once, and drop the results.
+        """Compile the networks for these shapes.
 
         The time counts as `Stages.compilation`, but not in the seconds of any stage or in the total.
         """
         started = time.perf_counter()
-        self._slots.evaluate()
-        self.stage = "decode"
-        self._postprocessing.compile(self._slots.latent_shape)
-        self.stage = "denoise"
-        if self._model.device.type == "cuda":
+        self._batcher.compile()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started
         self.must_compile = False
 
-    def _postprocess(self, batches: Iterator[list[RowOutcome]]) -> Iterator[list[RowOutcome]]:
-        self.stage = "decode"
-        for outcomes in batches:
-            for outcome in outcomes:
-                self.unfinished.pop(outcome.request.key, None)
-            yield outcomes
-        self.stage = "denoise"
-
-    def _encode_ahead(self, requests: ReadAhead, size: Size) -> None:
-        """Encode the prompts of the rows to admit next.
-
-        When at most one encoded row per two slots is waiting, their number is increased to one per slot.
-        """
-        if len(self._encoded) > self._slots.size // 2:
-            return
-        batch = requests.take(size, self._slots.size - len(self._encoded))
-        if not batch:
-            return
-        self.unfinished.update((request.key, request) for request in batch)
-        started = time.perf_counter()
-        self._encoded += zip(batch, encode_concurrently(self._model, batch), strict=True)
-        self._stages.encode += time.perf_counter() - started
-
-    def _admit(self) -> list[RowOutcome]:
-        """Move rows into free slots, oldest first, and return the rows whose step count the scheduler rejects.
-
-        If a single slot is free, a row without guidance overtakes rows with guidance, which need two.
-        """
-        outcomes: list[RowOutcome] = []
-        waiting, self._encoded = self._encoded, []
-        for row in waiting:
-            request, conditioning = row
-            if request.params.slots > self._slots.free_count:
-                self._encoded.append(row)
-                continue
-            try:
-                table = self._model.solver.table(request.params.num_inference_steps)
-            except RowError as error:
-                self.unfinished.pop(request.key, None)
-                outcomes.append(UnrenderedRow(request, "invalid", str(error)))
+    def _postprocess(self, advanced: Advanced) -> Iterator[Sequence[RowOutcome]]:
+        """Postprocess denoised rows, and yield the outcomes of failed rows and of finished micro-batches."""
+        finished: list[FinishedRow[Tag]] = []
+        failed: list[UnrenderedRow] = []
+        for row in advanced:
+            if isinstance(row, UnrenderedRow):
+                failed.append(row)
             else:
-                self._slots.admit(row, request.params, request.seed, table, conditioning.context)
-        return outcomes
+                finished.append(row)
+        yield self._drop(failed)
+        yield from self._collect(self._postprocessing.add(finished))
 
-    def _tick(self) -> list[FinishedRow[Tag]]:
-        """Advance every row by one step in one UNet call, and return the finished rows."""
-        used = self._slots.size - self._slots.free_count
-        self._pacer.start()
-        finished = self._slots.tick()
-        self._pacer.end()
-        self._stages.ticks += 1
-        self._stages.slot_ticks += self._slots.size
-        self._stages.row_forwards += used
-        return finished
+    def _collect(self, batches: Iterator[list[RowOutcome]]) -> Iterator[Sequence[RowOutcome]]:
+        self._is_postprocessing = True
+        for outcomes in batches:
+            yield self._drop(outcomes)
+        self._is_postprocessing = False
+
+    def _drop(self, outcomes: Sequence[RowOutcome]) -> Sequence[RowOutcome]:
+        """Note that these rows are finished."""
+        for outcome in outcomes:
+            self.unfinished.pop(outcome.request.key, None)
+        return outcomes

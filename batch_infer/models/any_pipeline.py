@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -16,17 +16,18 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 
-from batch_infer.accelerator import is_device_error, out_of_memory_errors
-from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
+from batch_infer.errors import FailedRowError, ModelError, RowError, SettingsError, first_line
+from batch_infer.models.acceleration import optimize_networks
 from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.components import named_components
 from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
-from batch_infer.models.trial_calls import REFUSALS, can_share_calls
+from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
-from batch_infer.records import PromptRequest, SizeRules
+from batch_infer.records import PromptRequest, SamplingParams, SizeRules
 from batch_infer.settings import SchedulerSpec
+from batch_infer.stacking import ENCODE_BATCH, CallStacker, EncoderCache, Kind, Observer, make_plan
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -41,30 +42,33 @@ NATIVE_SIDE = 1024
 
 
 class AnyPipeline:
-    """A loaded pipeline. The rows of a call differ only in their texts and seeds.
+    """A loaded pipeline. Each row runs the pipeline's own call, and rows share the calls of its networks.
 
     The text encoders use eager attention: faster kernels omit the mask if no row of a batch needs one, so a row would
     depend on its neighbours.
     """
 
-    uses_pipeline_call = True
+    uses_pipeline_call: ClassVar[bool] = True
+    min_slots: ClassVar[int] = 1
+    """Smallest batch size of a denoiser call. A row whose calls have more elements makes them alone."""
 
-    def __init__(self, pipeline: Any, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, pipeline: Any, rules: SamplingRules, device: torch.device, dtype: torch.dtype) -> None:
+        """Call the pipeline a few times to find out how its calls can be stacked.
+
+        Raises ModelError if its components do not fit together, or if its images do not only depend on their seeds.
+        """
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
         self.safety_checker: Any | None = None
         self.feature_extractor: Any | None = None
         self.denoiser: torch.nn.Module | None = _find_denoiser(pipeline)
-        self.networks: Sequence[torch.nn.Module] = ()
-        """Networks that can be compiled: none, because their shapes may vary."""
         self._guidance = _guidance_argument(pipeline)
         self._parameters = _parameters_of(type(pipeline))
-        arguments = {
-            "height": card.sizes.native_height,
-            "width": card.sizes.native_width,
-            "num_inference_steps": card.num_inference_steps,
-        }
-        self.needs_separate_calls: bool = not can_share_calls(pipeline, self.denoiser, card.path, arguments)
-        """Whether a row in a shared call could depend on the text lengths of other rows."""
+        # Pipelines with an image processor return tensors, which are copied to the host in background.
+        self._output_type = "pt" if hasattr(pipeline, "image_processor") else "np"
+        self._rules, self._cache = rules, EncoderCache()
+        with kept_processors(self.denoiser):
+            check_pipeline(pipeline, self.denoiser, lambda: self._make_trial_arguments([TRIAL_TEXT], guided=True))
+            self.plan = make_plan(pipeline, self._make_trial_arguments)
 
     @classmethod
     def load(cls, card: ModelCard, device: torch.device, dtype: torch.dtype, *, with_checker: bool) -> AnyPipeline:
@@ -72,24 +76,61 @@ class AnyPipeline:
         pipeline = _build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
-        if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-            pipeline.vae.enable_slicing()  # decodes images separately: less memory, and equal bytes in any batch
         model = cls(pipeline, card, device, dtype)
         if with_checker:
             model.safety_checker, model.feature_extractor = load_checker(card, device, dtype)
         return model
 
-    def render(self, requests: Sequence[PromptRequest], batch: int) -> torch.Tensor:
-        """Render at most `batch` rows to float32 images (R, 3, H, W) on the CPU: 0 is black and 1 is white.
+    @property
+    def networks(self) -> Sequence[torch.nn.Module]:
+        """Networks that can be compiled: the denoisers, if all their calls have one shape per image size."""
+        denoisers = [network.module for network in self.plan.networks if network.kind == "denoise"]
+        return denoisers if self.plan.is_stacked else ()
 
-        Rows get separate calls, or share one call, which is padded to `batch` with copies of the last row. Raises
-        RowError if the pipeline does not support a row, FailedRowError for other RuntimeErrors and TypeErrors of the
-        pipeline, and device errors unchanged.
+    def compile(self, threads: int) -> None:
+        """Compile the denoisers. Raises SettingsError if the shapes of their calls vary from row to row."""
+        if not self.plan.is_stacked:
+            raise SettingsError(
+                f"--compile: the rows of {type(self.pipeline).__name__} run one at a time, in calls of varying shapes; "
+                "remove --compile"
+            )
+        optimize_networks(self.networks, self.device, compiled=True, threads=threads)
+
+    def make_stacker(self, slots: int, decode_batch: int, observe: Observer) -> CallStacker[Any]:
+        """Return a stacker for rows of one image size. `observe` is called with each network call."""
+        sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode_batch}
+        return CallStacker(self.pipeline, self.plan, sizes, observe, self._cache)
+
+    def make_arguments(self, request: PromptRequest) -> dict[str, Any]:
+        """Return the arguments of a row's call, in new objects because some pipelines modify them."""
+        seeds = [request.seed]
+        return self._make_arguments([request.prompt], request.negative_prompt, seeds, request.params)
+
+    def read_image(self, request: PromptRequest, result: Any, error: Exception | None) -> torch.Tensor:
+        """Return the image of a row's call as a float32 tensor (3, H, W): 0 is black and 1 is white.
+
+        Raises RowError if the pipeline does not support the row, and FailedRowError for other errors of the pipeline.
         """
-        if self.needs_separate_calls:
-            return torch.cat([self._call([request]) for request in requests])
-        padding = [requests[-1]] * (batch - len(requests))
-        return self._call([*requests, *padding])[: len(requests)]
+        name, params = type(self.pipeline).__name__, request.params
+        if isinstance(error, REFUSALS):
+            raise RowError(f"{name} does not support this row: {first_line(error)}") from error
+        if error is not None:
+            raise FailedRowError(f"{name} failed: {first_line(error)}") from error
+        images = result.images
+        if not isinstance(images, torch.Tensor):
+            images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+        # Some pipelines silently round sizes.
+        if images.shape != (1, 3, params.height, params.width):
+            height, width = images.shape[2:] if images.ndim == 4 else (0, 0)
+            raise RowError(
+                f"{name} makes images of {width}x{height} pixels instead of {params.width}x{params.height}; try "
+                "multiples of 32"
+            )
+        return images[0].float()
+
+    def decode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (B, 3, H, W) as they are, since the pipeline's call has decoded them."""
+        return images
 
     def count_tokens(self, request: PromptRequest) -> Conditioning:
         """Count a prompt's tokens with the pipeline's `tokenizer`, if it has one.
@@ -100,37 +141,24 @@ class AnyPipeline:
         count = len(tokenizer(request.prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
 
-    def _call(self, requests: Sequence[PromptRequest]) -> torch.Tensor:
-        params, name = requests[0].params, type(self.pipeline).__name__
-        try:
-            with out_of_memory_errors():
-                images = self.pipeline(**self._make_arguments(requests)).images
-        except (*REFUSALS, RuntimeError, TypeError) as error:
-            if is_device_error(error):
-                raise
-            if isinstance(error, REFUSALS):
-                raise RowError(f"{name} does not support this row: {first_line(error)}") from error
-            raise FailedRowError(f"{name} failed: {first_line(error)}") from error
-        # Some pipelines silently round sizes.
-        if np.shape(images) != (len(requests), params.height, params.width, 3):
-            height, width = np.shape(images)[1:3] if np.ndim(images) == 4 else (0, 0)
-            raise RowError(
-                f"{name} makes images of {width}x{height} pixels instead of {params.width}x{params.height}; try "
-                "multiples of 32"
-            )
-        return torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
+        """Return the arguments of a trial call with the model's defaults."""
+        rules = self._rules
+        scale = rules.guidance_scale if guided else 1.0
+        sizes = rules.sizes.native_height, rules.sizes.native_width
+        params = SamplingParams(*sizes, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
+        return self._make_arguments(prompts, None, range(len(prompts)), params)
 
-    def _make_arguments(self, requests: Sequence[PromptRequest]) -> dict[str, Any]:
-        """Return the arguments of a call for rows, in new lists because some pipelines modify them."""
-        first = requests[0]
-        params = first.params
+    def _make_arguments(
+        self, prompts: Sequence[str], negative: str | None, seeds: Sequence[int], params: SamplingParams
+    ) -> dict[str, Any]:
         arguments: dict[str, Any] = {
-            "prompt": [request.prompt for request in requests],
-            "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
+            "prompt": list(prompts),
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             "height": params.height,
             "width": params.width,
             "num_inference_steps": params.num_inference_steps,
-            "output_type": "np",
+            "output_type": self._output_type,
         }
         if self._guidance:
             arguments[self._guidance] = params.guidance_scale
@@ -138,10 +166,10 @@ class AnyPipeline:
             arguments["clean_caption"] = False  # the default depends on whether beautifulsoup4 and ftfy are installed
         if "guidance_rescale" in self._parameters:
             arguments["guidance_rescale"] = params.guidance_rescale
-        if first.negative_prompt is not None:
-            arguments["negative_prompt"] = [request.negative_prompt for request in requests]
+        if negative is not None:
+            arguments["negative_prompt"] = [negative] * len(prompts)
         elif self._guidance == "true_cfg_scale" and params.uses_guidance:
-            arguments["negative_prompt"] = [" "] * len(requests)  # otherwise the pipeline omits guidance
+            arguments["negative_prompt"] = [" "] * len(prompts)  # otherwise the pipeline omits guidance
         return arguments
 
 

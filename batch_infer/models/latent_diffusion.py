@@ -75,6 +75,9 @@ class LatentDiffusion:
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
     """
 
+    uses_pipeline_call: ClassVar[bool] = False
+    min_slots: ClassVar[int] = 2
+    """Smallest batch size of a denoiser call. A row with guidance has two elements in a call."""
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
     begin_index: ClassVar[int | None] = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from batch_infer.accelerator import limit_memory, out_of_memory_errors, set_float32_precision
-from batch_infer.chain import BatchSizes, Chain, GatedChain, PipelineCallChain, StepLevelChain
+from batch_infer.chain import BatchSizes, Chain, GatedChain, StepLevelChain
 from batch_infer.models import ModelCard, load_checker, load_latent_diffusion, optimize_networks
 from batch_infer.safety import ImageChecker, make_gate, make_image_checker
 from batch_infer.settings import Compute, SafetySettings
@@ -31,13 +31,13 @@ def load_chain(
 
 
 def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> LatentDiffusion | AnyPipeline:
-    """Load a model, or a diffusers pipeline for pipeline-call batching. Raises ModelError, torch.OutOfMemoryError."""
+    """Load a model family's model, or any other diffusers pipeline. Raises ModelError, torch.OutOfMemoryError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
+        model: LatentDiffusion | AnyPipeline
         if card.uses_pipeline_call:
             from batch_infer.models import AnyPipeline
 
-            model: LatentDiffusion | AnyPipeline
             model = AnyPipeline.load(card, device, dtype, with_checker=with_checker)
         else:
             model = load_latent_diffusion(card, device, dtype, with_checker=with_checker)
@@ -72,14 +72,11 @@ def prepare_torch(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def make_chain(
     model: LatentDiffusion | AnyPipeline, compute: Compute, stop: Callable[[], bool] = lambda: False
-) -> StepLevelChain | PipelineCallChain:
+) -> StepLevelChain:
     """Return the chain of a loaded model. The chain checks images if the model has a checker."""
     by_size = {(shape.height, shape.width): (shape.slots, shape.decode_batch) for shape in compute.by_size}
     batch_sizes = BatchSizes(compute.slots, compute.decode_batch, by_size)
     checker = None
     if model.safety_checker is not None:
         checker = make_image_checker(model.safety_checker, model.feature_extractor, batch_sizes.decode)
-    # isinstance would need AnyPipeline, whose import is slow and unnecessary in most runs.
-    if getattr(model, "uses_pipeline_call", False):
-        return PipelineCallChain(cast("AnyPipeline", model), batch_sizes, checker, stop)
-    return StepLevelChain(cast("LatentDiffusion", model), batch_sizes, checker, stop)
+    return StepLevelChain(model, batch_sizes, checker, stop)

@@ -1,0 +1,148 @@
+"""Define step-level batchers, and batch rows with this package's own denoising loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+
+from batch_infer.chain.base import Size, Stage, UnrenderedRow
+from batch_infer.chain.pacing import encode_concurrently, make_pacer
+from batch_infer.diffusion import FinishedRow, Slots
+from batch_infer.errors import RowError
+from batch_infer.records import PromptRequest
+from batch_infer.stages import Stages
+
+if TYPE_CHECKING:
+    from batch_infer.models import Conditioning, LatentDiffusion
+
+Tag: TypeAlias = "tuple[PromptRequest, Conditioning]"
+Advanced: TypeAlias = "Sequence[FinishedRow[Tag] | UnrenderedRow]"
+"""Rows that are ready for postprocessing, and rows that have failed."""
+
+
+class Batcher(Protocol):
+    """Denoises rows of one image size, each at its own step, in calls of a fixed batch size.
+
+    Rows are prepared (their prompts are encoded), wait until slots are free, are admitted, and advance with each tick.
+    """
+
+    stage: Stage
+    """The stage that is running, whose batch size shrinks first if memory runs out now."""
+
+    @property
+    def room(self) -> int:
+        """How many rows to prepare now. 0 if enough rows are waiting."""
+        ...
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether rows wait to be admitted."""
+        ...
+
+    @property
+    def is_denoising(self) -> bool:
+        """Whether there are admitted rows to denoise."""
+        ...
+
+    def prepare(self, requests: Sequence[PromptRequest]) -> None:
+        """Encode the prompts of rows, which then wait to be admitted."""
+        ...
+
+    def admit(self) -> Sequence[UnrenderedRow]:
+        """Admit waiting rows, as far as slots are free, and return rows that the model or scheduler rejects."""
+        ...
+
+    def compile(self) -> None:
+        """Compile the networks for these batch sizes by calling them without advancing the rows."""
+        ...
+
+    def tick(self) -> Advanced:
+        """Advance admitted rows by one denoiser call."""
+        ...
+
+    def finish(self) -> Advanced:
+        """Wait for the device, and return rows that are denoised but not returned yet."""
+        ...
+
+    def close(self) -> None:
+        """Drop all rows."""
+        ...
+
+
+class PackedBatcher:
+    """Batches rows of a model family by coefficient tables, which takes the fewest operations per step."""
+
+    stage: Stage = "denoise"
+
+    def __init__(self, model: LatentDiffusion, batch_sizes: tuple[int, int], size: Size, stages: Stages) -> None:
+        """`batch_sizes`: batch elements of a denoiser and of a decoder call."""
+        self._model, self._stages = model, stages
+        slots, self._decode_batch = batch_sizes
+        self._slots: Slots[Tag] = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
+        self._encoded: list[Tag] = []
+        """Rows that wait for free slots, oldest first."""
+        self._pacer = make_pacer(model.device, stages)
+
+    @property
+    def room(self) -> int:
+        """Rows to encode. When at most one row per two slots is waiting, one per slot should wait."""
+        waiting = len(self._encoded)
+        return 0 if waiting > self._slots.size // 2 else self._slots.size - waiting
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._encoded)
+
+    @property
+    def is_denoising(self) -> bool:
+        return self._slots.has_rows
+
+    def prepare(self, requests: Sequence[PromptRequest]) -> None:
+        started = time.perf_counter()
+        self._encoded += zip(requests, encode_concurrently(self._model, requests), strict=True)
+        self._stages.encode += time.perf_counter() - started
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        self._slots.evaluate()
+        self.stage = "decode"
+        self._model.decode(torch.zeros(self._decode_batch, *self._slots.latent_shape, device=self._model.device))
+        self.stage = "denoise"
+
+    def tick(self) -> Advanced:
+        used = self._slots.size - self._slots.free_count
+        self._pacer.start()
+        finished = self._slots.tick()
+        self._pacer.end()
+        self._stages.add_tick(used, self._slots.size)
+        return finished
+
+    def finish(self) -> Advanced:
+        self._pacer.finish()
+        return []
+
+    def close(self) -> None:
+        self._encoded.clear()
+
+    def admit(self) -> Sequence[UnrenderedRow]:
+        """Move rows into free slots, oldest first, and return the rows whose step count the scheduler rejects.
+
+        If a single slot is free, a row without guidance overtakes rows with guidance, which need two.
+        """
+        refused: list[UnrenderedRow] = []
+        waiting, self._encoded = self._encoded, []
+        for row in waiting:
+            request, conditioning = row
+            if request.params.slots > self._slots.free_count:
+                self._encoded.append(row)
+                continue
+            try:
+                table = self._model.solver.table(request.params.num_inference_steps)
+            except RowError as error:
+                refused.append(UnrenderedRow(request, "invalid", str(error)))
+            else:
+                self._slots.admit(row, request.params, request.seed, table, conditioning.context)
+        return refused

@@ -1,0 +1,146 @@
+"""Find the networks of a pipeline, and copy a pipeline for one row so that rows share only the networks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+Kind = Literal["encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network of a pipeline and the method that pipelines call. `name` is `prior_pipe.prior` in nested pipelines."""
+
+    name: str
+    module: Any
+    kind: Kind
+
+    @property
+    def method(self) -> str:
+        return "decode" if self.kind == "decode" else "forward"
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the method's parameters, from the class, since a replaced method may not have them."""
+        return tuple(inspect.signature(getattr(type(self.module), self.method)).parameters)[1:]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+
+    def evaluate(self, arguments: Mapping[str, Any]) -> Any:
+        """Call the method, which may be replaced."""
+        return getattr(self.module, self.method)(**arguments)
+
+    @contextmanager
+    def replaced(self, replace: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Iterator[None]:
+        """Temporarily replace the method on the instance. `replace` gets the original method and the arguments.
+
+        A proxy of the network would not do, since pipelines read its config and enter its cache contexts.
+        """
+        original = getattr(self.module, self.method)
+        before = vars(self.module).get(self.method)
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return replace(original, self.bind(args, kwargs))
+
+        object.__setattr__(self.module, self.method, method)
+        try:
+            yield
+        finally:
+            if before is None:
+                object.__delattr__(self.module, self.method)
+            else:
+                object.__setattr__(self.module, self.method, before)
+
+
+def find_networks(pipeline: Any) -> tuple[Network, ...]:
+    """Return the networks of a pipeline and of the pipelines inside it, each once.
+
+    Text encoders are models of transformers. A network with an encoder and `decode` is an autoencoder, and any other
+    network of diffusers is a denoiser.
+    """
+    networks: dict[int, Network] = {}
+    for name, module in _walk(pipeline, ""):
+        if id(module) in networks:
+            continue
+        is_decoder = hasattr(module, "decode") and hasattr(module, "encode")
+        kind: Kind = "decode" if is_decoder else "denoise" if isinstance(module, ModelMixin) else "encode"
+        networks[id(module)] = Network(name, module, kind)
+    return tuple(networks.values())
+
+
+def _walk(pipeline: Any, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, part in vars(pipeline).items():
+        if isinstance(part, torch.nn.Module):
+            yield prefix + name, part
+    for name, part in vars(pipeline).items():
+        if isinstance(part, DiffusionPipeline):
+            yield from _walk(part, f"{prefix}{name}.")
+
+
+def has_nested_pipelines(pipeline: Any) -> bool:
+    return any(isinstance(part, DiffusionPipeline) for part in vars(pipeline).values())
+
+
+def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy for one row: calls set attributes of their pipeline, and schedulers and guiders have state.
+
+    With `host_timesteps`, timesteps stay on the CPU, where schedulers read them at every step. On a GPU, each read
+    would wait for all queued work.
+    """
+    memo = {} if memo is None else memo
+    if id(pipeline) in memo:
+        return memo[id(pipeline)]
+    memo[id(pipeline)] = row_pipeline = copy.copy(pipeline)
+    for name, part in vars(pipeline).items():
+        if isinstance(part, DiffusionPipeline):
+            copied = copy_pipeline(part, host_timesteps=host_timesteps, memo=memo)
+        elif isinstance(part, SchedulerMixin) or _is_guider(part):
+            if id(part) not in memo:
+                memo[id(part)] = copy.deepcopy(part)
+                if host_timesteps and isinstance(part, SchedulerMixin):
+                    memo[id(part)].__class__ = _with_host_timesteps(type(part))
+            copied = memo[id(part)]
+        else:
+            continue
+        row_pipeline.__dict__[name] = copied
+    # It would remove and add the hooks of offloaded networks, which other rows are using.
+    row_pipeline.__dict__["maybe_free_model_hooks"] = _do_nothing
+    return row_pipeline
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _is_guider(part: Any) -> bool:
+    return type(part).__module__.startswith("diffusers.guiders")
+
+
+@functools.cache
+def _with_host_timesteps(scheduler_type: Any) -> Any:
+    """Return a subclass that keeps its timesteps on the CPU. A method set on the instance would make a cycle."""
+    signature = inspect.signature(scheduler_type.set_timesteps)
+
+    @functools.wraps(scheduler_type.set_timesteps)  # pipelines inspect the signature
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        positional = arguments.pop("self")
+        scheduler_type.set_timesteps(positional, **{**arguments, "device": "cpu"})
+
+    return type(scheduler_type.__name__, (scheduler_type,), {"set_timesteps": set_timesteps})

@@ -1,0 +1,84 @@
+"""Make the calls of a denoiser equally long for texts of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from batch_infer.stacking.networks import Network
+from batch_infer.stacking.plan import TextPadding
+from batch_infer.stacking.trees import BatchAxes, Path, find_tensor
+
+PADDING_TOLERANCE = 1e-4
+"""Maximum difference that masked padding may make in float32, relative to the largest value of the result."""
+PADDING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError)
+
+
+@torch.no_grad()
+def find_padding(network: Network, short: Mapping[str, Any], long: Mapping[str, Any]) -> TextPadding | None:
+    """Return the padding with which a denoiser computes the same for a short text as without, or None.
+
+    `short` and `long` are the arguments of its calls for a short text, and for one of maximal length.
+    """
+    axes = {name: axis for name in short if (axis := _find_longer_axis(short[name], long.get(name))) is not None}
+    text = next((name for name in axes if short[name].ndim == 3), None)
+    if text is None:
+        return None
+    length = long[text].shape[axes[text]]
+    masks = [name for name in network.parameters if "mask" in name and name not in axes]
+    # Without any mask, a network would take the padding for text.
+    for mask in masks if not any("mask" in name for name in axes) else [None]:
+        padding = TextPadding(text, axes, mask, length)
+        if _has_no_effect(network, padding, short):
+            return padding
+    return None
+
+
+def _find_longer_axis(short: Any, long: Any) -> int | None:
+    """Return the only axis along which `long` is longer."""
+    if not isinstance(short, torch.Tensor) or not isinstance(long, torch.Tensor) or short.ndim != long.ndim:
+        return None
+    longer = [axis for axis in range(short.ndim) if short.shape[axis] < long.shape[axis]]
+    return longer[0] if len(longer) == 1 else None
+
+
+def _has_no_effect(network: Network, padding: TextPadding, arguments: Mapping[str, Any]) -> bool:
+    try:
+        plain = find_tensor(network.evaluate(arguments)).float()
+        padded = find_tensor(network.evaluate(padding.pad(arguments))).float()
+    except PADDING_ERRORS:
+        return False
+    is_half = network.module.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 100 * PADDING_TOLERANCE if is_half else PADDING_TOLERANCE
+    return plain.shape == padded.shape and bool((plain - padded).abs().max() <= tolerance * plain.abs().max())
+
+
+def find_stand_ins(
+    axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], ...]:
+    """Return a call with the longest and one with the shortest text, if a denoiser takes texts as a list.
+
+    Such a network pads the texts of a batch to the longest one, and its kernels may depend on whether all are equally
+    long. With both in every stack, neither depends on the rows.
+    """
+    lists = [path for path in axes.arguments if _is_tensor_list(short, path) and _is_tensor_list(long, path)]
+    return (_take_one(axes, long), _take_one(axes, short)) if lists else ()
+
+
+def _is_tensor_list(arguments: Mapping[str, Any], path: Path) -> bool:
+    value: Any = arguments.get(path[0]) if len(path) == 1 else None
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(torch.is_tensor, value))
+
+
+def _take_one(axes: BatchAxes, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the call with its first batch element only."""
+    taken = dict(arguments)
+    for path, axis in axes.arguments.items():
+        value = taken.get(path[0]) if len(path) == 1 else None
+        if isinstance(value, torch.Tensor):
+            taken[path[0]] = value.narrow(axis, 0, 1)
+        elif isinstance(value, list):
+            taken[path[0]] = value[:1]
+    return taken

@@ -1,0 +1,88 @@
+"""Record the network calls of a pipeline call, to find their batch axes and to count them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from batch_infer.stacking.networks import Network
+from batch_infer.stacking.trees import BatchAxes, Path, find_axes, list_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    network: Network
+    arguments: Mapping[str, Any]
+    result: Any
+
+
+@contextmanager
+def recording(networks: Sequence[Network]) -> Iterator[list[RecordedCall]]:
+    """Record calls. A denoiser is evaluated once for each shape of its arguments, and its result is reused.
+
+    So a whole call takes about as long as one step. The calls of text encoders inside `generate` are recorded too.
+    """
+    calls: list[RecordedCall] = []
+    results: dict[object, Any] = {}
+
+    def replace(network: Network, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        key = network.name, list_shapes(arguments)
+        result = results.get(key) if network.kind == "denoise" else None
+        if result is None:
+            results[key] = result = original(**arguments)
+        calls.append(RecordedCall(network, arguments, result))
+        return result
+
+    with ExitStack() as replacements:
+        for network in networks:
+            replacements.enter_context(network.replaced(_bind(replace, network)))
+        yield calls
+
+
+def _bind(function: Callable[..., Any], network: Network) -> Callable[[Callable[..., Any], dict[str, Any]], Any]:
+    return lambda original, arguments: function(network, original, arguments)
+
+
+def compare_calls(once: Sequence[RecordedCall], twice: Sequence[RecordedCall]) -> dict[str, BatchAxes]:
+    """Return the batch axes by network, from the calls for one prompt and for two equal prompts.
+
+    A network that is called for each prompt separately, or whose axes differ between its calls, gets none.
+    """
+    axes: dict[str, BatchAxes] = {}
+    for name in {call.network.name for call in once}:
+        ones, twos = ([call for call in calls if call.network.name == name] for calls in (once, twice))
+        found = _compare(ones, twos) if len(ones) == len(twos) else None
+        if found is not None and found.arguments and found.results:
+            axes[name] = found
+    return axes
+
+
+def _compare(ones: Sequence[RecordedCall], twos: Sequence[RecordedCall]) -> BatchAxes | None:
+    arguments: dict[Path, int] = {}
+    results: dict[Path, int] = {}
+    for one, two in zip(ones, twos, strict=True):
+        for axes, first, second in (
+            (arguments, one.arguments, two.arguments),
+            (results, one.result, two.result),
+        ):
+            for path, axis in find_axes(first, second):
+                if axes.setdefault(path, axis) != axis:
+                    return None
+    return BatchAxes(arguments, results)
+
+
+def first_calls(calls: Sequence[RecordedCall]) -> dict[str, RecordedCall]:
+    """Return the first call of each network."""
+    return {call.network.name: call for call in reversed(calls)}
+
+
+@torch.no_grad()
+def record_pipeline(pipeline: Any, networks: Sequence[Network], arguments: Mapping[str, Any]) -> list[RecordedCall]:
+    """Call a pipeline and return its network calls. See `recording`."""
+    with recording(networks) as calls:
+        pipeline(**arguments)
+    return calls

@@ -1,0 +1,321 @@
+"""Run a pipeline's own call for many rows at once, and stack the calls of its networks.
+
+Each row runs in a greenlet. When it calls a network, the greenlet leaves the arguments and pauses. Calls with equal
+signatures are stacked to one call with a fixed number of batch elements, and each row continues with its part of the
+result. Because the shape of a stack never changes, the bytes of a row do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any, Generic
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from batch_infer.accelerator import is_device_error
+from batch_infer.stacking.cache import EncoderCache
+from batch_infer.stacking.networks import Kind, Network, copy_pipeline
+from batch_infer.stacking.plan import StackingPlan
+from batch_infer.stacking.rows import Call, EndedRow, Row, Tag, autocast, get_autocast
+from batch_infer.stacking.signature import Signatures
+from batch_infer.stacking.stack import Stack
+from batch_infer.stacking.trees import BatchAxes, UnstackableError, clone_tensors
+
+ENCODE_BATCH = 4
+"""Batch elements of a text encoder call. A row with guidance often needs two."""
+ROW_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""Errors of a pipeline that fail only its row, unless the device causes them."""
+Observer = Callable[[Kind], AbstractContextManager[object]]
+"""Returns a context manager for the duration of a network call."""
+
+
+class CallStacker(Generic[Tag]):
+    """Holds the rows in progress, for images of one size.
+
+    While it is open, the networks' methods are replaced. All methods must be called in the same thread.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        plan: StackingPlan,
+        sizes: Mapping[Kind, int],
+        observe: Observer,
+        cache: EncoderCache,
+    ) -> None:
+        """`sizes`: batch elements of a stack, by kind of network."""
+        self._pipeline, self._plan, self._sizes, self._observe, self._cache = pipeline, plan, sizes, observe, cache
+        self._main = getcurrent()
+        self._signatures = Signatures()
+        self._rows: dict[greenlet, Row[Tag]] = {}
+        self._waiting: deque[Row[Tag]] = deque()
+        """Rows that are not admitted yet, oldest first."""
+        self._ended: list[EndedRow[Tag]] = []
+        self.slots = sizes["denoise"]
+        self.last_used, self.last_size = 0, 0
+        """Batch elements of rows in the last denoiser call, and its size."""
+        self._replacements = ExitStack()
+        for network in plan.networks:
+            self._replacements.enter_context(network.replaced(partial(self._pause, network)))
+
+    @property
+    def free_slots(self) -> int:
+        used = sum(row.elements for row in self._rows.values() if row.admitted is not None)
+        return self.slots - used
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_denoising(self) -> bool:
+        """Whether an admitted row waits for a denoiser."""
+        return any(row.is_denoising for row in self._rows.values())
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._rows)
+
+    def take_ended(self) -> list[EndedRow[Tag]]:
+        """Return rows that have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @torch.no_grad()
+    def start(self, rows: Sequence[tuple[Tag, Mapping[str, Any]]]) -> None:
+        """Start rows, with the arguments of their calls, and run them up to their first denoiser call."""
+        for tag, arguments in rows:
+            self._start(tag, arguments)
+        self._settle()
+
+    @torch.no_grad()
+    def admit(self) -> None:
+        """Admit waiting rows, oldest first, as far as slots are free. A row that needs fewer slots may overtake."""
+        free = self.free_slots
+        for row in list(self._waiting):
+            if row.elements <= free or not self.is_denoising:
+                self._waiting.remove(row)
+                row.admitted = time.perf_counter()
+                free -= row.elements
+
+    @torch.no_grad()
+    def tick(self) -> None:
+        """Make one denoiser call for the largest group of admitted rows that can share one."""
+        self._make(self._next_tick())
+        self._settle()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Make the denoiser call of the next tick without advancing the rows."""
+        self._evaluate(self._next_tick())
+
+    @torch.no_grad()
+    def finish_decoding(self) -> None:
+        """Decode rows that wait for others to fill a decoder call."""
+        while calls := self._next_group("decode", 1):
+            self._make(calls)
+            self._settle()
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """End all rows and restore the networks' methods."""
+        try:
+            for row in list(self._rows.values()):
+                row.greenlet.throw()  # GreenletExit, which leaves the pipeline's with-blocks
+        finally:
+            self._rows.clear()
+            self._waiting.clear()
+            self._replacements.close()
+
+    # In the greenlet of the caller
+
+    def _start(self, tag: Tag, arguments: Mapping[str, Any]) -> None:
+        pipeline = self._copy_pipeline()
+
+        def run() -> None:
+            try:
+                row.result = pipeline(**arguments)
+            except ROW_ERRORS as error:
+                if is_device_error(error):
+                    raise
+                row.error = error
+
+        row: Row[Tag] = Row(tag, greenlet(run))
+        row.greenlet.gr_context = contextvars.copy_context()
+        self._rows[row.greenlet] = row
+        self._waiting.append(row)
+        self._resume(row)
+
+    def _copy_pipeline(self) -> Any:
+        return copy_pipeline(self._pipeline, host_timesteps=self._plan.host_timesteps)
+
+    def _resume(self, row: Row[Tag], *result: Any) -> None:
+        """Continue a row up to its next call."""
+        state = row.call.autocast if row.call is not None else None
+        row.call = None
+        with autocast(state):
+            row.greenlet.switch(*result)
+        self._update(row)
+
+    def _fail(self, row: Row[Tag], error: Exception) -> None:
+        """Raise an error in a row, at its call."""
+        row.call = None
+        row.greenlet.throw(error)
+        self._update(row)
+
+    def _update(self, row: Row[Tag]) -> None:
+        """Note what a row that has paused waits for."""
+        if row.call is not None:
+            row.elements = row.call.elements if row.call.network.kind == "denoise" else 0
+            return
+        del self._rows[row.greenlet]
+        if row in self._waiting:
+            self._waiting.remove(row)
+        if row.error is not None:
+            row.error.__traceback__ = None  # it would keep the tensors of the call alive
+        seconds = time.perf_counter() - row.admitted if row.admitted is not None else 0.0
+        self._ended.append(EndedRow(row.tag, row.result, row.error, seconds))
+
+    def _settle(self) -> None:
+        """Make the calls of text encoders, and full calls of decoders, until rows only wait for denoisers."""
+        while calls := self._next_group("encode", 1) or self._next_group("decode", self._sizes["decode"]):
+            self._make(calls)
+
+    def _next_tick(self) -> list[Call[Tag]]:
+        groups: dict[Hashable, list[Call[Tag]]] = {}
+        for row in self._rows.values():
+            if row.is_denoising and row.call is not None:
+                groups.setdefault(row.call.group, []).append(row.call)
+        return self._fit(max(groups.values(), key=_count_elements))
+
+    def _next_group(self, kind: Kind, least: int) -> list[Call[Tag]]:
+        """Return calls that can share a stack, if they have at least so many elements or cannot be stacked."""
+        groups: dict[Hashable, list[Call[Tag]]] = {}
+        for row in self._rows.values():
+            if row.call is not None and row.call.network.kind == kind:
+                groups.setdefault(row.call.group, []).append(row.call)
+        for group in groups.values():
+            calls = self._fit(group)
+            if calls[0].signature is None or _count_elements(calls) >= least or len(calls) < len(group):
+                return calls
+        return []
+
+    def _fit(self, calls: Sequence[Call[Tag]]) -> list[Call[Tag]]:
+        """Return the calls that fit into a stack, at least one."""
+        room = self._sizes[calls[0].network.kind]
+        fitting: list[Call[Tag]] = []
+        for call in calls if calls[0].signature is not None else calls[:1]:
+            if call.elements <= room or not fitting:
+                fitting.append(call)
+                room -= call.elements
+        return fitting
+
+    def _make(self, calls: list[Call[Tag]]) -> None:
+        """Make the calls as one, and continue their rows. An error fails the row whose call raises it."""
+        try:
+            results = self._evaluate(calls)
+        except ROW_ERRORS as error:
+            if is_device_error(error):
+                raise
+            if len(calls) == 1:
+                self._fail(calls[0].row, error)
+            else:
+                for call in calls:
+                    self._make([call])
+            return
+        for call, result in zip(calls, results, strict=True):
+            self._resume(call.row, result)
+
+    def _evaluate(self, calls: Sequence[Call[Tag]]) -> list[Any]:
+        network, first = calls[0].network, calls[0]
+        with self._observe(network.kind), autocast(first.autocast):
+            if first.signature is None:
+                self._note(network, first.elements, first.elements)
+                return [network.evaluate(first.arguments)]
+            if network.kind == "encode":
+                return self._encode(network, calls)
+            return self._stack(network, calls)
+
+    def _stack(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
+        axes, size = self._plan.axes[network.name], self._sizes[network.kind]
+        stand_ins = self._plan.stand_ins.get(network.name, ())
+        counts = [call.elements for call in calls]
+        self._note(network, sum(counts), size)
+        added = [axes.count_elements(arguments) for arguments in stand_ins]
+        stack = Stack(axes, counts + added, size + sum(added), network.device)
+        result = network.evaluate(stack.stack([*(call.arguments for call in calls), *stand_ins]))
+        return [stack.split(result, index) for index in range(len(calls))]
+
+    def _encode(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
+        """Make a stack of the calls with different texts, and cache the results."""
+        distinct = {call.content: call for call in calls}
+        stacked = self._stack(network, list(distinct.values()))
+        results = {content: clone_tensors(result) for content, result in zip(distinct, stacked, strict=True)}
+        for content, result in results.items():
+            self._cache.put(content, result)
+        return [results[call.content] for call in calls]
+
+    def _note(self, network: Network, used: int, size: int) -> None:
+        if network.kind == "denoise":
+            self.last_used, self.last_size = used, size
+
+    # In the greenlet of a row
+
+    def _pause(self, network: Network, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Leave a call to be made with others, and return its result."""
+        row = self._rows.get(getcurrent())
+        if row is None:
+            return original(**arguments)
+        call = self._describe(row, network, arguments)
+        if network.kind == "encode":
+            if call.signature is None:
+                return original(**arguments)
+            if (cached := self._cache.get(call.content)) is not None:
+                return cached
+        row.call = call
+        return self._main.switch()
+
+    def _describe(self, row: Row[Tag], network: Network, arguments: dict[str, Any]) -> Call[Tag]:
+        state, axes = get_autocast(network.device), self._plan.axes.get(network.name)
+        padding = self._plan.paddings.get(network.name)
+        if padding is not None:
+            arguments = padding.pad(arguments)
+        try:
+            if axes is None:
+                raise UnstackableError
+            elements = axes.count_elements(arguments)
+            if elements > self._sizes[network.kind]:
+                raise UnstackableError
+            free_lengths = network.name in self._plan.stand_ins
+            signature = self._signatures.of(arguments, axes, free_lengths=free_lengths)
+            content = (network.name, self._signatures.content(arguments)) if network.kind == "encode" else None
+        except UnstackableError:
+            return Call(row, network, arguments, None, _guess_elements(axes, arguments), state)
+        return Call(row, network, arguments, signature, elements, state, content)
+
+
+def _count_elements(calls: Iterable[Call[Any]]) -> int:
+    return sum(call.elements for call in calls)
+
+
+def _guess_elements(axes: BatchAxes | None, arguments: Mapping[str, Any]) -> int:
+    """Return the batch elements of a call that cannot be stacked."""
+    try:
+        return (axes or BatchAxes()).count_elements(arguments)
+    except UnstackableError:
+        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
+        return next((len(value) for value in tensors), 1)

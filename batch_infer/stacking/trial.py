@@ -1,0 +1,279 @@
+"""Try out whether the network calls of a pipeline can be stacked, and decide how."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from batch_infer.accelerator import is_device_error
+from batch_infer.errors import first_line
+from batch_infer.stacking.cache import EncoderCache
+from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, has_nested_pipelines
+from batch_infer.stacking.padding import find_padding, find_stand_ins
+from batch_infer.stacking.plan import StackingPlan
+from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, record_pipeline
+from batch_infer.stacking.rows import Call
+from batch_infer.stacking.stack import Stack
+from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker
+from batch_infer.stacking.trees import UnstackableError, find_tensor
+
+SHORT_TEXT = "a"
+LONG_TEXT = "a red circle beside two blue squares, " * 100
+"""A text that text encoders truncate to their maximum length."""
+OTHER_TEXT = "two stars over a house"
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Maximum difference, relative to the largest value, between a result in a stack and that of the call itself."""
+HALF_TOLERANCE = 0.05
+
+MakeArguments = Callable[[Sequence[str], bool], Mapping[str, Any]]
+"""Returns the arguments of a pipeline call for prompts, with or without guidance, and new generators."""
+
+
+class _FirstStepDone(RuntimeError):
+    """Ends a row after its scheduler's first step."""
+
+    def __init__(self, sample: torch.Tensor) -> None:
+        super().__init__("the first step is done")
+        self.sample = sample
+
+
+def make_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
+    """Return how the calls of a pipeline's networks can be stacked. Raises device errors.
+
+    The pipeline is called with short and long texts, with and without guidance. Calls are stacked only if, at the first
+    step, each row gets the result of its own call, and the same bytes alone and among other rows.
+    """
+    plan = StackingPlan(find_networks(pipeline))
+    try:
+        return _Trial(pipeline, make_arguments, plan).run()
+    except ROW_ERRORS as error:
+        if is_device_error(error):
+            raise
+        return run_alone(plan, f"a trial call failed ({first_line(error)})")
+
+
+def run_alone(plan: StackingPlan, *reasons: str) -> StackingPlan:
+    """Return a plan that stacks nothing, so that each row runs as if it were alone."""
+    return StackingPlan(plan.networks, host_timesteps=plan.host_timesteps, is_alone=True, reasons=reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """First samples of rows, the number of denoiser calls, and the networks whose results differed in a stack."""
+
+    samples: list[torch.Tensor]
+    ticks: int
+    different: frozenset[str]
+
+
+class _Trial:
+    def __init__(self, pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) -> None:
+        self._pipeline, self._make_arguments = pipeline, make_arguments
+        self._plan = replace(plan, host_timesteps=pipeline.device.type == "cuda")
+        self._recorded = {guided: self._record([SHORT_TEXT], guided) for guided in (True, False)}
+        self._elements = 1
+
+    def run(self) -> StackingPlan:
+        plan, reasons = replace(self._plan, axes=self._find_axes()), list[str]()
+        self._elements = self._count_elements(plan)
+        if not plan.axes:
+            return run_alone(plan, "its networks do not take the prompts of several rows")
+        if not self._have_equal_lengths(plan):
+            plan, reason = self._fix_lengths(plan)
+            reasons += [reason] if reason else []
+        plan = self._drop(plan, self._check_decoders(plan), reasons)
+        for _ in range(2):
+            outcome_of = functools.partial(self._render, plan)
+            different, is_independent = self._check_rows(outcome_of)
+            if not different and is_independent:
+                break
+            plan = self._drop(plan, different, reasons)
+        if not is_independent:
+            reasons.append("a row depends on the rows beside it")
+        denoisers = {network.name for network in plan.networks if network.kind == "denoise"}
+        if not is_independent or not denoisers & plan.axes.keys():
+            return run_alone(plan, *reasons)
+        return replace(plan, reasons=tuple(reasons))
+
+    def _record(self, prompts: Sequence[str], guided: bool) -> list[RecordedCall]:
+        row_pipeline = copy_pipeline(self._pipeline, host_timesteps=self._plan.host_timesteps)
+        return record_pipeline(row_pipeline, self._plan.networks, self._make_arguments(prompts, guided))
+
+    def _find_axes(self) -> dict[str, Any]:
+        """Return the batch axes of networks, as far as calls with and without guidance agree."""
+        axes: dict[str, Any] = {}
+        for guided, once in self._recorded.items():
+            found = compare_calls(once, self._record([SHORT_TEXT, SHORT_TEXT], guided))
+            for name in {call.network.name for call in once}:
+                known = axes.get(name)
+                if name not in found:
+                    axes[name] = None
+                elif name not in axes:
+                    axes[name] = found[name]
+                elif known is not None:
+                    known.arguments.update(found[name].arguments)
+                    known.results.update(found[name].results)
+        return {name: value for name, value in axes.items() if value is not None}
+
+    def _count_elements(self, plan: StackingPlan) -> int:
+        """Return the largest number of batch elements of a row's denoiser call."""
+        counts = [1]
+        for call in self._recorded[True] + self._recorded[False]:
+            if call.network.kind == "denoise" and call.network.name in plan.axes:
+                counts.append(plan.axes[call.network.name].count_elements(call.arguments))
+        return max(counts)
+
+    # Texts of different lengths
+
+    def _have_equal_lengths(self, plan: StackingPlan) -> bool:
+        """Return whether rows with a short and a long text share every denoiser call."""
+        alone = self._render(plan, [(SHORT_TEXT, True)]).ticks
+        return self._render(plan, [(SHORT_TEXT, True), (LONG_TEXT, True)]).ticks == alone
+
+    def _fix_lengths(self, plan: StackingPlan) -> tuple[StackingPlan, str]:
+        """Return a plan in which texts of all lengths share calls, or one without calls of those denoisers."""
+        short, long = (first_calls(self._recorded[True]), first_calls(self._record([LONG_TEXT], True)))
+        for network in plan.networks:
+            name = network.name
+            if network.kind != "denoise" or name not in plan.axes or name not in short:
+                continue
+            one, other = short[name].arguments, long[name].arguments
+            padding = find_padding(network, one, other)
+            stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
+            if padding is not None:
+                plan = replace(plan, paddings={**plan.paddings, name: padding})
+            elif stand_ins:
+                plan = replace(plan, stand_ins={**plan.stand_ins, name: stand_ins})
+        if self._have_equal_lengths(plan):
+            return plan, ""
+        denoisers = {network.name for network in plan.networks if network.kind == "denoise"}
+        axes = {name: value for name, value in plan.axes.items() if name not in denoisers}
+        return replace(plan, axes=axes, paddings={}, stand_ins={}), "it takes texts of different lengths without a mask"
+
+    # Checks
+
+    def _check_rows(self, render: Callable[..., _Outcome]) -> tuple[frozenset[str], bool]:
+        """Return the networks whose results differ in a stack, and whether rows get the same bytes beside others."""
+        short, long, other = (SHORT_TEXT, True), (LONG_TEXT, True), (OTHER_TEXT, False)
+        different: frozenset[str] = frozenset()
+        is_independent = True
+        for row, neighbour in ((short, long), (long, short), (other, short)):
+            alone, together = render([row]), render([neighbour, row])
+            different |= alone.different | together.different
+            is_independent &= torch.equal(alone.samples[0], together.samples[1])
+        return different, is_independent
+
+    def _render(self, plan: StackingPlan, rows: Sequence[tuple[str, bool]]) -> _Outcome:
+        """Render rows together up to the first step, or completely if the pipeline has several stages."""
+        sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": 2 * self._elements, "decode": 2}
+        stacker = _CheckingStacker(self._pipeline, plan, sizes, lambda kind: nullcontext(), EncoderCache())
+        ended: dict[int, torch.Tensor] = {}
+        ticks = 0
+        try:
+            stacker.start([(index, self._make_arguments([text], guided)) for index, (text, guided) in enumerate(rows)])
+            while stacker.has_rows:
+                stacker.admit()
+                if stacker.is_denoising:
+                    stacker.tick()
+                    ticks += 1
+                else:
+                    stacker.finish_decoding()
+                ended |= {row.tag: _sample_of(row.result, row.error) for row in stacker.take_ended()}
+            ended |= {row.tag: _sample_of(row.result, row.error) for row in stacker.take_ended()}
+        finally:
+            stacker.close()
+        return _Outcome([ended[index] for index in range(len(rows))], ticks, frozenset(stacker.different))
+
+    @torch.no_grad()
+    def _check_decoders(self, plan: StackingPlan) -> frozenset[str]:
+        """Return the decoders that do not treat the images of a stack separately."""
+        different = set()
+        for name, call in first_calls(self._recorded[True]).items():
+            if call.network.kind == "decode" and name in plan.axes:
+                noise = torch.Generator("cpu").manual_seed(0)
+                values = {key: _replace_noise(value, noise) for key, value in call.arguments.items()}
+                if not _is_separate(plan, call.network, call.arguments, values):
+                    different.add(name)
+        return frozenset(different)
+
+    @staticmethod
+    def _drop(plan: StackingPlan, names: frozenset[str], reasons: list[str]) -> StackingPlan:
+        """Return a plan that does not stack the calls of these networks."""
+        reasons += [f"{name} does not compute the rows of a batch separately" for name in sorted(names)]
+        return replace(plan, axes={name: axes for name, axes in plan.axes.items() if name not in names})
+
+
+class _CheckingStacker(CallStacker[int]):
+    """Ends rows after their first step, and compares each result of a stack with that of the call itself."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.different: set[str] = set()
+
+    def _copy_pipeline(self) -> Any:
+        row_pipeline = super()._copy_pipeline()
+        if not has_nested_pipelines(row_pipeline) and hasattr(getattr(row_pipeline, "scheduler", None), "step"):
+            end_after_first_step(row_pipeline.scheduler)
+        return row_pipeline
+
+    def _stack(self, network: Network, calls: Sequence[Call[int]]) -> list[Any]:
+        results = super()._stack(network, calls)
+        for call, result in zip(calls, results, strict=True):
+            if not _is_close(find_tensor(result), find_tensor(network.evaluate(call.arguments))):
+                self.different.add(network.name)
+        return results
+
+
+def end_after_first_step(scheduler: Any) -> None:
+    """Make a scheduler raise _FirstStepDone after its first step."""
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def step_once(*args: Any, **kwargs: Any) -> None:
+        output = step(*args, **kwargs)
+        raise _FirstStepDone(output[0])
+
+    scheduler.step = step_once
+
+
+def _sample_of(result: Any, error: Exception | None) -> torch.Tensor:
+    if isinstance(error, _FirstStepDone):
+        return error.sample
+    if error is not None:
+        raise error
+    images = result.images if hasattr(result, "images") else result[0]
+    return images if isinstance(images, torch.Tensor) else torch.as_tensor(images)
+
+
+def _replace_noise(value: Any, generator: torch.Generator) -> Any:
+    """Return other values of the same shape for latents, and everything else unchanged."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return torch.randn(value.shape, generator=generator).to(value)
+
+
+def _is_separate(plan: StackingPlan, network: Network, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether a network gives a call the same result with other calls as alone, and the bytes of a full stack."""
+    axes = plan.axes[network.name]
+    try:
+        count = axes.count_elements(one)
+    except UnstackableError:
+        return False
+    expected = find_tensor(network.evaluate(one))
+    alone = Stack(axes, [count], 2 * count, network.device)
+    pair = Stack(axes, [count, count], 2 * count, network.device)
+    first = find_tensor(alone.split(network.evaluate(alone.stack([one])), 0))
+    second = find_tensor(pair.split(network.evaluate(pair.stack([other, one])), 1))
+    return _is_close(first, expected) and torch.equal(first, second)
+
+
+def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    tolerance = TOLERANCES.get(expected.dtype, HALF_TOLERANCE)
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
