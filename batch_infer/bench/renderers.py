@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.bench.probe import make_probe
 from batch_infer.bench.workload import size_name, size_of
-from batch_infer.chain import StepLevelChain, UnrenderedRow
+from batch_infer.chain import UnrenderedRow
 from batch_infer.errors import ModelError
 from batch_infer.planning import order_requests
 from batch_infer.records import PromptRequest
@@ -32,14 +32,19 @@ class BatchInfer:
     """Renders with the chain and row order of a run."""
 
     def __init__(self, model: Model, compute: Compute) -> None:
-        self.chain = cast(StepLevelChain, make_chain(model, compute))
+        self._model = model
+        self.chain = make_chain(model, compute)
 
     def capacity(self, row: PromptRequest) -> int:
         """Return the number of rows with this row's size and guidance that fit into a batch."""
         return self.chain.batch_sizes.for_size(size_of(row))[0] // row.params.slots
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
-        """Yield each image once its pixels are on the host. Raises ModelError if a row has no image."""
+        """Yield each image once its pixels are on the host. Raises ModelError if a row has no image.
+
+        Prompts of earlier renderings are encoded again, as the pipeline does.
+        """
+        self._model.clear_embeddings()
         self.chain.stages_by_size.clear()
         for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.for_size(size)[0])):
             if isinstance(outcome, UnrenderedRow):

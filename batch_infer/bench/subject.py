@@ -20,7 +20,8 @@ from batch_infer.worker import load_model, optimize_model, prepare_torch
 if TYPE_CHECKING:
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
-FEW_STEPS = (1, 2, 4, 10, 20)
+FEW_STEPS = (2, 4, 10, 20)
+"""Step counts for warming up. With a single step, the schedule of Qwen-Image is not finite."""
 
 
 @dataclass(frozen=True)

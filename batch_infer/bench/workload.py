@@ -28,7 +28,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class SizeWork:
-    """Images and denoiser evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and one decoding."""
+    """Images and denoiser evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and decoding."""
 
     height: int
     width: int

@@ -96,6 +96,10 @@ class AnyPipeline:
             )
         optimize_networks(self.networks, self.device, compiled=True, threads=threads)
 
+    def clear_embeddings(self) -> None:
+        """Encode all prompts again from now on."""
+        self._cache.clear()
+
     def make_stacker(self, slots: int, decode_batch: int, observe: Observer) -> CallStacker[Any]:
         """Return a stacker for rows of one image size. `observe` is called with each network call."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode_batch}

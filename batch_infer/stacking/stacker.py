@@ -304,7 +304,7 @@ class CallStacker(Generic[Tag]):
             signature = self._signatures.of(arguments, axes, free_lengths=free_lengths)
             content = (network.name, self._signatures.content(arguments)) if network.kind == "encode" else None
         except UnstackableError:
-            return Call(row, network, arguments, None, _guess_elements(axes, arguments), state)
+            return Call(row, network, arguments, None, count_elements(axes, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)
 
 
@@ -312,8 +312,8 @@ def _count_elements(calls: Iterable[Call[Any]]) -> int:
     return sum(call.elements for call in calls)
 
 
-def _guess_elements(axes: BatchAxes | None, arguments: Mapping[str, Any]) -> int:
-    """Return the batch elements of a call that cannot be stacked."""
+def count_elements(axes: BatchAxes | None, arguments: Mapping[str, Any]) -> int:
+    """Return the batch elements of a call, estimated if it cannot be stacked."""
     try:
         return (axes or BatchAxes()).count_elements(arguments)
     except UnstackableError:

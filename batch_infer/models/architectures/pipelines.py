@@ -26,6 +26,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from msgspec import structs
 from transformers import CLIPTextModel, Qwen3ForCausalLM, Qwen3Model
 
 from batch_infer.models.any_pipeline import AnyPipeline, make_rules
@@ -75,7 +76,7 @@ SANA = Sizes(
     {
         **{"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1},
         **{"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32},
-        "caption_channels": 32,
+        **{"caption_channels": 32, "sample_size": 16},
     },
 )
 """SanaMS_1600M_P1_D20 in diffusers' scripts/convert_sana_to_diffusers.py, which diffusers' defaults equal.
@@ -119,6 +120,8 @@ QWEN_SCHEDULE: dict[str, Any] = {
 """scheduler_config.json of Qwen/Qwen-Image."""
 SANA_SCHEDULE: dict[str, Any] = {"flow_shift": 3.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """The scheduler of scripts/convert_sana_to_diffusers.py for 1024 pixels."""
+SMALL_SIDE = 64
+"""Default image side of small pipelines in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,8 @@ def build_architecture(
         return build_family(name, device, dtype)
     architecture, pipeline = PIPELINES[name], build_pipeline(name, device, dtype, small=small)
     rules = make_rules(pipeline)
+    if small:
+        rules = replace(rules, sizes=structs.replace(rules.sizes, native_height=SMALL_SIDE, native_width=SMALL_SIDE))
     if architecture.steps is not None:
         rules = replace(rules, num_inference_steps=architecture.steps)
     if architecture.guidance_scale is not None:
