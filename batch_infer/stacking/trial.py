@@ -147,6 +147,8 @@ class _Trial:
             stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
             if padding is not None:
                 plan = replace(plan, paddings={**plan.paddings, name: padding})
+                if padding.mask is not None:
+                    plan.axes[name].arguments[padding.mask,] = 0  # the trial calls have no mask
             elif stand_ins:
                 plan = replace(plan, stand_ins={**plan.stand_ins, name: stand_ins})
         if self._have_equal_lengths(plan):
