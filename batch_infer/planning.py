@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
@@ -10,7 +11,7 @@ from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
 from batch_infer.carried import estimate_bytes
-from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow
+from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, RowCost
 
 WINDOW = 8192
 """Maximum number of requests to sort together, so that memory does not grow with the table."""
@@ -122,9 +123,7 @@ def _get_size(request: PromptRequest) -> tuple[int, int]:
 def _make_sort_key(request: PromptRequest) -> tuple[object, ...]:
     params = request.params
     longest_first = -params.num_inference_steps, not params.uses_guidance
-    # Rows with equal settings are adjacent: a pipeline's own __call__ renders them together.
-    settings = params.guidance_scale, params.guidance_rescale, request.negative_prompt is None
-    return *_get_size(request), *longest_first, *settings, request.id, request.image_index
+    return *_get_size(request), *longest_first, request.id, request.image_index
 
 
 def _balance(rows: list[PromptRequest], lane_count: int) -> list[PromptRequest]:
@@ -167,8 +166,8 @@ def _schedule(pieces: list[list[PromptRequest]], lane_count: int, length: int) -
 class SizeCost:
     """Cost of all rows of one image size.
 
-    `row_forwards` counts the batch elements that rows use in UNet calls, two per call for a row with guidance. `ticks`
-    counts UNet calls over all slots.
+    `row_forwards` counts the batch elements that rows use in denoiser calls, usually two per call for a row with
+    guidance. `ticks` counts denoiser calls over all slots.
     """
 
     slots: int
@@ -177,70 +176,74 @@ class SizeCost:
     ticks: int = 0
 
 
-class StepBatchingEstimator:
+class BatchingEstimator:
     """Simulates step-level batching. `costs` contains the cost of each image size (height, width).
 
-    Rows start in the order in which they are added, as soon as enough slots are free, and all slots empty before the
-    size changes. The packer does the same, except that a row without guidance may overtake one that waits for a second
-    slot.
-    """
-
-    def __init__(self, get_slots: SlotsForSize) -> None:
-        self.costs: dict[tuple[int, int], SizeCost] = {}
-        self._get_slots, self._free = get_slots, 0
-        self._now = self._last = 0
-        self._running: list[tuple[int, int]] = []
-        self._current: tuple[tuple[int, int], SizeCost] | None = None
-
-    def add(self, request: PromptRequest, evaluations: int) -> None:
-        """Add a row that calls the model `evaluations` times."""
-        size = _get_size(request)
-        if self._current is None or self._current[0] != size:
-            self.close()
-            self._free = self._get_slots(size)
-            self._current = size, self.costs.setdefault(size, SizeCost(self._free))
-        cost, needed = self._current[1], request.params.slots
-        while self._free < needed:
-            self._now, freed = heappop(self._running)
-            self._free += freed
-        self._free -= needed
-        heappush(self._running, (self._now + evaluations, needed))
-        self._last = max(self._last, self._now + evaluations)
-        cost.images += 1
-        cost.row_forwards += needed * evaluations
-
-    def close(self) -> None:
-        """Finish all running rows."""
-        if self._current is not None:
-            self._current[1].ticks += self._last
-        self._now, self._last, self._current = 0, 0, None
-        self._running.clear()
-
-
-class PipelineBatchingEstimator:
-    """Simulates pipeline-call batching: one call renders rows with equal settings.
-
-    It has the API of StepBatchingEstimator. Slots are batch elements of a UNet call here too, so a call renders half as
-    many rows if they have guidance.
+    All slots empty before the size changes. Otherwise, rows are prepared and admitted as the batchers in `chain` do.
     """
 
     def __init__(self, get_slots: SlotsForSize) -> None:
         self.costs: dict[tuple[int, int], SizeCost] = {}
         self._get_slots = get_slots
-        self._batch_key: tuple[object, ...] | None = None
-        self._room = 0
+        self._size: tuple[int, int] | None = None
+        self._incoming: deque[RowCost] = deque()
+        self._waiting: list[RowCost] = []
+        self._running: list[tuple[int, int]] = []
+        """A heap of the ticks at which rows end, and the slots that they free."""
+        self._now = self._free = 0
 
-    def add(self, request: PromptRequest, evaluations: int) -> None:
-        """Add a row that calls the model `evaluations` times."""
-        size, needed = _get_size(request), request.params.slots
-        cost = self.costs.setdefault(size, SizeCost(self._get_slots(size)))
-        if self._batch_key != request.batch_key or not self._room:
-            self._batch_key, self._room = request.batch_key, cost.slots // needed
-            cost.ticks += evaluations
-        self._room -= 1
+    def add(self, request: PromptRequest, row: RowCost) -> None:
+        """Add a row."""
+        size = _get_size(request)
+        if self._size != size:
+            self.close()
+            self._size, self._free = size, self.costs.setdefault(size, SizeCost(self._get_slots(size))).slots
+        cost = self.costs[size]
         cost.images += 1
-        cost.row_forwards += needed * evaluations
+        cost.row_forwards += row.slots * row.evaluations
+        if row.is_alone:
+            cost.ticks += row.evaluations
+        else:
+            self._incoming.append(row)
+            self._simulate(cost, is_last=False)
 
     def close(self) -> None:
-        """End the current call, even if it is not full."""
-        self._batch_key = None
+        """Finish all rows of the current size."""
+        if self._size is not None:
+            cost = self.costs[self._size]
+            self._simulate(cost, is_last=True)
+            cost.ticks += self._now
+        self._now, self._size = 0, None
+
+    def _simulate(self, cost: SizeCost, *, is_last: bool) -> None:
+        """Advance the simulation as far as the rows added so far determine it, or to its end."""
+        while True:
+            room = count_room(len(self._waiting), cost.slots)
+            if room > len(self._incoming) and not is_last:
+                return
+            self._waiting += [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
+            self._admit(cost.slots)
+            if not self._running:
+                return
+            will_prepare = self._incoming and count_room(len(self._waiting), cost.slots)
+            self._now = self._now + 1 if will_prepare else self._running[0][0]
+            while self._running and self._running[0][0] <= self._now:
+                self._free += heappop(self._running)[1]
+
+    def _admit(self, total: int) -> None:
+        waiting, self._waiting = self._waiting, []
+        for row in waiting:
+            slots = min(row.slots, total)
+            if slots > self._free:
+                self._waiting.append(row)
+                continue
+            self._free -= slots
+            heappush(self._running, (self._now + row.evaluations, slots))
+
+
+def count_room(waiting: int, slots: int) -> int:
+    """Return how many rows to prepare when so many are waiting to be admitted.
+
+    When at most one row per two slots is waiting, their number is increased to one per slot.
+    """
+    return 0 if waiting > slots // 2 else slots - waiting

@@ -53,6 +53,15 @@ class SamplingParams:
         return 2 if self.uses_guidance else 1
 
 
+@dataclass(frozen=True, slots=True)
+class RowCost:
+    """Number of a row's denoiser calls, and of its batch elements in each. With `is_alone`, it shares none of them."""
+
+    evaluations: int
+    slots: int
+    is_alone: bool = False
+
+
 class SizeRules(
     msgspec.Struct, frozen=True, rename={"side_multiple": "factor", "min_side": "smallest", "model_max_side": "most"}
 ):
@@ -119,7 +128,6 @@ class PromptRequest:
     @property
     def key(self) -> tuple[str, int]:
         return self.id, self.image_index
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, StepLevelChain, RenderedImage, UnrenderedRow
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card, trial_calls
 from batch_infer.models.any_pipeline import find_class
@@ -255,9 +255,7 @@ def test_an_error_fails_its_row_and_not_the_neighbours(
     rows = [row("flux", "a", seed=1), row("flux", "bad", "bad", seed=2), row("flux", "c", seed=3)]
     expected = render(model, rows)
     make_fail(model, error, "bad", monkeypatch)
-    outcomes = {
-        outcome.request.id: outcome for outcome in StepLevelChain(model, BatchSizes(8, 2), None).render(rows)
-    }
+    outcomes = {outcome.request.id: outcome for outcome in StepLevelChain(model, BatchSizes(8, 2), None).render(rows)}
     for name in "ac":
         image = outcomes[name]
         assert isinstance(image, RenderedImage)

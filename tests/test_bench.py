@@ -42,8 +42,8 @@ from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
 from batch_infer.models import architectures
 from batch_infer.models.acceleration import decode_flops, denoise_flops
-from batch_infer.planning import StepBatchingEstimator, order_requests
-from batch_infer.records import PromptRequest, SamplingParams, SizeRules
+from batch_infer.planning import BatchingEstimator, order_requests
+from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
 from tests.pipelines import save_sd3
@@ -339,9 +339,9 @@ def test_sizes_are_written_width_first() -> None:
 @pytest.mark.parametrize(("rows", "min_occupancy"), [(200, 0.90), (1_000, 0.95), (10_000, 0.98)])
 def test_estimated_occupancy_of_mixed_workloads(rows: int, min_occupancy: float) -> None:
     """The occupancy is an estimate, which a test of the chain checks to within a row."""
-    estimator = StepBatchingEstimator(slots_of)
+    estimator = BatchingEstimator(slots_of)
     for request in mixed_requests(rows):
-        estimator.add(request, request.params.num_inference_steps)
+        estimator.add(request, RowCost(request.params.num_inference_steps, request.params.slots))
     estimator.close()
     evaluations = sum(cost.row_forwards for cost in estimator.costs.values())
     assert evaluations / sum(32 * cost.ticks for cost in estimator.costs.values()) > min_occupancy

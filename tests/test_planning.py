@@ -13,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_infer import planning
-from batch_infer.planning import SizeCost, StepBatchingEstimator, is_finished, order_requests, select_pending
-from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, PromptRequest, ResultRow, SamplingParams, Source, utc_now
+from batch_infer.planning import BatchingEstimator, SizeCost, is_finished, order_requests, select_pending
+from batch_infer.records import (
+    FINAL_STATUSES,
+    MAX_ATTEMPTS,
+    PromptRequest,
+    ResultRow,
+    RowCost,
+    SamplingParams,
+    Source,
+    utc_now,
+)
 
 GUIDANCE = [1.0, 7.5, 7.5, 7.5, 7.5]
 
@@ -153,9 +162,9 @@ def test_slots_are_full_on_a_mixed_table(rows: int, min_occupancy: float, seed: 
 
 
 def costs_of(requests: list[PromptRequest], slots: int) -> dict[tuple[int, int], SizeCost]:
-    estimator = StepBatchingEstimator(lambda _: slots)
+    estimator = BatchingEstimator(lambda _: slots)
     for item in requests:
-        estimator.add(item, item.params.num_inference_steps)
+        estimator.add(item, RowCost(item.params.num_inference_steps, item.params.slots))
     estimator.close()
     return estimator.costs
 

@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from batch_infer.autotune.cache import Plateau, Rates
 from batch_infer.autotune.devices import explain_out_of_memory
 from batch_infer.errors import RowError
 from batch_infer.models import ModelCard, load_solver
-from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
+from batch_infer.records import PromptRequest, RowCost, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, ImageFormat, SafetySettings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from batch_infer.chain import PipelineCallChain, StepLevelChain
+    from batch_infer.chain import StepLevelChain
     from batch_infer.models import AnyPipeline, LatentDiffusion
 
 FEW_STEPS = (1, 2, 4, 10, 20)
@@ -38,14 +38,24 @@ def import_renderer() -> None:
     from batch_infer.worker import load_model  # noqa: F401
 
 
+def count_cost(card: ModelCard, compute: Compute, params: SamplingParams, negative_prompt: str | None) -> RowCost | str:
+    """Return the cost of a row of a pipeline without a family, or why the pipeline refuses its values.
+
+    Raises ModelError, SettingsError.
+    """
+    with explain_out_of_memory():
+        model, _ = _load_model(card, replace(compute, compiled=False))
+        try:
+            return cast("AnyPipeline", model).count_cost(params, negative_prompt)
+        except RowError as error:
+            return str(error)
+
+
 def count_evaluations(card: ModelCard, steps: int) -> int | str:
     """Return how often a row with `steps` steps evaluates the model, or why the scheduler refuses that step count.
 
-    A pipeline without a family is assumed to evaluate the model once per step. The reason is returned instead of
-    raised, since unpickling the error could import torch in the parent process.
+    The reason is returned instead of raised, since unpickling the error could import torch in the parent process.
     """
-    if card.uses_pipeline_call:
-        return steps
     try:
         return _load_solver(card).table(steps).evaluations
     except RowError as error:
@@ -59,15 +69,14 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     """
     from torch import OutOfMemoryError
 
-    from batch_infer.autotune.plateau import find_pipeline_plateau, find_plateau
-    from batch_infer.models import AnyPipeline
+    from batch_infer.autotune.plateau import find_plateau
 
     with explain_out_of_memory():
         # Do not compile: it would hardly change the plateau, but take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
     params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
     try:
-        return find_pipeline_plateau(model, params) if isinstance(model, AnyPipeline) else find_plateau(model, params)
+        return find_plateau(model, params)
     except OutOfMemoryError:  # not even the smallest batch fits, so rows of this size fail in the run
         return Plateau(2, 1, utc_now())
 
@@ -88,9 +97,11 @@ def measure_rates(
         _render(chain, card, size, few_steps)  # warm up, since the first call with a shape takes longer
         short = min(_render(chain, card, size, few_steps)[0] for _ in range(REPEATS))
         more_steps = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
-        many_steps = _first_accepted(card, range(few_steps + more_steps, 1001))
+        many_steps = few_steps + more_steps
+        if not card.uses_pipeline_call:
+            many_steps = _first_accepted(card, range(many_steps, 1001))
         long, images = min((_render(chain, card, size, many_steps) for _ in range(REPEATS)), key=lambda pair: pair[0])
-    few, many = (int(count_evaluations(card, steps)) for steps in (few_steps, many_steps))
+    few, many = (_count_ticks(card, model, _make_params(card, size, steps)) for steps in (few_steps, many_steps))
     tick = max(0.0, long - short) / (many - few)
     image = max(0.0, short - tick * few) / max(1, len(images))
     encode_seconds, image_bytes = _encode(images, image_format)
@@ -101,11 +112,18 @@ def measure_rates(
     return Rates(start, tick, image, image_bytes, utc_now())
 
 
+def _count_ticks(card: ModelCard, model: LatentDiffusion | AnyPipeline, params: SamplingParams) -> int:
+    """Return the number of denoiser calls for rows with these parameters that fill all slots."""
+    if card.uses_pipeline_call:
+        return cast("AnyPipeline", model).count_cost(params, None).evaluations
+    return int(count_evaluations(card, params.num_inference_steps))
+
+
 def _load_model(
-    card: ModelCard, compute: Compute, safety: SafetySettings
+    card: ModelCard, compute: Compute, safety: SafetySettings | None = None
 ) -> tuple[LatentDiffusion | AnyPipeline, float]:
-    """Return a model, and the number of seconds that it took to load."""
-    with_checker = safety.uses_checker(has_checker=card.has_checker)
+    """Return a model, and the number of seconds that it took to load. Without `safety`, it has no checker."""
+    with_checker = safety is not None and safety.uses_checker(has_checker=card.has_checker)
     return _load_once(card, replace(compute, slots=0, decode_batch=0, by_size=()), with_checker)
 
 
@@ -133,11 +151,11 @@ def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> Sampling
 
 
 def _render(
-    chain: StepLevelChain | PipelineCallChain, card: ModelCard, size: tuple[int, int], steps: int
+    chain: StepLevelChain, card: ModelCard, size: tuple[int, int], steps: int
 ) -> tuple[float, list[np.ndarray]]:
     """Render as many rows as fill all slots. Return the elapsed seconds and the images."""
     params = _make_params(card, size, steps)
-    rows = range(chain.batch_sizes.for_size(size)[0] // params.slots)
+    rows = range(chain.model.count_rows(chain.batch_sizes.for_size(size)[0], params))
     requests = [PromptRequest(str(i), 0, f"number {i}", None, i, params, Source("", i), "") for i in rows]
     started = time.perf_counter()
     images = [getattr(outcome, "pixels", None) for outcome in chain.render(requests)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -30,32 +30,28 @@ TRIAL_SECONDS = 0.4
 Trial = Callable[[], object]
 
 
-def find_plateau(model: LatentDiffusion, params: SamplingParams) -> Plateau:
+def find_plateau(model: LatentDiffusion | AnyPipeline, params: SamplingParams) -> Plateau:
     """Return the batch sizes at the plateau for rows with `params`.
 
-    Time larger and larger UNet calls, and then decoder calls, until throughput stops rising, memory is almost full, or
-    the largest size is reached. Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    Time larger and larger denoiser calls, and then decoder calls, until throughput stops rising, memory is almost full,
+    or the largest size is reached. Raises torch.OutOfMemoryError if not even the smallest batch fits, and RowError if a
+    pipeline without a family does not support `params`.
     """
-    slots, full_slots = _search(SLOTS, lambda size: _make_tick(model, params, size), model.device)
+    if model.uses_pipeline_call:
+        return _find_pipeline_plateau(cast("AnyPipeline", model), params)
+    family_model = cast("LatentDiffusion", model)
+    slots, full_slots = _search(SLOTS, lambda size: _make_tick(family_model, params, size), model.device)
     sizes = [size for size in DECODE_BATCHES if size <= max(1, slots // 2)]
-    decode_batch, _ = _search(sizes, lambda size: _make_decode(model, params, size), model.device)
+    decode_batch, _ = _search(sizes, lambda size: _make_decode(family_model, params, size), model.device)
     del full_slots  # the slots had to stay in memory while decoding was measured
     return Plateau(slots, decode_batch, utc_now())
 
 
-def find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
-    """Time the pipeline's own call on larger and larger batches, until throughput stops rising or memory is full.
-
-    The decode batch is derived from the slots. Raises torch.OutOfMemoryError if not even the smallest batch fits, and
-    RowError if the pipeline does not support `params`.
-    """
-    request = _make_request(params, "a trial")
-
-    def make_call(size: int) -> Trial:
-        rows = [request] * (size // params.slots)
-        return lambda: model.render(rows, len(rows))
-
-    slots, _ = _search(SLOTS, make_call, model.device)
+def _find_pipeline_plateau(model: AnyPipeline, params: SamplingParams) -> Plateau:
+    """Return the batch sizes for a pipeline's own call. The decode batch is derived from the slots."""
+    if not model.plan.is_stacked:
+        return Plateau(SLOTS[0], 1, utc_now())
+    slots, _ = _search(SLOTS, lambda size: model.make_call(size, params), model.device)
     return Plateau(slots, max(1, min(DECODE_BATCHES[-2], slots // 2)), utc_now())
 
 

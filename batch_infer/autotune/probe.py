@@ -19,10 +19,17 @@ from typing import Any, ParamSpec, TypeVar
 
 from batch_infer import main_guard
 from batch_infer.autotune.cache import Plateau, Rates, load_calibration, save_calibration
-from batch_infer.autotune.calibration import count_evaluations, import_renderer, measure_plateau, measure_rates
+from batch_infer.autotune.calibration import (
+    count_cost,
+    count_evaluations,
+    import_renderer,
+    measure_plateau,
+    measure_rates,
+)
 from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
 from batch_infer.models import ModelCard, SamplingRules
+from batch_infer.records import PromptRequest, RowCost
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
 
@@ -42,6 +49,8 @@ class Probe:
         self._other_children = set(active_children())
         self._evaluations: dict[int, int | str] | None = None
         """Model evaluations by step count, or why the scheduler refuses that count, for one model."""
+        self._costs: dict[str, RowCost | str] | None = None
+        """The same as `_evaluations` for a pipeline without a family, by step count, guidance and negative prompt."""
         self._import_seconds: float | None = None
         self.seconds_waited = 0.0
         """Number of seconds spent starting the process and waiting for its results."""
@@ -61,8 +70,6 @@ class Probe:
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
         """Return how often a row evaluates the model. Raises ModelError, and RowError if `steps` is refused."""
-        if card.uses_pipeline_call:
-            return steps
         if self._evaluations is None:
             cached = load_calibration(dict[int, int | str], _evaluation_conditions(card), "evaluations")
             self._evaluations = cached or {}
@@ -73,6 +80,26 @@ class Probe:
         if isinstance(count, str):
             raise RowError(count)
         return count
+
+    def count_cost(self, card: ModelCard, compute: Compute, request: PromptRequest) -> RowCost:
+        """Return the cost of a row. Raises ModelError, and RowError if the model refuses its values."""
+        params = request.params
+        if not card.uses_pipeline_call:
+            return RowCost(self.count_evaluations(card, params.num_inference_steps), params.slots)
+        # Whether a row uses guidance matters to its cost, but not the scale.
+        params = replace(params, guidance_scale=min(params.guidance_scale, 2.0), guidance_rescale=0.0)
+        negative = None if request.negative_prompt is None else ""
+        key = f"{params.num_inference_steps} {params.guidance_scale:g} {negative!r}"
+        conditions = {**_evaluation_conditions(card), "model": card.fingerprint}
+        if self._costs is None:
+            self._costs = load_calibration(dict[str, RowCost | str], conditions, "costs") or {}
+        if key not in self._costs:
+            self._costs[key] = self._call(count_cost, card, compute, params, negative)
+            save_calibration(conditions, self._costs, "costs")
+        cost = self._costs[key]
+        if isinstance(cost, str):
+            raise RowError(cost)
+        return cost
 
     def measure_plateau(
         self, card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]

@@ -86,13 +86,13 @@ class MiniBatchRenderer:
 
     def _render(self, job: Job, requests: Iterable[PromptRequest], *, is_alone: bool = False) -> None:
         card, compute, settings = job.card, job.compute, job.settings
-        slots_of = None if card.uses_pipeline_call else lambda size: compute.shape_of(*size).slots
         worker_settings = WorkerSettings(
             card, compute, settings.safety, settings.output, self._store.address, job.tables.carried
         )
         worker = Worker(worker_settings, format_worker_name(0), lambda *_: self._chain)
+        ordered = order_requests(requests, lambda size: compute.shape_of(*size).slots)
         with self.markers:
-            marked = self.markers.mark(order_requests(requests, slots_of), is_alone=is_alone)
+            marked = self.markers.mark(ordered, is_alone=is_alone)
             worker.render(marked, self.markers.record_committed)
 
     def _commit_failed(self, job: Job, requests: Sequence[PromptRequest]) -> None:

@@ -182,8 +182,9 @@ class Chain(ABC):
     def render(self, requests: Iterable[PromptRequest] | RequestSource) -> Iterator[RowOutcome]:
         """Render requests and yield outcomes in the order in which they finish.
 
-        Requests with the same image size should be adjacent, because only adjacent requests can share a batch. If the device runs out of memory, the chain makes later
-        batches smaller and renders the unfinished rows again. They fail if batches cannot be smaller.
+        Requests with the same image size should be adjacent, because only adjacent requests can share a batch. If the
+        device runs out of memory, the chain makes later batches smaller and renders the unfinished rows again. They
+        fail if batches cannot be smaller.
         """
 
     @abstractmethod

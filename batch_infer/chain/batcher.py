@@ -12,6 +12,7 @@ from batch_infer.chain.base import Size, Stage, UnrenderedRow
 from batch_infer.chain.pacing import encode_concurrently, make_pacer
 from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError
+from batch_infer.planning import count_room
 from batch_infer.records import PromptRequest
 from batch_infer.stages import Stages
 
@@ -88,9 +89,7 @@ class PackedBatcher:
 
     @property
     def room(self) -> int:
-        """Rows to encode. When at most one row per two slots is waiting, one per slot should wait."""
-        waiting = len(self._encoded)
-        return 0 if waiting > self._slots.size // 2 else self._slots.size - waiting
+        return count_room(len(self._encoded), self._slots.size)
 
     @property
     def is_waiting(self) -> bool:

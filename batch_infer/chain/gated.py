@@ -33,8 +33,6 @@ CACHED_PROMPTS = 1024
 """Maximum number of cached verdicts on prompts. Images of one row share a verdict, as do rows with equal prompts."""
 BLOCKED_AHEAD = 64
 """Maximum number of rows, blocked or failed because of their prompts, that are collected before they are yielded."""
-BATCHING_SECONDS = 1.0
-"""Maximum number of seconds to wait for the verdict on the next prompt while the batch of a pipeline call is filled."""
 POLL_SECONDS = 0.2
 """Maximum number of seconds between checks whether to stop while only verdicts on images are missing."""
 GRACE_SECONDS = 5.0
@@ -54,7 +52,7 @@ class GatedChain(Chain):
         self._chain, self._stop = chain, stop
         self._has_ended, self._grace_end = False, math.inf
         self._gate = make_gate(self._must_stop_gate)
-        self.model, self.uses_pipeline_call = chain.model, chain.uses_pipeline_call
+        self.model = chain.model
         self.stages_by_size = chain.stages_by_size
 
     @property
@@ -73,7 +71,7 @@ class GatedChain(Chain):
         """
         with ThreadPoolExecutor(self._gate.concurrency, "gate") as pool:
             images = _ImageGate(self._gate, pool)
-            prompts = _PromptGate(as_source(requests), self._gate, pool, images, batching=self.uses_pipeline_call)
+            prompts = _PromptGate(as_source(requests), self._gate, pool, images)
             try:
                 with suppress(StoppedError):
                     for outcomes in self._chain.steps(prompts):
@@ -108,12 +106,8 @@ class GatedChain(Chain):
 class _PromptGate:
     """A request source that passes on the requests whose prompts are safe, and collects the outcomes of the others."""
 
-    def __init__(
-        self, source: RequestSource, gate: Gate, pool: ThreadPoolExecutor, images: _ImageGate, *, batching: bool
-    ) -> None:
-        """`batching`: even if `poll` has no timeout, it waits up to BATCHING_SECONDS for a verdict, to fill a batch."""
+    def __init__(self, source: RequestSource, gate: Gate, pool: ThreadPoolExecutor, images: _ImageGate) -> None:
         self._source, self._gate, self._pool, self._images = source, gate, pool, images
-        self._batching = batching
         self._is_at_end = False
         self._pending: list[tuple[PromptRequest, Future[Verdict]]] = []
         self._cache: OrderedDict[str, Future[Verdict]] = OrderedDict()
@@ -131,8 +125,6 @@ class _PromptGate:
                 return NoRequest.END
             if timeout and not self._blocked:
                 wait([*self.futures, *self._images.pending], timeout, FIRST_COMPLETED)
-            elif not timeout and self._batching:
-                wait(self.futures[:1], BATCHING_SECONDS)
             index = next((index for index, future in enumerate(self.futures) if future.done()), None)
             if index is None:
                 break

@@ -16,7 +16,7 @@ from batch_infer.chain.base import RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.chain.batcher import Tag
 from batch_infer.chain.pacing import stream_for
 from batch_infer.diffusion import FinishedRow
-from batch_infer.records import Verdict
+from batch_infer.records import PromptRequest, Verdict
 from batch_infer.safety import ImageChecker
 from batch_infer.stages import Stages
 

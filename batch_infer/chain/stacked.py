@@ -12,6 +12,7 @@ from batch_infer.chain.pacing import make_pacer
 from batch_infer.diffusion import FinishedRow
 from batch_infer.errors import FailedRowError, RowError
 from batch_infer.models import AnyPipeline
+from batch_infer.planning import count_room
 from batch_infer.records import PromptRequest
 from batch_infer.stacking import CallStacker, EndedRow, Kind
 from batch_infer.stages import Stages
@@ -33,7 +34,7 @@ class StackedBatcher:
         stacker = self._stacker
         if self._model.plan.is_alone:
             return 0 if stacker.has_rows else 1
-        return 0 if stacker.waiting_count > stacker.slots // 2 else stacker.slots - stacker.waiting_count
+        return count_room(stacker.waiting_count, stacker.slots)
 
     @property
     def is_waiting(self) -> bool:
@@ -58,7 +59,7 @@ class StackedBatcher:
         return failed
 
     def compile(self) -> None:
-        self._stacker.evaluate()
+        self._stacker.next_call()()
 
     def tick(self) -> Advanced:
         self._stacker.tick()

@@ -177,7 +177,7 @@ class RunExecution:
         pending = select_pending(job.items(index), index, self._skip)
         collisions = make_sink(self._store).collisions(index)
         marked = (collisions.mark(request, request.replaces) for request in pending)
-        requests = order_requests(marked, None if job.card.uses_pipeline_call else self._slots_of)
+        requests = order_requests(marked, self._slots_of)
         task = Task(requests, scan.pending, settings)
         return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
 

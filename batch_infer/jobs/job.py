@@ -249,15 +249,14 @@ def _choose_compiled(
 ) -> bool:
     """Return whether to use torch.compile: as requested, else as in the earlier run, else on a GPU if possible.
 
-    On a GPU, it needs Triton and a C compiler. Raises SettingsError if the model does not support it.
+    On a GPU, it needs Triton and a C compiler.
     """
     requested = settings.compute.compiled
-    if card is not None and card.uses_pipeline_call:
-        if requested:
-            raise SettingsError(f"--compile: {card.name} runs through its pipeline's call, which is not compiled")
-        return False
     if requested is not None:
         return requested
+    if card is not None and card.uses_pipeline_call:
+        # Some of these networks do not compile to one graph. Trying would take minutes.
+        return bool(earlier_compute.get("compiled", False))
     compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
     is_possible = find_spec("triton") is not None and any(map(shutil.which, compilers))
     return bool(earlier_compute.get("compiled", device.kind == "cuda" and is_possible))

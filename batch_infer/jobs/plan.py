@@ -26,8 +26,8 @@ from batch_infer.jobs.summary import JsonStruct
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
-from batch_infer.planning import PipelineBatchingEstimator, StepBatchingEstimator, is_finished, order_requests
-from batch_infer.records import PromptRequest, ResultRow
+from batch_infer.planning import BatchingEstimator, is_finished, order_requests
+from batch_infer.records import PromptRequest, ResultRow, RowCost
 from batch_infer.settings import IdSource, RunSettings
 from batch_infer.store import open_store
 from batch_infer.worker import make_row
@@ -115,14 +115,13 @@ class _Planner:
     ) -> None:
         self._job, self._probe, self._index, self._report = job, probe, index, report
         self._shapes = BatchShapes(job, probe)
-        estimator = PipelineBatchingEstimator if job.card.uses_pipeline_call else StepBatchingEstimator
-        self._estimator = estimator(self._slots_of)
+        self._estimator = BatchingEstimator(self._slots_of)
         counter = load_token_counter(job.card)
         self._tokens = TruncationCounter(counter) if counter else None
         self._plan, self._scan = Plan(slots=job.compute.slots, processes=processes), ScanResult()
 
     def make(self) -> Plan:
-        plan, scan, tables, card = self._plan, self._scan, self._job.tables, self._job.card
+        plan, scan, tables = self._plan, self._scan, self._job.tables
         started, waited_before = time.monotonic(), self._probe.seconds_waited
         changes = find_changes(self._job, self._index)
         plan.changes = str(changes)
@@ -130,8 +129,8 @@ class _Planner:
             changes.refuse(self._job)
         except SettingsError as error:
             plan.refusal = str(error)
-        for request in order_requests(self._pending_rows(), None if card.uses_pipeline_call else self._slots_of):
-            self._estimator.add(request, self._probe.count_evaluations(card, request.params.num_inference_steps))
+        for request in order_requests(self._pending_rows(), self._slots_of):
+            self._estimator.add(request, self._count_cost(request))
         self._estimator.close()
         plan.total, plan.invalid, plan.finished, plan.pending = scan.total, scan.invalid, scan.finished, scan.pending
         plan.reasons, plan.default_ids = scan.reasons, tables.default_id_source
@@ -140,6 +139,10 @@ class _Planner:
         reading_seconds = time.monotonic() - started - (self._probe.seconds_waited - waited_before)
         self._estimate(TABLE_READS * reading_seconds)
         return plan
+
+    def _count_cost(self, request: PromptRequest) -> RowCost:
+        """Return the cost of a row. Raises RowError if the model refuses its values."""
+        return self._probe.count_cost(self._job.card, self._job.compute, request)
 
     def _slots_of(self, size: Size) -> int:
         return self._shapes.for_size(size).slots
@@ -154,7 +157,7 @@ class _Planner:
             plan.files[item.source.file] += is_first_image
             if isinstance(item, PromptRequest):
                 try:
-                    self._probe.count_evaluations(card, item.params.num_inference_steps)
+                    self._count_cost(item)
                 except RowError as error:
                     item = make_row(item, "invalid", str(error), scheduler=card.scheduler_name, worker="")
             committed = self._index.find(item.key)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from math import gcd
@@ -25,9 +27,18 @@ from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import load_checker, load_network, load_pipeline
 from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
-from batch_infer.records import PromptRequest, SamplingParams, SizeRules
+from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
 from batch_infer.settings import SchedulerSpec
-from batch_infer.stacking import ENCODE_BATCH, CallStacker, EncoderCache, Kind, Observer, make_plan
+from batch_infer.stacking import (
+    ENCODE_BATCH,
+    CallStacker,
+    EncoderCache,
+    Kind,
+    Observer,
+    copy_pipeline,
+    make_plan,
+    record_pipeline,
+)
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -66,6 +77,8 @@ class AnyPipeline:
         # Pipelines with an image processor return tensors, which are copied to the host in background.
         self._output_type = "pt" if hasattr(pipeline, "image_processor") else "np"
         self._rules, self._cache = rules, EncoderCache()
+        self._recorded: dict[object, Any] = {}
+        """Results of networks by the shapes of their arguments, for `count_cost`."""
         with kept_processors(self.denoiser):
             check_pipeline(pipeline, self.denoiser, lambda: self._make_trial_arguments([TRIAL_TEXT], guided=True))
             self.plan = make_plan(pipeline, self._make_trial_arguments)
@@ -117,7 +130,7 @@ class AnyPipeline:
         """
         name, params = type(self.pipeline).__name__, request.params
         if isinstance(error, REFUSALS):
-            raise RowError(f"{name} does not support this row: {first_line(error)}") from error
+            raise self._refuse(error) from error
         if error is not None:
             raise FailedRowError(f"{name} failed: {first_line(error)}") from error
         images = result.images
@@ -131,6 +144,49 @@ class AnyPipeline:
                 "multiples of 32"
             )
         return images[0].float()
+
+    def count_cost(self, params: SamplingParams, negative_prompt: str | None) -> RowCost:
+        """Return the cost of a row, counted in a call that reuses the results of the first call of each network.
+
+        Raises RowError if the pipeline does not support the values. The prompt and the image size do not matter.
+        """
+        sizes = self._rules.sizes
+        params = replace(params, height=sizes.native_height, width=sizes.native_width)
+        row_pipeline = copy_pipeline(self.pipeline, host_timesteps=self.plan.host_timesteps)
+        arguments = self._make_arguments([TRIAL_TEXT], negative_prompt, [0], params)
+        try:
+            calls = record_pipeline(row_pipeline, self.plan.networks, arguments, self._recorded)
+        except REFUSALS as error:
+            raise self._refuse(error) from error
+        counts = [
+            self.plan.count_elements(call.network, call.arguments) for call in calls if call.network.kind == "denoise"
+        ]
+        return RowCost(len(counts), max(counts, default=1), is_alone=not self.plan.is_stacked)
+
+    def count_rows(self, slots: int, params: SamplingParams) -> int:
+        """Return how many rows with these parameters are denoised at a time."""
+        cost = self.count_cost(params, None)
+        return 1 if cost.is_alone else max(1, slots // cost.slots)
+
+    def make_call(self, slots: int, params: SamplingParams) -> Callable[[], object]:
+        """Return a function that makes one denoiser call, with all slots filled with rows with these parameters.
+
+        Raises RowError if the pipeline does not support them.
+        """
+        stacker = self.make_stacker(slots, 1, lambda kind: nullcontext())
+        prompts, seeds = [TRIAL_TEXT], [0]
+        try:
+            count = self.count_rows(slots, params)
+            stacker.start([(index, self._make_arguments(prompts, None, seeds, params)) for index in range(count)])
+            stacker.admit()
+            for row in stacker.take_ended():
+                raise self._refuse(row.error or ValueError("the call ended without a denoiser call"))
+            return stacker.next_call()
+        finally:
+            stacker.close()
+
+    def _refuse(self, error: Exception) -> RowError:
+        return RowError(f"{type(self.pipeline).__name__} does not support this row: {first_line(error)}")
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """Return images (B, 3, H, W) as they are, since the pipeline's call has decoded them."""

@@ -140,6 +140,10 @@ class LatentDiffusion:
         """Networks with one fixed input shape per image size, which can be compiled."""
         return self.denoiser, self._vae.decoder
 
+    def count_rows(self, slots: int, params: SamplingParams) -> int:
+        """Return how many rows with these parameters are denoised at a time."""
+        return slots // params.slots
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the latent shape (C, h, w) of an image of `height` by `width` pixels."""
         factor = self.pipeline.vae_scale_factor

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
@@ -71,6 +70,9 @@ class _RandomnessRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the name of the last operation that drew from the global generator."""
 
     operation: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -75,8 +75,7 @@ class Deployment:
 class Service:
     """Renders requests from any thread. Rows of all clients share the slots.
 
-    With step-level batching, rows start and finish one by one, and are decoded one at a time, so that a finished row
-    does not wait for other rows. A model without a family renders rows together in calls of its pipeline.
+    Rows start and finish one by one, and are decoded one at a time, so that a finished row does not wait for others.
     """
 
     def __init__(self, deployment: Deployment, load: ChainLoader = load_chain) -> None:
@@ -94,10 +93,8 @@ class Service:
         # The thread also loads the model, because a compiled network may be bound to the thread that loaded it.
         self._pool = ThreadPoolExecutor(1, "render")
         self._chain = self._pool.submit(load, deployment.card, compute, safety, self._closed.is_set).result()
-        uses_pipeline_call = self._chain.uses_pipeline_call
         self._queue = RequestQueue(
-            lambda request: request.batch_key if uses_pipeline_call else (request.params.height, request.params.width),
-            slots + max(slots, MIN_READ_AHEAD),
+            lambda request: (request.params.height, request.params.width), slots + max(slots, MIN_READ_AHEAD)
         )
 
     def render(

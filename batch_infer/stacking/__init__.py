@@ -8,8 +8,7 @@ from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_net
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, record_pipeline
 from batch_infer.stacking.rows import EndedRow
-from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker, Observer, count_elements
-from batch_infer.stacking.trees import list_shapes
+from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker, Observer
 from batch_infer.stacking.trial import make_plan
 
 __all__ = [
@@ -24,9 +23,7 @@ __all__ = [
     "RecordedCall",
     "StackingPlan",
     "copy_pipeline",
-    "count_elements",
     "find_networks",
-    "list_shapes",
     "make_plan",
     "record_pipeline",
 ]

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -30,7 +30,8 @@ class Network:
 
     @functools.cached_property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        parameter: torch.nn.Parameter = next(self.module.parameters())
+        return parameter.device
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] |
             if id(part) not in memo:
                 memo[id(part)] = copy.deepcopy(part)
                 if host_timesteps and isinstance(part, SchedulerMixin):
-                    memo[id(part)].__class__ = _with_host_timesteps(type(part))
+                    memo[id(part)].__class__ = _with_host_timesteps(cast(Any, type(part)))
             copied = memo[id(part)]
         else:
             continue

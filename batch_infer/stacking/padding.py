@@ -55,9 +55,7 @@ def _has_no_effect(network: Network, padding: TextPadding, arguments: Mapping[st
     return plain.shape == padded.shape and bool((plain - padded).abs().max() <= tolerance * plain.abs().max())
 
 
-def find_stand_ins(
-    axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]
-) -> tuple[Mapping[str, Any], ...]:
+def find_stand_ins(axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Return a call with the longest and one with the shortest text, if a denoiser takes texts as a list.
 
     Such a network pads the texts of a batch to the longest one, and its kernels may depend on whether all are equally

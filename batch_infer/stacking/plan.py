@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from batch_infer.stacking.networks import Network
-from batch_infer.stacking.trees import BatchAxes
+from batch_infer.stacking.trees import BatchAxes, UnstackableError
 
 Arguments = Mapping[str, Any]
 
@@ -62,6 +63,13 @@ class StackingPlan:
     host_timesteps: bool = False
     is_alone: bool = False
     reasons: tuple[str, ...] = ()
+
+    def count_elements(self, network: Network, arguments: Arguments) -> int:
+        """Return the batch elements of a call."""
+        with suppress(UnstackableError):
+            return self.axes.get(network.name, BatchAxes()).count_elements(arguments)
+        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
+        return next((len(value) for value in tensors), 1)
 
     @property
     def is_stacked(self) -> bool:

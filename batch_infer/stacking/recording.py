@@ -21,19 +21,19 @@ class RecordedCall:
 
 
 @contextmanager
-def recording(networks: Sequence[Network]) -> Iterator[list[RecordedCall]]:
-    """Record calls. A denoiser is evaluated once for each shape of its arguments, and its result is reused.
-
-    So a whole call takes about as long as one step. The calls of text encoders inside `generate` are recorded too.
-    """
+def recording(networks: Sequence[Network], known: dict[object, Any] | None) -> Iterator[list[RecordedCall]]:
+    """Record calls. See `record_pipeline`."""
     calls: list[RecordedCall] = []
-    results: dict[object, Any] = {}
+    results = {} if known is None else known
 
     def replace(network: Network, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         key = network.name, list_shapes(arguments)
-        result = results.get(key) if network.kind == "denoise" else None
+        is_reused = network.kind == "denoise" or known is not None
+        result = results.get(key) if is_reused else None
         if result is None:
-            results[key] = result = original(**arguments)
+            result = original(**arguments)
+        if is_reused:
+            results[key] = result
         calls.append(RecordedCall(network, arguments, result))
         return result
 
@@ -81,8 +81,14 @@ def first_calls(calls: Sequence[RecordedCall]) -> dict[str, RecordedCall]:
 
 
 @torch.no_grad()
-def record_pipeline(pipeline: Any, networks: Sequence[Network], arguments: Mapping[str, Any]) -> list[RecordedCall]:
-    """Call a pipeline and return its network calls. See `recording`."""
-    with recording(networks) as calls:
+def record_pipeline(
+    pipeline: Any, networks: Sequence[Network], arguments: Mapping[str, Any], known: dict[object, Any] | None = None
+) -> list[RecordedCall]:
+    """Call a pipeline and return its network calls.
+
+    A denoiser is evaluated once for each shape of its arguments, and its result is reused, so that the call takes about
+    as long as one step. With `known`, which collects results by network and shapes, so is every network.
+    """
+    with recording(networks, known) as calls:
         pipeline(**arguments)
     return calls

@@ -70,7 +70,7 @@ class Signatures:
         entry = self._digests.get(key)
         if entry is not None and entry[0]() is value and entry[1] == version:
             return entry[2]
-        content = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+        content = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(content, digest_size=16, key=repr((value.shape, value.dtype)).encode()[:64]).digest()
         self._digests[key] = weakref.ref(value, lambda _: self._digests.pop(key, None)), version, digest
         return digest

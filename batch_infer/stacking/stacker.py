@@ -25,7 +25,7 @@ from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.rows import Call, EndedRow, Row, Tag, autocast, get_autocast
 from batch_infer.stacking.signature import Signatures
 from batch_infer.stacking.stack import Stack
-from batch_infer.stacking.trees import BatchAxes, UnstackableError, clone_tensors
+from batch_infer.stacking.trees import UnstackableError, clone_tensors
 
 ENCODE_BATCH = 4
 """Batch elements of a text encoder call. A row with guidance often needs two."""
@@ -119,9 +119,11 @@ class CallStacker(Generic[Tag]):
         self._settle()
 
     @torch.no_grad()
-    def evaluate(self) -> None:
-        """Make the denoiser call of the next tick without advancing the rows."""
-        self._evaluate(self._next_tick())
+    def next_call(self) -> Callable[[], object]:
+        """Return a function that makes the denoiser call of the next tick without advancing the rows."""
+        calls = self._next_tick()
+        _, arguments = self._prepare(calls)
+        return torch.no_grad()(partial(calls[0].network.evaluate, arguments))
 
     @torch.no_grad()
     def finish_decoding(self) -> None:
@@ -251,14 +253,19 @@ class CallStacker(Generic[Tag]):
             return self._stack(network, calls)
 
     def _stack(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
-        axes, size = self._plan.axes[network.name], self._sizes[network.kind]
-        stand_ins = self._plan.stand_ins.get(network.name, ())
-        counts = [call.elements for call in calls]
-        self._note(network, sum(counts), size)
-        added = [axes.count_elements(arguments) for arguments in stand_ins]
-        stack = Stack(axes, counts + added, size + sum(added), network.device)
-        result = network.evaluate(stack.stack([*(call.arguments for call in calls), *stand_ins]))
+        self._note(network, _count_elements(calls), self._sizes[network.kind])
+        stack, arguments = self._prepare(calls)
+        result = network.evaluate(arguments)
         return [stack.split(result, index) for index in range(len(calls))]
+
+    def _prepare(self, calls: Sequence[Call[Tag]]) -> tuple[Stack, dict[str, Any]]:
+        """Return the stack of calls with equal signatures, and its arguments."""
+        network = calls[0].network
+        axes, stand_ins = self._plan.axes[network.name], self._plan.stand_ins.get(network.name, ())
+        added = [axes.count_elements(arguments) for arguments in stand_ins]
+        counts = [*(call.elements for call in calls), *added]
+        stack = Stack(axes, counts, self._sizes[network.kind] + sum(added), network.device)
+        return stack, stack.stack([*(call.arguments for call in calls), *stand_ins])
 
     def _encode(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
         """Make a stack of the calls with different texts, and cache the results."""
@@ -304,18 +311,9 @@ class CallStacker(Generic[Tag]):
             signature = self._signatures.of(arguments, axes, free_lengths=free_lengths)
             content = (network.name, self._signatures.content(arguments)) if network.kind == "encode" else None
         except UnstackableError:
-            return Call(row, network, arguments, None, count_elements(axes, arguments), state)
+            return Call(row, network, arguments, None, self._plan.count_elements(network, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)
 
 
 def _count_elements(calls: Iterable[Call[Any]]) -> int:
     return sum(call.elements for call in calls)
-
-
-def count_elements(axes: BatchAxes | None, arguments: Mapping[str, Any]) -> int:
-    """Return the batch elements of a call, estimated if it cannot be stacked."""
-    try:
-        return (axes or BatchAxes()).count_elements(arguments)
-    except UnstackableError:
-        tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
-        return next((len(value) for value in tensors), 1)

@@ -122,11 +122,9 @@ class _Trial:
 
     def _count_elements(self, plan: StackingPlan) -> int:
         """Return the largest number of batch elements of a row's denoiser call."""
-        counts = [1]
-        for call in self._recorded[True] + self._recorded[False]:
-            if call.network.kind == "denoise" and call.network.name in plan.axes:
-                counts.append(plan.axes[call.network.name].count_elements(call.arguments))
-        return max(counts)
+        calls = self._recorded[True] + self._recorded[False]
+        counts = (plan.count_elements(call.network, call.arguments) for call in calls if call.network.kind == "denoise")
+        return max(counts, default=1)
 
     # Texts of different lengths
 
@@ -260,7 +258,7 @@ def _replace_noise(value: Any, generator: torch.Generator) -> Any:
 
 
 def _is_separate(plan: StackingPlan, network: Network, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether a network gives a call the same result with other calls as alone, and the bytes of a full stack."""
+    """Return whether a network computes a call in a stack as it does alone, and independently of the other call."""
     axes = plan.axes[network.name]
     try:
         count = axes.count_elements(one)

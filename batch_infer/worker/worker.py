@@ -62,7 +62,7 @@ class Worker:
     def _compute_mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
         peak = peak_tflops(compute.device_name, compute.dtype)
-        if peak is None or not chain.stages.seconds or chain.uses_pipeline_call:
+        if peak is None or not chain.stages.seconds or chain.model.uses_pipeline_call:
             return None
         from batch_infer.models import decode_flops, denoise_flops
 
