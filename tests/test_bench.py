@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,22 +33,23 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.bench.comparison import _estimate_seconds, measure_sweep
+from batch_infer.bench.comparison import _choose_baselines, _estimate_seconds, measure_sweep
 from batch_infer.bench.contenders import matmul_tflops
-from batch_infer.bench.renderers import PlainDiffusers
+from batch_infer.bench.renderers import BatchInfer, PlainDiffusers
 from batch_infer.bench.report import Sweep
+from batch_infer.bench.settings import PIPELINE_ARCHITECTURES
 from batch_infer.bench.subject import load_subject
 from batch_infer.bench.workload import make_rows, make_workload, size_of
 from batch_infer.chain import BatchSizes, StepLevelChain
 from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
-from batch_infer.models import architectures
+from batch_infer.models import LatentDiffusion, architectures
 from batch_infer.models.acceleration import decode_flops, denoise_flops
 from batch_infer.planning import BatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
-from tests.pipelines import save_sd3
+from tests.pipelines import save_flux, save_sd3
 from tests.rendering import load_family, make_request, max_difference, render
 from tests.runs import CommandResult, command
 
@@ -477,6 +480,123 @@ def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest
     assert sweep.out_of_memory_at == 8
 
 
+# Pipelines without a family
+
+QUICK = ("--rows", "5", "--slots", "4", "--threads", "1", "--device", "cpu", "--sizes", "64x64", "--rounds", "1")
+STEPS = {"flux-schnell": 4, "flux2-klein": 4, "qwen-image": 50, "z-image": 9, "sana": 20}
+
+
+@pytest.fixture(scope="module")
+def small_architectures() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        build = partial(architectures.build_architecture, small=True)
+        patch.setattr("batch_infer.bench.subject.build_architecture", build)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sana(small_architectures: None) -> Any:
+    settings = BenchSettings(
+        architecture="sana",
+        compute=ComputeSettings(slots=4, threads=1, compiled=False),
+        model=ModelSettings(device="cpu"),
+    )
+    return load_subject(settings)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("name", PIPELINE_ARCHITECTURES)
+def test_pipelines_are_compared_with_their_own_calls(name: str, quick: None, small_architectures: None) -> None:
+    steps = () if STEPS[name] < 10 else ("--steps", "2-3")
+    done = command("bench", "--architecture", name, *QUICK, *steps, "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    table, ours = report["table"], report["contenders"]["batch-infer"]
+    assert list(report["contenders"]) == ["batch-infer", "grouped", "one-by-one", "bare"]
+    assert report["model"] == f"{name}, random weights"
+    assert table["steps"] == ([2, 3] if steps else [STEPS[name]] * 2)
+    assert table["row_forwards"] == ours["row_forwards"]
+    assert ours["slot_ticks"] == 4 * ours["ticks"]  # all rows share calls of one shape
+    assert table["denoiser_tflop"] > 0
+    assert table["tflop"] > table["denoiser_tflop"]
+    assert report["denoiser_parameters"] > 10_000
+    assert report["parity"]["largest_difference"] <= 1
+
+
+@pytest.mark.promises
+def test_a_checkpoint_without_a_family_is_compared(quick: None, tmp_path: Path) -> None:
+    folder = save_flux(tmp_path / "flux")
+    done = command("bench", "--model", folder, *QUICK, "--steps", "2-3", "--sweep", "2,4", "--plot", tmp_path / "p.png")
+    assert done.code == 0, done.stderr
+    assert re.search(r"at most [01]/255 from those of diffusers \(grouped\)", done.stdout)
+    assert "   2 slots: " in done.stdout
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_architectures_of_pipelines_and_their_default_steps(small_architectures: None) -> None:
+    assert set(PIPELINE_ARCHITECTURES) == architectures.PIPELINES.keys()
+    for name in ("flux2-klein", "z-image"):
+        model, rules = architectures.build_architecture(name, torch.device("cpu"), torch.float32, small=True)
+        assert model.uses_pipeline_call
+        assert (rules.num_inference_steps, rules.guidance_scale) == (STEPS[name], 1.0 if name == "flux2-klein" else 0.0)
+
+
+def test_few_step_models_take_their_default_steps() -> None:
+    assert WorkloadSettings().steps_for(4) == (4, 4)
+    assert WorkloadSettings().steps_for(50) == (20, 50)
+    assert WorkloadSettings(steps=(1, 8)).steps_for(4) == (1, 8)
+    rows = make_rows(WorkloadSettings(20), [(64, 64)], replace(DEFAULTS, num_inference_steps=9, guidance_scale=0.0))
+    assert {(row.params.num_inference_steps, row.params.guidance_scale) for row in rows} == {(9, 0.0)}
+
+
+def test_guidance_doubles_the_evaluations_of_a_pipeline_but_not_their_flop(sana: Any) -> None:
+    guided, unguided = (make_request(steps=3, guidance=scale) for scale in (4.5, 1.0))
+    assert sana.probe.count_evaluations(guided) == 2 * sana.probe.count_evaluations(unguided) == 6
+    assert sana.probe.count_flops(guided) == sana.probe.count_flops(unguided)
+
+
+def test_grouped_pipeline_calls_make_the_images_of_single_calls(sana: Any) -> None:
+    rows = [make_request(f"{k}", prompt=text, steps=2, seed=k) for k, text in enumerate(("a cat", "two red stars"))]
+    together = sana.probe.call_pipeline(rows)
+    alone = [sana.probe.call_pipeline([row])[0] for row in rows]
+    assert max_difference(together[0], together[1]) > 20
+    assert all(max_difference(one, other) <= 1 for one, other in zip(together, alone, strict=True))
+
+
+def test_a_full_batch_of_a_pipeline_fills_all_slots(sana: Any) -> None:
+    for guidance, slots, elements in ((4.5, 5, 4), (1.0, 5, 5)):
+        batch = sana.probe.fill_batch(make_request(steps=2, guidance=guidance), slots)
+        shapes: list[tuple[int, ...]] = []
+        hook = sana.probe.denoiser.patch_embed.register_forward_pre_hook(
+            lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape))
+        )
+        with hook:
+            batch.call()
+        assert batch.elements == elements
+        assert [shape[0] for shape in shapes] == [slots]
+
+
+def test_prompts_are_encoded_again_in_every_round(sana: Any) -> None:
+    """Otherwise, later rounds would be faster than a run."""
+    calls: list[int] = []
+    encoder = sana.model.pipeline.text_encoder
+    hook = encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    ours, rows = BatchInfer(sana.model, sana.compute), [make_request(steps=2, guidance=1.0)]
+    with hook:
+        for _ in range(2):
+            assert len(list(ours.render(rows))) == 1
+    assert len(calls) == 2
+
+
+def test_baselines_that_are_impossible_are_left_out(demo: Any) -> None:
+    class Single:
+        can_group = False
+
+    settings = BenchSettings(against=("grouped", "bare", "grouped-compiled"))
+    assert _choose_baselines(settings, SimpleNamespace(probe=Single())) == ["bare"]  # type: ignore[arg-type]
+    assert _choose_baselines(settings, demo) == settings.against
+
+
 # FLOPs and peak rates
 
 
@@ -497,6 +617,7 @@ def test_architectures_have_the_size_of_released_models(
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
+    assert isinstance(model, LatentDiffusion)
     assert model.latent_shape(rules.sizes.native_height, rules.sizes.native_width) == latent
     assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)

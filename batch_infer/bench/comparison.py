@@ -64,7 +64,8 @@ def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
     if batch-infer renders no image for a row, and KeyboardInterrupt after a stop before the first figure.
     """
     workload = make_workload(settings.workload, subject)
-    contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
+    names = (OURS, *_choose_baselines(settings, subject))
+    contenders = [_make_contender(name, subject, workload) for name in names]
     peak, sweep, stopped = _find_peak(settings, subject), Sweep(), False
     try:
         _run_rounds(contenders, settings)
@@ -77,6 +78,16 @@ def compare(settings: BenchSettings, subject: Subject) -> BenchReport:
     results = {contender.name: _summarize(contender, contenders[0], workload, peak) for contender in contenders}
     parity, memory = _compare_images(contenders), _peak_memory(subject, contenders, sweep)
     return BenchReport(_conditions(settings, subject), workload, peak, results, parity, sweep, memory, stopped)
+
+
+def _choose_baselines(settings: BenchSettings, subject: Subject) -> Sequence[str]:
+    """Return the requested baselines that are possible with the model."""
+    if subject.probe.can_group:
+        return settings.against
+    grouped = [name for name in settings.against if name.startswith("grouped")]
+    if grouped:
+        log.info("left out: %s (the pipeline cannot render several prompts per call)", ", ".join(grouped))
+    return [name for name in settings.against if name not in grouped]
 
 
 def _make_contender(name: str, subject: Subject, workload: Workload) -> Contender:

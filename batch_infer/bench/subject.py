@@ -76,8 +76,11 @@ def load_subject(settings: BenchSettings) -> Subject:
 
 def _build(settings: BenchSettings, compute: Compute) -> Subject:
     name = str(settings.architecture)
-    if name in PIPELINE_ARCHITECTURES and settings.model.dtype == "auto" and compute.device == "cuda":
-        compute = replace(compute, dtype="bfloat16")  # as for checkpoints: transformers often overflow in float16
+    if name in PIPELINE_ARCHITECTURES:
+        # The same defaults as for a checkpoint: see choose_compute.
+        is_half = settings.model.dtype == "auto" and compute.device == "cuda"
+        dtype = "bfloat16" if is_half else compute.dtype
+        compute = replace(compute, dtype=dtype, compiled=bool(settings.compute.compiled))
     model, rules = build_architecture(name, *prepare_torch(compute))
     optimize_model(model, compute)
     return Subject(f"{name}, random weights", model, compute, rules.sizes, _defaults(rules))
