@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -65,10 +65,10 @@ def make_probe(model: LatentDiffusion | AnyPipeline) -> ModelProbe:
     if model.uses_pipeline_call:
         from batch_infer.bench.pipeline_probe import PipelineProbe
 
-        return PipelineProbe(model)
+        return PipelineProbe(cast("AnyPipeline", model))
     from batch_infer.bench.family_probe import FamilyProbe
 
-    return FamilyProbe(model)
+    return FamilyProbe(cast("LatentDiffusion", model))
 
 
 def make_generator(request: PromptRequest) -> torch.Generator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -50,7 +50,7 @@ def optimize_model(model: LatentDiffusion | AnyPipeline, compute: Compute) -> No
     if not model.uses_pipeline_call:
         optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
     elif compute.compiled:
-        model.compile(compute.threads)
+        cast("AnyPipeline", model).compile(compute.threads)
 
 
 def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:
