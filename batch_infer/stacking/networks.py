@@ -120,13 +120,19 @@ def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] |
         else:
             continue
         row_pipeline.__dict__[name] = copied
-    # It would remove and add the hooks of offloaded networks, which other rows are using.
-    row_pipeline.__dict__["maybe_free_model_hooks"] = _do_nothing
+    row_pipeline.__class__ = _as_row(cast(Any, type(pipeline)), pipeline._execution_device)
     return row_pipeline
 
 
-def _do_nothing() -> None:
-    pass
+@functools.cache
+def _as_row(pipeline_type: Any, device: torch.device) -> Any:
+    """Return a subclass for the copies of a pipeline.
+
+    Its device is fixed, since diffusers searches all modules for hooks whenever a call asks for it, about 10 times. And
+    a call does not remove the hooks of offloaded networks, which other rows are using.
+    """
+    members = {"_execution_device": property(lambda self: device), "maybe_free_model_hooks": lambda self: None}
+    return type(pipeline_type.__name__, (pipeline_type,), members)
 
 
 def _is_guider(part: Any) -> bool:

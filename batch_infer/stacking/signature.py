@@ -15,6 +15,9 @@ SCALARS = frozenset({"timestep", "timesteps", "t", "r", "timestep_r", "timestep_
 """Names of arguments that may be Python numbers, and differ between the rows of a batch."""
 
 
+PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
+
+
 class Signatures:
     """Computes signatures, and caches digests of tensors that all batch elements share, such as position ids.
 
@@ -22,15 +25,17 @@ class Signatures:
     """
 
     def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
         self._digests: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
 
-    def of(self, arguments: Mapping[str, Any], axes: BatchAxes, *, free_lengths: bool = False) -> Hashable:
-        """Return a key that is equal for calls that differ only in the values of their batch elements.
+    def of(self, arguments: Mapping[str, Any], axes: BatchAxes, *, free_lengths: bool = False) -> int:
+        """Return a number that is equal for calls that differ only in the values of their batch elements.
 
         With `free_lengths`, the tensors of a list may differ in length. Raises UnstackableError for arguments of
         unknown types, such as caches, which a network may modify.
         """
-        return self._key(arguments, (), axes.arguments, free_lengths)
+        key = self._key(arguments, (), axes.arguments, free_lengths)
+        return self._numbers.setdefault(key, len(self._numbers))
 
     def content(self, arguments: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for calls with equal arguments. Raises UnstackableError as `of` does."""
@@ -38,12 +43,10 @@ class Signatures:
 
     def _key(self, value: Any, path: Path, axes: Mapping[Path, int] | None, free_lengths: bool) -> Hashable:
         """Return the key of a value. Without `axes`, it stands for the whole content."""
-        if isinstance(value, torch.Tensor):
-            if axes is None:
-                return self._digest(value)
-            return self._tensor_key(value, axes.get(path))
-        if value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
+        if type(value) in PLAIN:
             return value
+        if isinstance(value, torch.Tensor):
+            return self._digest(value) if axes is None else self._tensor_key(value, axes.get(path))
         if isinstance(value, (int, float)):
             return value if axes is None or path[-1] not in SCALARS else "number"
         if isinstance(value, torch.Generator):
