@@ -173,6 +173,10 @@ class AnyPipeline:
             )
         optimize_networks(self.networks, self.device, compiled=True, threads=threads)
 
+    def clear_embeddings(self) -> None:
+        """Encode all prompts again from now on."""
+        self._cache.clear()
+
     def make_stacker(self, slots: int, decode_batch: int, observe: Observer) -> CallStacker[Any]:
         """Return a stacker for rows of one image size. `observe` is called with each network call."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode_batch}
@@ -372,25 +376,30 @@ def inspect_pipeline(path: Path) -> SamplingRules:
     """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
     pipeline = _build_pipeline(path, partial(_build_without_weights, path))
     with loading_errors(f"{path}: the configs of {type(pipeline).__name__}"):
-        call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
-        steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
-        uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
-        unsupported: dict[str, Any] = {}
-        if guidance is None:
-            unsupported["guidance_scale"] = 1.0
-        if not uses_negative:
-            unsupported["negative_prompt"] = None
-        if "guidance_rescale" not in call:
-            unsupported["guidance_rescale"] = 0.0
-        return SamplingRules(
-            _size_rules(pipeline, config),
-            steps if isinstance(steps, int) else 50,
-            float(call[guidance].default) if guidance else 1.0,
-            embedded_guidance=_is_embedded(config),
-            unsupported_fields=tuple(unsupported.items()),
-            supports_lora=hasattr(pipeline, "load_lora_weights"),
-            supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
-        )
+        return make_rules(pipeline)
+
+
+def make_rules(pipeline: Any) -> SamplingRules:
+    """Derive sampling rules from a pipeline's class and the configs of its networks."""
+    call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
+    steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
+    uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
+    unsupported: dict[str, Any] = {}
+    if guidance is None:
+        unsupported["guidance_scale"] = 1.0
+    if not uses_negative:
+        unsupported["negative_prompt"] = None
+    if "guidance_rescale" not in call:
+        unsupported["guidance_rescale"] = 0.0
+    return SamplingRules(
+        _size_rules(pipeline, config),
+        steps if isinstance(steps, int) else 50,
+        float(call[guidance].default) if guidance else 1.0,
+        embedded_guidance=_is_embedded(config),
+        unsupported_fields=tuple(unsupported.items()),
+        supports_lora=hasattr(pipeline, "load_lora_weights"),
+        supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
+    )
 
 
 def _find_denoiser(pipeline: Any) -> Any | None:
