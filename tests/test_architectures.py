@@ -103,7 +103,7 @@ def test_texts_and_latents_of_small_pipelines_have_the_same_lengths(name: str) -
     assert INPUTS[name]["prompt_embeds"][:-1] in [shape[:-1] for shape in inputs]
     image, latents = inputs[0], DENOISER_INPUT[name]
     assert image[0] in (latents[0], 16)  # 16 channels instead of 32 in the small SANA
-    assert image[-2] == latents[-2]
+    assert image[-2] == (latents[-2] if name != "sana" else 16)  # the small SANA renders 512 pixels and enlarges them
 
 
 @pytest.mark.parametrize("name", PIPELINES)
