@@ -186,17 +186,8 @@ def test_every_option_is_a_setting() -> None:
     [
         (),
         ("--scheduler", "A:x=1,y=true,z=word", "--results", "csv", "--max-failed", "1%", "--column", "prompt=caption"),
-        (
-            "--model",
-            "m.safetensors",
-            "--lora",
-            "a:b.safetensors:-0.5",
-            "--lora",
-            "c.safetensors",
-            "--long-prompts",
-            "--quantize",
-            "nf4",
-        ),
+        ("--model", "m.safetensors", "--lora", "a:b.safetensors:-0.5", "--lora", "c.safetensors", "--long-prompts"),
+        ("--model", "m", "--quantize", "nf4", "--offload", "sequential"),
         ("--model", "m", "--steps", "3", "--safety", "none", "--slots", "4", "--limit", "2", "--price-per-hour", "1"),
     ],
 )
