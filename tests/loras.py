@@ -38,19 +38,22 @@ class Layer:
 
     def add(self, weight: torch.Tensor, strength: float = 1.0, alpha: float | None = None) -> torch.Tensor:
         """Return W + strength * alpha / rank * B A."""
-        return weight + self.delta(strength * (self.rank if alpha is None else alpha) / self.rank)
+        total: torch.Tensor = weight + self.delta(strength * (self.rank if alpha is None else alpha) / self.rank)
+        return total
 
     def decompose(self, weight: torch.Tensor, alpha: float | None = None) -> torch.Tensor:
         """Return m (W + alpha / rank * B A) / ||W + alpha / rank * B A||, with a norm for each output (eq. 5)."""
         direction = self.add(weight, alpha=alpha)
         shape = (-1, *[1] * (weight.ndim - 1))
         norm = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-        return self.magnitude.reshape(shape) * direction / norm.reshape(shape)
+        decomposed: torch.Tensor = self.magnitude.reshape(shape) * direction / norm.reshape(shape)
+        return decomposed
 
 
 def make_layers(pipe: Any, *networks: str, convolutions: bool = False) -> dict[tuple[str, str], Layer]:
     """Make random layers whose ranks and alphas differ, by network and layer."""
-    random, layers = torch.Generator().manual_seed(0), {}
+    random = torch.Generator().manual_seed(0)
+    layers: dict[tuple[str, str], Layer] = {}
     for network in networks:
         for name, module in getattr(pipe, network).named_modules():
             is_convolution = isinstance(module, torch.nn.Conv2d) and convolutions and "resnets" in name
@@ -66,7 +69,7 @@ def make_layers(pipe: Any, *networks: str, convolutions: bool = False) -> dict[t
 
 
 def as_peft(layers: dict[tuple[str, str], Layer], *, dora: bool = False) -> Tensors:
-    tensors = {}
+    tensors: Tensors = {}
     for (network, name), layer in layers.items():
         tensors |= {f"{network}.{name}.lora_A.weight": layer.down, f"{network}.{name}.lora_B.weight": layer.up}
         if dora:
@@ -75,7 +78,7 @@ def as_peft(layers: dict[tuple[str, str], Layer], *, dora: bool = False) -> Tens
 
 
 def as_diffusers(layers: dict[tuple[str, str], Layer]) -> Tensors:
-    tensors = {}
+    tensors: Tensors = {}
     for (network, name), layer in layers.items():
         part = "lora_linear_layer" if network.startswith("text_encoder") else "lora"
         tensors[f"{network}.{name}.{part}.down.weight"] = layer.down
@@ -86,7 +89,7 @@ def as_diffusers(layers: dict[tuple[str, str], Layer]) -> Tensors:
 def as_kohya(
     layers: dict[tuple[str, str], Layer], names: dict[str, str], *, alpha: bool = True, dora: bool = False
 ) -> Tensors:
-    tensors = {}
+    tensors: Tensors = {}
     for (network, name), layer in layers.items():
         start = names[network] + name.removeprefix("text_model.").replace(".", "_")
         tensors |= {f"{start}.lora_down.weight": layer.down, f"{start}.lora_up.weight": layer.up}

@@ -58,7 +58,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     memory = 1000
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self) -> None:
         super().__init__()
         self.inner = torch.nn.Parameter(torch.randn(4, WIDTH, 1, 1))
@@ -89,7 +89,7 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     memory = 1000
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self) -> None:
         super().__init__()
         self.colours = torch.nn.Parameter(torch.randn(4, 3, 1, 1))
@@ -127,7 +127,8 @@ class PaintingPipeline(DiffusionPipeline):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             networks = cls.denoiser_type(), TextEncoder(), cls.vae_type()
-        return cls(*(network.eval() for network in networks), FlowMatchEulerDiscreteScheduler())
+        make: Any = cls
+        return make(*(network.eval() for network in networks), FlowMatchEulerDiscreteScheduler())
 
     @torch.no_grad()
     def __call__(
@@ -313,7 +314,7 @@ class ListPipeline(VaryingPipeline):
 class Normalizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A component that is a network of diffusers but is never called."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self) -> None:
         super().__init__()
         self.mean = torch.nn.Parameter(torch.zeros(1))
@@ -405,7 +406,8 @@ class StoringPipeline(PaintingPipeline):
 
     def denoise(self, latents: torch.Tensor, timestep: torch.Tensor, text: Any) -> torch.Tensor:
         prediction = super().denoise(latents, timestep, text)
-        return prediction - self.transformer.means[: len(prediction)]
+        shifted: torch.Tensor = prediction - self.transformer.means[: len(prediction)]
+        return shifted
 
 
 class BatchNormAutoencoder(Autoencoder):

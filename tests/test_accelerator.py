@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from batch_infer import accelerator, peak_flops
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.autotune import plateau
-from batch_infer.bench.contenders import unet_rate
+from batch_infer.bench.contenders import denoiser_rate
+from batch_infer.bench.probe import make_probe
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, pacing
 from batch_infer.chain.postprocessing import Postprocessing
 from batch_infer.errors import CompilationError, RowError
@@ -115,7 +116,7 @@ def test_the_bare_unet_uses_the_compilation_of_the_chain(sd1_folder: Path) -> No
     rows = [make_request(str(k), steps=2 + k, guidance=1 + 3 * k) for k in range(3)]
     assert len(list(StepLevelChain(model, BatchSizes(4, 2), None).render(rows))) == 3
     assert counter.frame_count == 1
-    unet_rate(model, rows[0], (64, 64), 4)
+    denoiser_rate(make_probe(model), rows[0], (64, 64), 4)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,23 +24,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batch_infer import peak_flops
-from batch_infer.bench import BenchSettings, WorkloadSettings, contenders, parse_against, parse_steps, parse_sweep
-from batch_infer.bench.comparison import _estimate_seconds, measure_sweep
+from batch_infer.bench import (
+    BenchSettings,
+    WorkloadSettings,
+    contenders,
+    family_probe,
+    parse_against,
+    parse_steps,
+    parse_sweep,
+)
+from batch_infer.bench.comparison import _choose_baselines, _estimate_seconds, measure_sweep
 from batch_infer.bench.contenders import matmul_tflops
-from batch_infer.bench.renderers import PlainDiffusers
+from batch_infer.bench.renderers import BatchInfer, PlainDiffusers
 from batch_infer.bench.report import Sweep
+from batch_infer.bench.settings import PIPELINE_ARCHITECTURES
 from batch_infer.bench.subject import load_subject
 from batch_infer.bench.workload import make_rows, make_workload, size_of
 from batch_infer.chain import BatchSizes, StepLevelChain
 from batch_infer.cli.bench import format_ratio
 from batch_infer.errors import SettingsError
-from batch_infer.models import architectures
+from batch_infer.models import LatentDiffusion, architectures
 from batch_infer.models.acceleration import decode_flops, denoise_flops
 from batch_infer.planning import BatchingEstimator, order_requests
 from batch_infer.records import PromptRequest, RowCost, SamplingParams, SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings
 from tests.fakes import Painter
-from tests.pipelines import save_sd3
+from tests.pipelines import save_flux, save_sd3
 from tests.rendering import load_family, make_request, max_difference, render
 from tests.runs import CommandResult, command
 
@@ -99,7 +110,7 @@ def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> Non
         seconds = statistics.median(figures["seconds"])
         assert len(figures["seconds"]) == report["rounds"] == 2
         assert figures["images_per_second"] * seconds == pytest.approx(table["rows"], rel=0.01)
-        tflop = table["unet_tflop" if name == "bare" else "tflop"]
+        tflop = table["denoiser_tflop" if name == "bare" else "tflop"]
         assert figures["mfu"] == pytest.approx(tflop / seconds / peak["tflops"], rel=0.02)
         if name != "batch-infer":
             ratios = [theirs / own for theirs, own in zip(figures["seconds"], ours["seconds"], strict=True)]
@@ -109,12 +120,12 @@ def test_rates_ratios_and_mfu_follow_from_seconds(report: dict[str, Any]) -> Non
 
 
 @pytest.mark.promises
-def test_tflop_counts_the_unet_and_the_decoder(report: dict[str, Any]) -> None:
+def test_tflop_counts_the_denoiser_and_the_decoder(report: dict[str, Any]) -> None:
     sizes = report["table"]["sizes"]
-    unet = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
+    denoiser = sum(size["row_forwards"] * size["row_forward_tflop"] for size in sizes)
     decoder = sum(size["images"] * size["decode_tflop"] for size in sizes)
-    assert report["table"]["unet_tflop"] == pytest.approx(unet)
-    assert report["table"]["tflop"] == pytest.approx(unet + decoder)
+    assert report["table"]["denoiser_tflop"] == pytest.approx(denoiser)
+    assert report["table"]["tflop"] == pytest.approx(denoiser + decoder)
 
 
 @pytest.mark.promises
@@ -124,7 +135,7 @@ def test_one_by_one_is_timed_on_a_sample(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.promises
-def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_sample_is_extrapolated_by_denoiser_evaluations(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "seconds_of", lambda work, device: (work(), 2.0)[1])
     done = command("bench", *ROWS, "--sizes", "native", "--rounds", "1", "--against", "one-by-one", "--json")
     figures = json.loads(done.stdout)["contenders"]
@@ -136,7 +147,7 @@ def test_time_of_a_sample_is_extrapolated_by_unet_evaluations(quick: None, monke
 
 
 @pytest.mark.promises
-def test_time_of_the_bare_unet_follows_from_its_rates(report: dict[str, Any]) -> None:
+def test_time_of_the_bare_denoiser_follows_from_its_rates(report: dict[str, Any]) -> None:
     figures = report["contenders"]["bare"]
     rates = figures["row_forwards_per_second"]
     seconds = sum(
@@ -155,9 +166,7 @@ def test_images_equal_those_of_plain_diffusers(report: dict[str, Any]) -> None:
 @pytest.mark.promises
 def test_different_images_are_reported(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison would be meaningless if a baseline rendered other images."""
-    monkeypatch.setattr(
-        PlainDiffusers, "_generator", staticmethod(lambda row: torch.Generator().manual_seed(row.seed + 1))
-    )
+    monkeypatch.setattr(family_probe, "make_generator", lambda row: torch.Generator().manual_seed(row.seed + 1))
     done = command("bench", *ROWS, "--rounds", "1", "--against", "grouped", "--json")
     assert json.loads(done.stdout)["parity"]["largest_difference"] > 20
 
@@ -464,11 +473,128 @@ def test_sweep_ends_at_out_of_memory(demo: Any, quick: None, monkeypatch: pytest
             raise torch.OutOfMemoryError("full")
         return 100.0
 
-    monkeypatch.setattr("batch_infer.bench.comparison.unet_rate", rate)
+    monkeypatch.setattr("batch_infer.bench.comparison.denoiser_rate", rate)
     sweep = Sweep()
     measure_sweep(sweep, [2, 8, 16], demo, make_workload(WorkloadSettings(2, (1, 1), "native"), demo))
     assert [point.slots for point in sweep.points] == [2]
     assert sweep.out_of_memory_at == 8
+
+
+# Pipelines without a family
+
+QUICK = ("--rows", "5", "--slots", "4", "--threads", "1", "--device", "cpu", "--sizes", "64x64", "--rounds", "1")
+STEPS = {"flux-schnell": 4, "flux2-klein": 4, "qwen-image": 50, "z-image": 9, "sana": 20}
+
+
+@pytest.fixture(scope="module")
+def small_architectures() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        build = partial(architectures.build_architecture, small=True)
+        patch.setattr("batch_infer.bench.subject.build_architecture", build)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sana(small_architectures: None) -> Any:
+    settings = BenchSettings(
+        architecture="sana",
+        compute=ComputeSettings(slots=4, threads=1, compiled=False),
+        model=ModelSettings(device="cpu"),
+    )
+    return load_subject(settings)
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("name", PIPELINE_ARCHITECTURES)
+def test_pipelines_are_compared_with_their_own_calls(name: str, quick: None, small_architectures: None) -> None:
+    steps = () if STEPS[name] < 10 else ("--steps", "2-3")
+    done = command("bench", "--architecture", name, *QUICK, *steps, "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    table, ours = report["table"], report["contenders"]["batch-infer"]
+    assert list(report["contenders"]) == ["batch-infer", "grouped", "one-by-one", "bare"]
+    assert report["model"] == f"{name}, random weights"
+    assert table["steps"] == ([2, 3] if steps else [STEPS[name]] * 2)
+    assert table["row_forwards"] == ours["row_forwards"]
+    assert ours["slot_ticks"] == 4 * ours["ticks"]  # all rows share calls of one shape
+    assert table["denoiser_tflop"] > 0
+    assert table["tflop"] > table["denoiser_tflop"]
+    assert report["denoiser_parameters"] > 10_000
+    assert report["parity"]["largest_difference"] <= 1
+
+
+@pytest.mark.promises
+def test_a_checkpoint_without_a_family_is_compared(quick: None, tmp_path: Path) -> None:
+    folder = save_flux(tmp_path / "flux")
+    done = command("bench", "--model", folder, *QUICK, "--steps", "2-3", "--sweep", "2,4", "--plot", tmp_path / "p.png")
+    assert done.code == 0, done.stderr
+    assert re.search(r"at most [01]/255 from those of diffusers \(grouped\)", done.stdout)
+    assert "   2 slots: " in done.stdout
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_architectures_of_pipelines_and_their_default_steps(small_architectures: None) -> None:
+    assert set(PIPELINE_ARCHITECTURES) == architectures.PIPELINES.keys()
+    for name in ("flux2-klein", "z-image"):
+        model, rules = architectures.build_architecture(name, torch.device("cpu"), torch.float32, small=True)
+        assert model.uses_pipeline_call
+        assert (rules.num_inference_steps, rules.guidance_scale) == (STEPS[name], 1.0 if name == "flux2-klein" else 0.0)
+
+
+def test_few_step_models_take_their_default_steps() -> None:
+    assert WorkloadSettings().steps_for(4) == (4, 4)
+    assert WorkloadSettings().steps_for(50) == (20, 50)
+    assert WorkloadSettings(steps=(1, 8)).steps_for(4) == (1, 8)
+    rows = make_rows(WorkloadSettings(20), [(64, 64)], replace(DEFAULTS, num_inference_steps=9, guidance_scale=0.0))
+    assert {(row.params.num_inference_steps, row.params.guidance_scale) for row in rows} == {(9, 0.0)}
+
+
+def test_guidance_doubles_the_evaluations_of_a_pipeline_but_not_their_flop(sana: Any) -> None:
+    guided, unguided = (make_request(steps=3, guidance=scale) for scale in (4.5, 1.0))
+    assert sana.probe.count_evaluations(guided) == 2 * sana.probe.count_evaluations(unguided) == 6
+    assert sana.probe.count_flops(guided) == sana.probe.count_flops(unguided)
+
+
+def test_grouped_pipeline_calls_make_the_images_of_single_calls(sana: Any) -> None:
+    rows = [make_request(f"{k}", prompt=text, steps=2, seed=k) for k, text in enumerate(("a cat", "two red stars"))]
+    together = sana.probe.call_pipeline(rows)
+    alone = [sana.probe.call_pipeline([row])[0] for row in rows]
+    assert max_difference(together[0], together[1]) > 20
+    assert all(max_difference(one, other) <= 1 for one, other in zip(together, alone, strict=True))
+
+
+def test_a_full_batch_of_a_pipeline_fills_all_slots(sana: Any) -> None:
+    for guidance, slots, elements in ((4.5, 5, 4), (1.0, 5, 5)):
+        batch = sana.probe.fill_batch(make_request(steps=2, guidance=guidance), slots)
+        shapes: list[tuple[int, ...]] = []
+        hook = sana.probe.denoiser.patch_embed.register_forward_pre_hook(
+            lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape))
+        )
+        with hook:
+            batch.call()
+        assert batch.elements == elements
+        assert [shape[0] for shape in shapes] == [slots]
+
+
+def test_prompts_are_encoded_again_in_every_round(sana: Any) -> None:
+    """Otherwise, later rounds would be faster than a run."""
+    calls: list[int] = []
+    encoder = sana.model.pipeline.text_encoder
+    hook = encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    ours, rows = BatchInfer(sana.model, sana.compute), [make_request(steps=2, guidance=1.0)]
+    with hook:
+        for _ in range(2):
+            assert len(list(ours.render(rows))) == 1
+    assert len(calls) == 2
+
+
+def test_baselines_that_are_impossible_are_left_out(demo: Any) -> None:
+    class Single:
+        can_group = False
+
+    settings = BenchSettings(against=("grouped", "bare", "grouped-compiled"))
+    assert _choose_baselines(settings, SimpleNamespace(probe=Single())) == ["bare"]  # type: ignore[arg-type]
+    assert _choose_baselines(settings, demo) == settings.against
 
 
 # FLOPs and peak rates
@@ -491,6 +617,7 @@ def test_architectures_have_the_size_of_released_models(
     unet = model.networks[0]
     assert sum(weight.numel() for weight in unet.parameters()) == pytest.approx(parameters, rel=1e-4)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
+    assert isinstance(model, LatentDiffusion)
     assert model.latent_shape(rules.sizes.native_height, rules.sizes.native_width) == latent
     assert denoise_flops(model, latent) / 1e12 == pytest.approx(row_forward, rel=0.01)
     assert decode_flops(model, latent) / 1e12 == pytest.approx(decode, rel=0.01)

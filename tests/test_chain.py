@@ -123,7 +123,7 @@ def test_values_that_are_not_finite_fail_the_row(dtype: torch.dtype, advice: boo
 
 def test_occupancy_is_unet_evaluations_per_slot() -> None:
     chain, _ = run([paint("one", steps=4, guidance=1.0), paint("two", steps=4, guidance=1.0)], slots=2)
-    evaluations = chain.model.solver.table(4).evaluations
+    evaluations = Painter().solver.table(4).evaluations
     assert (chain.stages.ticks, chain.stages.row_forwards) == (evaluations, 2 * evaluations)
     assert chain.stages.occupancy == 1.0
     chain, _ = run([paint("guided", steps=4), paint("unguided", steps=4, guidance=1.0)], slots=4)
@@ -145,7 +145,7 @@ def test_a_single_free_slot_goes_to_a_row_without_guidance() -> None:
     """Two guided rows do not fit into three slots, but an unguided one fits with the first."""
     chain, outcomes = run([paint("a", steps=4), paint("b", steps=4), paint("c", steps=4, guidance=1.0)], slots=3)
     assert {outcome.request.id for outcome in outcomes[:2]} == {"a", "c"}
-    assert chain.stages.ticks == 2 * chain.model.solver.table(4).evaluations
+    assert chain.stages.ticks == 2 * Painter().solver.table(4).evaluations
 
 
 def test_no_more_rows_finish_after_a_stop() -> None:
@@ -288,7 +288,7 @@ def test_the_unet_waits_for_a_slow_decoder() -> None:
     chain = StepLevelChain(Slow(), BatchSizes(2, 1), None, in_background=True)
     assert len(list(chain.render(paint(str(k), steps=4, guidance=1.0) for k in range(40)))) == 40
     ticks = [later - earlier for earlier, later in pairwise(ticks_at_decode)]
-    assert max(ticks) <= 4 * chain.model.solver.table(4).evaluations
+    assert max(ticks) <= 4 * Painter().solver.table(4).evaluations
 
 
 def test_an_error_in_the_background_ends_the_chain_and_its_thread() -> None:

@@ -24,6 +24,7 @@ from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import SHORT_NAMES, ModelSettings, SchedulerSpec
 from tests import pipelines
 from tests.checkpoints import amend
+from tests.pipelines.saved import make_t5, make_vae
 from tests.rendering import CPU, copy_folder, load_family, make_request, render
 from tests.runs import results, run
 
@@ -365,7 +366,7 @@ def test_a_malformed_value_in_a_pipeline_without_a_family_is_refused_at_load(
 def test_a_pipeline_whose_components_do_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
     copy = copy_folder(pixart, tmp_path)
     shutil.rmtree(copy / "text_encoder")
-    pipelines.make_t5(32).save_pretrained(copy / "text_encoder")
+    make_t5(32).save_pretrained(copy / "text_encoder")
     card = read_card(ModelSettings(name=str(copy)))
     with pytest.raises(ModelError, match="PixArtSigmaPipeline could not be loaded: .*shapes"):
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
@@ -374,7 +375,7 @@ def test_a_pipeline_whose_components_do_not_fit_is_refused_at_load(pixart: Path,
 def test_a_pipeline_whose_decoder_does_not_fit_is_refused_at_load(pixart: Path, tmp_path: Path) -> None:
     copy = copy_folder(pixart, tmp_path)
     shutil.rmtree(copy / "vae")
-    pipelines.make_vae(latent_channels=3).save_pretrained(copy / "vae")
+    make_vae(latent_channels=3).save_pretrained(copy / "vae")
     with pytest.raises(ModelError, match="vae of PixArtSigmaPipeline could not be loaded: "):
         card = read_card(ModelSettings(name=str(copy)))
         AnyPipeline.load(card, CPU, torch.float32, with_checker=False)

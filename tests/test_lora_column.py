@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage, StepLevelChain, UnrenderedRow
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import RowError
 from batch_infer.models import AnyPipeline, LoraFolder, load_latent_diffusion, read_card
-from batch_infer.planning import StepBatchingEstimator, order_requests
-from batch_infer.records import Lora, PromptRequest
+from batch_infer.planning import BatchingEstimator, order_requests
+from batch_infer.records import Lora, PromptRequest, ResultRow, RowCost
 from batch_infer.serving.request_queue import RequestQueue
 from batch_infer.settings import LoraSpec, ModelSettings
 from batch_infer.table import parse_rows
@@ -128,8 +128,10 @@ def test_other_cells_give_invalid_rows(folder: Path) -> None:
     find = LoraFolder(str(folder)).find
     items = list(parse_rows(rows, {}, RULES, find))
     assert [getattr(item, "status", "valid") for item in items] == ["valid", "invalid", "invalid", "invalid"]
+    assert isinstance(items[2], ResultRow)
     assert items[2].error == "lora '7' is not text but int"
     (item,) = parse_rows([{"prompt": "x", "style": "both:2"}], {"lora": "style"}, RULES, find)
+    assert isinstance(item, PromptRequest)
     assert item.lora is not None and item.lora.weight == 2
 
 
@@ -139,7 +141,8 @@ def test_other_cells_give_invalid_rows(folder: Path) -> None:
 def test_switching_restores_every_bit(model: Any, sd1_folder: Path, folder: Path) -> None:
     """The weights depend on the LoRA in use only, not on the LoRAs before it."""
     find = LoraFolder(str(folder)).find
-    plain, fused = weights_of(model), {}
+    plain = weights_of(model)
+    fused: dict[Any, Any] = {}
     loras = [find("both"), find("dora:0.7"), find("text"), None, find("text"), find("both"), None, find("dora:0.7")]
     for lora in loras:
         model.use_lora(lora)
@@ -163,7 +166,7 @@ def test_images_equal_those_of_runs_with_one_lora(model: Any, sd1_folder: Path, 
         for name, lora in loras.items()
         for seed, guidance in ((1, 7.5), (2, 1.0))
     ]
-    expected = {}
+    expected: dict[str, RenderedImage] = {}
     for name, lora in loras.items():
         specs = [] if lora is None else [LoraSpec(str(lora.path), lora.weight)]
         plain = [replace(one, lora=None) for one in rows if one.id.startswith(name)]
@@ -231,7 +234,7 @@ def test_pipelines_without_a_family(tmp_path: Path) -> None:
         return AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
 
     def render_all(model: AnyPipeline, *rows: PromptRequest) -> dict[str, Any]:
-        outcomes = PipelineCallChain(model, BatchSizes(4, 2), None).render(rows)
+        outcomes = StepLevelChain(model, BatchSizes(4, 2), None).render(rows)
         return {outcome.request.id: outcome.pixels for outcome in outcomes if isinstance(outcome, RenderedImage)}
 
     model = load()
@@ -265,9 +268,9 @@ def test_planning_and_the_queue_group_by_lora(folder: Path) -> None:
     rows = [row(f"{index}", (None, one, other)[index % 3], steps=2 + index) for index in range(9)]
     ordered = list(order_requests(rows, lambda size: 4))
     assert [request.lora for request in ordered] == [None] * 3 + [other] * 3 + [one] * 3
-    estimator = StepBatchingEstimator(lambda size: 20)
+    estimator = BatchingEstimator(lambda size: 20)
     for request in ordered:
-        estimator.add(request, 10)
+        estimator.add(request, RowCost(10, request.params.slots))
     estimator.close()
     (cost,) = estimator.costs.values()
     assert (cost.images, cost.ticks) == (9, 30)

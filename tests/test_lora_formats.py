@@ -169,7 +169,7 @@ def test_a_fused_layer_of_flux_is_split(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     fused = Layer(torch.randn(4, 32, generator=random), torch.randn(96, 4, generator=random), 3.0, torch.ones(96))
     proj = Layer(torch.randn(4, 32, generator=random), torch.randn(32, 4, generator=random), 1.0, torch.ones(32))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, layer in {"img_attn_qkv": fused, "txt_attn_proj": proj}.items():
         start = f"lora_unet_double_blocks_0_{name}"
         tensors |= {f"{start}.lora_down.weight": layer.down, f"{start}.lora_up.weight": layer.up}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batch_infer.chain import RenderedImage
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import choose_compute
 from batch_infer.models import ModelCard, read_card
@@ -66,7 +67,11 @@ def render(model: Any, offload: Offload | None = None) -> dict[str, np.ndarray]:
     if model.denoiser.config.get("guidance_embeds"):
         rows = [replace(row, params=replace(row.params, embedded_guidance=True)) for row in rows]
     chain = make_chain(model, replace(COMPUTE, offload=offload))
-    return {outcome.request.id: outcome.pixels for outcome in chain.render(rows)}
+    images = {}
+    for outcome in chain.render(rows):
+        assert isinstance(outcome, RenderedImage), outcome.error
+        images[outcome.request.id] = outcome.pixels
+    return images
 
 
 class Moves:
@@ -155,9 +160,9 @@ def test_layers_leave_the_device_after_they_ran() -> None:
     assert all(weight.is_meta for weight in network.parameters())
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[misc]
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,9 +193,9 @@ def test_a_network_that_does_not_fit_leaves_nothing_on_the_device() -> None:
             super().__init__(4, 4)
             self.name, self.fits = name, fits
 
-        def to(self, device: Any) -> Any:
-            moves.append((self.name, str(device)))
-            if str(device) == "meta" and not self.fits:
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            moves.append((self.name, str(*args)))
+            if moves[-1][1] == "meta" and not self.fits:
                 raise torch.OutOfMemoryError("out of memory")
             return self
 

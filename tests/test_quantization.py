@@ -13,16 +13,19 @@ import torch
 from torch import nn
 
 from batch_infer.autotune import explain_out_of_memory
+from batch_infer.chain import RenderedImage
 from batch_infer.errors import ModelError, SettingsError
 from batch_infer.images import compute_psnr
 from batch_infer.jobs.run_json import parse_record
 from batch_infer.models import ModelCard, checkpoint, denoise_flops, optimize_networks, read_card
 from batch_infer.models.quantization import NF4_BLOCK, count_weight_bytes, is_quantized, quantize
+from batch_infer.models.untrusted import hash_files
 from batch_infer.records import SizeRules
 from batch_infer.settings import Compute, ComputeSettings, ModelSettings, Quantization
 from batch_infer.worker import load_model, make_chain
 from tests.checkpoints import amend
-from tests.pipelines import make_t5, save_flux
+from tests.pipelines import save_flux
+from tests.pipelines.saved import make_t5
 from tests.rendering import copy_folder, make_request
 from tests.runs import command, results, run, run_json
 from tests.tables import write_csv
@@ -54,7 +57,11 @@ def render(model: Any, *seeds: int) -> Images:
     rows = [make_request(str(seed), PROMPTS[seed], steps=3, guidance=3.5, seed=seed) for seed in seeds]
     if model.denoiser.config.get("guidance_embeds"):
         rows = [replace(row, params=replace(row.params, embedded_guidance=True)) for row in rows]
-    return {outcome.request.id: outcome.pixels for outcome in make_chain(model, COMPUTE).render(rows)}
+    images = {}
+    for outcome in make_chain(model, COMPUTE).render(rows):
+        assert isinstance(outcome, RenderedImage), outcome.error
+        images[outcome.request.id] = outcome.pixels
+    return images
 
 
 @pytest.mark.parametrize("name", ["family", "pipeline"])
@@ -113,7 +120,7 @@ def test_a_quantized_unet_is_optimized_for_a_gpu_and_its_flop_are_counted(sd1_fo
 
 def test_only_quantization_changes_the_fingerprint(sd1_folder: Path) -> None:
     plain, *others = (card_of(sd1_folder, kind) for kind in (None, *KINDS))
-    assert plain.fingerprint == checkpoint.hash_files(sd1_folder, {"unet", "vae", "text_encoder", "tokenizer"}, None)
+    assert plain.fingerprint == hash_files(sd1_folder, {"unet", "vae", "text_encoder", "tokenizer"}, None)
     assert len({card.fingerprint for card in (plain, *others)}) == 4
     assert [card.title for card in (plain, *others)] == ["sd1", "sd1 in int8", "sd1 in fp8", "sd1 in nf4"]
 

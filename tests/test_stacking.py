@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from greenlet import greenlet
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,7 +147,6 @@ def test_calls_that_differ_in_batch_elements_have_equal_signatures() -> None:
         {"another": None},
         {"nested": {"y": torch.rand(2, 1), "z": 0}},
     ],
-    ids=str,
 )
 def test_calls_that_differ_otherwise_have_different_signatures(changes: dict[str, Any]) -> None:
     signatures = Signatures()
@@ -557,7 +557,7 @@ def be_interrupted(model: AnyPipeline, stacker: CallStacker[str]) -> None:
     """Raise an exception in a row that is not an error of it."""
     start(stacker, model, [paint_row("a"), paint_row("b")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(painting.FlowMatchEulerDiscreteScheduler, "step", interrupt)
+        patch.setattr(FlowMatchEulerDiscreteScheduler, "step", interrupt)
         stacker.tick()
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batch_infer.chain import BatchSizes, PipelineCallChain, RenderedImage
+from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain
 from batch_infer.errors import ModelError, SettingsError
 from batch_infer.models import AnyPipeline, ModelCard, load_latent_diffusion, load_token_counter, read_card
 from batch_infer.settings import EmbeddingSpec, ModelSettings
 from tests.checkpoints import amend
 from tests.oracle import assert_close, call_diffusers, load_pipeline
-from tests.pipelines import SAVE_FUNCTIONS, WIDTH
+from tests.pipelines import SAVE_FUNCTIONS
+from tests.pipelines.parts import WIDTH
 from tests.rendering import CPU, copy_folder, make_request, max_difference, render
 from tests.runs import command, results, run, run_json
 
@@ -124,7 +125,7 @@ def test_pipelines_without_a_family(files: dict[str, Path], tmp_path: Path) -> N
     model = AnyPipeline.load(card, CPU, torch.float32, with_checker=False)
     request = make_request("many", f"a circle in {MANY}", steps=2)
     request = replace(request, params=replace(request.params, embedded_guidance=True))
-    (outcome,) = PipelineCallChain(model, BatchSizes(4, 2), None).render([request])
+    (outcome,) = StepLevelChain(model, BatchSizes(4, 2), None).render([request])
     assert isinstance(outcome, RenderedImage)
     assert outcome.conditioning.prompt_tokens == 5
     theirs, plain = load_pipeline(folder), load_pipeline(folder)

@@ -1,4 +1,4 @@
-"""Compare the throughput of batch-infer, plain diffusers and the bare UNet on one workload, in one process."""
+"""Compare the throughput of batch-infer, plain diffusers and the bare denoiser on one workload, in one process."""
 
 from typing import TYPE_CHECKING
 

@@ -16,7 +16,13 @@ from tqdm import tqdm
 
 from batch_infer import peak_flops
 from batch_infer.accelerator import out_of_memory_errors
-from batch_infer.bench.contenders import BareUNet, Contender, RenderingContender, matmul_tflops, unet_rate
+from batch_infer.bench.contenders import (
+    BareDenoiser,
+    Contender,
+    RenderingContender,
+    denoiser_rate,
+    matmul_tflops,
+)
 from batch_infer.bench.plotting import check_plot, draw
 from batch_infer.bench.quality import Unquantized, compare_quality, render_unquantized
 from batch_infer.bench.renderers import BatchInfer, PlainDiffusers, Renderer
@@ -62,7 +68,8 @@ def compare(settings: BenchSettings, subject: Subject, unquantized: Unquantized 
     if batch-infer renders no image for a row, and KeyboardInterrupt after a stop before the first figure.
     """
     workload = make_workload(settings.workload, subject)
-    contenders = [_make_contender(name, subject, workload) for name in (OURS, *settings.against)]
+    names = (OURS, *_choose_baselines(settings, subject))
+    contenders = [_make_contender(name, subject, workload) for name in names]
     peak, sweep, stopped = _find_peak(settings, subject), Sweep(), False
     try:
         _run_rounds(contenders, settings)
@@ -76,17 +83,27 @@ def compare(settings: BenchSettings, subject: Subject, unquantized: Unquantized 
     parity, memory = _compare_images(contenders), _peak_memory(subject, contenders, sweep)
     conditions, quality = _conditions(settings, subject), None
     if unquantized is not None:
-        conditions["unet_parameters"] = unquantized.denoiser_parameters  # 4-bit weights are packed in pairs
+        conditions["denoiser_parameters"] = unquantized.denoiser_parameters  # 4-bit weights are packed in pairs
         if isinstance(ours := contenders[0], RenderingContender):
             quality = compare_quality(subject, ours.images, unquantized)
     return BenchReport(conditions, workload, peak, results, parity, sweep, memory, stopped, quality)
+
+
+def _choose_baselines(settings: BenchSettings, subject: Subject) -> Sequence[str]:
+    """Return the requested baselines that are possible with the model."""
+    if subject.probe.can_group:
+        return settings.against
+    grouped = [name for name in settings.against if name.startswith("grouped")]
+    if grouped:
+        log.info("left out: %s (the pipeline cannot render several prompts per call)", ", ".join(grouped))
+    return [name for name in settings.against if name not in grouped]
 
 
 def _make_contender(name: str, subject: Subject, workload: Workload) -> Contender:
     if name == "grouped-compiled" and not subject.compute.compiled:
         raise SettingsError("--against grouped-compiled: the networks are not compiled; add --compile")
     if name == "bare":
-        return BareUNet(name, subject, workload)
+        return BareDenoiser(name, subject, workload)
     model, compute, sample = subject.model, subject.compute, sample_evenly(workload.rows, SAMPLE_ROWS)
     renderer: Renderer
     if name == OURS:
@@ -134,13 +151,13 @@ def measure_sweep(sweep: Sweep, slot_counts: Sequence[int], subject: Subject, wo
             return
         sweep.points.append(point)
         rate, ceiling = point.images_per_second, point.ceiling_images_per_second
-        log.info("%d slots: %.2f images/s (bare UNet: %.2f)", slots, rate, ceiling)
+        log.info("%d slots: %.2f images/s (bare denoiser: %.2f)", slots, rate, ceiling)
 
 
 def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoint:
-    """Measure the bare UNet and batch-infer with this number of slots. Raises torch.OutOfMemoryError."""
+    """Measure the bare denoiser and batch-infer with this number of slots. Raises torch.OutOfMemoryError."""
     count = len(workload.rows)
-    rates = {size: unet_rate(subject.model, workload.rows[0], size, slots) for size in workload.sizes}
+    rates = {size: denoiser_rate(subject.probe, workload.rows[0], size, slots) for size in workload.sizes}
     # Decode no more images together than the number of rows with guidance that fit into the slots.
     decode_batch = min(subject.compute.decode_batch, slots // 2)
     compute = replace(subject.compute, slots=slots, decode_batch=decode_batch, by_size=())
@@ -151,7 +168,7 @@ def _measure_slots(slots: int, subject: Subject, workload: Workload) -> SweepPoi
     return SweepPoint(
         slots=slots,
         row_forwards_per_second={size_name(size): rate for size, rate in rates.items()},
-        ceiling_images_per_second=count / workload.unet_seconds(rates),
+        ceiling_images_per_second=count / workload.denoiser_seconds(rates),
         images_per_second=count / contender.seconds[0],
         occupancy=ours.chain.stages.occupancy,
         device_bytes=contender.device_bytes,
@@ -172,7 +189,7 @@ def _summarize(contender: Contender, ours: Contender, workload: Workload, peak: 
     # Compare round by round, since other work on the machine slows all contenders of a round. `zip` is not strict,
     # because the last round may be incomplete after a stop.
     ratios = [their / our for their, our in zip(contender.seconds, ours.seconds, strict=False)]
-    tflop = workload.unet_tflop if isinstance(contender, BareUNet) else workload.tflop
+    tflop = workload.denoiser_tflop if isinstance(contender, BareDenoiser) else workload.tflop
     return Measurement(
         seconds=contender.seconds,
         images_per_second=len(workload.rows) / seconds,
@@ -210,8 +227,8 @@ def _conditions(settings: BenchSettings, subject: Subject) -> dict[str, Any]:
         "model": subject.name,
         "architecture": settings.architecture,
         "quantize": settings.model.quantize,
-        "unet_parameters": sum(weight.numel() for weight in networks[0].parameters()),
-        "scheduler": subject.model.solver.name,
+        "denoiser_parameters": sum(weight.numel() for weight in subject.probe.denoiser.parameters()),
+        "scheduler": subject.probe.scheduler_name,
         "compute": asdict(replace(compute, compiled=compute.compiled and is_compiled(networks))),
         "rounds": settings.rounds,
         "versions": {name: version(name) for name in ("batch-infer", *LIBRARIES)},

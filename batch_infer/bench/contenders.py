@@ -1,32 +1,30 @@
-"""Time each contender, and measure the bare UNet and the peak rate of a device."""
+"""Time each contender, and measure the bare denoiser and the peak rate of a device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from batch_infer.bench.probe import ModelProbe
 from batch_infer.bench.renderers import Renderer
 from batch_infer.bench.settings import Size
 from batch_infer.bench.subject import Subject
 from batch_infer.bench.workload import Workload, size_name, size_of
 from batch_infer.records import PromptRequest
 
-if TYPE_CHECKING:
-    from batch_infer.models import LatentDiffusion
-
 TARGET_SECONDS = 1.0
-"""Approximate duration of a measurement of the bare UNet. If a call takes about as long or longer, one is timed."""
+"""Approximate duration of a measurement of the bare denoiser. If a call takes about as long or longer, one is timed."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
 MATMUL_REPEATS = 6
 
 
 class Contender:
-    """Times a way to render the workload, or only its UNet calls, round by round.
+    """Times a way to render the workload, or only its denoiser calls, round by round.
 
     `seconds`: measured or extrapolated duration of the whole workload in each round; `device_bytes`: peak GPU memory of
     the last round, or None on a CPU or before the first round; `sampled_rows`: number of timed rows if not all rows are
@@ -61,8 +59,8 @@ class Contender:
 class RenderingContender(Contender):
     """Times a renderer on its rows.
 
-    The rows may be a sample, which needs only a `share` of the workload's UNet evaluations. `images` maps the ids in
-    `compared` to pixels.
+    The rows may be a sample, which needs only a `share` of the workload's denoiser evaluations. `images` maps the ids
+    in `compared` to pixels.
     """
 
     def __init__(
@@ -102,8 +100,8 @@ class RenderingContender(Contender):
                 self.images[row.id] = pixels
 
 
-class BareUNet(Contender):
-    """Times only UNet calls with all slots full, which sets a ceiling for renderers with as many slots.
+class BareDenoiser(Contender):
+    """Times only denoiser calls with all slots full, which sets a ceiling for renderers with as many slots.
 
     It times each size for about a second, or for one call if that takes longer, and extrapolates to the workload.
     """
@@ -116,32 +114,29 @@ class BareUNet(Contender):
         self.measure()
 
     def measure(self) -> float:
-        model, example, shape_of = self._subject.model, self._workload.rows[0], self._subject.compute.shape_of
-        rates = {size: unet_rate(model, example, size, shape_of(*size).slots) for size in self._workload.sizes}
+        probe, example, shape_of = self._subject.probe, self._workload.rows[0], self._subject.compute.shape_of
+        rates = {size: denoiser_rate(probe, example, size, shape_of(*size).slots) for size in self._workload.sizes}
         self.details = {"row_forwards_per_second": {size_name(size): rate for size, rate in rates.items()}}
-        return self._workload.unet_seconds(rates)
+        return self._workload.denoiser_seconds(rates)
 
 
-@torch.inference_mode()
-def unet_rate(model: LatentDiffusion, example: PromptRequest, size: Size, slots: int) -> float:
-    """Return UNet evaluations (batch elements) per second for full batches that follow each other without a pause.
+def denoiser_rate(probe: ModelProbe, example: PromptRequest, size: Size, slots: int) -> float:
+    """Return denoiser evaluations (batch elements) per second for full batches that follow each other without a pause.
 
     The prompt of `example` conditions all batch elements. Raises torch.OutOfMemoryError.
     """
     params = replace(example.params, height=size[0], width=size[1])
-    (conditioning,) = model.condition([replace(example, params=params)])
-    context = {name: part.expand(slots, *part.shape).contiguous() for name, part in conditioning.context[0].items()}
-    sample = torch.randn(slots, *model.latent_shape(*size), device=model.device).to(model.dtype)
-    timestep = torch.full((slots,), 500.0, device=model.device)
+    batch = probe.fill_batch(replace(example, params=params), slots)
+    device = next(probe.denoiser.parameters()).device
 
     def call(times: int = 1) -> None:
         for _ in range(times):
-            model.denoise(sample, timestep, context)
+            batch.call()
 
     call()
-    once = seconds_of(call, model.device)
+    once = seconds_of(call, device)
     calls = round(TARGET_SECONDS / once)
-    return slots / once if calls < 2 else calls * slots / seconds_of(lambda: call(calls), model.device)
+    return batch.elements / once if calls < 2 else calls * batch.elements / seconds_of(lambda: call(calls), device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

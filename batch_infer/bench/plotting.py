@@ -47,7 +47,7 @@ def _draw_sweep(axes: Axes, report: BenchReport) -> None:
     points = report.sweep.points
     slots = [point.slots for point in points]
     ceilings = [point.ceiling_images_per_second for point in points]
-    axes.plot(slots, ceilings, "--o", color=GREY, markersize=4, label="bare UNet, all slots full")
+    axes.plot(slots, ceilings, "--o", color=GREY, markersize=4, label="bare denoiser, all slots full")
     rates = [point.images_per_second for point in points]
     axes.plot(slots, rates, "-o", color=BLUE, linewidth=2, label="batch-infer, with slot occupancy")
     for point, rate in zip(points, rates, strict=True):
@@ -81,7 +81,7 @@ def _label(axes: Axes, report: BenchReport) -> None:
     axes.set_xticks(ticks, [str(slots) for slots in ticks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("slots (UNet batch size in batch elements)")
+    axes.set_xlabel("slots (denoiser batch size in batch elements)")
     axes.set_ylabel("throughput (images/s)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -45,7 +45,7 @@ def render_unquantized(settings: BenchSettings, max_count: int) -> Unquantized:
 def _render(subject: Subject, settings: BenchSettings, max_count: int) -> Unquantized:
     rows = make_rows(settings.workload, settings.workload.sizes_of(subject.sizes), subject.defaults)
     rendered = BatchInfer(subject.model, subject.compute).render(sample_evenly(rows, max_count))
-    parameters = sum(weight.numel() for weight in subject.model.denoiser.parameters())
+    parameters = sum(weight.numel() for weight in subject.probe.denoiser.parameters())
     return Unquantized({row.id: pixels for row, pixels in rendered}, _count_bytes(subject), parameters)
 
 

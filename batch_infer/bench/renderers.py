@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
+from batch_infer.bench.probe import make_probe
 from batch_infer.bench.workload import size_name, size_of
 from batch_infer.chain import UnrenderedRow
 from batch_infer.errors import ModelError
@@ -23,8 +21,9 @@ from batch_infer.settings import Compute
 from batch_infer.worker import make_chain
 
 if TYPE_CHECKING:
-    from batch_infer.models import LatentDiffusion
+    from batch_infer.models import AnyPipeline, LatentDiffusion
 
+Model: TypeAlias = "LatentDiffusion | AnyPipeline"
 RowImage = tuple[PromptRequest, np.ndarray]
 """A row and its pixels (H, W, 3) uint8 on the host."""
 
@@ -32,7 +31,8 @@ RowImage = tuple[PromptRequest, np.ndarray]
 class BatchInfer:
     """Renders with the chain and row order of a run."""
 
-    def __init__(self, model: LatentDiffusion, compute: Compute) -> None:
+    def __init__(self, model: Model, compute: Compute) -> None:
+        self._model = model
         self.chain = make_chain(model, compute)
 
     def capacity(self, row: PromptRequest) -> int:
@@ -40,7 +40,11 @@ class BatchInfer:
         return self.chain.batch_sizes.for_size(size_of(row))[0] // row.params.slots
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
-        """Yield each image once its pixels are on the host. Raises ModelError if a row has no image."""
+        """Yield each image once its pixels are on the host. Raises ModelError if a row has no image.
+
+        Prompts of earlier renderings are encoded again, as the pipeline does.
+        """
+        self._model.clear_embeddings()
         self.chain.stages_by_size.clear()
         for outcome in self.chain.render(order_requests(rows, lambda size: self.chain.batch_sizes.for_size(size)[0])):
             if isinstance(outcome, UnrenderedRow):
@@ -70,10 +74,10 @@ class PlainDiffusers:
     compile for every number of rows.
     """
 
-    def __init__(self, model: LatentDiffusion, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
-        self._model, self._compute = model, compute
+    def __init__(self, model: Model, compute: Compute, *, grouped: bool, compiled: bool = False) -> None:
+        self._networks, self._compute = model.networks, compute
         self._grouped, self._compiled = grouped, compiled
-        self._pipeline = _build_pipeline(model)
+        self._probe = make_probe(model)
         self.decodes_singly = False
         """Whether images are decoded one by one because a batch ran out of memory."""
 
@@ -81,7 +85,7 @@ class PlainDiffusers:
         return self._compute.shape_of(*size_of(row)).slots // row.params.slots if self._grouped else 1
 
     def render(self, rows: Sequence[PromptRequest]) -> Iterator[RowImage]:
-        with nullcontext() if self._compiled else _without_compilation(self._model.networks):
+        with nullcontext() if self._compiled else _without_compilation(self._networks):
             for batch in self._batches(rows):
                 padding = [batch[-1]] * (self.capacity(batch[0]) - len(batch)) if self._compiled else []
                 yield from zip(batch, self._call(batch + padding), strict=False)
@@ -104,32 +108,15 @@ class PlainDiffusers:
             with out_of_memory_errors():
                 return self._render(batch)
         except torch.OutOfMemoryError:
-            if self.decodes_singly:
+            if self.decodes_singly or not hasattr(getattr(self._probe.pipeline, "vae", None), "use_slicing"):
                 raise
         # Retry outside the except block, where the traceback would keep tensors alive.
         self.decodes_singly = True
         return self._render(batch)
 
     def _render(self, batch: list[PromptRequest]) -> np.ndarray:
-        params = batch[0].params
-        optional = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
-        with _decoding_singly(self._pipeline.vae) if self.decodes_singly else nullcontext():
-            images = self._pipeline(
-                [row.prompt for row in batch],
-                height=params.height,
-                width=params.width,
-                num_inference_steps=params.num_inference_steps,
-                guidance_scale=params.guidance_scale,
-                generator=[self._generator(row) for row in batch],
-                output_type="pt",
-                **optional,
-            ).images
-        pixels: np.ndarray = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return pixels
-
-    @staticmethod
-    def _generator(row: PromptRequest) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(row.seed)
+        with _decoding_singly(self._probe.pipeline.vae) if self.decodes_singly else nullcontext():
+            return self._probe.call_pipeline(batch)
 
 
 Renderer: TypeAlias = BatchInfer | PlainDiffusers
@@ -138,37 +125,6 @@ Renderer: TypeAlias = BatchInfer | PlainDiffusers
 def _group_key(row: PromptRequest) -> tuple[float, ...]:
     params = row.params
     return params.height, params.width, params.num_inference_steps, params.guidance_scale
-
-
-def _build_pipeline(model: LatentDiffusion) -> Any:
-    original = model.pipeline
-    parts = dict(original.components)
-    parts |= {"scheduler": copy.deepcopy(original.scheduler), "safety_checker": None, "feature_extractor": None}
-    if "unet" in parts and parts["unet"] is None:
-        parts["unet"] = UNetAdapter(model.networks[0])
-    names = inspect.signature(type(original)).parameters
-    values = {"requires_safety_checker": False, **original.config, **parts}
-    pipeline = type(original)(**{name: value for name, value in values.items() if name in names})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-class UNetAdapter(torch.nn.Module):
-    """Wraps a UNet of a class that diffusers lacks, and adds the attributes that the diffusers pipeline reads."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        config: Any = unet.config
-        channels, size = config.in_channels, config.sample_size
-        self.config = SimpleNamespace(in_channels=channels, sample_size=size, time_cond_proj_dim=None)
-        weight = next(unet.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
-    ) -> Any:
-        return self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Measurement:
     `seconds`: duration of the whole workload in each round; `ratio`: how many times as fast batch-infer is, None for
     batch-infer itself; `mfu`, `mfu_of_matmul`: model FLOPS utilisation relative to the device's peak and to a matrix
     product; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then extrapolated in
-    proportion to UNet evaluations, as they always are for the bare UNet.
+    proportion to denoiser evaluations, as they always are for the bare denoiser.
     """
 
     seconds: Sequence[float]
@@ -48,7 +48,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """Throughput at a number of slots. `ceiling_images_per_second`: the limit that the bare UNet sets."""
+    """Throughput at a number of slots. `ceiling_images_per_second`: the limit that the bare denoiser sets."""
 
     slots: int
     row_forwards_per_second: Mapping[str, float]
@@ -118,10 +118,11 @@ class BenchReport:
     @property
     def workload_line(self) -> str:
         """The workload as text."""
-        settings, rows = self.workload.settings, len(self.workload.rows)
-        steps = " to ".join(map(str, dict.fromkeys(settings.steps)))
+        workload, rows = self.workload, len(self.workload.rows)
+        first, last = workload.steps
+        steps = f"{first} steps" if first == last else f"{first} to {last} steps"
         sizes = ", ".join(self.ours.details["slots"])
-        return f"{rows:,} row{'s' * (rows > 1)} of {steps} steps, {settings.unguided:.0%} without guidance, {sizes}"
+        return f"{rows:,} row{'s' * (rows > 1)} of {steps}, {workload.unguided:.0%} without guidance, {sizes}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as --json prints it."""

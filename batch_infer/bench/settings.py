@@ -12,7 +12,11 @@ from batch_infer.records import SizeRules
 from batch_infer.settings import ComputeSettings, ModelSettings
 
 BASELINES = ("grouped", "grouped-compiled", "one-by-one", "bare")
-ARCHITECTURES = ("sd15", "decidiffusion", "sdxl")
+PIPELINE_ARCHITECTURES = ("flux-schnell", "flux2-klein", "qwen-image", "z-image", "sana")
+"""Architectures without a model family, which run in their diffusers pipeline."""
+ARCHITECTURES = ("sd15", "decidiffusion", "sdxl", *PIPELINE_ARCHITECTURES)
+STEPS = (20, 50)
+"""Default minimum and maximum of steps, except for few-step models."""
 SWEEP = (4, 8, 16, 32, 64)
 """Default numbers of slots for a plot."""
 
@@ -27,14 +31,21 @@ ASPECT = 1.5
 class WorkloadSettings:
     """Settings of the rows to render.
 
-    `steps`: minimum and maximum; `sizes`: `mixed`, `native`, or width x height as in `640x448,512x512`; `unguided`:
-    probability that a row has no guidance.
+    `steps`: minimum and maximum, or None for the model's default (see `steps_for`); `sizes`: `mixed`, `native`, or
+    width x height as in `640x448,512x512`; `unguided`: probability that a row has no guidance.
     """
 
     rows: int = 200
-    steps: tuple[int, int] = (20, 50)
+    steps: tuple[int, int] | None = None
     sizes: str = "mixed"
     unguided: float = 0.2
+
+    def steps_for(self, default: int) -> tuple[int, int]:
+        """Return the minimum and maximum for a model's default number of steps.
+
+        Unless steps are set, few-step models always take their default number, and others 20 to 50.
+        """
+        return self.steps or (STEPS if default >= STEPS[0] else (default, default))
 
     def sizes_of(self, rules: SizeRules) -> tuple[Size, ...]:
         """Return the sizes for a model. Raises SettingsError for an invalid or unsupported size."""

@@ -9,7 +9,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from batch_infer.bench.settings import Size, WorkloadSettings
-from batch_infer.models import decode_flops, denoise_flops
 from batch_infer.records import PromptRequest, SamplingParams, Source
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, slots=True)
 class SizeWork:
-    """Images and UNet evaluations (`row_forwards`) of one size, with the TFLOP of one evaluation and one decoding."""
+    """Images and denoiser evaluations (`row_forwards`) of one size, and the TFLOP of one evaluation and decoding."""
 
     height: int
     width: int
@@ -41,62 +40,73 @@ class SizeWork:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Rows and their cost by size. `evaluations`: model calls for a row, by number of steps."""
+    """Rows and their cost by size. `evaluations`: batch elements of all denoiser calls of a row, by row id."""
 
     rows: Sequence[PromptRequest]
     settings: WorkloadSettings
-    evaluations: Mapping[int, int]
+    steps: tuple[int, int]
+    evaluations: Mapping[str, int]
     sizes: dict[Size, SizeWork] = field(default_factory=dict)
 
     def row_forwards_of(self, rows: Sequence[PromptRequest]) -> int:
-        """Return the number of UNet evaluations for these rows."""
-        return sum(row.params.slots * self.evaluations[row.params.num_inference_steps] for row in rows)
+        """Return the number of denoiser evaluations for these rows."""
+        return sum(self.evaluations[row.id] for row in rows)
 
     @property
     def row_forwards(self) -> int:
         return self.row_forwards_of(self.rows)
 
     @property
-    def unet_tflop(self) -> float:
+    def unguided(self) -> float:
+        """Expected share of rows without guidance."""
+        return self.settings.unguided if any(row.params.guidance_scale > 1 for row in self.rows) else 1.0
+
+    @property
+    def denoiser_tflop(self) -> float:
         return sum(work.row_forwards * work.row_forward_tflop for work in self.sizes.values())
 
     @property
     def tflop(self) -> float:
-        """TFLOP of the UNet and the decoder. Text encoding is left out: in released models it adds only 0.02 %."""
-        return self.unet_tflop + sum(work.images * work.decode_tflop for work in self.sizes.values())
+        """TFLOP of the denoiser and the decoder.
 
-    def unet_seconds(self, rates: Mapping[Size, float]) -> float:
-        """Return the seconds for all UNet evaluations at these rates per second, with all slots always full."""
+        Text encoding is left out: it adds 0.02 % in Stable Diffusion, and up to 4 % in few-step models with a large
+        language model.
+        """
+        return self.denoiser_tflop + sum(work.images * work.decode_tflop for work in self.sizes.values())
+
+    def denoiser_seconds(self, rates: Mapping[Size, float]) -> float:
+        """Return the seconds for all denoiser evaluations at these rates per second, with all slots always full."""
         return sum(work.row_forwards / rates[size] for size, work in self.sizes.items())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings and the cost as --json prints them."""
-        totals = {name: getattr(self, name) for name in ("row_forwards", "unet_tflop", "tflop")}
-        shape = {"rows": len(self.rows), "steps": self.settings.steps, "unguided": self.settings.unguided}
+        totals = {name: getattr(self, name) for name in ("row_forwards", "denoiser_tflop", "tflop")}
+        shape = {"rows": len(self.rows), "steps": self.steps, "unguided": self.unguided}
         return {**shape, **totals, "sizes": [asdict(work) for work in self.sizes.values()]}
 
 
 def make_workload(settings: WorkloadSettings, subject: Subject) -> Workload:
     """Make rows for a model and count their cost. Raises SettingsError for unsupported sizes or steps."""
-    model = subject.model
+    steps = settings.steps_for(subject.defaults.num_inference_steps)
     rows = make_rows(settings, settings.sizes_of(subject.sizes), subject.defaults)
-    steps = sorted({row.params.num_inference_steps for row in rows})
-    workload = Workload(rows, settings, {count: subject.evaluations(count) for count in steps})
+    workload = Workload(rows, settings, steps, {row.id: subject.evaluations(row) for row in rows})
     for size in dict.fromkeys(map(size_of, rows)):
-        size_rows, shape = [row for row in rows if size_of(row) == size], model.latent_shape(*size)
-        tflop = denoise_flops(model, shape) / TERA, decode_flops(model, shape) / TERA
-        workload.sizes[size] = SizeWork(*size, len(size_rows), workload.row_forwards_of(size_rows), *tflop)
+        size_rows = [row for row in rows if size_of(row) == size]
+        denoise, decode = subject.probe.count_flops(size_rows[0])
+        forwards = workload.row_forwards_of(size_rows)
+        workload.sizes[size] = SizeWork(*size, len(size_rows), forwards, denoise / TERA, decode / TERA)
     return workload
 
 
 def make_rows(settings: WorkloadSettings, sizes: Sequence[Size], defaults: SamplingParams) -> list[PromptRequest]:
     """Make rows with random prompts, sizes, steps and use of guidance. Other parameters are `defaults`."""
     generator = random.Random(SEED)
+    steps = settings.steps_for(defaults.num_inference_steps)
     rows = []
     for index in range(settings.rows):
         height, width = generator.choice(sizes)
-        params = replace(defaults, height=height, width=width, num_inference_steps=generator.randint(*settings.steps))
-        if generator.random() < settings.unguided:
+        params = replace(defaults, height=height, width=width, num_inference_steps=generator.randint(*steps))
+        if generator.random() < settings.unguided and params.guidance_scale > 1:
             params = replace(params, guidance_scale=1.0)
         name, prompt = f"row-{index:08d}", generator.choice(PROMPTS)
         rows.append(PromptRequest(name, 0, prompt, None, index, params, Source("bench", index), name))

@@ -33,10 +33,16 @@ if TYPE_CHECKING:
     option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),
-        help="Use a released architecture at full size with random weights instead of a model.",
+        help="Use a released architecture at full size with random weights instead of a model: "
+        "flux-schnell is FLUX.1-schnell, flux2-klein FLUX.2-klein-4B, z-image Z-Image-Turbo, and sana SANA 1.6B.",
     ),
     option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
-    option("--steps", type=parse_steps, default="20-50", metavar="A-B|N", help="Steps of each row, or their range."),
+    option(
+        "--steps",
+        type=lambda text: parse_steps(text) if text else None,
+        metavar="A-B|N",
+        help="Steps of each row, or their range. Default: 20-50, or the model's default if that is below 20.",
+    ),
     option(
         "--sizes",
         default="mixed",
@@ -82,12 +88,13 @@ def bench(*, as_json: bool, quiet: bool, **options: Any) -> int:
 
     The baselines are: grouped, the diffusers pipeline on batches of rows with equal parameters that fill the slots;
     grouped-compiled, the same with networks compiled by torch.compile; one-by-one, a pipeline call per row, timed on
-    24 rows; and bare, the UNet calls alone, which set the ceiling.
+    24 rows; and bare, the denoiser calls alone, which set the ceiling. If a pipeline cannot render several prompts per
+    call, the grouped baselines are left out.
 
     By default, rows have mixed steps, guidance and sizes. Published figures use rows like those of --steps 50
     --unguided 0 --sizes native. With --quantize, the images and the size of the weights are compared with those of the
-    unquantized model. A UNet evaluation is one batch element of a UNet call; --json counts them as
-    row_forwards.
+    unquantized model. A denoiser evaluation is one batch element of a call of the UNet or transformer; --json counts
+    them as row_forwards.
 
     Exit codes: 0 success; 2 usage or settings; 75 stopped, after printing any figures measured so far.
     """
@@ -136,7 +143,7 @@ def _report_lines(report: BenchReport) -> Iterator[str]:
     for point in report.sweep.points:
         yield (
             f"{point.slots:4} slots: {point.images_per_second:.3f} images/s, occupancy {point.occupancy:.1%}; "
-            f"the bare UNet allows {point.ceiling_images_per_second:.3f}"
+            f"the bare denoiser allows {point.ceiling_images_per_second:.3f}"
         )
     if report.sweep.out_of_memory_at is not None:
         yield f"{report.sweep.out_of_memory_at:4} slots: out of memory"
@@ -149,12 +156,12 @@ def _condition_lines(report: BenchReport) -> Iterator[str]:
     compute, versions = conditions["compute"], conditions["versions"]
     threads = f", {format_count(compute['threads'], 'thread')}" if compute["device"] == "cpu" else ""
     device = f"{compute['dtype']} on {compute['device_name']}{threads}"
-    yield f"{conditions['model']} ({conditions['unet_parameters'] / 1e6:.1f}M in the UNet), {device}"
+    yield f"{conditions['model']} ({conditions['denoiser_parameters'] / 1e6:.1f}M in the denoiser), {device}"
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers"))
     yield f"{libraries}{', compiled' if compute['compiled'] else ''}"
     yield report.workload_line
     slots = " or ".join(str(count) for count in dict.fromkeys(report.ours.details["slots"].values()))
-    cost = f"{workload.row_forwards:,} UNet evaluations, {workload.tflop:,.4g} TFLOP"
+    cost = f"{workload.row_forwards:,} denoiser evaluations, {workload.tflop:,.4g} TFLOP"
     yield f"{cost}; {slots} slots; {format_count(conditions['rounds'], 'round')}"
 
 

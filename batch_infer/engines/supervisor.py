@@ -44,6 +44,7 @@ class Supervisor:
         self._failures: Counter[int] = Counter()
         """Deaths in a row without a commit, by rank."""
         self._deaths, self._lost_remote_worker, self._is_stopping = 0, False, False
+        self._model_messages: set[str] = set()
         self._error: Exception | None = None
         self._rendering_since: float | None = None
 
@@ -159,7 +160,12 @@ class Supervisor:
                 # Another worker may already have committed some of the rows.
                 new_keys = self._ledger.commit(row.key for row in rows)
                 self._on_commit([row for row in rows if row.key in new_keys])
-            case messages.LogMessage():
+            case messages.LogMessage(name, _, text):
+                # All workers load the same model, and say the same about it.
+                if name.startswith("batch_infer.models"):
+                    if text in self._model_messages:
+                        return
+                    self._model_messages.add(text)
                 message.handle()
             case messages.WorkerError():
                 worker.error = message

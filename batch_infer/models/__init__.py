@@ -30,7 +30,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from batch_infer.models.acceleration import decode_flops, denoise_flops, is_compiled, optimize_networks
+    from batch_infer.models.acceleration import count_flops, decode_flops, denoise_flops, is_compiled, optimize_networks
     from batch_infer.models.any_pipeline import AnyPipeline, inspect_pipeline
     from batch_infer.models.architectures import build_architecture
     from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = import_on_use(
         __name__,
-        acceleration=("decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
+        acceleration=("count_flops", "decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
         any_pipeline=("AnyPipeline", "inspect_pipeline"),
         architectures=("build_architecture",),
         latent_diffusion=("Conditioning", "LatentDiffusion"),
@@ -57,6 +57,7 @@ __all__ = [
     "SamplingRules",
     "TruncationCounter",
     "build_architecture",
+    "count_flops",
     "count_weight_bytes",
     "decode_flops",
     "denoise_flops",

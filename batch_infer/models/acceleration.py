@@ -150,12 +150,12 @@ def denoise_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
         context = {name: part.new_empty(1, *part.shape) for name, part in conditioning.context[0].items()}
         model.denoise(sample, torch.empty(1, device=model.device), context)
 
-    return _count_flops(call)
+    return _trace_flops(call)
 
 
 def decode_flops(model: LatentDiffusion, latent_shape: LatentShape) -> int:
     """Return the FLOP of decoding one image from latents (C, h, w), without decoding it."""
-    return _count_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
+    return _trace_flops(lambda: model.decode(torch.empty(1, *latent_shape, device=model.device)))
 
 
 def _count_4bit_flops(inputs: Sequence[int], weight: object, shape: Sequence[int], *_: object, **__: object) -> int:
@@ -163,15 +163,23 @@ def _count_4bit_flops(inputs: Sequence[int], weight: object, shape: Sequence[int
     return 2 * math.prod(inputs) * shape[0]
 
 
-def _count_flops(call: Callable[[], object]) -> int:
+def count_flops(call: Callable[[], object]) -> int:
+    """Make a call and return its FLOP. It takes longer than usual, because it neither fuses attention nor compiles.
+
+    The counter does not support all fused kernels, and cannot see compiled code.
+    """
     library = torch.ops.bitsandbytes
     formulas = {library.gemm_4bit: _count_4bit_flops} if hasattr(library, "gemm_4bit") else {}
-    # Neither fuse attention nor compile: the counter does not support all fused kernels and cannot see compiled code.
     with (
         torch.compiler.set_stance("force_eager"),
         sdpa_kernel(SDPBackend.MATH),
-        FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
         call()
     return int(counter.get_total_flops())
+
+
+def _trace_flops(call: Callable[[], object]) -> int:
+    """Return the FLOP of a call without making it."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_flops(call)

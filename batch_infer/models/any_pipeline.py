@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -54,6 +55,8 @@ from batch_infer.stacking import (
 if TYPE_CHECKING:
     from batch_infer.models.lora_fusing import RowLoras
 
+log = logging.getLogger(__name__)
+
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
 IMAGE_INPUTS = {"control_image", "mask_image"}
@@ -62,6 +65,11 @@ GUIDANCE = ("guidance_scale", "true_cfg_scale", "prior_guidance_scale")
 """Candidates for the parameter that receives a row's guidance_scale. `_guidance_argument` chooses one."""
 DENOISERS = ("transformer", "unet", "prior_prior", "prior")
 """Components that may be the denoiser. The first that is a network is used."""
+CPU_DIVISOR = 4
+"""Fraction of the native side for trial calls on a CPU, where calls at the native size would take minutes.
+
+On a GPU they have the native size, since kernels, on which the bytes depend, are chosen by shape.
+"""
 NATIVE_SIDE = 1024
 """Default image side in pixels for a pipeline that defines none."""
 
@@ -98,8 +106,12 @@ class AnyPipeline:
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
         with kept_processors(self.denoiser):
-            check_pipeline(pipeline, self.denoiser, lambda: self._make_trial_arguments([TRIAL_TEXT], guided=True))
-            self.plan = make_plan(pipeline, self._make_trial_arguments)
+            native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, CPU_DIVISOR))
+            is_on_cpu = device.type == "cpu"
+            check_pipeline(pipeline, self.denoiser, partial(small if is_on_cpu else native, [TRIAL_TEXT], guided=True))
+            self.plan = make_plan(pipeline, small if is_on_cpu else native)
+            if is_on_cpu and self.plan.is_alone:  # perhaps only because the pipeline does not support the size
+                self.plan = make_plan(pipeline, native)
 
     @classmethod
     def load(
@@ -126,7 +138,15 @@ class AnyPipeline:
         model = cls(pipeline, card, device, dtype)
         model.safety_checker, model.feature_extractor = checker, feature_extractor
         model._embeddings = card.embeddings
+        model._log_reasons()
         return model
+
+    def _log_reasons(self) -> None:
+        name, reasons = type(self.pipeline).__name__, "; ".join(self.plan.reasons)
+        if self.plan.is_alone:
+            log.warning("the rows of %s run one at a time: %s", name, reasons)
+        elif reasons:
+            log.warning("the rows of %s share only some calls: %s", name, reasons)
 
     @property
     def networks(self) -> Sequence[torch.nn.Module]:
@@ -153,6 +173,10 @@ class AnyPipeline:
             )
         optimize_networks(self.networks, self.device, compiled=True, threads=threads)
 
+    def clear_embeddings(self) -> None:
+        """Encode all prompts again from now on."""
+        self._cache.clear()
+
     def make_stacker(self, slots: int, decode_batch: int, observe: Observer) -> CallStacker[Any]:
         """Return a stacker for rows of one image size. `observe` is called with each network call."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode_batch}
@@ -173,7 +197,7 @@ class AnyPipeline:
             raise self._refuse(error) from error
         if error is not None:
             raise FailedRowError(f"{name} failed: {first_line(error)}") from error
-        images = result.images
+        images = result[0]  # named `images`, except by Kandinsky 5
         if not isinstance(images, torch.Tensor):
             images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
         # Some pipelines silently round sizes.
@@ -242,12 +266,15 @@ class AnyPipeline:
         count = len(tokenizer(prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
         return Conditioning(({}, None), count, None)
 
-    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
-        """Return the arguments of a trial call with the model's defaults."""
-        rules = self._rules
-        scale = rules.guidance_scale if guided else 1.0
-        sizes = rules.sizes.native_height, rules.sizes.native_width
-        params = SamplingParams(*sizes, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
+    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool, divisor: int) -> dict[str, Any]:
+        """Return the arguments of a trial call with the model's defaults, for a fraction of its native side."""
+        rules, sizes = self._rules, self._rules.sizes
+        scale = (rules.guidance_scale if rules.guidance_scale > 1 else 2.0) if guided else 1.0
+        height, width = (
+            max(sizes.min_side, side // divisor // sizes.side_multiple * sizes.side_multiple)
+            for side in (sizes.native_height, sizes.native_width)
+        )
+        params = SamplingParams(height, width, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
         return self._make_arguments(prompts, None, range(len(prompts)), params)
 
     def _make_arguments(
@@ -349,25 +376,30 @@ def inspect_pipeline(path: Path) -> SamplingRules:
     """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
     pipeline = _build_pipeline(path, partial(_build_without_weights, path))
     with loading_errors(f"{path}: the configs of {type(pipeline).__name__}"):
-        call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
-        steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
-        uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
-        unsupported: dict[str, Any] = {}
-        if guidance is None:
-            unsupported["guidance_scale"] = 1.0
-        if not uses_negative:
-            unsupported["negative_prompt"] = None
-        if "guidance_rescale" not in call:
-            unsupported["guidance_rescale"] = 0.0
-        return SamplingRules(
-            _size_rules(pipeline, config),
-            steps if isinstance(steps, int) else 50,
-            float(call[guidance].default) if guidance else 1.0,
-            embedded_guidance=_is_embedded(config),
-            unsupported_fields=tuple(unsupported.items()),
-            supports_lora=hasattr(pipeline, "load_lora_weights"),
-            supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
-        )
+        return make_rules(pipeline)
+
+
+def make_rules(pipeline: Any) -> SamplingRules:
+    """Derive sampling rules from a pipeline's class and the configs of its networks."""
+    call, config = _parameters_of(type(pipeline)), _denoiser_config(pipeline)
+    steps, guidance = call["num_inference_steps"].default, _guidance_argument(pipeline)
+    uses_negative = "negative_prompt" in call and not ("true_cfg_scale" in call and guidance != "true_cfg_scale")
+    unsupported: dict[str, Any] = {}
+    if guidance is None:
+        unsupported["guidance_scale"] = 1.0
+    if not uses_negative:
+        unsupported["negative_prompt"] = None
+    if "guidance_rescale" not in call:
+        unsupported["guidance_rescale"] = 0.0
+    return SamplingRules(
+        _size_rules(pipeline, config),
+        steps if isinstance(steps, int) else 50,
+        float(call[guidance].default) if guidance else 1.0,
+        embedded_guidance=_is_embedded(config),
+        unsupported_fields=tuple(unsupported.items()),
+        supports_lora=hasattr(pipeline, "load_lora_weights"),
+        supports_embeddings=isinstance(pipeline, TextualInversionLoaderMixin),
+    )
 
 
 def _find_denoiser(pipeline: Any) -> Any | None:

@@ -69,7 +69,7 @@ class ModelCard(SamplingRules):
 
     @property
     def uses_pipeline_call(self) -> bool:
-        """Whether rows use pipeline-call batching instead of step-level batching."""
+        """Whether each row runs its pipeline's own call, instead of the denoising loop of this package."""
         return self.family == ANY_PIPELINE
 
     @property

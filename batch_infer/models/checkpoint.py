@@ -173,9 +173,7 @@ def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules
     if settings.embeddings and not rules.supports_embeddings:
         raise ModelError(f"{model}, for which diffusers has no loader of embeddings: leave --embedding out")
     if settings.quantize and settings.lora_folder:
-        raise ModelError(
-            "--lora-folder and --quantize cannot be used together: leave one out"
-        )
+        raise ModelError("--lora-folder and --quantize cannot be used together: leave one out")
     if settings.embeddings and settings.long_prompts:
         raise ModelError("--embedding and --long-prompts cannot be used together: leave one out")
     if settings.long_prompts and not family.supports_long_prompts:

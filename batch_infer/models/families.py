@@ -153,7 +153,10 @@ FAMILIES = {
 OTHER_FAMILY = Family(
     ANY_PIPELINE, denoiser=None, text_encoders=(), skipped_components=frozenset({"watermarker", "image_encoder"})
 )
-"""Family of all other checkpoints, which use pipeline-call batching. Image encoders would only read image prompts."""
+"""Family of all other checkpoints, whose rows run their pipeline's own call.
+
+Image encoders would only read image prompts.
+"""
 
 
 def load_latent_diffusion(

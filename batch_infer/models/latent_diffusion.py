@@ -70,6 +70,11 @@ class EmbeddingCache:
             self._bytes -= _count_bytes(self._contexts.popitem(last=False)[1])
         return embeddings
 
+    def clear(self) -> None:
+        """Remove all embeddings."""
+        self._contexts.clear()
+        self._bytes = 0
+
 
 def _count_bytes(context: Context) -> int:
     return sum(part.nbytes for part in context.values())
@@ -210,6 +215,10 @@ class LatentDiffusion:
             truncated = count > self._counter.max_tokens
             conditionings.append(Conditioning(({**prompt, **extra}, unconditional), count, truncated))
         return conditionings
+
+    def clear_embeddings(self) -> None:
+        """Encode all prompts again from now on."""
+        self._embeddings.clear()
 
     @torch.inference_mode()
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:

@@ -162,10 +162,10 @@ class _Trial:
             padding = find_padding(network, one, other)
             stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
             if padding is not None:
-                axes = plan.axes[name]
+                masked = plan.axes[name]
                 if padding.mask is not None:
-                    axes = replace(axes, arguments={**axes.arguments, (padding.mask,): 0})
-                plan = replace(plan, axes={**plan.axes, name: axes}, paddings={**plan.paddings, name: padding})
+                    masked = replace(masked, arguments={**masked.arguments, (padding.mask,): 0})
+                plan = replace(plan, axes={**plan.axes, name: masked}, paddings={**plan.paddings, name: padding})
             elif stand_ins:
                 plan = replace(plan, stand_ins={**plan.stand_ins, name: stand_ins})
         if self._have_equal_lengths(plan):

@@ -17,12 +17,19 @@ from batch_infer.worker.interface import (
 from batch_infer.worker.rows import explain_flag, format_worker_name, make_row, with_image, with_verdict
 
 if TYPE_CHECKING:
-    from batch_infer.worker.loading import load_chain, load_image_checker, load_model, make_chain, prepare_torch
+    from batch_infer.worker.loading import (
+        load_chain,
+        load_image_checker,
+        load_model,
+        make_chain,
+        optimize_model,
+        prepare_torch,
+    )
     from batch_infer.worker.worker import ChainLoader, Worker
 else:
     __getattr__ = import_on_use(
         __name__,
-        loading=("load_chain", "load_image_checker", "load_model", "make_chain", "prepare_torch"),
+        loading=("load_chain", "load_image_checker", "load_model", "make_chain", "optimize_model", "prepare_torch"),
         worker=("ChainLoader", "Worker"),
     )
 
@@ -40,6 +47,7 @@ __all__ = [
     "load_model",
     "make_chain",
     "make_row",
+    "optimize_model",
     "prepare_torch",
     "read_peak_memory",
     "sum_stages_by_size",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -34,19 +34,26 @@ def load_model(card: ModelCard, compute: Compute, *, with_checker: bool) -> Late
     """Load a model family's model, or any other diffusers pipeline. Raises ModelError, torch.OutOfMemoryError."""
     device, dtype = prepare_torch(compute)
     with out_of_memory_errors():
+        model: LatentDiffusion | AnyPipeline
         if card.uses_pipeline_call:
             from batch_infer.models import AnyPipeline
 
-            pipeline = AnyPipeline.load(card, device, dtype, with_checker=with_checker, offload=compute.offload)
-            if compute.compiled:
-                pipeline.compile(compute.threads)
-            return pipeline
-        on_host = compute.offload is not None
-        model = load_latent_diffusion(card, device, dtype, with_checker=with_checker, on_host=on_host)
-        optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
-        if compute.offload is not None:
-            model.offload(compute.offload)
+            model = AnyPipeline.load(card, device, dtype, with_checker=with_checker, offload=compute.offload)
+        else:
+            on_host = compute.offload is not None
+            model = load_latent_diffusion(card, device, dtype, with_checker=with_checker, on_host=on_host)
+        optimize_model(model, compute)
+        if compute.offload is not None and not model.uses_pipeline_call:
+            cast("LatentDiffusion", model).offload(compute.offload)
     return model
+
+
+def optimize_model(model: LatentDiffusion | AnyPipeline, compute: Compute) -> None:
+    """Optimize the networks of a model, and compile them if the settings say so."""
+    if not model.uses_pipeline_call:
+        optimize_networks(model.networks, model.device, compiled=compute.compiled, threads=compute.threads)
+    elif compute.compiled:
+        cast("AnyPipeline", model).compile(compute.threads)
 
 
 def load_image_checker(card: ModelCard, compute: Compute) -> ImageChecker:

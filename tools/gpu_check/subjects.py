@@ -58,6 +58,11 @@ def threads_on(device: str) -> int | None:
     return 1 if device == "cpu" else None
 
 
+def family_model(subject: Subject) -> LatentDiffusion:
+    """Return the subject's model, which has a family in every part."""
+    return cast("LatentDiffusion", subject.model)
+
+
 def native_size(subject: Subject) -> tuple[int, int]:
     """Return the model's native image height and width."""
     return subject.sizes.native_height, subject.sizes.native_width
@@ -99,7 +104,7 @@ def render_first_images(subject: Subject) -> dict[str, Any]:
 @torch.inference_mode()
 def example_context(subject: Subject, slots: int) -> dict[str, torch.Tensor]:
     """Return the conditioning of one row for every slot, laid out as in the packer."""
-    (conditioning,) = subject.model.condition(rows_for(subject, 1, (2, 2)))
+    (conditioning,) = family_model(subject).condition(rows_for(subject, 1, (2, 2)))
     return as_packed({name: value.expand(slots, *value.shape) for name, value in conditioning.context[0].items()})
 
 

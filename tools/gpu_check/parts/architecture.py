@@ -30,7 +30,7 @@ def run(recorder: Recorder) -> None:
         results |= subjects.render_first_images(subject)
     with recorder.section("bench") as results:
         report = compare(settings, subject).as_dict()
-        names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "unet_parameters", "versions")
+        names = ("table", "contenders", "peak", "parity", "peak_memory", "compute", "denoiser_parameters", "versions")
         results |= {name: report[name] for name in names}
     with recorder.section("bare unet") as results:
         results |= measure_unet(subject, recorder)
@@ -44,7 +44,7 @@ def run(recorder: Recorder) -> None:
 @torch.inference_mode()
 def measure_unet(subject: Subject, recorder: Recorder) -> dict[str, Any]:
     """Time UNet calls with inputs like the packer's, and the host's time to start one."""
-    model, slots = subject.model, subject.compute.slots
+    model, slots = subjects.family_model(subject), subject.compute.slots
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)
     timestep = torch.full((slots,), 500.0, device=model.device)
@@ -67,7 +67,7 @@ def measure_unet(subject: Subject, recorder: Recorder) -> dict[str, Any]:
 @torch.inference_mode()
 def measure_decoder(subject: Subject) -> dict[str, Any]:
     """Time decoder calls at the batch size of a run."""
-    model, size = subject.model, subjects.native_size(subject)
+    model, size = subjects.family_model(subject), subjects.native_size(subject)
     batch, shape = subject.compute.shape_of(*size).decode_batch, model.latent_shape(*size)
     latents = torch.randn(batch, *shape, device=model.device)
     seconds = shortest_seconds(lambda: model.decode(latents))
@@ -78,7 +78,7 @@ def measure_decoder(subject: Subject) -> dict[str, Any]:
 def profile(subject: Subject, recorder: Recorder) -> dict[str, Any]:
     """Profile six ticks in the middle of a table with mixed steps, when rows come and go and images are decoded."""
     ticks = ProfiledTicks(first=14, count=6)
-    chain = make_chain(subject.model, subject.compute, ticks.stop)
+    chain = make_chain(subjects.family_model(subject), subject.compute, ticks.stop)
     rows = subjects.rows_for(subject, 2 * subject.compute.slots, (8, 24))
     for _ in chain.render(rows):
         pass

@@ -32,7 +32,7 @@ def run(recorder: Recorder) -> None:
 
 def unet_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
     """Return the UNet and two sets of random inputs that fill its batch."""
-    model, slots = subject.model, subject.compute.slots
+    model, slots = subjects.family_model(subject), subject.compute.slots
     shape = model.latent_shape(*subjects.native_size(subject))
     generator = torch.Generator(model.device).manual_seed(1)
 
@@ -53,7 +53,7 @@ def unet_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
 
 def decoder_case(subject: Subject) -> tuple[Network, Inputs, Inputs]:
     """Return the decoder and two sets of random latents that fill its batch."""
-    model, size = subject.model, subjects.native_size(subject)
+    model, size = subjects.family_model(subject), subjects.native_size(subject)
     batch = subject.compute.shape_of(*size).decode_batch
     shape = torch.Size((batch, *model.latent_shape(*size)))
     generator = torch.Generator(model.device).manual_seed(2)

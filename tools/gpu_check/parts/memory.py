@@ -43,7 +43,7 @@ def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | No
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     ballast = occupy_memory(leave)
-    chain = StepLevelChain(subject.model, shape, None)
+    chain = StepLevelChain(subjects.family_model(subject), shape, None)
     started = time.perf_counter()
     outcomes = list(chain.render(requests))
     seconds = round(time.perf_counter() - started, 1)
@@ -53,7 +53,7 @@ def render_twice(subject: Subject, shape: BatchSizes, rows: int, leave: int | No
     del ballast, chain, outcomes
     torch.cuda.empty_cache()
     not_freed = torch.cuda.memory_allocated() - before
-    again = subjects.render(subject.model, requests, slots, decode) if images else {}
+    again = subjects.render(subjects.family_model(subject), requests, slots, decode) if images else {}
     return {
         "shape_at_first": [shape.slots, shape.decode],
         "shape_at_the_end": [slots, decode],

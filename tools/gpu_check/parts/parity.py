@@ -61,13 +61,13 @@ def run(recorder: Recorder) -> None:
 
 def render(subject: Subject, rows: list[PromptRequest]) -> dict[str, Any]:
     """Render rows with the subject's batch sizes."""
-    return subjects.render(subject.model, rows, subject.compute.slots, subject.compute.decode_batch)
+    return subjects.render(subjects.family_model(subject), rows, subject.compute.slots, subject.compute.decode_batch)
 
 
 def compare_with_diffusers(subject: Subject, rows: list[PromptRequest], images: dict[str, Any]) -> dict[str, float]:
     """Compare a quarter of the images, at least two, with those of the diffusers pipeline, one row per call."""
     sample = rows[: max(2, len(rows) // 4)]
-    plain = PlainDiffusers(subject.model, subject.compute, grouped=False)
+    plain = PlainDiffusers(subjects.family_model(subject), subject.compute, grouped=False)
     return compare_images(images, {row.id: pixels for row, pixels in plain.render(sample)})
 
 

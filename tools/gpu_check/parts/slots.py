@@ -25,13 +25,13 @@ def run(recorder: Recorder) -> None:
     subject = load_subject(subjects.bench_settings(recorder, compiled=False))
     size = subjects.native_size(subject)
     with recorder.section("throughput") as results:
-        flop = denoise_flops(subject.model, subject.model.latent_shape(*size))
+        flop = denoise_flops(subjects.family_model(subject), subjects.family_model(subject).latent_shape(*size))
         for slots in SLOTS:
             results[str(slots)] = measure(subject, slots, flop)
     torch.cuda.empty_cache()
     with recorder.section("auto") as results:
         started = time.perf_counter()
-        choice = find_plateau(subject.model, SamplingParams(*size, 20, 7.5, 0.0))
+        choice = find_plateau(subjects.family_model(subject), SamplingParams(*size, 20, 7.5, 0.0))
         seconds = round(time.perf_counter() - started, 1)
         results |= {"slots": choice.slots, "decode_batch": choice.decode_batch, "seconds": seconds}
 
@@ -39,7 +39,7 @@ def run(recorder: Recorder) -> None:
 @torch.inference_mode()
 def measure(subject: Subject, slots: int, flop: int) -> dict[str, Any]:
     """Time UNet calls with this number of slots, and report peak memory. `flop`: FLOP per batch element."""
-    model = subject.model
+    model = subjects.family_model(subject)
     shape = model.latent_shape(*subjects.native_size(subject))
     context = subjects.example_context(subject, slots)
     sample = torch.randn(slots, *shape, device=model.device).to(model.dtype)

@@ -1,9 +1,7 @@
-"""Build released architectures at full size with random weights, for benchmarks without downloads."""
+"""Build the released architectures of model families with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +13,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from batch_infer.errors import ModelError
-from batch_infer.models.card import DEMO_MODEL, SamplingRules
+from batch_infer.models.architectures.text import CLIP_L, load_clip_tokenizer, make_clip_config
+from batch_infer.models.architectures.weights import initialized_on
+from batch_infer.models.card import SamplingRules
 from batch_infer.models.decidiffusion import DeciDiffusion, FlexibleUNet, FlexibleUNetConfig
 from batch_infer.models.families import FAMILIES
 from batch_infer.models.latent_diffusion import LatentDiffusion
@@ -62,7 +62,6 @@ UNET_XL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_BIG_G: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -79,19 +78,19 @@ AUTOENCODER: dict[str, Any] = {
 }
 
 
-def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> tuple[LatentDiffusion, SamplingRules]:
+def build_family(name: str, device: torch.device, dtype: torch.dtype) -> tuple[LatentDiffusion, SamplingRules]:
     """Build `sd15`, `decidiffusion` or `sdxl`, and derive its sampling rules. Raises ModelError for other names."""
     unet: Any
     model: LatentDiffusion
     match name:
         case "sd15":
-            with _initialized_on(device, dtype):
+            with initialized_on(device, dtype):
                 unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
             pipeline = _build_stable_diffusion(device, dtype, unet, STABLE_DIFFUSION)
             model, config = StableDiffusion(pipeline, unet, device, dtype), unet.config
             family = FAMILIES["StableDiffusionPipeline"]
         case "decidiffusion":
-            with _initialized_on(device, dtype):
+            with initialized_on(device, dtype):
                 unet = FlexibleUNet(FLEXIBLE_UNET)
             pipeline = _build_stable_diffusion(device, dtype, None, DECIDIFFUSION)
             model = DeciDiffusion(pipeline, unet, device, dtype)
@@ -108,10 +107,10 @@ def build_architecture(name: str, device: torch.device, dtype: torch.dtype) -> t
 
 def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any, schedule: dict[str, Any]) -> Any:
     """Build a Stable Diffusion 1.5 pipeline with the demo model's tokenizer. `unet` may be None."""
-    tokenizer = _load_tokenizer()
-    with _initialized_on(device, dtype):
+    tokenizer = load_clip_tokenizer()
+    with initialized_on(device, dtype):
         vae = AutoencoderKL(**AUTOENCODER, sample_size=512, scaling_factor=0.18215)
-        text_encoder = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
+        text_encoder = CLIPTextModel(make_clip_config(tokenizer, **CLIP_L))
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, DDIMScheduler(**schedule), None, None, requires_safety_checker=False
     )
@@ -119,40 +118,13 @@ def _build_stable_diffusion(device: torch.device, dtype: torch.dtype, unet: Any,
 
 def _build_stable_diffusion_xl(device: torch.device, dtype: torch.dtype) -> Any:
     """Build a Stable Diffusion XL pipeline whose VAE is not upcast to float32."""
-    tokenizer = _load_tokenizer()
-    with _initialized_on(device, dtype):
+    tokenizer = load_clip_tokenizer()
+    with initialized_on(device, dtype):
         unet = UNet2DConditionModel(**UNET_XL)
         vae = AutoencoderKL(**AUTOENCODER, sample_size=1024, scaling_factor=0.13025, force_upcast=False)
-        first = CLIPTextModel(_make_text_config(tokenizer, **CLIP_L))
-        second = CLIPTextModelWithProjection(_make_text_config(tokenizer, **CLIP_BIG_G))
+        first = CLIPTextModel(make_clip_config(tokenizer, **CLIP_L))
+        second = CLIPTextModelWithProjection(make_clip_config(tokenizer, **CLIP_BIG_G))
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION_XL)
     return StableDiffusionXLPipeline(
-        vae, first, second, tokenizer, _load_tokenizer(), unet, scheduler, add_watermarker=False
+        vae, first, second, tokenizer, load_clip_tokenizer(), unet, scheduler, add_watermarker=False
     )
-
-
-def _load_tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(DEMO_MODEL / "tokenizer", local_files_only=True)
-
-
-def _make_text_config(tokenizer: CLIPTokenizer, **layers: Any) -> CLIPTextConfig:
-    """Return a text encoder's config with the tokenizer's special tokens."""
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextConfig(**special, **layers)
-
-
-@contextmanager
-def _initialized_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Give networks built in the context reproducible random weights, directly on a device and in a dtype.
-
-    Outside it, they would first be initialized in float32 in host memory.
-    """
-    previous_dtype = torch.get_default_dtype()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device), torch.no_grad():
-        torch.manual_seed(0)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(previous_dtype)

@@ -21,13 +21,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -35,10 +33,7 @@ from transformers import (
 )
 
 from tests.checkpoints import amend, make_tokenizer
-
-WIDTH = 16
-"""Width of every text encoder."""
-CHAT = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+from tests.pipelines.parts import CHAT, WIDTH, make_byte_tokenizer
 
 
 def save_pixart(folder: Path) -> Path:
@@ -137,18 +132,6 @@ def make_clip_config(words: CLIPTokenizer) -> CLIPTextConfig:
 
 def make_clip(words: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(make_clip_config(words)).eval()
-
-
-def make_byte_tokenizer(length: int, chat: str | None = None) -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose tokens are bytes."""
-    words = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
-    wrapped.chat_template = chat
-    return wrapped
 
 
 def _save(pipeline: Any, folder: Path) -> Path:
