@@ -162,6 +162,8 @@ class _Trial:
             padding = find_padding(network, one, other)
             stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
             if padding is not None:
+                if padding.mask is not None:  # calls without padding may have no mask, and no axis for it
+                    plan.axes[name].arguments[padding.mask,] = 0
                 plan = replace(plan, paddings={**plan.paddings, name: padding})
             elif stand_ins:
                 plan = replace(plan, stand_ins={**plan.stand_ins, name: stand_ins})
