@@ -62,7 +62,7 @@ def find_stand_ins(axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str,
     long. With both in every stack, neither depends on the rows.
     """
     lists = [path for path in axes.arguments if _is_tensor_list(short, path) and _is_tensor_list(long, path)]
-    return (_take_one(axes, long), _take_one(axes, short)) if lists else ()
+    return (take_one(axes, long), take_one(axes, short)) if lists else ()
 
 
 def _is_tensor_list(arguments: Mapping[str, Any], path: Path) -> bool:
@@ -70,7 +70,7 @@ def _is_tensor_list(arguments: Mapping[str, Any], path: Path) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(map(torch.is_tensor, value))
 
 
-def _take_one(axes: BatchAxes, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def take_one(axes: BatchAxes, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the call with its first batch element only."""
     taken = dict(arguments)
     for path, axis in axes.arguments.items():

@@ -14,7 +14,7 @@ from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, has_nested_pipelines
-from batch_infer.stacking.padding import find_padding, find_stand_ins
+from batch_infer.stacking.padding import find_padding, find_stand_ins, take_one
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, pair_calls, record_pipeline
 from batch_infer.stacking.rows import Call
@@ -105,18 +105,25 @@ class _Trial:
             plan, reason = self._fix_lengths(plan)
             reasons += [reason] if reason else []
         plan = self._drop(plan, self._check_decoders(plan), reasons)
-        for _ in range(2):
-            outcome_of = functools.partial(self._render, plan)
-            different, is_independent = self._check_rows(outcome_of)
-            if not different and is_independent:
-                break
-            plan = self._drop(plan, different, reasons)
+        plan, is_independent = self._drop_different(plan, reasons)
+        if not is_independent:  # perhaps because a network computes only as long as the longest text of a batch
+            plan, is_independent = self._drop_different(self._add_stand_ins(plan), reasons)
         if not is_independent:
             reasons.append("a row depends on the rows beside it")
         denoisers = {network.name for network in plan.networks if network.kind == "denoise"}
         if not is_independent or not denoisers & plan.axes.keys():
             return run_alone(plan, *reasons)
         return replace(plan, reasons=tuple(reasons))
+
+    def _drop_different(self, plan: StackingPlan, reasons: list[str]) -> tuple[StackingPlan, bool]:
+        """Return a plan that does not stack networks whose results differ, and whether rows are then independent."""
+        is_independent = False
+        for _ in range(2):
+            different, is_independent = self._check_rows(functools.partial(self._render, plan))
+            if not different:
+                break
+            plan = self._drop(plan, different, reasons)
+        return plan, is_independent
 
     def _record(self, prompts: Sequence[str], guided: bool) -> list[RecordedCall]:
         row_pipeline = copy_pipeline(self._pipeline, host_timesteps=self._plan.host_timesteps)
@@ -173,6 +180,18 @@ class _Trial:
         denoisers = {network.name for network in plan.networks if network.kind == "denoise"}
         axes = {name: value for name, value in plan.axes.items() if name not in denoisers}
         return replace(plan, axes=axes, paddings={}, stand_ins={}), "it takes texts of different lengths without a mask"
+
+    def _add_stand_ins(self, plan: StackingPlan) -> StackingPlan:
+        """Return a plan in which the shortest and the longest text are part of every denoiser call."""
+        pairs = pair_calls(self._recorded[True], self._record([LONG_TEXT], True))
+        stand_ins = dict(plan.stand_ins)
+        for network in plan.networks:
+            name = network.name
+            if network.kind == "denoise" and name in plan.axes and name in pairs and name not in stand_ins:
+                padding = plan.paddings.get(name)
+                calls = [padding.pad(call) if padding else call for call in pairs[name]]
+                stand_ins[name] = tuple(take_one(plan.axes[name], call) for call in calls)
+        return replace(plan, stand_ins=stand_ins)
 
     # Checks
 
