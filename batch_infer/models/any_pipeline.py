@@ -108,7 +108,7 @@ class AnyPipeline:
         with kept_processors(self.denoiser):
             native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, CPU_DIVISOR))
             is_on_cpu = device.type == "cpu"
-            check_pipeline(pipeline, self.denoiser, partial(small if is_on_cpu else native, [TRIAL_TEXT], guided=True))
+            check_pipeline(pipeline, self.denoiser, partial(native, [TRIAL_TEXT], guided=True))
             self.plan = make_plan(pipeline, small if is_on_cpu else native)
             if is_on_cpu and self.plan.is_alone:  # perhaps only because the pipeline does not support the size
                 self.plan = make_plan(pipeline, native)

@@ -183,14 +183,15 @@ class _Trial:
 
     def _add_stand_ins(self, plan: StackingPlan) -> StackingPlan:
         """Return a plan in which the shortest and the longest text are part of every denoiser call."""
-        pairs = pair_calls(self._recorded[True], self._record([LONG_TEXT], True))
+        short, long = first_calls(self._recorded[True]), first_calls(self._record([LONG_TEXT], True))
         stand_ins = dict(plan.stand_ins)
         for network in plan.networks:
             name = network.name
-            if network.kind == "denoise" and name in plan.axes and name in pairs and name not in stand_ins:
+            if network.kind == "denoise" and name in plan.axes and name in short and name not in stand_ins:
                 padding = plan.paddings.get(name)
-                calls = [padding.pad(call) if padding else call for call in pairs[name]]
-                stand_ins[name] = tuple(take_one(plan.axes[name], call) for call in calls)
+                calls = [call[name].arguments for call in (long, short)]
+                padded = [padding.pad(arguments) if padding else arguments for arguments in calls]
+                stand_ins[name] = tuple(take_one(plan.axes[name], arguments) for arguments in padded)
         return replace(plan, stand_ins=stand_ins)
 
     # Checks
