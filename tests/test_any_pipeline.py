@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +36,7 @@ from tests.checkpoints import amend
 from tests.oracle import call_diffusers
 from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
 from tests.rendering import CPU, copy_folder, make_request, max_difference
-from tests.runs import CommandResult, assert_whole, command, hashes, results, run, run_json
+from tests.runs import QUICK, CommandResult, assert_whole, command, hashes, results, run, run_json, start, wait_for
 from tests.tables import write_csv
 
 NAMES = ("pixart", "flux", "z_image", "perturbed")
@@ -512,6 +515,39 @@ def test_a_continued_run_has_the_same_bytes(table: Path, tmp_path: Path, folders
     before = {item["id"]: item["finished_at"] for item in results(parts)}
     flux_run(table, parts, folders)
     assert {item["id"]: item["finished_at"] for item in results(parts)} == before
+
+
+@pytest.mark.promises
+@pytest.mark.parametrize("name", ["flux", "pixart", "z_image"])
+def test_a_killed_a_shuffled_and_a_split_run_have_the_same_bytes(
+    tmp_path: Path, folders: dict[str, Path], name: str
+) -> None:
+    header = ["id", "prompt", "num_inference_steps", "guidance_scale"]
+    rows = [[f"row {k}", "a red circle " * (1 + k % 4), 4 + k % 9, 1.5 + k % 3] for k in range(72)]
+    height, width = map(str, SIZES.get(name, (64, 64)))
+    options = ("--model", str(folders[name]), "--height", height, "--width", width, "--num-processes", "1")
+    outs = {word: tmp_path / word for word in ("whole", "killed", "shuffled", "split")}
+    tables = {word: write_csv(tmp_path / f"{word}.csv", [header, *rows]) for word in ("whole", "killed")}
+    tables["shuffled"] = write_csv(tmp_path / "shuffled.csv", [header, *random.Random(0).sample(rows, len(rows))])
+    assert run(tables["whole"], outs["whole"], *options).code == 0
+    process = start(tables["killed"], outs["killed"], *options, session=True)
+    assert wait_for(process, lambda: any((outs["killed"] / "manifest").glob("part-*")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = len(list((outs["killed"] / "images").rglob("*.png")))
+    assert run(tables["killed"], outs["killed"], *options).code == 0
+    assert 0 < done < len(rows)
+    assert run(tables["shuffled"], outs["shuffled"], *options).code == 0
+    parts = [write_csv(tmp_path / f"{k}.csv", [header, *rows[k::2]]) for k in range(2)]
+    assert command("run", *parts, "--out", outs["split"], *QUICK, *options).code == 0
+    expected = images_of(outs["whole"])
+    assert len(expected) == len(rows)
+    for word in ("killed", "shuffled", "split"):
+        assert images_of(outs[word]) == expected, word
+
+
+def images_of(out: Path) -> dict[str, str]:
+    return {item["id"]: item["sha256"] for item in results(out) if item["status"] == "ok"}
 
 
 @pytest.mark.promises
