@@ -57,6 +57,8 @@ def format_parameters(request: PromptRequest, scheduler: str, model_hash: str) -
         "Seed": request.seed,
         "Size": f"{params.width}x{params.height}",
         "Model hash": model_hash,
+        "Lora hashes": f"{request.lora.path.stem}: {request.lora.fingerprint[:12]}" if request.lora else None,
+        "Lora weight": f"{request.lora.weight:g}" if request.lora else None,
         "CFG rescale": f"{params.guidance_rescale:g}" if params.guidance_rescale else None,
         "Version": "batch-infer",
     }

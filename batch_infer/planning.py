@@ -98,7 +98,7 @@ def order_requests(requests: Iterable[PromptRequest], get_slots: SlotsForSize | 
         for _, group in groupby(sorted(window, key=_make_sort_key), key=lambda request: request.group_key):
             rows = list(group)
             if get_slots is not None and len(rows) <= MAX_BALANCED_ROWS:
-                rows = _balance(rows, get_slots(_get_size(rows[0])) // 2)
+                rows = _balance(rows, max(1, get_slots(_get_size(rows[0])) // 2))
             yield from rows
 
 
@@ -245,7 +245,7 @@ class BatchingEstimator:
 
 
 def count_room(waiting: int, slots: int) -> int:
-    """Return how many rows to prepare when so many are waiting to be admitted.
+    """Return how many rows to prepare when `waiting` rows are waiting to be admitted.
 
     When at most one row per two slots is waiting, their number is increased to one per slot.
     """

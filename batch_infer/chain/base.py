@@ -205,8 +205,8 @@ class DeviceChain(Chain):
     def __init__(self, model: Any, batch_sizes: BatchSizes, checker: ImageChecker | None, stop: Callable[[], bool]):
         self.model, self._batch_sizes, self._checker, self._stop = model, batch_sizes, checker, stop
         self.stages_by_size = {}
-        self._unfit: dict[Lora, RowError] = {}
-        """Errors of LoRAs that the model cannot use."""
+        self._unfit: dict[Lora, str] = {}
+        """Why the model cannot use some LoRAs."""
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -244,14 +244,16 @@ class DeviceChain(Chain):
     def _switch_lora(self, lora: Lora | None) -> RowError | None:
         """Let the model use the LoRA of the next rows, and return the error if that fails."""
         if lora is not None and lora in self._unfit:
-            return self._unfit[lora]
+            return RowError(self._unfit[lora])
         try:
             if lora != self.model.lora:
                 self.model.use_lora(lora)
-        except RowError as error:
+        except FailedRowError as error:
+            return FailedRowError(str(error))
+        except RowError as error:  # the error itself would keep the tensors of the LoRA alive
             if lora is not None:
-                self._unfit[lora] = error
-            return error
+                self._unfit[lora] = str(error)
+            return RowError(str(error))
         return None
 
     @abstractmethod

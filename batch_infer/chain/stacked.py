@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from batch_infer.accelerator import is_device_error
 from batch_infer.chain.base import Stage, UnrenderedRow
 from batch_infer.chain.batcher import Advanced, Tag
 from batch_infer.chain.pacing import make_pacer
 from batch_infer.diffusion import FinishedRow
-from batch_infer.errors import FailedRowError, RowError
+from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.models import AnyPipeline
 from batch_infer.planning import count_room
 from batch_infer.records import PromptRequest
-from batch_infer.stacking import CallStacker, EndedRow, Kind
+from batch_infer.stacking import ROW_ERRORS, CallStacker, EndedRow, Kind
 from batch_infer.stages import Stages
 
 
@@ -47,7 +48,12 @@ class StackedBatcher:
     def prepare(self, requests: Sequence[PromptRequest]) -> None:
         rows: list[tuple[Tag, Mapping[str, object]]] = []
         for request in requests:
-            rows.append(((request, self._model.count_tokens(request)), self._model.make_arguments(request)))
+            try:
+                rows.append(((request, self._model.count_tokens(request)), self._model.make_arguments(request)))
+            except ROW_ERRORS as error:  # of the tokenizer
+                if is_device_error(error):
+                    raise
+                self._ready.append(UnrenderedRow(request, "failed", f"the prompt cannot be read: {first_line(error)}"))
         self._stacker.start(rows)
 
     def admit(self) -> Sequence[UnrenderedRow]:
@@ -92,7 +98,10 @@ class StackedBatcher:
 
     @contextmanager
     def _observe(self, kind: Kind) -> Iterator[None]:
-        """Add the duration of a network call to its stage."""
+        """Add the duration of a network call to its stage.
+
+        On a GPU, a call returns before it is complete, and another thread counts the time of decoding.
+        """
         self.stage = "decode" if kind == "decode" else "denoise"  # an error in an earlier call has left it as it was
         if kind == "denoise":
             self._pacer.start()
@@ -102,5 +111,7 @@ class StackedBatcher:
         started = time.perf_counter()
         yield
         self.stage = "denoise"
-        seconds = time.perf_counter() - started
-        setattr(self._stages, kind, getattr(self._stages, kind) + seconds)
+        if kind == "encode":
+            self._stages.encode += time.perf_counter() - started
+        elif self._model.device.type != "cuda":
+            self._stages.decode += time.perf_counter() - started

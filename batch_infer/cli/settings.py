@@ -174,7 +174,9 @@ def _parse_columns(options: tuple[str, ...]) -> dict[str, str]:
     for text in options:
         field, equals, name = text.partition("=")
         if not equals or field not in (*s.FIELDS, s.LORA_FIELD):
-            raise SettingsError(f"--column {text}: write FIELD=NAME, where FIELD is one of {', '.join(s.FIELDS)}")
+            raise SettingsError(
+                f"--column {text}: write FIELD=NAME, where FIELD is one of {', '.join((*s.FIELDS, s.LORA_FIELD))}"
+            )
         columns[field] = name
     return columns
 

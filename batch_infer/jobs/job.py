@@ -227,6 +227,8 @@ def _choose_offload(settings: RunSettings, device: Device) -> Offload | None:
         raise SettingsError(f"--offload {mode} saves GPU memory, but this run renders on a CPU: leave it out")
     if settings.model.long_prompts:
         raise SettingsError(f"--offload {mode} and --long-prompts do not work together: leave one out")
+    if mode == "sequential" and settings.model.lora_folder is not None:
+        raise SettingsError("--offload sequential cannot change LoRAs: use --offload model, or leave out --lora-folder")
     if mode == "sequential" and settings.model.quantize is not None:
         raise SettingsError(
             f"--offload sequential cannot move quantized layers: use --offload model, or leave out --quantize "

@@ -88,7 +88,7 @@ class AnyPipeline:
     def __init__(self, pipeline: Any, rules: SamplingRules, device: torch.device, dtype: torch.dtype) -> None:
         """Call the pipeline a few times to find out how its calls can be stacked.
 
-        Raises ModelError if its components do not fit together, or if its images do not only depend on their seeds.
+        Raises ModelError if its components do not fit together, or if something other than the seeds determines the noise.
         """
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
         self.safety_checker: Any | None = None
@@ -168,7 +168,7 @@ class AnyPipeline:
         """Compile the denoisers. Raises SettingsError if the shapes of their calls vary from row to row."""
         if not self.plan.is_stacked:
             raise SettingsError(
-                f"--compile: the rows of {type(self.pipeline).__name__} run one at a time, in calls of varying shapes; "
+                f"--compile: the shapes of the denoiser calls of {type(self.pipeline).__name__} vary from row to row; "
                 "remove --compile"
             )
         optimize_networks(self.networks, self.device, compiled=True, threads=threads)
@@ -199,7 +199,8 @@ class AnyPipeline:
             raise FailedRowError(f"{name} failed: {first_line(error)}") from error
         images = result[0]  # named `images`, except by Kandinsky 5
         if not isinstance(images, torch.Tensor):
-            images = torch.from_numpy(np.asarray(images, dtype=np.float32)).permute(0, 3, 1, 2)
+            array = np.asarray(images, dtype=np.float32)
+            images = torch.from_numpy(array).movedim(-1, 1) if array.ndim == 4 else torch.from_numpy(array)
         # Some pipelines silently round sizes.
         if images.shape != (1, 3, params.height, params.width):
             height, width = images.shape[2:] if images.ndim == 4 else (0, 0)

@@ -11,12 +11,14 @@ from transformers import CLIPTokenizer
 from batch_infer.errors import ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.textual_inversion import Embedding, refuse_known_token
-from batch_infer.models.untrusted import loading_errors
+from batch_infer.models.untrusted import hash_file, loading_errors
 
 
 def load_embeddings(pipeline: Any, card: ModelCard) -> None:
     """Load the embeddings of --embedding. Raises ModelError if one does not fit, or if its token exists."""
     for embedding in card.embeddings:
+        if hash_file(embedding.path) != embedding.fingerprint:
+            raise ModelError(f"{embedding.path} was changed after the command had started")
         with loading_errors(embedding.path):
             tensors = load_file(embedding.path)
         needed = _list_encoders(pipeline)

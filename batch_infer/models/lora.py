@@ -15,6 +15,8 @@ NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
 """Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
 UNSUPPORTED_NAME_PARTS = ("hada_w", "lokr_", "lora_mid")
 """Substrings of tensor names in LoHa, LoKr and Tucker-decomposed files, which are refused."""
+FORBIDDEN_CHARACTERS = '/\\:*?"<>|'
+"""Characters that separate folders, drives or streams on some system, or that file names cannot contain."""
 MAX_NAME_LENGTH = 200
 """Maximum length of the name of a row's LoRA."""
 UNSUPPORTED_SUFFIXES = (".diff", ".diff_b", ".set_weight")
@@ -49,13 +51,13 @@ def check_lora(path: Path) -> None:
 
 
 class LoraFolder:
-    """Finds the LoRAs that rows name in the folder of --lora-folder. Each file is checked and hashed once."""
+    """Finds the LoRAs that rows name in the folder of --lora-folder. A file is hashed once, unless it changes."""
 
     def __init__(self, folder: str) -> None:
         """Raises ModelError if there is no such folder."""
         self._folder = Path(folder).expanduser().absolute()
-        self._found: dict[str, str | RowError] = {}
-        """The digest of each file that a row names, or an error."""
+        self._digests: dict[str, tuple[tuple[int, int], str]] = {}
+        """The size and modification time of each file that a row names, and its digest."""
         if not self._folder.is_dir():
             raise ModelError(f"--lora-folder {folder}: there is no such folder")
 
@@ -71,22 +73,33 @@ class LoraFolder:
             weight = math.nan
         if not math.isfinite(weight):
             raise RowError(f"lora {text!r}: the weight {number!r} is not a finite number")
-        if name not in self._found:
-            self._found[name] = self._read(name)
-        found = self._found[name]
-        if isinstance(found, RowError):
-            raise found
-        return Lora(self._folder / f"{name}.safetensors", weight, found)
-
-    def _read(self, name: str) -> str | RowError:
-        """Return the digest of a file, or an error. A name cannot leave the folder."""
-        path = self._folder / f"{name}.safetensors"
-        if not name or {"/", "\\", "\0"} & set(name) or name.startswith(".") or len(name) > MAX_NAME_LENGTH:
-            return RowError(f"lora {name[:MAX_NAME_LENGTH]!r} is not the name of a file without its suffix")
+        path = self._path_of(name)
         try:
-            if not path.is_file():
-                return RowError(f"lora {name!r}: there is no {path.name} in {self._folder}")
-            check_lora(path)
-            return hash_file(path)
+            return Lora(path, weight, self._hash(path))
         except (ModelError, OSError) as error:
-            return RowError(f"lora {name!r}: {error}")
+            raise RowError(f"lora {name!r}: {error}") from None
+
+    def _path_of(self, name: str) -> Path:
+        """Return the path of a file in the folder. Raises RowError for a name that could be outside it on any system.
+
+        A link in the folder is followed.
+        """
+        is_plain = name.isprintable() and not set(FORBIDDEN_CHARACTERS) & set(name) and not name.startswith(".")
+        if not name or not is_plain or len(name) > MAX_NAME_LENGTH:
+            raise RowError(
+                f"lora {name[:MAX_NAME_LENGTH]!r} is not a valid name: write a file's name without .safetensors"
+            )
+        path = self._folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise RowError(f"lora {name!r}: there is no {path.name} in {self._folder}")
+        return path
+
+    def _hash(self, path: Path) -> str:
+        """Return the digest of a file. Raises ModelError, OSError."""
+        status = path.stat()
+        stamp = status.st_size, status.st_mtime_ns
+        known = self._digests.get(path.name)
+        if known is None or known[0] != stamp:
+            check_lora(path)
+            known = self._digests[path.name] = stamp, hash_file(path)
+        return known[1]

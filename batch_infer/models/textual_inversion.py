@@ -70,7 +70,7 @@ def _read(spec: EmbeddingSpec) -> Embedding:
             f"{path} is not a textual inversion embedding: it has {len(shapes)} tensors instead of one, or of clip_l "
             "and clip_g"
         )
-    counts = {len(shape) == 1 or shape[0] for shape in shapes.values()}
+    counts = {len(shape) == 1 or shape[0] for shape in shapes.values() if len(shape) in (1, 2)}
     if not all(len(shape) in (1, 2) for shape in shapes.values()) or len(counts) != 1:
         raise ModelError(f"{path} is not a textual inversion embedding: its shapes are {list(shapes.values())}")
     (vectors,) = map(int, counts)

@@ -13,6 +13,8 @@ from typing import Any, Literal, cast
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from batch_infer.accelerator import copy_to
+
 Kind = Literal["encode", "denoise", "decode"]
 
 
@@ -41,7 +43,18 @@ class Network:
 
     def evaluate(self, arguments: Mapping[str, Any]) -> Any:
         """Call the method, which may be replaced."""
-        return getattr(self.module, self.method)(**arguments)
+        return getattr(self.module, self.method)(**self.to_device(arguments))
+
+    def to_device(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arguments whose tensors are on the device of the network, where timesteps may not be yet."""
+        if self.device.type == "cpu":
+            return arguments
+        return {
+            name: copy_to(self.device, value)
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+            else value
+            for name, value in arguments.items()
+        }
 
     @contextmanager
     def replaced(self, replace: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> Iterator[None]:

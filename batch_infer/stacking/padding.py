@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from batch_infer.accelerator import is_device_error
 from batch_infer.stacking.networks import Network
 from batch_infer.stacking.plan import TextPadding
 from batch_infer.stacking.trees import BatchAxes, Path, find_tensor
@@ -48,7 +49,9 @@ def _has_no_effect(network: Network, padding: TextPadding, arguments: Mapping[st
     try:
         plain = find_tensor(network.evaluate(arguments)).float()
         padded = find_tensor(network.evaluate(padding.pad(arguments))).float()
-    except PADDING_ERRORS:
+    except PADDING_ERRORS as error:
+        if is_device_error(error):
+            raise
         return False
     is_half = network.module.dtype in (torch.float16, torch.bfloat16)
     tolerance = 100 * PADDING_TOLERANCE if is_half else PADDING_TOLERANCE

@@ -31,7 +31,7 @@ def recording(networks: Sequence[Network], known: dict[object, Any] | None) -> I
         is_reused = network.kind == "denoise" or known is not None
         result = results.get(key) if is_reused else None
         if result is None:
-            result = original(**arguments)
+            result = original(**network.to_device(arguments))
         if is_reused:
             results[key] = result
         calls.append(RecordedCall(network, arguments, result))

@@ -64,7 +64,7 @@ class Signatures:
     def _tensor_key(self, value: torch.Tensor, axis: int | None) -> Hashable:
         if axis is not None:
             return "batch", value.shape[:axis], value.shape[axis + 1 :], value.dtype
-        if value.numel() == 1:
+        if value.numel() == 1 and value.ndim <= 1:
             return "scalar", value.dtype
         return "shared", self._digest(value)
 

@@ -48,7 +48,7 @@ class Stack:
     def _stack_tensors(self, values: Sequence[torch.Tensor], path: Path) -> torch.Tensor:
         axis = self._axes.arguments.get(path)
         if axis is None:
-            if values[0].numel() != 1:
+            if values[0].numel() != 1 or values[0].ndim > 1:
                 return values[0]
             axis, scalars = 0, zip(values, self._counts, strict=True)
             values = [value.reshape(1).expand(count) for value, count in scalars]

@@ -37,6 +37,7 @@ ROW_ERRORS = (
     ArithmeticError,
     AssertionError,
     RuntimeError,
+    ImportError,
 )
 """Errors of a pipeline that fail only its row, unless the device causes them."""
 Observer = Callable[[Kind], AbstractContextManager[object]]
@@ -123,7 +124,7 @@ class CallStacker(Generic[Tag]):
         """Return a function that makes the denoiser call of the next tick without advancing the rows."""
         calls = self._next_tick()
         _, arguments = self._prepare(calls)
-        return torch.no_grad()(partial(calls[0].network.evaluate, arguments))
+        return partial(_evaluate, calls[0], arguments)
 
     @torch.no_grad()
     def finish_decoding(self) -> None:
@@ -323,6 +324,12 @@ class CallStacker(Generic[Tag]):
         except UnstackableError:
             return Call(row, network, arguments, None, self._plan.count_elements(network, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)
+
+
+@torch.no_grad()
+def _evaluate(call: Call[Any], arguments: Mapping[str, Any]) -> Any:
+    with autocast(call.autocast):
+        return call.network.evaluate(arguments)
 
 
 def _count_elements(calls: Iterable[Call[Any]]) -> int:

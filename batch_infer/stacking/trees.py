@@ -12,8 +12,8 @@ Path = tuple[Any, ...]
 """Keys and indices that lead from the arguments or the result of a call to a value inside."""
 
 
-class UnstackableError(Exception):
-    """A call that cannot be stacked with others. It is made as it is."""
+class UnstackableError(ValueError):
+    """A call that cannot be stacked with others. It runs unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,16 @@ class BatchAxes:
     arguments: dict[Path, int] = field(default_factory=dict)
     results: dict[Path, int] = field(default_factory=dict)
 
+    def merge(self, other: BatchAxes) -> bool:
+        """Add the axes of other calls of the same network. Returns False if they contradict each other."""
+        for mine, others in ((self.arguments, other.arguments), (self.results, other.results)):
+            if any(mine.setdefault(path, axis) != axis for path, axis in others.items()):
+                return False
+        return True
+
     def count_elements(self, arguments: Mapping[str, Any]) -> int:
-        """Return the number of batch elements of a call. Raises UnstackableError if nothing counts them."""
+        """Return the number of batch elements of a call. Raises UnstackableError if its arguments contradict."""
+        counts = set()
         for path, axis in self.arguments.items():
             try:
                 value: Any = arguments
@@ -36,10 +44,12 @@ class BatchAxes:
             except (KeyError, IndexError, TypeError):
                 continue  # an optional argument
             if isinstance(value, torch.Tensor):
-                return value.shape[axis]
-            if isinstance(value, list):
-                return len(value)
-        raise UnstackableError
+                counts.add(value.shape[axis] if axis < value.ndim else 0)
+            elif isinstance(value, list):
+                counts.add(len(value))
+        if len(counts) != 1 or 0 in counts:
+            raise UnstackableError
+        return int(counts.pop())
 
 
 def find_axes(one: Any, two: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:

@@ -67,7 +67,7 @@ def _try_plan(pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) 
     except ROW_ERRORS as error:
         if is_device_error(error):
             raise
-        reason = f"a trial call failed ({first_line(error)})"
+        reason = f"a call with the elements of several rows fails ({first_line(error)})"
     return run_alone(plan, reason)
 
 
@@ -140,9 +140,8 @@ class _Trial:
                     axes[name] = None
                 elif name not in axes:
                     axes[name] = found[name]
-                elif known is not None:
-                    known.arguments.update(found[name].arguments)
-                    known.results.update(found[name].results)
+                elif known is not None and not known.merge(found[name]):
+                    axes[name] = None
         return {name: value for name, value in axes.items() if value is not None}
 
     def _count_elements(self, plan: StackingPlan) -> int:

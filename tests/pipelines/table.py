@@ -17,14 +17,16 @@ TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 INTRODUCTION = """\
 # Which pipelines batch rows
 
-batch-infer runs every text-to-image pipeline of diffusers. Each row runs the pipeline's own `__call__`, and rows of one
+In a pipeline without a model family (see the README), each row runs the pipeline's own `__call__`, and rows of one
 image size share the calls of its networks. Rows may differ in their texts, steps, guidance and seeds.
 
-Which rows share denoiser calls depends on the pipeline, and is tried out when a model is loaded. A call is shared only
-if each row gets the result of its own call, and the same bytes in any company. A pipeline whose rows share no calls
-renders one row at a time: slower, but with the same images.
+Which rows share denoiser calls depends on the pipeline, and is tested when a model is loaded. A call is shared only if
+each row gets the result of its own call up to rounding, and the same bytes whatever rows it is batched with. A pipeline
+whose rows share no calls renders one row at a time.
 
-The table is measured on a CPU in float32, with tiny random networks of each class.
+The table was measured on a CPU in float32, with tiny random networks of each class, by
+`python -m tests.pipelines.table` in a checkout. It also contains classes that have a model family, whose checkpoints do
+not run like this.
 
 | pipeline | rows that share denoiser calls | how, or why not |
 |--|--|--|
