@@ -88,7 +88,7 @@ class AnyPipeline:
     def __init__(self, pipeline: Any, rules: SamplingRules, device: torch.device, dtype: torch.dtype) -> None:
         """Call the pipeline a few times to find out how its calls can be stacked.
 
-        Raises ModelError if its components do not fit together, or if something other than the seeds determines the noise.
+        Raises ModelError if its components do not fit together, or if more than the seeds determines the noise.
         """
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
         self.safety_checker: Any | None = None

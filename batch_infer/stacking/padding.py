@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from batch_infer.accelerator import is_device_error
 from batch_infer.stacking.networks import Network
 from batch_infer.stacking.plan import TextPadding
-from batch_infer.stacking.trees import BatchAxes, Path, find_tensor
+from batch_infer.stacking.trees import BatchAxes, find_tensor
 
 PADDING_TOLERANCE = 1e-4
 """Maximum difference that masked padding may make in float32, relative to the largest value of the result."""
@@ -58,19 +58,34 @@ def _has_no_effect(network: Network, padding: TextPadding, arguments: Mapping[st
     return plain.shape == padded.shape and bool((plain - padded).abs().max() <= tolerance * plain.abs().max())
 
 
-def find_stand_ins(axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return a call with the longest and one with the shortest text, if a denoiser takes texts as a list.
+def takes_text_list(axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]) -> bool:
+    """Return whether a denoiser takes the texts of its batch elements as a list of tensors."""
+    differing = _differing(short, long)
+    return any(len(path) == 1 and path[0] in differing and isinstance(short[path[0]], list) for path in axes.arguments)
 
-    Such a network pads the texts of a batch to the longest one, and its kernels may depend on whether all are equally
-    long. With both in every stack, neither depends on the rows.
+
+def make_stand_ins(axes: BatchAxes, short: Mapping[str, Any], long: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return the text arguments of a call with the longest and of one with the shortest text, one element each.
+
+    A network may pad the texts of a batch to the longest one, and its kernels may depend on whether all are equally
+    long. With both in every stack, neither depends on the rows. The calls differ only in their text.
     """
-    lists = [path for path in axes.arguments if _is_tensor_list(short, path) and _is_tensor_list(long, path)]
-    return (take_one(axes, long), take_one(axes, short)) if lists else ()
+    names = _differing(short, long)
+    ones = (take_one(axes, arguments) for arguments in (long, short))
+    return tuple({name: one[name] for name in names} for one in ones)
 
 
-def _is_tensor_list(arguments: Mapping[str, Any], path: Path) -> bool:
-    value: Any = arguments.get(path[0]) if len(path) == 1 else None
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(torch.is_tensor, value))
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tensors and lists that differ between two calls."""
+    return {name for name in one.keys() & other.keys() if not _is_equal(one[name], other[name])}
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    return True
 
 
 def take_one(axes: BatchAxes, arguments: Mapping[str, Any]) -> dict[str, Any]:

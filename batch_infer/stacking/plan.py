@@ -51,8 +51,8 @@ class StackingPlan:
     """Which calls of a pipeline can be stacked, and how.
 
     `axes`: by network name; calls of a network without axes are not stacked. `paddings`: by denoiser. `stand_ins`: by
-    denoiser, calls of no row that are part of every stack, with the longest and the shortest text, so that the
-    network pads the texts of every batch to one length. `is_alone`: only one row at a time may be in progress, since
+    denoiser, the text arguments of dummy batch elements that are added to every stack, with the longest and the
+    shortest text, so that the network pads the texts of every batch to one length. `is_alone`: only one row at a time may be in progress, since
     rows would affect each other. `reasons`: why calls are not stacked.
     """
 

@@ -21,6 +21,7 @@ from greenlet import getcurrent, greenlet
 from batch_infer.accelerator import is_device_error
 from batch_infer.stacking.cache import EncoderCache
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline
+from batch_infer.stacking.padding import take_one
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.rows import Call, EndedRow, Row, Tag, autocast, get_autocast
 from batch_infer.stacking.signature import Signatures
@@ -268,10 +269,11 @@ class CallStacker(Generic[Tag]):
     def _prepare(self, calls: Sequence[Call[Tag]]) -> tuple[Stack, dict[str, Any]]:
         """Return the stack of calls with equal signatures, and its arguments."""
         network = calls[0].network
-        axes, stand_ins = self._plan.axes[network.name], self._plan.stand_ins.get(network.name, ())
-        added = [axes.count_elements(arguments) for arguments in stand_ins]
-        counts = [*(call.elements for call in calls), *added]
-        stack = Stack(axes, counts, self._sizes[network.kind] + sum(added), network.device)
+        axes, texts = self._plan.axes[network.name], self._plan.stand_ins.get(network.name, ())
+        # The rest of a stand-in, such as latents of the right size, comes from the first call.
+        stand_ins = [{**take_one(axes, calls[0].arguments), **text} for text in texts]
+        counts = [*(call.elements for call in calls), *[1] * len(stand_ins)]
+        stack = Stack(axes, counts, self._sizes[network.kind] + len(stand_ins), network.device)
         return stack, stack.stack([*(call.arguments for call in calls), *stand_ins])
 
     def _encode(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:

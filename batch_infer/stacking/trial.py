@@ -14,7 +14,7 @@ from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, has_nested_pipelines
-from batch_infer.stacking.padding import find_padding, find_stand_ins, take_one
+from batch_infer.stacking.padding import find_padding, make_stand_ins, takes_text_list
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, pair_calls, record_pipeline
 from batch_infer.stacking.rows import Call
@@ -166,13 +166,13 @@ class _Trial:
                 continue
             one, other = pairs[name]
             padding = find_padding(network, one, other)
-            stand_ins = () if padding else find_stand_ins(plan.axes[name], one, other)
             if padding is not None:
                 masked = plan.axes[name]
                 if padding.mask is not None:
                     masked = replace(masked, arguments={**masked.arguments, (padding.mask,): 0})
                 plan = replace(plan, axes={**plan.axes, name: masked}, paddings={**plan.paddings, name: padding})
-            elif stand_ins:
+            elif takes_text_list(plan.axes[name], one, other):
+                stand_ins = make_stand_ins(plan.axes[name], one, other)
                 plan = replace(plan, stand_ins={**plan.stand_ins, name: stand_ins})
         if self._have_equal_lengths(plan):
             return plan, ""
@@ -190,7 +190,7 @@ class _Trial:
                 padding = plan.paddings.get(name)
                 calls = [call[name].arguments for call in (long, short)]
                 padded = [padding.pad(arguments) if padding else arguments for arguments in calls]
-                stand_ins[name] = tuple(take_one(plan.axes[name], arguments) for arguments in padded)
+                stand_ins[name] = make_stand_ins(plan.axes[name], padded[1], padded[0])
         return replace(plan, stand_ins=stand_ins)
 
     # Checks
