@@ -188,10 +188,10 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "revision": card.revision,
             "family": card.family,
             "fingerprint": card.fingerprint,
-            "quantize": card.quantize,
             "loras": [
                 {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
             ],
+            **({"quantize": card.quantize} if card.quantize else {}),
             **_describe_embeddings(card),
         },
         "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},

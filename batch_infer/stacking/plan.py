@@ -52,8 +52,8 @@ class StackingPlan:
 
     `axes`: by network name; calls of a network without axes are not stacked. `paddings`: by denoiser. `stand_ins`: by
     denoiser, the text arguments of dummy batch elements that are added to every stack, with the longest and the
-    shortest text, so that the network pads the texts of every batch to one length. `is_alone`: only one row at a time may be in progress, since
-    rows would affect each other. `reasons`: why calls are not stacked.
+    shortest text, so that the network pads the texts of every batch to one length. `is_alone`: only one row at a time
+    may be in progress, since rows would affect each other. `reasons`: why calls are not stacked.
     """
 
     networks: tuple[Network, ...]
