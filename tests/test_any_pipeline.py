@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models import AnyPipeline, ModelCard, read_card
-from batch_infer.models.any_pipeline import find_class
+from batch_infer.models.pipeline_rules import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batch_infer.models import AnyPipeline
-from batch_infer.models.any_pipeline import find_class
+from batch_infer.models.pipeline_rules import find_class
 from tests.pipelines.every import PIPELINES
 from tests.pipelines.measuring import call_alone, make_model, make_pipeline, make_row, render, rows_of
 from tests.pipelines.table import INTRODUCTION, TABLE, describe

@@ -31,19 +31,21 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from batch_infer.models.acceleration import count_flops, decode_flops, denoise_flops, is_compiled, optimize_networks
-    from batch_infer.models.any_pipeline import AnyPipeline, inspect_pipeline
+    from batch_infer.models.any_pipeline import AnyPipeline
     from batch_infer.models.architectures import build_architecture
     from batch_infer.models.latent_diffusion import Conditioning, LatentDiffusion
     from batch_infer.models.loading import load_checker
+    from batch_infer.models.pipeline_rules import inspect_pipeline
     from batch_infer.models.quantization import count_weight_bytes
 else:
     __getattr__ = import_on_use(
         __name__,
         acceleration=("count_flops", "decode_flops", "denoise_flops", "is_compiled", "optimize_networks"),
-        any_pipeline=("AnyPipeline", "inspect_pipeline"),
+        any_pipeline=("AnyPipeline",),
         architectures=("build_architecture",),
         latent_diffusion=("Conditioning", "LatentDiffusion"),
         loading=("load_checker",),
+        pipeline_rules=("inspect_pipeline",),
         quantization=("count_weight_bytes",),
     )
 

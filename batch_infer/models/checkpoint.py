@@ -159,7 +159,7 @@ def _read_rules(
         return rules
     if inspect is not None:
         return inspect(path)
-    from batch_infer.models.any_pipeline import inspect_pipeline
+    from batch_infer.models.pipeline_rules import inspect_pipeline
 
     return inspect_pipeline(path)
 

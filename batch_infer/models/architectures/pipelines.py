@@ -29,12 +29,13 @@ from diffusers import (
 from msgspec import structs
 from transformers import CLIPTextModel, Qwen3ForCausalLM, Qwen3Model
 
-from batch_infer.models.any_pipeline import AnyPipeline, make_rules
+from batch_infer.models.any_pipeline import AnyPipeline
 from batch_infer.models.architectures import text
 from batch_infer.models.architectures.families import build_family
 from batch_infer.models.architectures.weights import Sizes, initialized_on
 from batch_infer.models.card import SamplingRules
 from batch_infer.models.latent_diffusion import LatentDiffusion
+from batch_infer.models.pipeline_rules import make_rules
 
 FLUX = Sizes(
     {},
