@@ -13,33 +13,19 @@ import torch
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
-from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, has_nested_pipelines
+from batch_infer.stacking.checking import CheckingStacker, is_separate, replace_latents, sample_of
+from batch_infer.stacking.networks import Kind, copy_pipeline, find_networks
 from batch_infer.stacking.padding import find_padding, make_stand_ins, takes_text_list
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, compare_calls, first_calls, pair_calls, record_pipeline
-from batch_infer.stacking.rows import Call
-from batch_infer.stacking.stack import Stack
-from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker
-from batch_infer.stacking.trees import UnstackableError, find_tensor
+from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS
 
 SHORT_TEXT = "a"
 LONG_TEXT = "a red circle beside two blue squares, " * 100
 """A text that text encoders truncate to their maximum length."""
 OTHER_TEXT = "two stars over a house"
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
-"""Maximum difference, relative to the largest value, between a result in a stack and that of the call itself."""
-HALF_TOLERANCE = 0.05
-
 MakeArguments = Callable[[Sequence[str], bool], Mapping[str, Any]]
 """Returns the arguments of a pipeline call for prompts, with or without guidance, and new generators."""
-
-
-class _FirstStepDone(RuntimeError):
-    """Ends a row after its scheduler's first step."""
-
-    def __init__(self, sample: torch.Tensor) -> None:
-        super().__init__("the first step is done")
-        self.sample = sample
 
 
 def make_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
@@ -209,7 +195,7 @@ class _Trial:
     def _render(self, plan: StackingPlan, rows: Sequence[tuple[str, bool]]) -> _Outcome:
         """Render rows together up to the first step, or completely if the pipeline has several stages."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": 2 * self._elements, "decode": 2}
-        stacker = _CheckingStacker(self._pipeline, plan, sizes, lambda kind: nullcontext(), EncoderCache())
+        stacker = CheckingStacker(self._pipeline, plan, sizes, lambda kind: nullcontext(), EncoderCache())
         ended: dict[int, torch.Tensor] = {}
         ticks = 0
         try:
@@ -221,8 +207,8 @@ class _Trial:
                     ticks += 1
                 else:
                     stacker.finish_decoding()
-                ended |= {row.tag: _sample_of(row.result, row.error) for row in stacker.take_ended()}
-            ended |= {row.tag: _sample_of(row.result, row.error) for row in stacker.take_ended()}
+                ended |= {row.tag: sample_of(row.result, row.error) for row in stacker.take_ended()}
+            ended |= {row.tag: sample_of(row.result, row.error) for row in stacker.take_ended()}
         finally:
             stacker.close()
         return _Outcome([ended[index] for index in range(len(rows))], ticks, frozenset(stacker.different))
@@ -234,8 +220,8 @@ class _Trial:
         for name, call in first_calls(self._recorded[True]).items():
             if call.network.kind == "decode" and name in plan.axes:
                 noise = torch.Generator("cpu").manual_seed(0)
-                values = {key: _replace_noise(value, noise) for key, value in call.arguments.items()}
-                if not _is_separate(plan, call.network, call.arguments, values):
+                values = {key: replace_latents(value, noise) for key, value in call.arguments.items()}
+                if not is_separate(plan, call.network, call.arguments, values):
                     different.add(name)
         return frozenset(different)
 
@@ -244,76 +230,3 @@ class _Trial:
         """Return a plan that does not stack the calls of these networks."""
         reasons += [f"{name} does not compute the rows of a batch separately" for name in sorted(names)]
         return replace(plan, axes={name: axes for name, axes in plan.axes.items() if name not in names})
-
-
-class _CheckingStacker(CallStacker[int]):
-    """Ends rows after their first step, and compares each result of a stack with that of the call itself."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.different: set[str] = set()
-
-    def _copy_pipeline(self) -> Any:
-        row_pipeline = super()._copy_pipeline()
-        if not has_nested_pipelines(row_pipeline) and hasattr(getattr(row_pipeline, "scheduler", None), "step"):
-            end_after_first_step(row_pipeline.scheduler)
-        return row_pipeline
-
-    def _stack(self, network: Network, calls: Sequence[Call[int]]) -> list[Any]:
-        # The stack comes last, so that a network that stores something, such as attention maps, has stored it then.
-        expected = [find_tensor(network.evaluate(call.arguments)) for call in calls]
-        results = super()._stack(network, calls)
-        for one, result in zip(expected, results, strict=True):
-            if not _is_close(find_tensor(result), one):
-                self.different.add(network.name)
-        return results
-
-
-def end_after_first_step(scheduler: Any) -> None:
-    """Make a scheduler raise _FirstStepDone after its first step."""
-    step = scheduler.step
-
-    @functools.wraps(step)
-    def step_once(*args: Any, **kwargs: Any) -> None:
-        output = step(*args, **kwargs)
-        raise _FirstStepDone(output[0])
-
-    scheduler.step = step_once
-
-
-def _sample_of(result: Any, error: Exception | None) -> torch.Tensor:
-    if isinstance(error, _FirstStepDone):
-        return error.sample
-    if error is not None:
-        raise error
-    images = result.images if hasattr(result, "images") else result[0]
-    return images if isinstance(images, torch.Tensor) else torch.as_tensor(images)
-
-
-def _replace_noise(value: Any, generator: torch.Generator) -> Any:
-    """Return other values of the same shape for latents, and everything else unchanged."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
-    return torch.randn(value.shape, generator=generator).to(value)
-
-
-def _is_separate(plan: StackingPlan, network: Network, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether a network computes a call in a stack as it does alone, and independently of the other call."""
-    axes = plan.axes[network.name]
-    try:
-        count = axes.count_elements(one)
-    except UnstackableError:
-        return False
-    expected = find_tensor(network.evaluate(one))
-    alone = Stack(axes, [count], 2 * count, network.device)
-    pair = Stack(axes, [count, count], 2 * count, network.device)
-    first = find_tensor(alone.split(network.evaluate(alone.stack([one])), 0))
-    second = find_tensor(pair.split(network.evaluate(pair.stack([other, one])), 1))
-    return _is_close(first, expected) and torch.equal(first, second)
-
-
-def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    if actual.shape != expected.shape:
-        return False
-    tolerance = TOLERANCES.get(expected.dtype, HALF_TOLERANCE)
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
