@@ -34,8 +34,13 @@ class Signatures:
         With `free_lengths`, the tensors of a list may differ in length. Raises UnstackableError for arguments of
         unknown types, such as caches, which a network may modify.
         """
-        key = self._key(arguments, (), axes.arguments, free_lengths)
-        return self._numbers.setdefault(key, len(self._numbers))
+        parts: list[Hashable] = []
+        for name, value in arguments.items():  # a loop, because it runs for each row and step
+            if isinstance(value, torch.Tensor):
+                parts.append((name, self._tensor_key(value, axes.arguments.get((name,)))))
+            else:
+                parts.append((name, self._key(value, (name,), axes.arguments, free_lengths)))
+        return self._numbers.setdefault(tuple(parts), len(self._numbers))
 
     def content(self, arguments: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for calls with equal arguments. Raises UnstackableError as `of` does."""
