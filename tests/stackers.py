@@ -11,14 +11,16 @@ import torch
 
 from batch_infer.models import AnyPipeline
 from batch_infer.records import PromptRequest
-from batch_infer.stacking import ENCODE_BATCH, CallStacker, EncoderCache, EndedRow
+from batch_infer.stacking import ENCODE_BATCH, CallEvaluator, CallStacker, EncoderCache, EndedRow
 
 
 @contextmanager
 def open_stacker(model: AnyPipeline, slots: int = 8, decode: int = 2) -> Iterator[CallStacker[str]]:
     """Open a stacker with its own cache of encoder results."""
     sizes: Any = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode}
-    stacker: CallStacker[str] = CallStacker(model.pipeline, model.plan, sizes, lambda _: nullcontext(), EncoderCache())
+    stacker: CallStacker[str] = CallStacker(
+        model.pipeline, CallEvaluator(model.plan, sizes, lambda _: nullcontext(), EncoderCache())
+    )
     try:
         yield stacker
     finally:

@@ -408,7 +408,7 @@ def test_no_bit_depends_on_the_neighbours(models: Models, pipeline_type: Any) ->
         for name, image in alone.items():
             assert torch.equal(image_of(together[name]), image), name
     for row in rows:
-        expected = copy_pipeline(model.pipeline, host_timesteps=False)(**model.make_arguments(row)).images
+        expected = copy_pipeline(model.pipeline, CPU, host_timesteps=False)(**model.make_arguments(row)).images
         torch.testing.assert_close(alone[row.id], expected, rtol=1e-5, atol=1e-5)
     assert len({image.sum().item() for image in alone.values()}) == len(rows)
 
@@ -477,7 +477,7 @@ def test_a_row_without_guidance_overtakes_if_one_slot_is_free(painter: AnyPipeli
         start(stacker, painter, [paint_row("a"), paint_row("b"), paint_row("c", guidance=1.0)])
         assert (stacker.free_slots, stacker.waiting_count) == (0, 1)
         stacker.tick()
-        assert (stacker.last_used, stacker.last_size) == (3, 3)
+        assert (stacker.evaluator.last_used, stacker.evaluator.last_size) == (3, 3)
 
 
 # Ends
@@ -583,7 +583,7 @@ def test_no_end_changes_the_state_of_torch(models: Models, pipeline_type: Any, h
 
 def test_copies_share_networks_and_no_scheduler(models: Models) -> None:
     pipeline = models[painting.NestedPipeline].pipeline
-    copied = copy_pipeline(pipeline, host_timesteps=True)
+    copied = copy_pipeline(pipeline, CPU, host_timesteps=True)
     assert copied.prior_pipe is not pipeline.prior_pipe
     assert copied.prior_pipe.transformer is pipeline.prior_pipe.transformer
     schedulers = [copied.scheduler, copied.prior_pipe.scheduler, copied.decoder_pipe.scheduler]

@@ -24,7 +24,7 @@ class PipelineProbe:
 
     def __init__(self, model: AnyPipeline) -> None:
         self._model = model
-        self.pipeline = copy_pipeline(model.pipeline, host_timesteps=False)
+        self.pipeline = copy_pipeline(model.pipeline, model.plan.device, host_timesteps=False)
         denoisers = [network for network in model.plan.networks if network.kind == "denoise"]
         self.denoiser: torch.nn.Module = denoisers[0].module
         self.scheduler_name = type(getattr(model.pipeline, "scheduler", None)).__name__
@@ -51,7 +51,7 @@ class PipelineProbe:
             for network in plan.networks:
                 if network.kind in flops:
                     replacements.enter_context(network.replaced(partial(count, network)))
-            pipeline = copy_pipeline(self._model.pipeline, host_timesteps=False)
+            pipeline = copy_pipeline(self._model.pipeline, self._model.plan.device, host_timesteps=False)
             calls = record_pipeline(pipeline, plan.networks, self._model.make_arguments(request), {})
         first = next(call for call in calls if call.network.kind == "denoise")
         return flops["denoise"][0] // plan.count_elements(first.network, first.arguments), sum(flops["decode"])

@@ -27,7 +27,8 @@ class StackedBatcher:
         self._model, self._stages = model, stages
         self._pacer = make_pacer(model.device, stages)
         self.stage: Stage = "denoise"
-        self._stacker: CallStacker[Tag] = model.make_stacker(*batch_sizes, self._observe)
+        evaluator = model.make_evaluator(*batch_sizes, self._observe)
+        self._stacker: CallStacker[Tag] = CallStacker(model.pipeline, evaluator)
         self._ready: list[FinishedRow[Tag] | UnrenderedRow] = []
 
     @property
@@ -69,7 +70,8 @@ class StackedBatcher:
 
     def tick(self) -> Advanced:
         self._stacker.tick()
-        self._stages.add_tick(self._stacker.last_used, self._stacker.last_size)
+        evaluator = self._stacker.evaluator
+        self._stages.add_tick(evaluator.last_used, evaluator.last_size)
         return self._take_ready()
 
     def finish(self) -> Advanced:

@@ -33,6 +33,7 @@ from batch_infer.records import Lora, PromptRequest, RowCost, SamplingParams
 from batch_infer.settings import Offload
 from batch_infer.stacking import (
     ENCODE_BATCH,
+    CallEvaluator,
     CallStacker,
     EncoderCache,
     Kind,
@@ -157,10 +158,10 @@ class AnyPipeline:
         """Encode all prompts again from now on."""
         self._cache.clear()
 
-    def make_stacker(self, slots: int, decode_batch: int, observe: Observer) -> CallStacker[Any]:
-        """Return a stacker for rows of one image size. `observe` is called with each network call."""
+    def make_evaluator(self, slots: int, decode_batch: int, observe: Observer) -> CallEvaluator:
+        """Return an evaluator for rows of one image size. `observe` is called with each network call."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": slots, "decode": decode_batch}
-        return CallStacker(self.pipeline, self.plan, sizes, observe, self._cache)
+        return CallEvaluator(self.plan, sizes, observe, self._cache)
 
     def make_arguments(self, request: PromptRequest) -> dict[str, Any]:
         """Return the arguments of a row's call, in new objects because some pipelines modify them."""
@@ -197,7 +198,7 @@ class AnyPipeline:
         """
         sizes = self._rules.sizes
         params = replace(params, height=sizes.native_height, width=sizes.native_width)
-        row_pipeline = copy_pipeline(self.pipeline, host_timesteps=self.plan.host_timesteps)
+        row_pipeline = copy_pipeline(self.pipeline, self.plan.device, host_timesteps=self.plan.host_timesteps)
         arguments = self._make_arguments([TRIAL_TEXT], negative_prompt, [0], params)
         try:
             calls = record_pipeline(row_pipeline, self.plan.networks, arguments, self._recorded)
@@ -218,7 +219,8 @@ class AnyPipeline:
 
         Raises RowError if the pipeline does not support them.
         """
-        stacker = self.make_stacker(slots, 1, lambda kind: nullcontext())
+        evaluator = self.make_evaluator(slots, 1, lambda kind: nullcontext())
+        stacker: CallStacker[int] = CallStacker(self.pipeline, evaluator)
         prompts, seeds = [TRIAL_TEXT], [0]
         try:
             count = self.count_rows(slots, params)

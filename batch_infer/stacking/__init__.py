@@ -1,17 +1,20 @@
 """Batch the network calls of any diffusers pipeline across rows, without changing the pipeline's own call.
 
-CallStacker runs rows and stacks their calls as a StackingPlan says, which make_plan derives from trial calls.
+CallStacker runs rows, and CallEvaluator stacks their calls as a StackingPlan says, which make_plan derives from trial
+calls.
 """
 
 from batch_infer.stacking.cache import EncoderCache
+from batch_infer.stacking.evaluator import CallEvaluator, Observer
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, record_pipeline
 from batch_infer.stacking.rows import EndedRow
-from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker, Observer
+from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker
 from batch_infer.stacking.trial import make_plan
 
 __all__ = [
+    "CallEvaluator",
     "CallStacker",
     "ENCODE_BATCH",
     "EncoderCache",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from batch_infer.stacking.evaluator import CallEvaluator
 from batch_infer.stacking.networks import Network, has_nested_pipelines
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.rows import Call
@@ -29,11 +30,7 @@ class _FirstStepDone(RuntimeError):
 
 
 class CheckingStacker(CallStacker[int]):
-    """Ends rows after their first step, and compares each result of a stack with that of the call itself."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.different: set[str] = set()
+    """Ends rows after their first step, unless the pipeline has several stages."""
 
     def _copy_pipeline(self) -> Any:
         row_pipeline = super()._copy_pipeline()
@@ -41,10 +38,20 @@ class CheckingStacker(CallStacker[int]):
             _end_after_first_step(row_pipeline.scheduler)
         return row_pipeline
 
-    def _stack(self, network: Network, calls: Sequence[Call[int]]) -> list[Any]:
+
+class CheckingEvaluator(CallEvaluator):
+    """Compares each result of a stack with that of the call itself."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.different: set[str] = set()
+        """Names of the networks whose results differ."""
+
+    def stack(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        network = calls[0].network
         # The stack comes last, so that a network that stores something, such as attention maps, has stored it then.
         expected = [find_tensor(network.evaluate(call.arguments)) for call in calls]
-        results = super()._stack(network, calls)
+        results = super().stack(calls)
         for one, result in zip(expected, results, strict=True):
             if not _is_close(find_tensor(result), one):
                 self.different.add(network.name)

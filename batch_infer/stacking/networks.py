@@ -39,7 +39,7 @@ class Network:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name."""
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
 
     def evaluate(self, arguments: Mapping[str, Any]) -> Any:
         """Call the method, which may be replaced."""
@@ -86,12 +86,13 @@ def find_networks(pipeline: Any) -> tuple[Network, ...]:
     network of diffusers is a denoiser.
     """
     networks: dict[int, Network] = {}
+    device = pipeline._execution_device  # diffusers searches all modules for hooks
     for name, module in _walk(pipeline, ""):
         if id(module) in networks:
             continue
         is_decoder = hasattr(module, "decode") and hasattr(module, "encode")
         kind: Kind = "decode" if is_decoder else "denoise" if isinstance(module, ModelMixin) else "encode"
-        networks[id(module)] = Network(name, module, kind, pipeline._execution_device)
+        networks[id(module)] = Network(name, module, kind, device)
     return tuple(networks.values())
 
 
@@ -108,11 +109,13 @@ def has_nested_pipelines(pipeline: Any) -> bool:
     return any(isinstance(part, DiffusionPipeline) for part in vars(pipeline).values())
 
 
-def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] | None = None) -> Any:
+def copy_pipeline(
+    pipeline: Any, device: torch.device, *, host_timesteps: bool, memo: dict[int, Any] | None = None
+) -> Any:
     """Return a copy for one row: calls set attributes of their pipeline, and schedulers and guiders have state.
 
-    With `host_timesteps`, timesteps stay on the CPU, where schedulers read them at every step. On a GPU, each read
-    would wait for all queued work.
+    `device` is where the networks compute. With `host_timesteps`, timesteps stay on the CPU, where schedulers read them
+    at every step. On a GPU, each read would wait for all queued work.
     """
     memo = {} if memo is None else memo
     if id(pipeline) in memo:
@@ -120,7 +123,7 @@ def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] |
     memo[id(pipeline)] = row_pipeline = copy.copy(pipeline)
     for name, part in vars(pipeline).items():
         if isinstance(part, DiffusionPipeline):
-            copied = copy_pipeline(part, host_timesteps=host_timesteps, memo=memo)
+            copied = copy_pipeline(part, device, host_timesteps=host_timesteps, memo=memo)
         elif isinstance(part, SchedulerMixin) or _is_guider(part):
             if id(part) not in memo:
                 memo[id(part)] = copy.deepcopy(part)
@@ -130,7 +133,7 @@ def copy_pipeline(pipeline: Any, *, host_timesteps: bool, memo: dict[int, Any] |
         else:
             continue
         row_pipeline.__dict__[name] = copied
-    row_pipeline.__class__ = _as_row(cast(Any, type(pipeline)), pipeline._execution_device)
+    row_pipeline.__class__ = _as_row(cast(Any, type(pipeline)), device)
     return row_pipeline
 
 

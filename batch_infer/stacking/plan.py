@@ -72,6 +72,11 @@ class StackingPlan:
         return next((len(value) for value in tensors), 1)
 
     @property
+    def device(self) -> torch.device:
+        """Where the networks compute."""
+        return self.networks[0].device
+
+    @property
     def is_stacked(self) -> bool:
         """Whether calls of all denoisers are stacked."""
         denoisers = [network.name for network in self.networks if network.kind == "denoise"]

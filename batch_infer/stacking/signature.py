@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from batch_infer.stacking.trees import BatchAxes, Path, UnstackableError
+from batch_infer.stacking.trees import BatchAxes, Path, UnstackableError, version_of
 
 SCALARS = frozenset({"timestep", "timesteps", "t", "r", "timestep_r", "timestep_ratio", "guidance", "guidance_scale"})
 """Names of arguments that may be Python numbers, and differ between the rows of a batch."""
@@ -74,7 +74,7 @@ class Signatures:
         return "shared", self._digest(value)
 
     def _digest(self, value: torch.Tensor) -> bytes:
-        key, version = id(value), value._version
+        key, version = id(value), version_of(value)
         entry = self._digests.get(key)
         if entry is not None and entry[0]() is value and entry[1] == version:
             return entry[2]

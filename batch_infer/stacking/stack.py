@@ -10,7 +10,33 @@ import torch
 
 from batch_infer.accelerator import copy_to
 from batch_infer.stacking.signature import SCALARS
-from batch_infer.stacking.trees import BatchAxes, Path
+from batch_infer.stacking.trees import BatchAxes, Path, version_of
+
+
+class ReusedTensors:
+    """Keeps stacked tensors, such as embedded texts, for the next step of the same rows.
+
+    The counter `_version` of a tensor increases when an operation changes it in place.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, tuple[Sequence[Any], Sequence[int], list[int], torch.Tensor]] = {}
+
+    def get(self, name: str, values: Sequence[Any], counts: Sequence[int]) -> torch.Tensor | None:
+        """Return the tensor that was stacked of the same values, unless one of them has changed."""
+        if name not in self._tensors:
+            return None
+        parts, part_counts, versions, stacked = self._tensors[name]
+        if values[0] is not parts[0] or len(values) != len(parts) or counts != part_counts:
+            return None
+        is_same = all(value is part for value, part in zip(values, parts, strict=True))
+        return stacked if is_same and versions == [version_of(tensor) for tensor in (*values, stacked)] else None
+
+    def put(self, name: str, values: Sequence[Any], counts: Sequence[int], stacked: Any) -> None:
+        """Keep a stacked tensor, instead of the last one with this name. Ignore other values."""
+        if isinstance(stacked, torch.Tensor):
+            versions = [version_of(tensor) for tensor in (*values, stacked)]
+            self._tensors[name] = values, counts, versions, stacked
 
 
 class Stack:
@@ -24,9 +50,18 @@ class Stack:
         self._spare = size - sum(counts)
         self._starts = [0, *accumulate(counts)]
 
-    def stack(self, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the arguments of the call."""
-        return {name: self._stack([call[name] for call in calls], (name,)) for name in calls[0]}
+    def stack(self, calls: Sequence[Mapping[str, Any]], reused: ReusedTensors | None = None) -> dict[str, Any]:
+        """Return the arguments of the call. `reused` contains the tensors of the network's last stack."""
+        arguments: dict[str, Any] = {}
+        for name in calls[0]:
+            values = [call[name] for call in calls]
+            stacked = reused.get(name, values, self._counts) if reused is not None else None
+            if stacked is None:
+                stacked = self._stack(values, (name,))
+                if reused is not None:
+                    reused.put(name, values, self._counts, stacked)
+            arguments[name] = stacked
+        return arguments
 
     def _stack(self, values: Sequence[Any], path: Path) -> Any:
         first = values[0]

@@ -1,8 +1,8 @@
 """Run a pipeline's own call for many rows at once, and stack the calls of its networks.
 
-Each row runs in a greenlet. When it calls a network, the greenlet leaves the arguments and pauses. Calls with equal
+Each row runs in a greenlet. When it calls a network, the greenlet stores the arguments and pauses. Calls with equal
 signatures are stacked to one call with a fixed number of batch elements, and each row continues with its part of the
-result. Because the shape of a stack never changes, the bytes of a row do not depend on its neighbours.
+result. Because the shape of a stack never changes within a run, the bytes of a row do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextvars
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic
 
@@ -19,13 +19,10 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from batch_infer.accelerator import is_device_error
-from batch_infer.stacking.cache import EncoderCache
+from batch_infer.stacking.evaluator import CallEvaluator, count_elements
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline
-from batch_infer.stacking.padding import take_one
-from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.rows import Call, EndedRow, Row, Tag, autocast, get_autocast
 from batch_infer.stacking.signature import Signatures
-from batch_infer.stacking.stack import Stack
 from batch_infer.stacking.trees import UnstackableError, clone_tensors
 
 ENCODE_BATCH = 4
@@ -41,8 +38,6 @@ ROW_ERRORS = (
     ImportError,
 )
 """Errors of a pipeline that fail only its row, unless the device causes them."""
-Observer = Callable[[Kind], AbstractContextManager[object]]
-"""Returns a context manager for the duration of a network call."""
 
 
 class CallStacker(Generic[Tag]):
@@ -51,27 +46,18 @@ class CallStacker(Generic[Tag]):
     While it is open, the networks' methods are replaced. All methods must be called in the same thread.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        plan: StackingPlan,
-        sizes: Mapping[Kind, int],
-        observe: Observer,
-        cache: EncoderCache,
-    ) -> None:
-        """`sizes`: batch elements of a stack, by kind of network."""
-        self._pipeline, self._plan, self._sizes, self._observe, self._cache = pipeline, plan, sizes, observe, cache
+    def __init__(self, pipeline: Any, evaluator: CallEvaluator) -> None:
+        self._pipeline, self.evaluator = pipeline, evaluator
+        self._plan, self._sizes, self._cache = evaluator.plan, evaluator.sizes, evaluator.cache
         self._main = getcurrent()
         self._signatures = Signatures()
         self._rows: dict[greenlet, Row[Tag]] = {}
         self._waiting: deque[Row[Tag]] = deque()
         """Rows that are not admitted yet, oldest first."""
         self._ended: list[EndedRow[Tag]] = []
-        self.slots = sizes["denoise"]
-        self.last_used, self.last_size = 0, 0
-        """Batch elements of rows in the last denoiser call, and its size."""
+        self.slots = self._sizes["denoise"]
         self._replacements = ExitStack()
-        for network in plan.networks:
+        for network in self._plan.networks:
             self._replacements.enter_context(network.replaced(partial(self._pause, network)))
 
     @property
@@ -123,9 +109,7 @@ class CallStacker(Generic[Tag]):
     @torch.no_grad()
     def next_call(self) -> Callable[[], object]:
         """Return a function that makes the denoiser call of the next tick without advancing the rows."""
-        calls = self._next_tick()
-        _, arguments = self._prepare(calls)
-        return partial(_evaluate, calls[0], arguments)
+        return self.evaluator.prepare(self._next_tick())
 
     @torch.no_grad()
     def finish_decoding(self) -> None:
@@ -165,7 +149,7 @@ class CallStacker(Generic[Tag]):
         self._resume(row)
 
     def _copy_pipeline(self) -> Any:
-        return copy_pipeline(self._pipeline, host_timesteps=self._plan.host_timesteps)
+        return copy_pipeline(self._pipeline, self._plan.device, host_timesteps=self._plan.host_timesteps)
 
     def _resume(self, row: Row[Tag], *result: Any) -> None:
         """Continue a row up to its next call."""
@@ -206,17 +190,17 @@ class CallStacker(Generic[Tag]):
         for row in self._rows.values():
             if row.is_denoising and row.call is not None:
                 groups.setdefault(row.call.group, []).append(row.call)
-        return self._fit(max(groups.values(), key=_count_elements))
+        return self._fit(max(groups.values(), key=count_elements))
 
-    def _next_group(self, kind: Kind, least: int) -> list[Call[Tag]]:
-        """Return calls that can share a stack, if they have at least so many elements or cannot be stacked."""
+    def _next_group(self, kind: Kind, min_elements: int) -> list[Call[Tag]]:
+        """Return calls that can share a stack, if they have at least `min_elements` or cannot be stacked."""
         groups: dict[Hashable, list[Call[Tag]]] = {}
         for row in self._rows.values():
             if row.call is not None and row.call.network.kind == kind:
                 groups.setdefault(row.call.group, []).append(row.call)
         for group in groups.values():
             calls = self._fit(group)
-            if calls[0].signature is None or _count_elements(calls) >= least or len(calls) < len(group):
+            if calls[0].signature is None or count_elements(calls) >= min_elements or len(calls) < len(group):
                 return calls
         return []
 
@@ -237,7 +221,7 @@ class CallStacker(Generic[Tag]):
     def _make(self, calls: list[Call[Tag]]) -> None:
         """Make the calls as one, and continue their rows. An error fails the row whose call raises it."""
         try:
-            results = self._evaluate(calls)
+            results = self.evaluator.evaluate(calls)
         except ROW_ERRORS as error:
             if is_device_error(error):
                 raise
@@ -250,52 +234,10 @@ class CallStacker(Generic[Tag]):
         for call, result in zip(calls, results, strict=True):
             self._resume(call.row, result)
 
-    def _evaluate(self, calls: Sequence[Call[Tag]]) -> list[Any]:
-        network, first = calls[0].network, calls[0]
-        with self._observe(network.kind), autocast(first.autocast):
-            if first.signature is None:
-                self._note(network, first.elements, first.elements)
-                return [network.evaluate(first.arguments)]
-            if network.kind == "encode":
-                return self._encode(network, calls)
-            return self._stack(network, calls)
-
-    def _stack(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
-        self._note(network, _count_elements(calls), self._sizes[network.kind])
-        stack, arguments = self._prepare(calls)
-        result = network.evaluate(arguments)
-        return [stack.split(result, index) for index in range(len(calls))]
-
-    def _prepare(self, calls: Sequence[Call[Tag]]) -> tuple[Stack, dict[str, Any]]:
-        """Return the stack of calls with equal signatures, and its arguments."""
-        network = calls[0].network
-        axes, texts = self._plan.axes[network.name], self._plan.stand_ins.get(network.name, ())
-        # The rest of a stand-in, such as latents of the right size, comes from the first call.
-        stand_ins = [{**take_one(axes, calls[0].arguments), **text} for text in texts]
-        counts = [*(call.elements for call in calls), *[1] * len(stand_ins)]
-        stack = Stack(axes, counts, self._sizes[network.kind] + len(stand_ins), network.device)
-        return stack, stack.stack([*(call.arguments for call in calls), *stand_ins])
-
-    def _encode(self, network: Network, calls: Sequence[Call[Tag]]) -> list[Any]:
-        """Make a stack of the calls with different texts, and cache the results.
-
-        Each row gets a copy, because some pipelines modify embeddings in place.
-        """
-        distinct = {call.content: call for call in calls}
-        stacked = self._stack(network, list(distinct.values()))
-        results = {content: clone_tensors(result) for content, result in zip(distinct, stacked, strict=True)}
-        for content, result in results.items():
-            self._cache.put(content, result)
-        return [clone_tensors(results[call.content]) for call in calls]
-
-    def _note(self, network: Network, used: int, size: int) -> None:
-        if network.kind == "denoise":
-            self.last_used, self.last_size = used, size
-
     # In the greenlet of a row
 
     def _pause(self, network: Network, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Leave a call to be made with others, and return its result."""
+        """Store a call to be made with others, and return its result."""
         row = self._rows.get(getcurrent())
         if row is None:
             return original(**arguments)
@@ -326,13 +268,3 @@ class CallStacker(Generic[Tag]):
         except UnstackableError:
             return Call(row, network, arguments, None, self._plan.count_elements(network, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)
-
-
-@torch.no_grad()
-def _evaluate(call: Call[Any], arguments: Mapping[str, Any]) -> Any:
-    with autocast(call.autocast):
-        return call.network.evaluate(arguments)
-
-
-def _count_elements(calls: Iterable[Call[Any]]) -> int:
-    return sum(call.elements for call in calls)

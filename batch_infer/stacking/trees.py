@@ -52,6 +52,11 @@ class BatchAxes:
         return int(counts.pop())
 
 
+def version_of(value: Any) -> int:
+    """Return the number of times that operations have changed a tensor in place, or -1 if it is not counted."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else -1
+
+
 def find_axes(one: Any, two: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
     """Yield the paths and axes that are twice as long in `two`, the same values for twice as many batch elements.
 

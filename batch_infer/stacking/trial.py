@@ -13,7 +13,7 @@ import torch
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
-from batch_infer.stacking.checking import CheckingStacker, is_separate, replace_latents, sample_of
+from batch_infer.stacking.checking import CheckingEvaluator, CheckingStacker, is_separate, replace_latents, sample_of
 from batch_infer.stacking.networks import Kind, copy_pipeline, find_networks
 from batch_infer.stacking.padding import find_padding, make_stand_ins, takes_text_list
 from batch_infer.stacking.plan import StackingPlan
@@ -112,7 +112,7 @@ class _Trial:
         return plan, is_independent
 
     def _record(self, prompts: Sequence[str], guided: bool) -> list[RecordedCall]:
-        row_pipeline = copy_pipeline(self._pipeline, host_timesteps=self._plan.host_timesteps)
+        row_pipeline = copy_pipeline(self._pipeline, self._plan.device, host_timesteps=self._plan.host_timesteps)
         return record_pipeline(row_pipeline, self._plan.networks, self._make_arguments(prompts, guided))
 
     def _find_axes(self) -> dict[str, Any]:
@@ -195,7 +195,8 @@ class _Trial:
     def _render(self, plan: StackingPlan, rows: Sequence[tuple[str, bool]]) -> _Outcome:
         """Render rows together up to the first step, or completely if the pipeline has several stages."""
         sizes: dict[Kind, int] = {"encode": ENCODE_BATCH, "denoise": 2 * self._elements, "decode": 2}
-        stacker = CheckingStacker(self._pipeline, plan, sizes, lambda kind: nullcontext(), EncoderCache())
+        evaluator = CheckingEvaluator(plan, sizes, lambda kind: nullcontext(), EncoderCache())
+        stacker = CheckingStacker(self._pipeline, evaluator)
         ended: dict[int, torch.Tensor] = {}
         ticks = 0
         try:
@@ -211,7 +212,7 @@ class _Trial:
             ended |= {row.tag: sample_of(row.result, row.error) for row in stacker.take_ended()}
         finally:
             stacker.close()
-        return _Outcome([ended[index] for index in range(len(rows))], ticks, frozenset(stacker.different))
+        return _Outcome([ended[index] for index in range(len(rows))], ticks, frozenset(evaluator.different))
 
     @torch.no_grad()
     def _check_decoders(self, plan: StackingPlan) -> frozenset[str]:
