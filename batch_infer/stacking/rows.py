@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -62,6 +62,8 @@ class Row(Generic[Tag]):
     """When the row was admitted to the slots, by time.perf_counter."""
     result: Any = None
     error: Exception | None = None
+    known: dict[str, dict[str, tuple[Any, int, int]]] = field(default_factory=dict)
+    """Tensors of the last call of each network. See Signatures.of."""
 
     @property
     def is_denoising(self) -> bool:

@@ -28,19 +28,35 @@ class Signatures:
         self._numbers: dict[Hashable, int] = {}
         self._digests: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
 
-    def of(self, arguments: Mapping[str, Any], axes: BatchAxes, *, free_lengths: bool = False) -> int:
+    def of(
+        self,
+        arguments: Mapping[str, Any],
+        axes: BatchAxes,
+        *,
+        free_lengths: bool = False,
+        known: dict[str, tuple[Any, int, int]] | None = None,
+    ) -> int:
         """Return a number that is equal for calls that differ only in the values of their batch elements.
 
-        With `free_lengths`, the tensors of a list may differ in length. Raises UnstackableError for arguments of
-        unknown types, such as caches, which a network may modify.
+        With `free_lengths`, the tensors of a list may differ in length. `known` contains the tensors of the row's last
+        call of this network, most of which are the same at each step. Raises UnstackableError for arguments of unknown
+        types, such as caches, which a network may modify.
         """
+        known = {} if known is None else known
         parts: list[Hashable] = []
         for name, value in arguments.items():  # a loop, because it runs for each row and step
             if isinstance(value, torch.Tensor):
-                parts.append((name, self._tensor_key(value, axes.arguments.get((name,)))))
+                tensor, version, number = known.get(name, (None, 0, 0))
+                if tensor is not value or version != version_of(value):
+                    number = self._number((name, self._tensor_key(value, axes.arguments.get((name,)))))
+                    known[name] = value, version_of(value), number
+                parts.append(number)
             else:
                 parts.append((name, self._key(value, (name,), axes.arguments, free_lengths)))
-        return self._numbers.setdefault(tuple(parts), len(self._numbers))
+        return self._number(tuple(parts))
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
 
     def content(self, arguments: Mapping[str, Any]) -> Hashable:
         """Return a key that is equal for calls with equal arguments. Raises UnstackableError as `of` does."""

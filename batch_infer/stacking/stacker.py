@@ -210,12 +210,12 @@ class CallStacker(Generic[Tag]):
         fitting: list[Call[Tag]] = []
         contents: set[Hashable] = set()
         for call in calls if calls[0].signature is not None else calls[:1]:
-            if call.content in contents:
+            if call.content is not None and call.content in contents:
                 fitting.append(call)
             elif call.elements <= room or not fitting:
                 fitting.append(call)
                 room -= call.elements
-                contents |= {call.content} - {None}
+                contents.add(call.content)
         return fitting
 
     def _make(self, calls: list[Call[Tag]]) -> None:
@@ -262,7 +262,8 @@ class CallStacker(Generic[Tag]):
             if elements > self._sizes[network.kind]:
                 raise UnstackableError
             free_lengths = network.name in self._plan.stand_ins
-            signature = self._signatures.of(arguments, axes, free_lengths=free_lengths)
+            known = row.known.setdefault(network.name, {})
+            signature = self._signatures.of(arguments, axes, free_lengths=free_lengths, known=known)
             is_text = network.kind == "encode"
             content = (network.name, state, self._signatures.content(arguments)) if is_text else None
         except UnstackableError:
