@@ -115,6 +115,7 @@ def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Tri
     return tick
 
 
+@torch.inference_mode()
 def _make_decode(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
     """Return a function that decodes `size` images in one call."""
     latents = torch.zeros(size, *model.latent_shape(params.height, params.width), device=model.device)

@@ -38,6 +38,7 @@ class FamilyProbe:
         shape = self._model.latent_shape(request.params.height, request.params.width)
         return denoise_flops(self._model, shape), decode_flops(self._model, shape)
 
+    @torch.inference_mode()
     def fill_batch(self, request: PromptRequest, slots: int) -> FullBatch:
         """Return a call whose batch elements all have the row's conditioning, and noise as latents."""
         model, params = self._model, request.params
