@@ -17,6 +17,7 @@ from batch_infer.engines.inline import InlineEngine
 from batch_infer.errors import BatchInferError, CompilationError
 from batch_infer.jobs import job
 from batch_infer.jobs import run as jobs
+from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.plan import make_plan
 from batch_infer.jobs.run import render_tables
 from batch_infer.models import read_card
@@ -163,4 +164,4 @@ def test_the_default_dtype_on_a_gpu_depends_on_the_family(
     card = replace(read_card(ModelSettings()), family=family)
     earlier = None if earlier_dtype is None else {"compute": {"dtype": earlier_dtype}}
     settings = RunSettings(TableSettings(()), str(tmp_path), compute=ComputeSettings(compiled=False))
-    assert job.choose_compute(settings, Device("cuda", "NVIDIA H200"), earlier, card).dtype == dtype
+    assert choose_compute(settings, Device("cuda", "NVIDIA H200"), earlier, card).dtype == dtype

@@ -6,8 +6,9 @@ line, for `bench`, and for endpoints. The workers of an endpoint share OUT witho
 
 from typing import TYPE_CHECKING
 
+from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.execution import Progress
-from batch_infer.jobs.job import Job, choose_compute, find_model, make_paths_absolute, resolve_run
+from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan

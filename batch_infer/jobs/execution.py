@@ -13,8 +13,9 @@ from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
 from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
+from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
-from batch_infer.jobs.job import Job, count_cores, count_parallel
+from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.results import remove_other_results

@@ -11,16 +11,9 @@ from typing import Any
 from batch_infer.autotune import Probe
 from batch_infer.errors import RowError, SettingsError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.compute import count_parallel, count_workers
 from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
-from batch_infer.jobs.job import (
-    Job,
-    count_parallel,
-    count_workers,
-    find_model,
-    make_paths_absolute,
-    open_tables,
-    prepare,
-)
+from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.scan import ScanResult, find_changes
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.main_guard import end_unguarded_process

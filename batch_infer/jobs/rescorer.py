@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batch_infer import images
 from batch_infer.errors import FailedRowError, RowError
-from batch_infer.jobs.job import choose_compute
+from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import CommittedImage, Manifest

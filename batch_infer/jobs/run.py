@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.compute import choose_actor_threads
 from batch_infer.jobs.execution import Progress, RunExecution
-from batch_infer.jobs.job import Job, choose_actor_threads, find_model, make_paths_absolute, open_tables, prepare
+from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
