@@ -124,3 +124,9 @@ class BenchSettings:
             raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")
         if self.architecture is not None and self.model.quantize is not None:
             raise SettingsError("--quantize compares images, but those of an --architecture are noise: give a --model")
+        model = self.model
+        if self.architecture is not None and (model.loras or model.embeddings or model.long_prompts or model.scheduler):
+            options = "--lora, --embedding, --long-prompts and --scheduler"
+            raise SettingsError(f"--architecture has random weights and its own scheduler: leave out {options}")
+        if model.lora_folder is not None:
+            raise SettingsError("--lora-folder: the benchmark's rows name no LoRA; use --lora")
