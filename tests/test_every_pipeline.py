@@ -22,7 +22,7 @@ QUICK = {
     "StableDiffusionPipeline", "StableDiffusionPAGPipeline", "FluxPipeline", "LuminaPipeline", "ZImagePipeline",
     "CogView4Pipeline",
 }  # fmt: skip
-"""Classes tested by `make test`. Each stands for others whose rows share calls in the same way."""
+"""Classes tested by `make test`. Each represents others whose rows share calls in the same way."""
 
 
 def cases(names: Any) -> list[Any]:

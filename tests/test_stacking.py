@@ -370,7 +370,7 @@ def test_rows_that_would_affect_each_other_run_alone(models: Models, pipeline_ty
         == {
             painting.VaryingPipeline: "it takes texts of different lengths without a mask",
             painting.ChunkingPipeline: "transformer does not compute the rows of a batch separately",
-            painting.StoringPipeline: "a row depends on the rows beside it",
+            painting.StoringPipeline: "a row depends on other rows in the batch",
         }[pipeline_type]
     )
 

@@ -89,7 +89,7 @@ class Quality:
     unquantized_weight_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as --json prints them. JSON has no infinity, so None stands for it."""
+        """Return the figures as --json prints them. JSON has no infinity, so it is None."""
         figures = _rounded(asdict(self))
         return {name: None if value == math.inf else value for name, value in figures.items()}
 

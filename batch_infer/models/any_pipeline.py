@@ -18,18 +18,18 @@ from batch_infer.models.acceleration import optimize_networks
 from batch_infer.models.card import ModelCard, SamplingRules
 from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import (
+    RowLoraSwitch,
     add_embeddings,
     fuse_loras,
     load_checker,
     load_network,
-    load_row_loras,
 )
 from batch_infer.models.offloading import offload_networks
 from batch_infer.models.pipeline_rules import build_pipeline, find_denoiser, find_guidance_argument, parameters_of
 from batch_infer.models.quantization import quantize
 from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
-from batch_infer.records import Lora, PromptRequest, RowCost, SamplingParams
+from batch_infer.records import PromptRequest, RowCost, SamplingParams
 from batch_infer.settings import Offload
 from batch_infer.stacking import (
     ENCODE_BATCH,
@@ -44,7 +44,7 @@ from batch_infer.stacking import (
 )
 
 if TYPE_CHECKING:
-    from batch_infer.models.lora_fusing import RowLoras
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ On a GPU they have the native size, since kernels, on which the bytes depend, ar
 """
 
 
-class AnyPipeline:
+class AnyPipeline(RowLoraSwitch):
     """A loaded pipeline. Each row runs the pipeline's own call, and rows share the calls of its networks.
 
     The text encoders use eager attention: faster kernels omit the mask if no row of a batch needs one, so a row would
@@ -76,9 +76,6 @@ class AnyPipeline:
         self.feature_extractor: Any | None = None
         self.denoiser: torch.nn.Module | None = find_denoiser(pipeline)
         self._embeddings: Sequence[Embedding] = ()
-        self._row_loras: RowLoras | None = None
-        self.lora: Lora | None = None
-        """The LoRA of the current rows, which `use_lora` has added to the weights."""
         self._guidance = find_guidance_argument(pipeline)
         self._parameters = parameters_of(type(pipeline))
         # Pipelines with an image processor return tensors, which are copied to the host in background.
@@ -134,16 +131,6 @@ class AnyPipeline:
         """Networks that can be compiled: the denoisers, if all their calls have one shape per image size."""
         denoisers = [network.module for network in self.plan.networks if network.kind == "denoise"]
         return denoisers if self.plan.is_stacked else ()
-
-    def use_lora(self, lora: Lora | None) -> None:
-        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
-        if self._row_loras is None:
-            self._row_loras = load_row_loras(self.pipeline)
-        try:
-            self._row_loras.use(lora)
-        finally:
-            self.lora = self._row_loras.current
-            self._cache.clear()
 
     def compile(self, threads: int) -> None:
         """Compile the denoisers. Raises SettingsError if the shapes of their calls vary from row to row."""
@@ -231,6 +218,9 @@ class AnyPipeline:
             return stacker.next_call()
         finally:
             stacker.close()
+
+    def _forget_texts(self) -> None:
+        self._cache.clear()
 
     def _refuse(self, error: Exception) -> RowError:
         return RowError(f"{type(self.pipeline).__name__} does not support this row: {first_line(error)}")

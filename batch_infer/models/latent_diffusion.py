@@ -14,17 +14,17 @@ import torch
 from batch_infer.diffusion import Context, Solver
 from batch_infer.models.card import ModelCard
 from batch_infer.models.families import FAMILIES
-from batch_infer.models.loading import add_embeddings, fuse_loras, load_checker, load_pipeline, load_row_loras
+from batch_infer.models.loading import RowLoraSwitch, add_embeddings, fuse_loras, load_checker, load_pipeline
 from batch_infer.models.offloading import offload_networks
 from batch_infer.models.quantization import quantize
 from batch_infer.models.schedulers import make_solver
 from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.tokens import TokenCounter
-from batch_infer.records import Lora, PromptRequest, SamplingParams
+from batch_infer.records import PromptRequest, SamplingParams
 from batch_infer.settings import Offload
 
 if TYPE_CHECKING:
-    from batch_infer.models.lora_fusing import RowLoras
+    pass
 
 TEXT_BATCH = 8
 """Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
@@ -80,7 +80,7 @@ def _count_bytes(context: Context) -> int:
     return sum(part.nbytes for part in context.values())
 
 
-class LatentDiffusion:
+class LatentDiffusion(RowLoraSwitch):
     """A loaded checkpoint. Batches are padded to fixed shapes, so that a row does not depend on other rows.
 
     Subclasses implement `load_modules` and `_encode`, and override methods for a different denoiser or VAE.
@@ -91,8 +91,6 @@ class LatentDiffusion:
     """Smallest batch size of a denoiser call. A row with guidance has two elements in a call."""
     absent_components: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's constructor for components that are not loaded."""
-    lora: Lora | None = None
-    """The LoRA of the current rows, which `use_lora` has added to the weights."""
     begin_index: ClassVar[int | None] = None
     """The begin index that diffusers' pipeline sets in the scheduler, or None if the scheduler searches for it."""
 
@@ -112,7 +110,6 @@ class LatentDiffusion:
         self._windows = windows
         self._embedding_tokens: Sequence[Embedding] = ()
         self._forget_texts()
-        self._row_loras: RowLoras | None = None
 
     @classmethod
     def load(
@@ -157,16 +154,6 @@ class LatentDiffusion:
     def load_modules(cls, card: ModelCard, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """Load the denoiser, and the pipeline's components as a dictionary by name. Raises ModelError."""
         raise NotImplementedError
-
-    def use_lora(self, lora: Lora | None) -> None:
-        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
-        if self._row_loras is None:
-            self._row_loras = load_row_loras(self.pipeline)
-        try:
-            self._row_loras.use(lora)
-        finally:
-            self.lora = self._row_loras.current
-            self._forget_texts()
 
     def _use_embeddings(self, embeddings: Sequence[Embedding]) -> None:
         """Replace the tokens of textual inversion embeddings in texts by one token for each vector."""

@@ -18,6 +18,7 @@ from batch_infer.models.card import ModelCard
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
 from batch_infer.models.untrusted import choose_variant, loading_errors
+from batch_infer.records import Lora
 from batch_infer.settings import SchedulerSpec
 
 if TYPE_CHECKING:
@@ -133,8 +134,26 @@ def fuse_loras(pipeline: Any, card: ModelCard) -> None:
             fuse_lora(pipeline, lora, card.name)
 
 
-def load_row_loras(pipeline: Any) -> RowLoras:
-    """Return the object that adds the LoRAs of single rows to the weights of a pipeline."""
-    from batch_infer.models.lora_fusing import RowLoras  # imports peft
+class RowLoraSwitch:
+    """A model whose weights can have the LoRA of the current rows."""
 
-    return RowLoras(pipeline)
+    pipeline: Any
+    lora: Lora | None = None
+    """The LoRA of the current rows, which `use_lora` has added to the weights."""
+    _row_loras: RowLoras | None = None
+
+    def use_lora(self, lora: Lora | None) -> None:
+        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        if self._row_loras is None:
+            from batch_infer.models.lora_fusing import RowLoras  # imports peft
+
+            self._row_loras = RowLoras(self.pipeline)
+        try:
+            self._row_loras.use(lora)
+        finally:
+            self.lora = self._row_loras.current
+            self._forget_texts()
+
+    def _forget_texts(self) -> None:
+        """Drop embeddings that text encoders with other weights have computed."""
+        raise NotImplementedError

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
 from batch_infer.errors import ModelError, RowError
 from batch_infer.models.untrusted import hash_file, read_shapes
 from batch_infer.records import Lora
-from batch_infer.settings import LoraSpec
+from batch_infer.settings import LoraSpec, parse_weight
 
 NAME_PARTS = ("lora_", ".lora", "hada_w", "lokr_")
 """Substrings of tensor names in LoRA files. The last two occur in LoHa and LoKr files."""
@@ -68,11 +67,9 @@ class LoraFolder:
         """
         name, colon, number = text.strip().rpartition(":") if ":" in text else (text.strip(), "", "")
         try:
-            weight = float(number) if colon else 1.0
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise RowError(f"lora {text!r}: the weight {number!r} is not a finite number")
+            weight = parse_weight(number) if colon else 1.0
+        except ValueError as error:
+            raise RowError(f"lora {text!r}: {error}") from error
         path = self._path_of(name)
         try:
             return Lora(path, weight, self._hash(path))

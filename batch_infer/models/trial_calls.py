@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import ModelError
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors
-from batch_infer.stacking import find_networks, record_pipeline
+from batch_infer.stacking import find_networks, record_pipeline, replaced_method, take_first_step
 
 TRIAL_TEXT = "a red circle"
 RANDOM_OPERATIONS = {
@@ -56,7 +55,7 @@ def kept_processors(denoiser: Any) -> Iterator[None]:
 def _refuse_unseeded_noise(pipeline: Any, make_arguments: MakeArguments) -> None:
     """Raise ModelError if the first step draws noise from the global generator instead of the row's."""
     with _RandomnessRecorder() as recorder:
-        _take_first_step(pipeline, make_arguments())
+        take_first_step(pipeline, make_arguments())
     if recorder.operation:
         parts = (pipeline, getattr(pipeline, "scheduler", None))
         name = " with ".join(type(part).__name__ for part in parts if part)
@@ -81,26 +80,6 @@ class _RandomnessRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class _FirstStepDone(BaseException):
-    """Ends a call after its first step. Pipelines do not catch a BaseException."""
-
-
-def _take_first_step(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    """Call a pipeline until the end of its scheduler's first step, or completely if it has no scheduler."""
-    scheduler: Any = getattr(pipeline, "scheduler", None)
-    if not hasattr(scheduler, "step"):
-        pipeline(**arguments)
-        return
-    step = scheduler.step
-
-    def step_once(*args: Any, **kwargs: Any) -> None:
-        step(*args, **kwargs)
-        raise _FirstStepDone
-
-    with suppress(_FirstStepDone), _replaced(scheduler, "step", step_once):
-        pipeline(**arguments)
-
-
 def _refuse_misfit(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) -> None:
     """Repeat the first step without recording. Raises ModelError for an error that the arguments do not cause.
 
@@ -112,7 +91,7 @@ def _refuse_misfit(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) 
         hook = denoiser.register_forward_pre_hook(lambda *_: evaluations.append(None))
     with loading_errors(_describe(pipeline, type(pipeline).__name__)), out_of_memory_errors(), hook:
         try:
-            _take_first_step(pipeline, make_arguments())
+            take_first_step(pipeline, make_arguments())
         except REFUSALS:
             if evaluations:
                 raise
@@ -131,7 +110,7 @@ def _try_decoder(pipeline: Any, make_arguments: MakeArguments) -> None:
 
     denoisers = [network for network in find_networks(pipeline) if network.kind == "denoise"]
     with (
-        _replaced(pipeline.vae, "decode", try_decode),
+        replaced_method(pipeline.vae, "decode", try_decode),
         out_of_memory_errors(),
         suppress(*LOADING_ERRORS),  # only the decoder is tried here
     ):
@@ -140,20 +119,3 @@ def _try_decoder(pipeline: Any, make_arguments: MakeArguments) -> None:
 
 def _describe(pipeline: Any, part: str) -> str:
     return f"{pipeline.config.get('_name_or_path', '')}: {part}"
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Temporarily replace a method of an object by a function.
-
-    The function gets the method's signature, because pipelines inspect it. An object may have its own method instead of
-    its class's, such as the `forward` of a network with accelerate's hooks.
-    """
-    own = vars(owner).get(name)
-    setattr(owner, name, functools.wraps(getattr(owner, name))(function))
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        if own is not None:
-            setattr(owner, name, own)

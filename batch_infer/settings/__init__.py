@@ -10,6 +10,7 @@ from batch_infer.settings.model import (
     ModelSettings,
     Quantization,
     SchedulerSpec,
+    parse_weight,
 )
 from batch_infer.settings.run import (
     FIELDS,
@@ -63,4 +64,5 @@ __all__ = [
     "SchedulerSpec",
     "ServiceSettings",
     "TableSettings",
+    "parse_weight",
 ]

@@ -114,17 +114,25 @@ class LoraSpec:
         if not suffix or colon not in ("", ":"):
             raise SettingsError(f"--lora {text}: expected FILE.safetensors or FILE.safetensors:WEIGHT")
         try:
-            weight = float(number) if colon else 1.0
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise SettingsError(f"--lora {text}: the weight {number!r} is not a finite number")
-        return cls(name + suffix, weight)
+            return cls(name + suffix, parse_weight(number) if colon else 1.0)
+        except ValueError as error:
+            raise SettingsError(f"--lora {text}: {error}") from error
+
+
+def parse_weight(text: str) -> float:
+    """Parse the weight of a LoRA. Raises ValueError."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight {text!r} is not a finite number")
+    return weight
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSpec:
-    """File of a textual inversion embedding, and the token that stands for it, or None for the file's own."""
+    """File of a textual inversion embedding, and the token that represents it, or None for the file's own."""
 
     file: str
     token: str | None = None

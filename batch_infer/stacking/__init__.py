@@ -5,8 +5,9 @@ calls.
 """
 
 from batch_infer.stacking.cache import EncoderCache
+from batch_infer.stacking.checking import take_first_step
 from batch_infer.stacking.evaluator import CallEvaluator, Observer
-from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks
+from batch_infer.stacking.networks import Kind, Network, copy_pipeline, find_networks, replaced_method
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, record_pipeline
 from batch_infer.stacking.rows import EndedRow
@@ -29,4 +30,6 @@ __all__ = [
     "find_networks",
     "make_plan",
     "record_pipeline",
+    "replaced_method",
+    "take_first_step",
 ]

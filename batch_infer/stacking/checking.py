@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from batch_infer.stacking.evaluator import CallEvaluator
-from batch_infer.stacking.networks import Network, has_nested_pipelines
+from batch_infer.stacking.networks import Network, copy_pipeline, has_nested_pipelines
 from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.rows import Call
 from batch_infer.stacking.stack import Stack
@@ -56,6 +57,15 @@ class CheckingEvaluator(CallEvaluator):
             if not _is_close(find_tensor(result), one):
                 self.different.add(network.name)
         return results
+
+
+def take_first_step(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """Call a pipeline until the end of its scheduler's first step, or completely if it has no scheduler."""
+    row_pipeline = copy_pipeline(pipeline, pipeline._execution_device, host_timesteps=False)
+    if hasattr(getattr(row_pipeline, "scheduler", None), "step"):
+        _end_after_first_step(row_pipeline.scheduler)
+    with suppress(_FirstStepDone):
+        row_pipeline(**arguments)
 
 
 def _end_after_first_step(scheduler: Any) -> None:

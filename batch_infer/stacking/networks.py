@@ -63,20 +63,29 @@ class Network:
         A proxy of the network would not do, since pipelines read its config and enter its cache contexts.
         """
         original = getattr(self.module, self.method)
-        before = vars(self.module).get(self.method)
 
-        @functools.wraps(original)
         def method(*args: Any, **kwargs: Any) -> Any:
             return replace(original, self.bind(args, kwargs))
 
-        object.__setattr__(self.module, self.method, method)
-        try:
+        with replaced_method(self.module, self.method, method):
             yield
-        finally:
-            if before is None:
-                object.__delattr__(self.module, self.method)
-            else:
-                object.__setattr__(self.module, self.method, before)
+
+
+@contextmanager
+def replaced_method(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Temporarily replace a method of an object by a function.
+
+    The function gets the method's signature, because pipelines inspect it. An object may have its own method instead of
+    its class's, such as the `forward` of a compiled network or of one with accelerate's hooks.
+    """
+    own = vars(owner).get(name)
+    object.__setattr__(owner, name, functools.wraps(getattr(owner, name))(method))
+    try:
+        yield
+    finally:
+        object.__delattr__(owner, name)
+        if own is not None:
+            object.__setattr__(owner, name, own)
 
 
 def find_networks(pipeline: Any) -> tuple[Network, ...]:

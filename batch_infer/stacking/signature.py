@@ -63,7 +63,7 @@ class Signatures:
         return self._key(arguments, (), None, False)
 
     def _key(self, value: Any, path: Path, axes: Mapping[Path, int] | None, free_lengths: bool) -> Hashable:
-        """Return the key of a value. Without `axes`, it stands for the whole content."""
+        """Return the key of a value. Without `axes`, it identifies the whole content."""
         if type(value) in PLAIN:
             return cast(Hashable, value)
         if isinstance(value, torch.Tensor):

@@ -95,7 +95,7 @@ class _Trial:
         if not is_independent:  # perhaps because a network computes only as long as the longest text of a batch
             plan, is_independent = self._drop_different(self._add_stand_ins(plan), reasons)
         if not is_independent:
-            reasons.append("a row depends on the rows beside it")
+            reasons.append("a row depends on other rows in the batch")
         denoisers = {network.name for network in plan.networks if network.kind == "denoise"}
         if not is_independent or not denoisers & plan.axes.keys():
             return run_alone(plan, *reasons)
@@ -182,7 +182,7 @@ class _Trial:
     # Checks
 
     def _check_rows(self, render: Callable[..., _Outcome]) -> tuple[frozenset[str], bool]:
-        """Return the networks whose results differ in a stack, and whether rows get the same bytes beside others."""
+        """Return the networks whose results differ in a stack, and whether rows get the same bytes among others."""
         short, long, other = (SHORT_TEXT, True), (LONG_TEXT, True), (OTHER_TEXT, False)
         different: frozenset[str] = frozenset()
         is_independent = True

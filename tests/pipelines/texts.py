@@ -137,7 +137,7 @@ def aura_flow() -> Any:
 
 
 def cogview3() -> Any:
-    """Make CogView3-Plus: inputs for sizes, and a scheduler of its own."""
+    """Make CogView3-Plus: inputs for sizes, and its own scheduler."""
     with seeded(17):
         transformer = fill(
             CogView3PlusTransformer2DModel(
