@@ -533,6 +533,7 @@ def test_a_checkpoint_without_a_family_is_compared(quick: None, tmp_path: Path) 
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+@pytest.mark.promises
 def test_architectures_of_pipelines_and_their_default_steps(small_architectures: None) -> None:
     assert set(PIPELINE_ARCHITECTURES) == architectures.PIPELINES.keys()
     for name in ("flux2-klein", "z-image"):

@@ -223,6 +223,7 @@ def test_only_the_rows_of_an_unfit_lora_are_invalid(model: Any, folder: Path, tm
     assert isinstance(outcomes["d"], RenderedImage)
 
 
+@pytest.mark.promises
 def test_pipelines_without_a_family(tmp_path: Path) -> None:
     flux = SAVE_FUNCTIONS["flux"](tmp_path / "flux")
     tensors = as_peft(make_layers(load_pipeline(flux), "transformer", "text_encoder"))

@@ -242,6 +242,7 @@ def test_half_precision(sd1_folder: Path, tmp_path: Path, dtype: torch.dtype, do
         torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.02)
 
 
+@pytest.mark.promises
 def test_half_precision_of_pipelines_without_a_family(tmp_path: Path) -> None:
     folder = SAVE_FUNCTIONS["flux"](tmp_path / "flux")
     layers = make_layers(load_pipeline(folder), "transformer", "text_encoder")
