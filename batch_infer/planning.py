@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import Protocol, TypeAlias, TypeVar
 
+from batch_infer.admission import WaitingRows
 from batch_infer.carried import estimate_bytes
 from batch_infer.records import FINAL_STATUSES, MAX_ATTEMPTS, Lora, PromptRequest, ResultRow, RowCost
 
@@ -189,7 +190,7 @@ class BatchingEstimator:
         self._get_slots = get_slots
         self._group: tuple[int, int, Lora | None] | None = None
         self._incoming: deque[RowCost] = deque()
-        self._waiting: list[RowCost] = []
+        self._waiting = _make_waiting_rows(0)
         self._running: list[tuple[int, int]] = []
         """A heap of the ticks at which rows end, and the slots that they free."""
         self._now = self._free = 0
@@ -201,7 +202,7 @@ class BatchingEstimator:
         if self._group != request.group_key or cost is None:
             self.close()
             cost = self.costs.setdefault(size, SizeCost(self._get_slots(size)))
-            self._group, self._free = request.group_key, cost.slots
+            self._group, self._free, self._waiting = request.group_key, cost.slots, _make_waiting_rows(cost.slots)
         cost.images += 1
         cost.row_forwards += row.slots * row.evaluations
         if row.is_alone:
@@ -221,32 +222,22 @@ class BatchingEstimator:
     def _simulate(self, cost: SizeCost, *, is_last: bool) -> None:
         """Advance the simulation as far as the rows added so far determine it, or to its end."""
         while True:
-            room = count_room(len(self._waiting), cost.slots)
+            room = self._waiting.room
             if room > len(self._incoming) and not is_last:
                 return
-            self._waiting += [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
-            self._admit(cost.slots)
+            for _ in range(min(room, len(self._incoming))):
+                self._waiting.add(self._incoming.popleft())
+            for row in self._waiting.admit(self._free):
+                slots = min(row.slots, cost.slots)
+                self._free -= slots
+                heappush(self._running, (self._now + row.evaluations, slots))
             if not self._running:
                 return
-            will_prepare = (self._incoming or not is_last) and count_room(len(self._waiting), cost.slots)
+            will_prepare = (self._incoming or not is_last) and self._waiting.room
             self._now = self._now + 1 if will_prepare else self._running[0][0]
             while self._running and self._running[0][0] <= self._now:
                 self._free += heappop(self._running)[1]
 
-    def _admit(self, total: int) -> None:
-        waiting, self._waiting = self._waiting, []
-        for row in waiting:
-            slots = min(row.slots, total)
-            if slots > self._free:
-                self._waiting.append(row)
-                continue
-            self._free -= slots
-            heappush(self._running, (self._now + row.evaluations, slots))
 
-
-def count_room(waiting: int, slots: int) -> int:
-    """Return how many rows to prepare when `waiting` rows are waiting to be admitted.
-
-    When at most one row per two slots is waiting, their number is increased to one per slot.
-    """
-    return 0 if waiting > slots // 2 else slots - waiting
+def _make_waiting_rows(slots: int) -> WaitingRows[RowCost]:
+    return WaitingRows(slots, lambda row: row.slots)

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 LAYERS = (
     {"batch_infer", "errors", "lazy"},
-    {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard"},
+    {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard", "admission"},
     {"store"},
     {"images", "accelerator"},
     {"diffusion", "stacking"},

@@ -7,6 +7,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from batch_infer.stacking.plan import TextPadding
 from batch_infer.stacking.recording import compare_calls
 from batch_infer.stacking.signature import Signatures
 from batch_infer.stacking.stack import Stack
+from batch_infer.stacking.stacker import MAX_WAITING_TICKS
 from batch_infer.stacking.trees import BatchAxes, UnstackableError, clone_tensors, count_bytes, find_axes
 from tests import painting
 from tests.painting import load_painting, paint_row
@@ -475,9 +478,27 @@ def test_the_next_call_advances_no_row(painter: AnyPipeline) -> None:
 def test_a_row_without_guidance_overtakes_if_one_slot_is_free(painter: AnyPipeline) -> None:
     with open_stacker(painter, slots=3) as stacker:
         start(stacker, painter, [paint_row("a"), paint_row("b"), paint_row("c", guidance=1.0)])
-        assert (stacker.free_slots, stacker.waiting_count) == (0, 1)
+        assert (stacker.free_slots, len(stacker.waiting)) == (0, 1)
         stacker.tick()
         assert (stacker.evaluator.last_used, stacker.evaluator.last_size) == (3, 3)
+
+
+def test_no_row_waits_forever_while_new_rows_share_other_calls(models: Models) -> None:
+    model = models[painting.MaskedPipeline]
+    unpadded: Any = SimpleNamespace(
+        pipeline=model.pipeline, plan=replace(model.plan, paddings={}), make_arguments=model.make_arguments
+    )
+    with open_stacker(unpadded) as stacker:
+        start(stacker, unpadded, [paint_row("long", "a longer prompt than the others", steps=3, guidance=1.0)])
+        start(stacker, unpadded, [paint_row(str(k), "cat", steps=1 + k, guidance=1.0) for k in range(6)])
+        ended: list[str] = []
+        for number in range(4 * MAX_WAITING_TICKS):
+            stacker.tick()
+            stacker.finish_decoding()
+            ended += (tags := [row.tag for row in stacker.take_ended()])
+            start(stacker, unpadded, [paint_row(f"{number}-{tag}", "cat", steps=6, guidance=1.0) for tag in tags])
+    assert len(ended) > 50
+    assert ended.count("long") == 1
 
 
 # Ends

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
+from batch_infer.admission import WaitingRows
 from batch_infer.chain.base import Size, Stage, UnrenderedRow
 from batch_infer.chain.pacing import encode_concurrently, make_pacer
 from batch_infer.diffusion import FinishedRow, Slots
 from batch_infer.errors import RowError
-from batch_infer.planning import count_room
 from batch_infer.records import PromptRequest
 from batch_infer.stages import Stages
 
@@ -83,17 +83,16 @@ class PackedBatcher:
         self._model, self._stages = model, stages
         slots, self._decode_batch = batch_sizes
         self._slots: Slots[Tag] = Slots(model, slots, model.latent_shape(*size), model.device, model.dtype)
-        self._encoded: list[Tag] = []
-        """Rows that wait for free slots, oldest first."""
+        self._waiting: WaitingRows[Tag] = WaitingRows(slots, lambda row: row[0].params.slots)
         self._pacer = make_pacer(model.device, stages)
 
     @property
     def room(self) -> int:
-        return count_room(len(self._encoded), self._slots.size)
+        return self._waiting.room
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self._encoded)
+        return len(self._waiting) > 0
 
     @property
     def is_denoising(self) -> bool:
@@ -101,7 +100,8 @@ class PackedBatcher:
 
     def prepare(self, requests: Sequence[PromptRequest]) -> None:
         started = time.perf_counter()
-        self._encoded += zip(requests, encode_concurrently(self._model, requests), strict=True)
+        for row in zip(requests, encode_concurrently(self._model, requests), strict=True):
+            self._waiting.add(row)
         self._stages.encode += time.perf_counter() - started
 
     @torch.inference_mode()
@@ -124,24 +124,18 @@ class PackedBatcher:
         return []
 
     def close(self) -> None:
-        self._encoded.clear()
+        self._waiting.clear()
 
     def admit(self) -> Sequence[UnrenderedRow]:
-        """Move rows into free slots, oldest first, and return the rows whose step count the scheduler rejects.
-
-        If a single slot is free, a row without guidance overtakes rows with guidance, which need two.
-        """
+        """Move rows into free slots, and return the rows whose step count the scheduler rejects."""
         refused: list[UnrenderedRow] = []
-        waiting, self._encoded = self._encoded, []
-        for row in waiting:
-            request, conditioning = row
-            if request.params.slots > self._slots.free_count:
-                self._encoded.append(row)
-                continue
-            try:
-                table = self._model.solver.table(request.params.num_inference_steps)
-            except RowError as error:
-                refused.append(UnrenderedRow(request, "invalid", str(error)))
-            else:
-                self._slots.admit(row, request.params, request.seed, table, conditioning.context)
+        while rows := self._waiting.admit(self._slots.free_count):  # again, since a rejected row leaves its slots free
+            for row in rows:
+                request, conditioning = row
+                try:
+                    table = self._model.solver.table(request.params.num_inference_steps)
+                except RowError as error:
+                    refused.append(UnrenderedRow(request, "invalid", str(error)))
+                else:
+                    self._slots.admit(row, request.params, request.seed, table, conditioning.context)
         return refused

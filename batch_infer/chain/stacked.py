@@ -13,7 +13,6 @@ from batch_infer.chain.pacing import make_pacer
 from batch_infer.diffusion import FinishedRow
 from batch_infer.errors import FailedRowError, RowError, first_line
 from batch_infer.models import AnyPipeline
-from batch_infer.planning import count_room
 from batch_infer.records import PromptRequest
 from batch_infer.stacking import ROW_ERRORS, CallStacker, EndedRow, Kind
 from batch_infer.stages import Stages
@@ -36,11 +35,11 @@ class StackedBatcher:
         stacker = self._stacker
         if self._model.plan.is_alone:
             return 0 if stacker.has_rows else 1
-        return count_room(stacker.waiting_count, stacker.slots)
+        return stacker.waiting.room
 
     @property
     def is_waiting(self) -> bool:
-        return self._stacker.waiting_count > 0
+        return len(self._stacker.waiting) > 0
 
     @property
     def is_denoising(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from batch_infer.accelerator import is_device_error
+from batch_infer.admission import WaitingRows
 from batch_infer.stacking.evaluator import CallEvaluator, count_elements
 from batch_infer.stacking.networks import Kind, Network, copy_pipeline
 from batch_infer.stacking.rows import Call, EndedRow, Row, Tag, autocast, get_autocast
@@ -27,6 +27,8 @@ from batch_infer.stacking.trees import UnstackableError, clone_tensors
 
 ENCODE_BATCH = 4
 """Batch elements of a text encoder call. A row with guidance often needs two."""
+MAX_WAITING_TICKS = 16
+"""Ticks after which a row's denoiser call is made, even if the calls of more rows could be made instead."""
 ROW_ERRORS = (
     ValueError,
     TypeError,
@@ -52,10 +54,10 @@ class CallStacker(Generic[Tag]):
         self._main = getcurrent()
         self._signatures = Signatures()
         self._rows: dict[greenlet, Row[Tag]] = {}
-        self._waiting: deque[Row[Tag]] = deque()
-        """Rows that are not admitted yet, oldest first."""
         self._ended: list[EndedRow[Tag]] = []
+        self._ticks = 0
         self.slots = self._sizes["denoise"]
+        self.waiting: WaitingRows[Row[Tag]] = WaitingRows(self.slots, lambda row: row.elements)
         self._replacements = ExitStack()
         for network in self._plan.networks:
             self._replacements.enter_context(network.replaced(partial(self._pause, network)))
@@ -64,10 +66,6 @@ class CallStacker(Generic[Tag]):
     def free_slots(self) -> int:
         used = sum(row.elements for row in self._rows.values() if row.admitted is not None)
         return self.slots - used
-
-    @property
-    def waiting_count(self) -> int:
-        return len(self._waiting)
 
     @property
     def is_denoising(self) -> bool:
@@ -92,18 +90,19 @@ class CallStacker(Generic[Tag]):
 
     @torch.no_grad()
     def admit(self) -> None:
-        """Admit waiting rows, oldest first, as far as slots are free. A row that needs fewer slots may overtake."""
-        free = self.free_slots
-        for row in list(self._waiting):
-            if row.elements <= free or not self.is_denoising:
-                self._waiting.remove(row)
-                row.admitted = time.perf_counter()
-                free -= row.elements
+        """Admit waiting rows, as far as slots are free."""
+        for row in self.waiting.admit(self.free_slots):
+            row.admitted = time.perf_counter()
 
     @torch.no_grad()
     def tick(self) -> None:
-        """Make one denoiser call for the largest group of admitted rows that can share one."""
-        self._make(self._next_tick())
+        """Make one denoiser call for the largest group of admitted rows that can share one.
+
+        If new rows keep joining that group, other groups get their turn after MAX_WAITING_TICKS.
+        """
+        calls = self._next_tick()
+        self._ticks += 1
+        self._make(calls)
         self._settle()
 
     @torch.no_grad()
@@ -126,7 +125,7 @@ class CallStacker(Generic[Tag]):
                 row.greenlet.throw()  # GreenletExit, which leaves the pipeline's with-blocks
         finally:
             self._rows.clear()
-            self._waiting.clear()
+            self.waiting.clear()
             self._replacements.close()
 
     # In the greenlet of the caller
@@ -145,7 +144,7 @@ class CallStacker(Generic[Tag]):
         row: Row[Tag] = Row(tag, greenlet(run))
         row.greenlet.gr_context = contextvars.copy_context()
         self._rows[row.greenlet] = row
-        self._waiting.append(row)
+        self.waiting.add(row)
         self._resume(row)
 
     def _copy_pipeline(self) -> Any:
@@ -171,10 +170,11 @@ class CallStacker(Generic[Tag]):
         """Note what a row that has paused waits for."""
         if row.call is not None:
             row.elements = row.call.elements if row.call.network.kind == "denoise" else 0
+            row.paused_at = self._ticks
             return
         del self._rows[row.greenlet]
-        if row in self._waiting:
-            self._waiting.remove(row)
+        if row.admitted is None:
+            self.waiting.discard(row)
         if row.error is not None:
             row.error.__traceback__ = None  # it would keep the tensors of the call alive
         seconds = time.perf_counter() - row.admitted if row.admitted is not None else 0.0
@@ -190,7 +190,9 @@ class CallStacker(Generic[Tag]):
         for row in self._rows.values():
             if row.is_denoising and row.call is not None:
                 groups.setdefault(row.call.group, []).append(row.call)
-        return self._fit(max(groups.values(), key=count_elements))
+        longest = min(groups.values(), key=_paused_at)
+        is_overdue = self._ticks - _paused_at(longest) >= MAX_WAITING_TICKS
+        return self._fit(longest if is_overdue else max(groups.values(), key=count_elements))
 
     def _next_group(self, kind: Kind, min_elements: int) -> list[Call[Tag]]:
         """Return calls that can share a stack, if they have at least `min_elements` or cannot be stacked."""
@@ -269,3 +271,8 @@ class CallStacker(Generic[Tag]):
         except UnstackableError:
             return Call(row, network, arguments, None, self._plan.count_elements(network, arguments), state)
         return Call(row, network, arguments, signature, elements, state, content)
+
+
+def _paused_at(calls: Sequence[Call[Any]]) -> int:
+    """Return the tick since which the first of these calls waits."""
+    return min(call.row.paused_at for call in calls)
