@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from batch_infer.autotune.cache import Plateau, Rates
 from batch_infer.autotune.devices import explain_out_of_memory
 from batch_infer.errors import RowError
-from batch_infer.models import ModelCard, load_solver
+from batch_infer.models import ModelCard, load_solver, skip_quantization_libraries
 from batch_infer.records import PromptRequest, RowCost, SamplingParams, Source, utc_now
 from batch_infer.settings import Compute, ImageFormat, SafetySettings
 
@@ -33,8 +33,10 @@ REPEATS = 2
 _load_solver = cache(load_solver)
 
 
-def import_renderer() -> None:
-    """Import the libraries that a run also imports, so that the probe can time the import."""
+def import_renderer(card: ModelCard) -> None:
+    """Import the libraries that a run of this model also imports, so that the probe can time the import."""
+    if card.quantize is None:
+        skip_quantization_libraries(card.path)
     from batch_infer.worker import load_model  # noqa: F401
 
 

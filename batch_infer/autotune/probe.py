@@ -28,7 +28,7 @@ from batch_infer.autotune.calibration import (
 )
 from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
-from batch_infer.models import ModelCard, SamplingRules
+from batch_infer.models import ModelCard, SamplingRules, skip_quantization_libraries
 from batch_infer.records import PromptRequest, RowCost
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
@@ -117,7 +117,7 @@ class Probe:
     ) -> Rates:
         """Measure the rates for a size (height, width) by rendering full batches. Raises ModelError, SettingsError."""
         if self._import_seconds is None:
-            self._call(import_renderer)
+            self._call(import_renderer, card)
             self._import_seconds = self.seconds_waited
         rates = self._call(measure_rates, card, compute, safety, image_format, size)
         return replace(rates, start=rates.start + self._import_seconds)
@@ -165,6 +165,7 @@ def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
 def _inspect_pipeline(path: Path) -> SamplingRules:
     from batch_infer.models import inspect_pipeline
 
+    skip_quantization_libraries(path)
     return inspect_pipeline(path)
 
 

@@ -24,6 +24,7 @@ from batch_infer.autotune import detect_device, explain_out_of_memory
 from batch_infer.engines import messages
 from batch_infer.engines.connection import SupervisorConnection
 from batch_infer.errors import StorageError
+from batch_infer.models import skip_quantization_libraries
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.store import Store, log_handler, open_store
 from batch_infer.worker import WorkerSettings, format_worker_name
@@ -76,6 +77,8 @@ def work(
         settings = localize(supervisor.wait_for_settings())
         with _logging(open_store(settings.out), spec, supervisor):
             with loading(settings):
+                if settings.card.quantize is None:
+                    skip_quantization_libraries(settings.card.path)
                 load = spec.load or worker_package.load_chain
                 worker = worker_package.Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
             gc.collect()

@@ -3,16 +3,6 @@
 Each model family has one module, and each pipeline class of a family has one entry in the registry in families.py.
 """
 
-import logging
-import os
-import sys
-
-# Set before these libraries are imported. Otherwise they log hints for developers, such as about image processors.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# Otherwise transformers would, for some networks, fetch kernels from the Hub and run them.
-os.environ.setdefault("USE_HUB_KERNELS", "NO")
-
 from typing import TYPE_CHECKING
 
 from batch_infer.lazy import import_on_use
@@ -20,14 +10,10 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.checkpoint import read_card
 from batch_infer.models.families import load_latent_diffusion, load_solver
 from batch_infer.models.lora import LoraFolder
+from batch_infer.models.startup import prepare_imports, skip_quantization_libraries
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
-# bitsandbytes, which diffusers and peft import if it is installed, would do the same on a CPU with AVX512-BF16.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # makes `import kernels` raise ImportError
-# These loggers warn of kernels that are missing and not needed, and of a deprecated call in torchao.
-logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+prepare_imports()
 
 if TYPE_CHECKING:
     from batch_infer.models.acceleration import count_flops, decode_flops, denoise_flops, is_compiled, optimize_networks
@@ -71,4 +57,5 @@ __all__ = [
     "load_token_counter",
     "optimize_networks",
     "read_card",
+    "skip_quantization_libraries",
 ]

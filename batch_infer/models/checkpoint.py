@@ -15,6 +15,7 @@ from batch_infer.models.configs import check_configs, check_widths
 from batch_infer.models.families import CHECKER_COMPONENTS, FAMILIES, OTHER_FAMILY, Family
 from batch_infer.models.lora import read_lora
 from batch_infer.models.schedulers import refuse_unknown_scheduler
+from batch_infer.models.startup import QUANTIZATION_LIBRARIES, allow_quantization_libraries
 from batch_infer.models.textual_inversion import Embedding, read_embeddings
 from batch_infer.models.tokens import WINDOWS
 from batch_infer.models.untrusted import check_weights, hash_files, read_object
@@ -23,8 +24,6 @@ from batch_infer.settings import ModelSettings, Quantization
 
 DEMO_NAME = "built-in demo model"
 SUPPORTED_CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
-QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
-"""The library of each value of --quantize."""
 SEPARATE = CHECKER_COMPONENTS | {"scheduler"}
 """Components whose files are covered by separate fingerprints instead of the model's fingerprint."""
 
@@ -198,6 +197,7 @@ def _check_quantization(kind: Quantization | None, path: Path, components: Itera
     """Raise ModelError if --quantize needs a missing library, or the checkpoint is already quantized."""
     if kind is None:
         return
+    allow_quantization_libraries()
     if find_spec(QUANTIZATION_LIBRARIES[kind]) is None:
         raise ModelError(f"--quantize {kind} needs {QUANTIZATION_LIBRARIES[kind]}: pip install 'batch-infer[quantize]'")
     for config in (path / component / "config.json" for component in sorted(components)):

@@ -16,6 +16,7 @@ from torch import nn
 
 from batch_infer.errors import ModelError
 from batch_infer.models.families import CHECKER_COMPONENTS
+from batch_infer.models.startup import allow_quantization_libraries
 from batch_infer.settings import Quantization
 
 NF4_BLOCK = 64
@@ -42,6 +43,7 @@ def quantize(components: Mapping[str, Any], kind: Quantization, model: str) -> N
     layers = {(network, name) for network in networks.values() for name in _find_layers(network, kind)}
     if not layers:
         raise ModelError(f"{model} has no layer that --quantize {kind} can quantize")
+    allow_quantization_libraries()
     if kind == "nf4":
         _quantize_to_nf4(layers)
         return

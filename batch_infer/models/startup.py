@@ -1,0 +1,48 @@
+"""Keep imports of the model libraries quiet, offline and short."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+"""The library of each value of --quantize."""
+
+
+def prepare_imports() -> None:
+    """Change defaults of libraries. This must be called before they are imported."""
+    # Otherwise they log hints for developers, such as about image processors.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Otherwise transformers would, for some networks, fetch kernels from the Hub and run them.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    # bitsandbytes would do the same on a CPU with AVX512-BF16.
+    _hide("kernels")
+    # These loggers warn of kernels that are missing and not needed, and of a deprecated call in torchao.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def skip_quantization_libraries(path: Path) -> None:
+    """Do not import torchao and bitsandbytes in this process, unless the checkpoint's weights are quantized.
+
+    diffusers, transformers and peft import them whenever they are installed, which takes seconds.
+    """
+    if not any(b'"quantization_config"' in file.read_bytes() for file in path.glob("*/config.json")):
+        for name in QUANTIZATION_LIBRARIES.values():
+            _hide(name)
+
+
+def allow_quantization_libraries() -> None:
+    """Undo `skip_quantization_libraries`, to import torchao or bitsandbytes after all."""
+    for name in set(QUANTIZATION_LIBRARIES.values()):
+        if name in sys.modules and sys.modules[name] is None:
+            del sys.modules[name]
+
+
+def _hide(name: str) -> None:
+    """Make imports of a module raise ImportError, if it is not imported yet."""
+    sys.modules.setdefault(name, None)  # type: ignore[arg-type]
