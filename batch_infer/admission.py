@@ -48,9 +48,10 @@ class WaitingRows(Generic[T]):
         """Remove and return the rows to admit when this many slots are free."""
         admitted: list[T] = []
         kept: deque[_Waiting[T]] = deque()
-        may_overtake = True
         for waiting in self._rows:
             needed = self._count_needed(waiting.row)
+            # The oldest row has been overtaken most often.
+            may_overtake = not kept or kept[0].overtaken < self._slots
             if may_overtake and (needed <= free or free == self._slots):
                 admitted.append(waiting.row)
                 free -= needed
@@ -58,7 +59,6 @@ class WaitingRows(Generic[T]):
                     older.overtaken += 1
             else:
                 kept.append(waiting)
-                may_overtake = may_overtake and waiting.overtaken < self._slots
         self._rows = kept
         return admitted
 

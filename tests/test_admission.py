@@ -31,6 +31,12 @@ def test_a_row_is_overtaken_by_at_most_as_many_rows_as_there_are_slots() -> None
         overtaking += len(waiting.admit(1))
     assert overtaking == 4
     assert waiting.admit(2) == [2]
+    assert len(make_waiting(4, 4, *[1] * 9).admit(3)) == 3
+    waiting = make_waiting(4, 4, 1, 1, 1)
+    assert waiting.admit(3) == [1, 1, 1]
+    for _ in range(3):
+        waiting.add(1)
+    assert waiting.admit(3) == [1]
 
 
 def test_a_row_that_needs_more_than_all_slots_is_admitted_alone() -> None:

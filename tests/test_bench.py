@@ -247,6 +247,11 @@ REFUSED = {
     "an unknown baseline": (("--against", "grouped,tensorrt"), "--against tensorrt: the baselines are grouped"),
     "an architecture and a model": (("--architecture", "sd15", "--model", "x/y"), "exclude each other"),
     "a compiled baseline without compilation": (("--against", "grouped-compiled", "--no-compile"), "add --compile"),
+    "an architecture with options of a checkpoint": (
+        ("--architecture", "sd15", "--lora", "x.safetensors", "--revision", "main"),
+        "--architecture has no checkpoint: leave out --revision and --lora",
+    ),
+    "a folder of LoRAs": (("--lora-folder", "."), "--lora-folder: the benchmark's rows name no LoRA"),
     "steps that are not a range": (("--steps", "9-3"), "--steps 9-3"),
     "a sweep of one slot": (("--sweep", "1,4"), "--sweep 1,4"),
     "a size that is not a multiple": (("--sizes", "64x60"), "60 is not a multiple of 8"),

@@ -23,7 +23,7 @@ from batch_infer.chain import (
     StepLevelChain,
     UnrenderedRow,
 )
-from batch_infer.diffusion import Context
+from batch_infer.diffusion import Context, Slots
 from batch_infer.planning import BatchingEstimator
 from batch_infer.records import PromptRequest, RowCost, Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
@@ -398,6 +398,28 @@ def test_a_size_that_does_not_fit_into_memory_fails_only_its_rows() -> None:
             assert outcome.status == "failed"
             reason = "does not fit into the device's memory (CUDA out of memory)"
             assert outcome.error == f"one image of 24x16 pixels {reason}"
+
+
+def test_slots_that_do_not_fit_into_memory_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_slots(model: Any, size: int, *rest: Any) -> Any:
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Slots(model, size, *rest)
+
+    monkeypatch.setattr("batch_infer.chain.packed.Slots", make_slots)
+    chain = StepLevelChain(Painter(), BatchSizes(8, 1), None)
+    outcomes = list(chain.render(paint(str(k), steps=4) for k in range(5)))
+    assert [type(outcome) for outcome in outcomes] == [RenderedImage] * 5
+    assert chain.batch_sizes.for_size((16, 16)) == (2, 1)
+
+
+def test_rows_fail_if_not_even_the_smallest_slots_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_slots(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("batch_infer.chain.packed.Slots", make_slots)
+    outcomes = list(StepLevelChain(Painter(), BatchSizes(8, 2), None).render(paint(str(k)) for k in range(3)))
+    assert [(outcome.request.id, type(outcome)) for outcome in outcomes] == [(str(k), UnrenderedRow) for k in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import RowError
-from batch_infer.models import AnyPipeline, LoraFolder, load_latent_diffusion, read_card
+from batch_infer.models import AnyPipeline, LoraFolder, load_latent_diffusion, lora_fusing, read_card
+from batch_infer.models.untrusted import hash_file
 from batch_infer.planning import BatchingEstimator, order_requests
 from batch_infer.records import Lora, PromptRequest, ResultRow, RowCost
 from batch_infer.serving.request_queue import RequestQueue
@@ -221,6 +222,40 @@ def test_only_the_rows_of_an_unfit_lora_are_invalid(model: Any, folder: Path, tm
     assert isinstance(first, RenderedImage) and isinstance(last, RenderedImage)
     assert (first.pixels == last.pixels).all()
     assert isinstance(outcomes["d"], RenderedImage)
+
+
+def test_a_changed_lora_is_read_once_for_all_of_its_rows(
+    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "changed.safetensors"
+    shutil.copy(folder / "both.safetensors", changed)
+    lora = LoraFolder(str(tmp_path)).find("changed")
+    changed.unlink()
+    read: list[Path] = []
+
+    def hash_and_count(path: Path) -> str:
+        read.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(lora_fusing, "hash_file", hash_and_count)
+    rows = [row("a", lora), row("b", lora), row("c"), row("d", lora)]
+    outcomes = {outcome.request.id: outcome for outcome in StepLevelChain(model, BatchSizes(6, 2), None).render(rows)}
+    assert {name for name, outcome in outcomes.items() if getattr(outcome, "status", "") == "failed"} == {*"abd"}
+    assert read == [changed, changed], "once, and again after another row"
+
+
+def test_a_lora_without_memory_fails_its_rows(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    lora = LoraFolder(str(folder)).find("both")
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_fusing, "_fuse", fuse)
+        (outcome,) = StepLevelChain(model, BatchSizes(6, 2), None).render([row("a", lora)])
+    assert isinstance(outcome, UnrenderedRow)
+    assert (outcome.status, outcome.error) == ("failed", f"{lora} does not fit into the device's memory")
+    (outcome,) = StepLevelChain(model, BatchSizes(6, 2), None).render([row("a", lora)])
+    assert isinstance(outcome, RenderedImage)
 
 
 @pytest.mark.promises

@@ -209,7 +209,8 @@ def test_a_network_that_does_not_fit_leaves_nothing_on_the_device() -> None:
 
 
 def compute_of(device: Device, earlier: dict[str, Any] | None = None, **options: Any) -> Compute:
-    model = ModelSettings(quantize=options.pop("quantize", None), long_prompts=options.pop("long_prompts", False))
+    names = {"quantize", "long_prompts", "lora_folder"} & options.keys()
+    model = ModelSettings(**{name: options.pop(name) for name in names})
     settings = RunSettings(TableSettings(()), "out", model=model, compute=ComputeSettings(**options))
     return choose_compute(settings, device, {"compute": earlier or {}})
 
@@ -232,6 +233,7 @@ def test_nothing_is_compiled_and_the_choice_of_an_earlier_run_does_not_count() -
             "--offload model does not work with torch.compile, which the run in OUT",
         ),
         ({"long_prompts": True}, "--offload model and --long-prompts do not work together: leave one out"),
+        ({"lora_folder": "loras"}, "--offload model and --lora-folder do not work together: leave one out"),
         (
             {"offload": "sequential", "quantize": "nf4"},
             "--offload sequential cannot move quantized layers: use --offload model, or leave out --quantize nf4",
@@ -249,7 +251,7 @@ def test_a_cpu_is_refused(tmp_path: Path, out: Path) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     refused = run(table, out, "--offload", "model")
     assert refused.code == 2
-    assert "--offload model saves GPU memory, but this run renders on a CPU: leave it out" in refused.stderr
+    assert "--offload model saves GPU memory, but this run renders on a CPU: use `run` without it" in refused.stderr
     assert not out.exists() or not any(Path(out).rglob("*.png"))
 
 

@@ -527,6 +527,29 @@ def test_a_close_midway_restores_the_networks_and_leaves_no_greenlet(painter: An
     assert count_objects() == before
 
 
+def test_a_close_midway_frees_tensors_without_garbage_collection(painter: AnyPipeline) -> None:
+    """Garbage collection may come much later than the next batch, which needs the memory."""
+    run(painter, [paint_row("first")])
+    gc.collect()
+    gc.disable()
+    try:
+        with open_stacker(painter, slots=4) as stacker:
+            start(stacker, painter, [paint_row(str(k), seed=k) for k in range(5)])
+            stacker.tick()
+            rows = list(stacker._rows.values())
+            tensors = [
+                weakref.ref(value)
+                for row in rows
+                for value in (row.call.arguments.values() if row.call else ())
+                if isinstance(value, torch.Tensor)
+            ]
+            del rows
+            assert len(tensors) >= 10
+        assert [tensor() for tensor in tensors if tensor() is not None] == []
+    finally:
+        gc.enable()
+
+
 def test_many_rows_leave_nothing_behind(painter: AnyPipeline) -> None:
     names = ["refused", "broken", "poison", *("a fine row" for _ in range(7))]
 

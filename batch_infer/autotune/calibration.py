@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, cast
@@ -65,10 +66,7 @@ def count_evaluations(card: ModelCard, steps: int) -> int | str:
 
 
 def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, size: tuple[int, int]) -> Plateau:
-    """Return the throughput plateau for a size (height, width) in pixels.
-
-    Raises ModelError, SettingsError, and RowError if a pipeline without a family does not support the size.
-    """
+    """Return the throughput plateau for a size (height, width) in pixels. Raises ModelError, SettingsError."""
     from torch import OutOfMemoryError
 
     from batch_infer.autotune.plateau import find_plateau
@@ -76,11 +74,11 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     with explain_out_of_memory(card, compute):
         # Do not compile: it would hardly change the plateau, but take a minute for each batch size.
         model, _ = _load_model(card, replace(compute, compiled=False), safety)
-    params = _make_params(card, size, _choose_few_steps(card, FEW_STEPS[::-1]))
+    params = _make_params(card, size, _first_accepted(card, model, _few_steps(card, FEW_STEPS[::-1])))
     try:
         return find_plateau(model, params)
-    except OutOfMemoryError:  # not even the smallest batch fits, so rows of this size fail in the run
-        return Plateau(2, 1, utc_now())
+    except (OutOfMemoryError, RowError):  # rows of this size fail in the run, since not even the smallest batch fits,
+        return Plateau(2, 1, utc_now())  # or are invalid
 
 
 def measure_rates(
@@ -95,16 +93,15 @@ def measure_rates(
     with explain_out_of_memory(card, compute):
         model, start = _load_model(card, compute, safety)
         chain = make_chain(model, compute)
-        few_steps = _choose_few_steps(card, FEW_STEPS)
+        few_steps = _first_accepted(card, model, _few_steps(card, FEW_STEPS))
         _render(chain, card, size, few_steps)  # warm up, since the first call with a shape takes longer
         short = min(_render(chain, card, size, few_steps)[0] for _ in range(REPEATS))
         more_steps = max(2, min(MAX_MORE_STEPS, round(LONG_SECONDS / short)))
-        many_steps = few_steps + more_steps
-        if not card.uses_pipeline_call:
-            many_steps = _first_accepted(card, range(many_steps, 1001))
+        many_steps = _first_accepted(card, model, _more_steps(card, few_steps, more_steps))
         long, images = min((_render(chain, card, size, many_steps) for _ in range(REPEATS)), key=lambda pair: pair[0])
-    few, many = (_count_ticks(card, model, _make_params(card, size, steps)) for steps in (few_steps, many_steps))
-    tick = max(0.0, long - short) / (many - few)
+    few, many = (_count_ticks(card, model, steps) for steps in (few_steps, many_steps))
+    # If a pipeline accepts only one step count, all of its time counts as that of denoising.
+    tick = max(0.0, long - short) / (many - few) if many > few else short / max(1, few)
     image = max(0.0, short - tick * few) / max(1, len(images))
     encode_seconds, image_bytes = _encode(images, image_format)
     if compute.device == "cpu":  # rendering and encoding share the cores
@@ -114,11 +111,15 @@ def measure_rates(
     return Rates(start, tick, image, image_bytes, utc_now())
 
 
-def _count_ticks(card: ModelCard, model: LatentDiffusion | AnyPipeline, params: SamplingParams) -> int:
-    """Return the number of denoiser calls for rows with these parameters that fill all slots."""
+def _count_ticks(card: ModelCard, model: LatentDiffusion | AnyPipeline, steps: int) -> int:
+    """Return the number of denoiser calls for rows that fill all slots. Raises RowError for a refused step count."""
     if card.uses_pipeline_call:
+        params = _make_params(card, (card.sizes.native_height, card.sizes.native_width), steps)
         return cast("AnyPipeline", model).count_cost(params, None).evaluations
-    return int(count_evaluations(card, params.num_inference_steps))
+    evaluations = count_evaluations(card, steps)
+    if isinstance(evaluations, str):
+        raise RowError(evaluations)
+    return evaluations
 
 
 def _load_model(
@@ -137,14 +138,23 @@ def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[L
     return load_model(card, compute, with_checker=with_checker), time.perf_counter() - started
 
 
-def _first_accepted(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return the first step count that the scheduler accepts."""
-    return next(steps for steps in step_counts if isinstance(count_evaluations(card, steps), int))
+def _first_accepted(card: ModelCard, model: LatentDiffusion | AnyPipeline, step_counts: Iterable[int]) -> int:
+    """Return the first step count that the model accepts, or its default if it accepts none of them."""
+    for steps in step_counts:
+        with suppress(RowError):
+            _count_ticks(card, model, steps)
+            return steps
+    return card.num_inference_steps
 
 
-def _choose_few_steps(card: ModelCard, step_counts: Iterable[int]) -> int:
-    """Return the first accepted step count, or at most 4 for a pipeline without a family: most accept so few steps."""
-    return min(4, card.num_inference_steps) if card.uses_pipeline_call else _first_accepted(card, step_counts)
+def _few_steps(card: ModelCard, step_counts: Sequence[int]) -> Sequence[int]:
+    """Return step counts to try, beginning for a pipeline without a family with 4: many give no image with fewer."""
+    return [min(4, card.num_inference_steps), *step_counts] if card.uses_pipeline_call else step_counts
+
+
+def _more_steps(card: ModelCard, few: int, more: int) -> Iterable[int]:
+    """Return step counts to try for the long rendering. A family's scheduler accepts some count above any other."""
+    return [few + more, 2 * few] if card.uses_pipeline_call else range(few + more, 1001)
 
 
 def _make_params(card: ModelCard, size: tuple[int, int], steps: int) -> SamplingParams:

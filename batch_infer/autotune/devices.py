@@ -73,11 +73,17 @@ def read_processor_name() -> str:
 
 
 @contextmanager
-def explain_out_of_memory(model: ModelCard | ModelSettings, compute: Compute | ComputeSettings) -> Iterator[None]:
+def explain_out_of_memory(
+    model: ModelCard | ModelSettings,
+    compute: Compute | ComputeSettings,
+    *,
+    can_quantize: bool = True,
+    can_offload: bool = True,
+) -> Iterator[None]:
     """Raise SettingsError instead of torch.OutOfMemoryError if a model does not fit on its device.
 
-    The message names the options that would help and are not in use. The parent process could not unpickle torch's
-    error without importing torch.
+    The message names the options that would help and are not in use, among those that the command has. The parent
+    process could not unpickle torch's error without importing torch.
     """
     import torch
 
@@ -86,7 +92,14 @@ def explain_out_of_memory(model: ModelCard | ModelSettings, compute: Compute | C
     except torch.OutOfMemoryError as error:
         smaller = {None: "--quantize int8 or nf4", "fp8": "--quantize nf4", "int8": "--quantize nf4"}
         moved = {None: "--offload model", "model": None if model.quantize else "--offload sequential"}
-        options = filter(None, (smaller.get(model.quantize), moved.get(compute.offload), "another --dtype or --device"))
+        options = filter(
+            None,
+            (
+                smaller.get(model.quantize) if can_quantize else None,
+                moved.get(compute.offload) if can_offload else None,
+                "another --dtype or --device",
+            ),
+        )
         raise SettingsError(
             f"the model does not fit into the device's memory: use {', '.join(options)}, or check what else uses that "
             f"memory ({first_line(error)})"

@@ -87,10 +87,13 @@ class Probe:
         if not card.uses_pipeline_call:
             return RowCost(self.count_evaluations(card, params.num_inference_steps), params.slots)
         # Whether a row uses guidance matters to its cost, but not the scale.
-        params = replace(params, guidance_scale=min(params.guidance_scale, 2.0), guidance_rescale=0.0)
+        scale = 2.0 if params.guidance_scale > 1 else params.guidance_scale
+        params = replace(params, guidance_scale=scale, guidance_rescale=0.0)
         negative = None if request.negative_prompt is None else ""
         key = f"{params.num_inference_steps} {params.guidance_scale:g} {negative!r}"
-        conditions = {**_evaluation_conditions(card), "model": card.fingerprint}
+        # Whether rows can share calls may depend on the kernels of the device.
+        device = {"device": compute.device_name or compute.device, "dtype": compute.dtype}
+        conditions = {**_evaluation_conditions(card), **device, "model": card.fingerprint}
         if self._costs is None:
             self._costs = load_calibration(dict[str, RowCost | str], conditions, "costs") or {}
         if key not in self._costs:

@@ -35,7 +35,7 @@ def render_unquantized(settings: BenchSettings, max_count: int) -> Unquantized:
     """
     compute = replace(settings.compute, compiled=False)  # compiling would take longer than rendering a few rows
     plain = replace(settings, model=replace(settings.model, quantize=None), compute=compute)
-    unquantized = _render(load_subject(plain), settings, max_count)
+    unquantized = _render(load_subject(plain, can_quantize=False), settings, max_count)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -120,13 +120,23 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         """Check the combination. Raises SettingsError."""
-        if self.architecture is not None and self.model.name is not None:
-            raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")
-        if self.architecture is not None and self.model.quantize is not None:
-            raise SettingsError("--quantize compares images, but those of an --architecture are noise: give a --model")
         model = self.model
-        if self.architecture is not None and (model.loras or model.embeddings or model.long_prompts or model.scheduler):
-            options = "--lora, --embedding, --long-prompts and --scheduler"
-            raise SettingsError(f"--architecture has random weights and its own scheduler: leave out {options}")
+        if self.architecture is not None:
+            if model.name is not None:
+                raise SettingsError("--architecture and --model exclude each other: an architecture has random weights")
+            if model.quantize is not None:
+                raise SettingsError(
+                    "--quantize compares images, but those of an --architecture are noise: give a --model"
+                )
+            given = {
+                "--revision": model.revision,
+                "--variant": model.variant,
+                "--lora": model.loras,
+                "--embedding": model.embeddings,
+                "--long-prompts": model.long_prompts,
+                "--scheduler": model.scheduler,
+            }
+            if options := [option for option, value in given.items() if value]:
+                raise SettingsError(f"--architecture has no checkpoint: leave out {' and '.join(options)}")
         if model.lora_folder is not None:
-            raise SettingsError("--lora-folder: the benchmark's rows name no LoRA; use --lora")
+            raise SettingsError("--lora-folder: the benchmark's rows name no LoRA")

@@ -58,14 +58,14 @@ class Subject:
         return FEW_STEPS[-1]
 
 
-def load_subject(settings: BenchSettings) -> Subject:
-    """Load the model, or build the architecture.
+def load_subject(settings: BenchSettings, *, can_quantize: bool = True) -> Subject:
+    """Load the model, or build the architecture. `can_quantize`: whether --quantize is advised if memory is too small.
 
     Raises ModelError, and SettingsError, for example if the device is missing or has too little memory.
     """
     device = detect_device(settings.model.device)
     run = RunSettings(TableSettings(()), ".", model=settings.model, compute=settings.compute)
-    with explain_out_of_memory(settings.model, settings.compute):
+    with explain_out_of_memory(settings.model, settings.compute, can_quantize=can_quantize, can_offload=False):
         if settings.architecture is not None:
             return _build(settings, choose_compute(run, device))
         card = read_card(settings.model)
@@ -101,11 +101,15 @@ def _defaults(rules: SamplingRules) -> SamplingParams:
 def tune_batch_sizes(subject: Subject, sizes: Sequence[Size]) -> Compute:
     """Return `subject.compute` with the batch sizes that `--slots auto` measures for these image sizes.
 
-    Raises torch.OutOfMemoryError if not even the smallest batch fits.
+    Raises SettingsError if the model does not support a size, and torch.OutOfMemoryError if not even the smallest batch
+    fits.
     """
     shapes = []
     for size in sizes:
         params = SamplingParams(*size, subject.few_steps, subject.defaults.guidance_scale, 0.0)
-        plateau = find_plateau(subject.model, params)
+        try:
+            plateau = find_plateau(subject.model, params)
+        except RowError as error:
+            raise SettingsError(f"{subject.name}: {error}; choose other --sizes") from error
         shapes.append(BatchShape(*size, plateau.slots, plateau.decode_batch))
     return subject.compute.with_shapes(shapes)

@@ -207,6 +207,8 @@ class DeviceChain(Chain):
         self.stages_by_size = {}
         self._unfit: dict[Lora, str] = {}
         """Why the model cannot use some LoRAs."""
+        self._failed: tuple[Lora | None, str] | None = None
+        """The last LoRA, if switching to it failed, and why."""
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -245,10 +247,14 @@ class DeviceChain(Chain):
         """Let the model use the LoRA of the next rows, and return the error if that fails."""
         if lora is not None and lora in self._unfit:
             return RowError(self._unfit[lora])
+        if self._failed is not None and self._failed[0] == lora:
+            return FailedRowError(self._failed[1])
+        self._failed = None
         try:
             if lora != self.model.lora:
                 self.model.use_lora(lora)
         except FailedRowError as error:
+            self._failed = lora, str(error)
             return FailedRowError(str(error))
         except RowError as error:  # the error itself would keep the tensors of the LoRA alive
             if lora is not None:

@@ -69,8 +69,6 @@ class StackedBatcher:
 
     def tick(self) -> Advanced:
         self._stacker.tick()
-        evaluator = self._stacker.evaluator
-        self._stages.add_tick(evaluator.last_used, evaluator.last_size)
         return self._take_ready()
 
     def finish(self) -> Advanced:
@@ -108,6 +106,8 @@ class StackedBatcher:
             self._pacer.start()
             yield
             self._pacer.end()
+            evaluator = self._stacker.evaluator
+            self._stages.add_tick(evaluator.last_used, evaluator.last_size)
             return
         started = time.perf_counter()
         yield

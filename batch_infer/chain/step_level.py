@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from batch_infer.accelerator import out_of_memory_errors
 from batch_infer.chain.base import BatchSizes, DeviceChain, ReadAhead, RowOutcome, Size, Stage, UnrenderedRow, size_of
-from batch_infer.chain.batcher import Advanced, Batcher, PackedBatcher, Tag
+from batch_infer.chain.batcher import Advanced, Batcher, Tag
+from batch_infer.chain.packed import PackedBatcher
 from batch_infer.chain.postprocessing import Postprocessing
 from batch_infer.diffusion import FinishedRow
 from batch_infer.errors import first_line
@@ -52,8 +54,8 @@ class StepLevelChain(DeviceChain):
         postprocessing = Postprocessing(
             self.model, self._checker, batch_sizes, stages, in_background=self._in_background
         )
-        batcher = self._make_batcher(batch_sizes, size, stages)
-        size_pass = _SizePass(batcher, postprocessing, stages, must_compile=must_compile)
+        make_batcher = partial(self._make_batcher, batch_sizes, size, stages)
+        size_pass = _SizePass(make_batcher, postprocessing, stages, must_compile=must_compile)
         try:
             with out_of_memory_errors():
                 yield from size_pass.run(requests, first, self._stop)
@@ -64,12 +66,13 @@ class StepLevelChain(DeviceChain):
             unfinished, stage = list(size_pass.unfinished.values()), size_pass.stage
             if must_compile and not size_pass.must_compile:
                 self._compiled.add((size, batch_sizes))
-            batcher.close()
-            postprocessing.close()
+            size_pass.close()
         # Free memory outside the except block, whose traceback would keep the tensors alive.
-        del size_pass, batcher, postprocessing
+        del size_pass, postprocessing
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if not unfinished:  # memory ran out before any row was taken
+            unfinished = requests.take(first.group_key, 1)
         yield self._retry_or_fail(requests, unfinished, size, self._shrink(size, stage), message)
 
     def _make_batcher(self, batch_sizes: tuple[int, int], size: Size, stages: Stages) -> Batcher:
@@ -95,9 +98,17 @@ class StepLevelChain(DeviceChain):
 class _SizePass:
     """Renders rows of one image size and LoRA with fixed batch sizes, and holds their state on the device."""
 
-    def __init__(self, batcher: Batcher, postprocessing: Postprocessing, stages: Stages, *, must_compile: bool) -> None:
+    def __init__(
+        self,
+        make_batcher: Callable[[], Batcher],
+        postprocessing: Postprocessing,
+        stages: Stages,
+        *,
+        must_compile: bool,
+    ) -> None:
         """`must_compile`: compile the networks for this size before the first denoising step."""
-        self._batcher, self._postprocessing, self._stages = batcher, postprocessing, stages
+        self._make_batcher, self._postprocessing, self._stages = make_batcher, postprocessing, stages
+        self._batcher: Batcher | None = None
         self.unfinished: dict[tuple[str, int], PromptRequest] = {}
         self._is_postprocessing = False
         self.must_compile = must_compile
@@ -105,7 +116,15 @@ class _SizePass:
     @property
     def stage(self) -> Stage:
         """The stage whose batch size shrinks first if memory runs out now."""
-        return "decode" if self._is_postprocessing else self._batcher.stage
+        if self._is_postprocessing:
+            return "decode"
+        return "denoise" if self._batcher is None else self._batcher.stage
+
+    def close(self) -> None:
+        """Drop all rows."""
+        if self._batcher is not None:
+            self._batcher.close()
+        self._postprocessing.close()
 
     def run(
         self, requests: ReadAhead, first: PromptRequest, stop: Callable[[], bool]
@@ -114,13 +133,14 @@ class _SizePass:
 
         After a stop, yield rows that are fully denoised, and drop the others.
         """
-        batcher, group = self._batcher, first.group_key
+        batcher, group = self._make_batcher(), first.group_key
+        self._batcher = batcher
         while not stop():
-            self._prepare(requests, group)
+            self._prepare(batcher, requests, group)
             yield self._drop(batcher.admit())
             if batcher.is_denoising:
                 if self.must_compile:
-                    self._compile()
+                    self._compile(batcher)
                 yield from self._postprocess(batcher.tick())
             elif not batcher.is_waiting and not requests.has(group):
                 yield from self._postprocess(batcher.finish())
@@ -129,19 +149,19 @@ class _SizePass:
         yield from self._postprocess(batcher.finish())
         yield from self._collect(self._postprocessing.finish())
 
-    def _prepare(self, requests: ReadAhead, group: object) -> None:
+    def _prepare(self, batcher: Batcher, requests: ReadAhead, group: object) -> None:
         """Encode the prompts of the rows to admit next."""
-        if self._batcher.room and (batch := requests.take(group, self._batcher.room)):
+        if batcher.room and (batch := requests.take(group, batcher.room)):
             self.unfinished.update((request.key, request) for request in batch)
-            self._batcher.prepare(batch)
+            batcher.prepare(batch)
 
-    def _compile(self) -> None:
+    def _compile(self, batcher: Batcher) -> None:
         """Compile the networks for these shapes.
 
         The time counts as `Stages.compilation`, but not in the seconds of any stage or in the total.
         """
         started = time.perf_counter()
-        self._batcher.compile()
+        batcher.compile()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started

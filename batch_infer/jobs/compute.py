@@ -58,11 +58,12 @@ def _choose_offload(settings: RunSettings, device: Device) -> Offload | None:
     if mode is None:
         return None
     if device.kind != "cuda":
-        raise SettingsError(f"--offload {mode} saves GPU memory, but this run renders on a CPU: leave it out")
+        raise SettingsError(f"--offload {mode} saves GPU memory, but this run renders on a CPU: use `run` without it")
     if settings.model.long_prompts:
         raise SettingsError(f"--offload {mode} and --long-prompts do not work together: leave one out")
-    if mode == "sequential" and settings.model.lora_folder is not None:
-        raise SettingsError("--offload sequential cannot change LoRAs: use --offload model, or leave out --lora-folder")
+    if settings.model.lora_folder is not None:
+        # A LoRA would be added on the CPU or on the GPU, which round differently, depending on what ran before.
+        raise SettingsError(f"--offload {mode} and --lora-folder do not work together: leave one out")
     if mode == "sequential" and settings.model.quantize is not None:
         raise SettingsError(
             f"--offload sequential cannot move quantized layers: use --offload model, or leave out --quantize "

@@ -179,7 +179,8 @@ class _Planner:
             plan.sizes.append(size)
         plan.row_forwards = sum(cost.row_forwards for cost in costs.values())
         plan.ticks = sum(cost.ticks for cost in costs.values())
-        plan.occupancy = round(plan.row_forwards / sum(cost.ticks * cost.slots for cost in costs.values()), 4)
+        available = sum(cost.ticks * cost.slots for cost in costs.values())
+        plan.occupancy = round(plan.row_forwards / available, 4) if available else 0.0
         rendering = sum(size.seconds for size in plan.sizes) / count_parallel(plan.processes, job)
         plan.seconds = reading_seconds + next(iter(rates.values())).start + rendering
         plan.bytes = round(sum(cost.images * rates[size].image_bytes for size, cost in costs.items()))

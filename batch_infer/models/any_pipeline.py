@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import ModelMixin
 
+from batch_infer.accelerator import is_device_error
 from batch_infer.errors import FailedRowError, RowError, SettingsError, first_line
 from batch_infer.models.acceleration import optimize_networks
 from batch_infer.models.card import ModelCard, SamplingRules
@@ -33,25 +34,24 @@ from batch_infer.records import PromptRequest, RowCost, SamplingParams
 from batch_infer.settings import Offload
 from batch_infer.stacking import (
     ENCODE_BATCH,
+    ROW_ERRORS,
     CallEvaluator,
     CallStacker,
     EncoderCache,
     Kind,
     Observer,
+    StackingPlan,
     copy_pipeline,
     make_plan,
     record_pipeline,
 )
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
 
-CPU_DIVISOR = 4
+SMALL_DIVISOR = 4
 """Fraction of the native side for trial calls on a CPU, where calls at the native size would take minutes.
 
-On a GPU they have the native size, since kernels, on which the bytes depend, are chosen by shape.
+On a GPU they have the native size if memory suffices, since kernels, on which the bytes depend, are chosen by shape.
 """
 
 
@@ -78,18 +78,31 @@ class AnyPipeline(RowLoraSwitch):
         self._embeddings: Sequence[Embedding] = ()
         self._guidance = find_guidance_argument(pipeline)
         self._parameters = parameters_of(type(pipeline))
-        # Pipelines with an image processor return tensors, which are copied to the host in background.
+        # Pipelines with an image processor return tensors, which are copied to the host in the background.
         self._output_type = "pt" if hasattr(pipeline, "image_processor") else "np"
         self._rules, self._cache = rules, EncoderCache()
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
         with kept_processors(self.denoiser):
-            native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, CPU_DIVISOR))
-            is_on_cpu = device.type == "cpu"
+            native = partial(self._make_trial_arguments, divisor=1)
             check_pipeline(pipeline, self.denoiser, partial(native, [TRIAL_TEXT], guided=True))
-            self.plan = make_plan(pipeline, small if is_on_cpu else native)
-            if is_on_cpu and self.plan.is_alone:  # perhaps only because the pipeline does not support the size
-                self.plan = make_plan(pipeline, native)
+            self.plan = self._make_plan(native)
+
+    def _make_plan(self, native: Callable[[Sequence[str], bool], dict[str, Any]]) -> StackingPlan:
+        """Try out how calls can be stacked: at the native size, but at a small size if that would take too long.
+
+        Raises torch.OutOfMemoryError if the memory is too small for rows of the small size, too. Free memory does not
+        decide whether rows share calls, because their bytes depend on it.
+        """
+        small = partial(self._make_trial_arguments, divisor=SMALL_DIVISOR)
+        if self.device.type != "cpu":
+            with suppress(torch.OutOfMemoryError):
+                return make_plan(self.pipeline, native)
+            torch.cuda.empty_cache()
+        plan = make_plan(self.pipeline, small)
+        if self.device.type == "cpu" and plan.is_alone:  # perhaps only because the pipeline does not support the size
+            plan = make_plan(self.pipeline, native)
+        return plan
 
     @classmethod
     def load(
@@ -142,7 +155,6 @@ class AnyPipeline(RowLoraSwitch):
         optimize_networks(self.networks, self.device, compiled=True, threads=threads)
 
     def clear_embeddings(self) -> None:
-        """Encode all prompts again from now on."""
         self._cache.clear()
 
     def make_evaluator(self, slots: int, decode_batch: int, observe: Observer) -> CallEvaluator:
@@ -176,7 +188,7 @@ class AnyPipeline(RowLoraSwitch):
                 f"{name} makes images of {width}x{height} pixels instead of {params.width}x{params.height}; try "
                 "multiples of 32"
             )
-        return images[0].float()
+        return images[0].to(self.device, torch.float32)
 
     def count_cost(self, params: SamplingParams, negative_prompt: str | None) -> RowCost:
         """Return the cost of a row, counted in a call that reuses the results of the first call of each network.
@@ -191,6 +203,10 @@ class AnyPipeline(RowLoraSwitch):
             calls = record_pipeline(row_pipeline, self.plan.networks, arguments, self._recorded)
         except REFUSALS as error:
             raise self._refuse(error) from error
+        except ROW_ERRORS as error:
+            if is_device_error(error):
+                raise
+            raise FailedRowError(f"{type(self.pipeline).__name__} failed: {first_line(error)}") from error
         counts = [
             self.plan.count_elements(call.network, call.arguments) for call in calls if call.network.kind == "denoise"
         ]
@@ -218,9 +234,6 @@ class AnyPipeline(RowLoraSwitch):
             return stacker.next_call()
         finally:
             stacker.close()
-
-    def _forget_texts(self) -> None:
-        self._cache.clear()
 
     def _refuse(self, error: Exception) -> RowError:
         return RowError(f"{type(self.pipeline).__name__} does not support this row: {first_line(error)}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -22,9 +21,7 @@ from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.tokens import TokenCounter
 from batch_infer.records import PromptRequest, SamplingParams
 from batch_infer.settings import Offload
-
-if TYPE_CHECKING:
-    pass
+from batch_infer.stacking import EncoderCache
 
 TEXT_BATCH = 8
 """Number of texts, after padding, that the encoder gets together. Other numbers change embeddings by about 1e-8."""
@@ -49,35 +46,23 @@ class EmbeddingCache:
     """Caches the most recently used embeddings for rows with equal prompts or negative prompts."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
-        self._contexts: OrderedDict[str, Context] = OrderedDict()
+        self._cache = EncoderCache(max_bytes)
 
     def get(self, texts: Iterable[str], encode: Callable[[Sequence[str]], Iterable[Context]]) -> Mapping[str, Context]:
         """Map texts to their embeddings. `encode` gets the texts not cached, padded to TEXT_BATCH per call."""
         requested = set(texts)
-        for text in requested & self._contexts.keys():
-            self._contexts.move_to_end(text)
-        missing = sorted(requested - self._contexts.keys())
+        embeddings: dict[str, Context] = {
+            text: context for text in requested if (context := self._cache.get(text)) is not None
+        }
+        missing = sorted(requested - embeddings.keys())
         for start in range(0, len(missing), TEXT_BATCH):
             batch = missing[start : start + TEXT_BATCH]
             padding = [""] * (TEXT_BATCH - len(batch))
             for text, context in zip(batch, encode(batch + padding), strict=False):
                 # A view would retain the memory of the whole batch.
-                self._contexts[text] = {name: part.clone() for name, part in context.items()}
-                self._bytes += _count_bytes(self._contexts[text])
-        embeddings = {text: self._contexts[text] for text in requested}
-        while self._bytes > self._max_bytes:
-            self._bytes -= _count_bytes(self._contexts.popitem(last=False)[1])
+                embeddings[text] = {name: part.clone() for name, part in context.items()}
+                self._cache.put(text, embeddings[text])
         return embeddings
-
-    def clear(self) -> None:
-        """Remove all embeddings."""
-        self._contexts.clear()
-        self._bytes = 0
-
-
-def _count_bytes(context: Context) -> int:
-    return sum(part.nbytes for part in context.values())
 
 
 class LatentDiffusion(RowLoraSwitch):
@@ -109,7 +94,7 @@ class LatentDiffusion(RowLoraSwitch):
         self._encoder: Callable[[Sequence[str]], list[Context]] | None = None
         self._windows = windows
         self._embedding_tokens: Sequence[Embedding] = ()
-        self._forget_texts()
+        self.clear_embeddings()
 
     @classmethod
     def load(
@@ -162,8 +147,7 @@ class LatentDiffusion(RowLoraSwitch):
             tokenizers = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
             self._counter = TokenCounter(*filter(None, tokenizers), embeddings=embeddings)
 
-    def _forget_texts(self) -> None:
-        """Drop embeddings that text encoders with other weights have computed."""
+    def clear_embeddings(self) -> None:
         self._embeddings = EmbeddingCache()
         if self._windows > 1:
             from batch_infer.models.long_prompts import LongPrompts
@@ -202,10 +186,6 @@ class LatentDiffusion(RowLoraSwitch):
             truncated = count > self._counter.max_tokens
             conditionings.append(Conditioning(({**prompt, **extra}, unconditional), count, truncated))
         return conditionings
-
-    def clear_embeddings(self) -> None:
-        """Encode all prompts again from now on."""
-        self._embeddings.clear()
 
     @torch.inference_mode()
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor:

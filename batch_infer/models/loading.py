@@ -13,7 +13,8 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from batch_infer.errors import ModelError
+from batch_infer.accelerator import out_of_memory_errors
+from batch_infer.errors import FailedRowError, ModelError
 from batch_infer.models.card import ModelCard
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.tokens import limit_tokenizer
@@ -143,17 +144,23 @@ class RowLoraSwitch:
     _row_loras: RowLoras | None = None
 
     def use_lora(self, lora: Lora | None) -> None:
-        """Add a LoRA to the weights for the next rows, or remove it with None. Raises RowError if it does not fit."""
+        """Add a LoRA to the weights for the next rows, or remove it with None.
+
+        Raises RowError if it does not fit, and FailedRowError if its file was changed or memory is too small for it.
+        """
         if self._row_loras is None:
             from batch_infer.models.lora_fusing import RowLoras  # imports peft
 
             self._row_loras = RowLoras(self.pipeline)
         try:
-            self._row_loras.use(lora)
+            with out_of_memory_errors():
+                self._row_loras.use(lora)
+        except torch.OutOfMemoryError as error:
+            raise FailedRowError(f"{lora or 'the model'} does not fit into the device's memory") from error
         finally:
             self.lora = self._row_loras.current
-            self._forget_texts()
+            self.clear_embeddings()
 
-    def _forget_texts(self) -> None:
-        """Drop embeddings that text encoders with other weights have computed."""
+    def clear_embeddings(self) -> None:
+        """Encode all prompts again from now on, for example with other weights."""
         raise NotImplementedError

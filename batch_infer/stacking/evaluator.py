@@ -59,6 +59,10 @@ class CallEvaluator:
 
         return make
 
+    def release(self) -> None:
+        """Drop the tensors that are kept for the next call."""
+        self._reused.clear()
+
     def _prepare(self, calls: Sequence[Call[Any]]) -> tuple[Stack, dict[str, Any]]:
         network = calls[0].network
         axes, texts = self.plan.axes[network.name], self.plan.stand_ins.get(network.name, ())

@@ -61,7 +61,7 @@ class Row(Generic[Tag]):
     admitted: float | None = None
     """When the row was admitted to the slots, by time.perf_counter."""
     paused_at: int = 0
-    """The number of ticks before the row paused at its call."""
+    """The number of ticks before the row was admitted or paused at its call."""
     result: Any = None
     error: Exception | None = None
     known: dict[str, dict[str, tuple[Any, int, int]]] = field(default_factory=dict)

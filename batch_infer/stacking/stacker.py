@@ -28,7 +28,7 @@ from batch_infer.stacking.trees import UnstackableError, clone_tensors
 ENCODE_BATCH = 4
 """Batch elements of a text encoder call. A row with guidance often needs two."""
 MAX_WAITING_TICKS = 16
-"""Ticks after which a row's denoiser call is made, even if the calls of more rows could be made instead."""
+"""Ticks for which the call of an admitted row may wait while larger groups of calls are made."""
 ROW_ERRORS = (
     ValueError,
     TypeError,
@@ -92,7 +92,7 @@ class CallStacker(Generic[Tag]):
     def admit(self) -> None:
         """Admit waiting rows, as far as slots are free."""
         for row in self.waiting.admit(self.free_slots):
-            row.admitted = time.perf_counter()
+            row.admitted, row.paused_at = time.perf_counter(), self._ticks
 
     @torch.no_grad()
     def tick(self) -> None:
@@ -119,14 +119,19 @@ class CallStacker(Generic[Tag]):
 
     @torch.no_grad()
     def close(self) -> None:
-        """End all rows and restore the networks' methods."""
+        """End all rows, restore the networks' methods, and drop all tensors."""
+        rows = list(self._rows.values())
         try:
-            for row in list(self._rows.values()):
+            for row in rows:
                 row.greenlet.throw()  # GreenletExit, which leaves the pipeline's with-blocks
         finally:
+            for row in rows:
+                row.call = None  # a call and its row refer to each other, so they would wait for garbage collection
+                row.known.clear()
             self._rows.clear()
             self.waiting.clear()
             self._replacements.close()
+            self.evaluator.release()
 
     # In the greenlet of the caller
 
@@ -190,9 +195,9 @@ class CallStacker(Generic[Tag]):
         for row in self._rows.values():
             if row.is_denoising and row.call is not None:
                 groups.setdefault(row.call.group, []).append(row.call)
-        longest = min(groups.values(), key=_paused_at)
-        is_overdue = self._ticks - _paused_at(longest) >= MAX_WAITING_TICKS
-        return self._fit(longest if is_overdue else max(groups.values(), key=count_elements))
+        oldest = min(groups.values(), key=_paused_at)
+        is_overdue = self._ticks - _paused_at(oldest) >= MAX_WAITING_TICKS
+        return self._fit(oldest if is_overdue else max(groups.values(), key=count_elements))
 
     def _next_group(self, kind: Kind, min_elements: int) -> list[Call[Tag]]:
         """Return calls that can share a stack, if they have at least `min_elements` or cannot be stacked."""

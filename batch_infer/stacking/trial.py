@@ -29,7 +29,7 @@ MakeArguments = Callable[[Sequence[str], bool], Mapping[str, Any]]
 
 
 def make_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
-    """Return how the calls of a pipeline's networks can be stacked. Raises device errors except out of memory.
+    """Return how the calls of a pipeline's networks can be stacked. Raises errors of the device.
 
     The pipeline is called with short and long texts, with and without guidance. Calls are stacked only if, at the first
     step, each row gets the result of its own call, and the same bytes alone and among other rows.
@@ -48,8 +48,6 @@ def _try_plan(pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) 
     try:
         with out_of_memory_errors():
             return _Trial(pipeline, make_arguments, plan).run()
-    except torch.OutOfMemoryError:
-        reason = "there is too little memory to try calls with two rows"
     except ROW_ERRORS as error:
         if is_device_error(error):
             raise
