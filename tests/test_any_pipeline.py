@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -24,16 +25,17 @@ from safetensors.torch import load_file, save_file
 
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
-from batch_infer.models import AnyPipeline, ModelCard, read_card
+from batch_infer.models import AnyPipeline, ModelCard, any_pipeline, read_card
 from batch_infer.models.pipeline_rules import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import ModelSettings, SchedulerSpec
 from batch_infer.stacking import trial
-from tests import stackers
+from tests import painting, stackers
 from tests.checkpoints import amend
 from tests.oracle import call_diffusers
+from tests.painting import load_painting
 from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
 from tests.rendering import CPU, copy_folder, make_request, max_difference
 from tests.runs import QUICK, CommandResult, assert_whole, command, hashes, results, run, run_json, start, wait_for
@@ -290,6 +292,36 @@ def test_a_device_lost_during_trial_calls_is_reported(
     monkeypatch.setattr(trial, "compare_calls", fail)
     with pytest.raises(RuntimeError, match="cuDNN error"):
         load_model(folders["flux"])
+
+
+def test_free_memory_does_not_decide_whether_rows_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trial calls that do not fit into a GPU's memory are repeated at a small size, or the model does not fit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(painting.Denoiser, "memory", 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            load_painting()
+    sides: list[Any] = []
+
+    def try_plan(_: Any, make_arguments: Any) -> str:
+        sides.append(make_arguments(["a"], True))
+        if len(sides) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "plan"
+
+    monkeypatch.setattr(any_pipeline, "make_plan", try_plan)
+    model: Any = SimpleNamespace(
+        device=torch.device("cuda"), pipeline=None, _make_trial_arguments=lambda *_, divisor: 512 // divisor
+    )
+    assert AnyPipeline._make_plan(model, lambda *_: {"height": 512}) == "plan"  # type: ignore[comparison-overlap]
+    assert sides == [{"height": 512}, 128]
+
+
+def test_an_image_on_the_host_moves_to_the_device() -> None:
+    """Otherwise the stream that decodes could not use it."""
+    model: Any = SimpleNamespace(pipeline=None, device=torch.device("meta"))
+    request = make_request("row", size=(64, 64))
+    image = AnyPipeline.read_image(model, request, (np.zeros((1, 64, 64, 3)),), None)
+    assert (image.device.type, image.shape, image.dtype) == ("meta", (3, 64, 64), torch.float32)
 
 
 def test_a_size_that_the_pipeline_rounds_is_refused(models: dict[str, AnyPipeline]) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from batch_infer.autotune import cache, plateau
+from batch_infer.autotune import cache, calibration, plateau
 from batch_infer.autotune.plateau import find_plateau
 from batch_infer.diffusion import Context
 from batch_infer.errors import RowError
+from batch_infer.models import SamplingRules
 from batch_infer.records import SamplingParams
+from batch_infer.settings import Compute, SafetySettings
 from tests.clocks import Clock
 from tests.fakes import MemoryLimitedPainter, Painter
-from tests.painting import StoringPipeline, load_painting, paint_row
+from tests.painting import RULES, PaintingPipeline, StoringPipeline, load_painting, paint_row
 from tests.runs import command, run, run_json
 from tests.stackers import assert_restored
 from tests.tables import write_csv
 
 PARAMS = SamplingParams(16, 16, 50, 7.5, 0.0)
+COMPUTE = Compute("cpu", "float32", slots=4, decode_batch=2, threads=1)
 
 
 class FakeDevice(Painter):
@@ -94,6 +100,48 @@ def test_rows_that_run_alone_need_no_search() -> None:
 def test_steps_that_any_pipeline_refuses_are_reported() -> None:
     with pytest.raises(RowError, match="PaintingPipeline does not support this row"):
         find_plateau(load_painting(), paint_row(steps=0).params)
+
+
+class TwoStepPipeline(PaintingPipeline):
+    """Accepts only two steps, as SANA-Sprint does."""
+
+    @wraps(PaintingPipeline.__call__)
+    def __call__(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        if options["num_inference_steps"] != 2:
+            raise ValueError("only 2 steps are supported")
+        return super().__call__(*args, **options)
+
+
+def card_of(rules: SamplingRules) -> Any:
+    return SimpleNamespace(
+        uses_pipeline_call=True,
+        num_inference_steps=rules.num_inference_steps,
+        guidance_scale=rules.guidance_scale,
+        embedded_guidance=False,
+        sizes=rules.sizes,
+        quantize=None,
+    )
+
+
+def test_rates_of_a_pipeline_with_one_step_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = replace(RULES, num_inference_steps=2)
+    model = load_painting(TwoStepPipeline, rules)
+    monkeypatch.setattr(calibration, "_load_model", lambda *_: (model, 0.5))
+    rates = calibration.measure_rates(card_of(rules), COMPUTE, SafetySettings(), "png", (32, 32))
+    assert rates.start == 0.5
+    assert rates.tick > 0
+
+
+def test_a_size_that_a_pipeline_refuses_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are invalid, whatever the batch sizes are."""
+
+    def refuse(*_: Any) -> None:
+        raise RowError("PaintingPipeline does not support this row")
+
+    monkeypatch.setattr(calibration, "_load_model", lambda *_: (load_painting(), 0.5))
+    monkeypatch.setattr(plateau, "find_plateau", refuse)
+    result = calibration.measure_plateau(card_of(RULES), COMPUTE, SafetySettings(), (32, 32))
+    assert (result.slots, result.decode_batch) == (2, 1)
 
 
 @pytest.mark.promises
