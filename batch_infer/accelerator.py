@@ -49,7 +49,7 @@ def set_float32_precision(dtype: torch.dtype) -> None:
     """Disable TF32, torch's default for float32 convolutions in cuDNN, if the model is float32.
 
     TF32 is enabled for half-precision models. Stable Diffusion XL then still decodes in float32, but from the output of
-    a half-precision UNet, which is no more precise than TF32.
+    a half-precision denoiser, which is no more precise than TF32.
     """
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds by stage, and counts of images and UNet calls.
+    """Seconds by stage, and counts of images and denoiser calls.
 
     `seconds` is the total without `compilation`, the time to compile networks for new shapes. With step-level
-    batching on a GPU, decoding and checking run concurrently with the UNet, so the seconds of these stages overlap.
-    `ticks` counts UNet calls, `slot_ticks` their batch elements, and `row_forwards` the elements that belong to a row.
-    `started_at` is the start of the first UNet call, and `ended_at` the end of the last.
+    batching on a GPU, decoding and checking run concurrently with the denoiser, so the seconds of these stages overlap.
+    `ticks` counts denoiser calls, `slot_ticks` their batch elements, and `row_forwards` the elements that belong to a
+    row. `started_at` is the start of the first denoiser call, and `ended_at` the end of the last.
     """
 
     encode: float = 0.0
@@ -43,12 +43,12 @@ class Stages:
 
     @property
     def occupancy(self) -> float:
-        """Share of UNet batch elements that belong to a row."""
+        """Share of denoiser batch elements that belong to a row."""
         return self.row_forwards / self.slot_ticks if self.slot_ticks else 0.0
 
     @property
     def span(self) -> float:
-        """Seconds from the start of the first UNet call to the end of the last."""
+        """Seconds from the start of the first denoiser call to the end of the last."""
         return max(0.0, self.ended_at - self.started_at)
 
     @property

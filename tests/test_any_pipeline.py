@@ -308,7 +308,7 @@ def test_free_memory_does_not_decide_whether_rows_share_calls(monkeypatch: pytes
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "plan"
 
-    monkeypatch.setattr(any_pipeline, "make_plan", try_plan)
+    monkeypatch.setattr(any_pipeline, "make_stacking_plan", try_plan)
     model: Any = SimpleNamespace(
         device=torch.device("cuda"), pipeline=None, _make_trial_arguments=lambda *_, divisor: 512 // divisor
     )

@@ -18,7 +18,7 @@ HALVED = "out of memory at 64x64 pixels: continuing with 4 slots instead of 8"
 
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make UNet calls with more than 4 rows run out of memory."""
+    """Make denoiser calls with more than 4 rows run out of memory."""
     denoise = StableDiffusion.denoise
 
     def refuse(self: Any, sample: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rows enter and leave a UNet batch of one shape."""
+"""Rows enter and leave a denoiser batch of one shape."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ MIXED = [
     ["e", "a purple triangle", "", "3", "72", "4", "9.5", ""],
     ["f", "a sky background", "red", "", "", "2", "2", "3"],
 ]
-"""Rows of different sizes, steps and guidance, which share UNet calls."""
+"""Rows of different sizes, steps and guidance, which share denoiser calls."""
 
 
 def open_image(out: Path, row: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ log = logging.getLogger("batch_infer")
 class Rates:
     """Costs of rendering images of one size. Times are in seconds.
 
-    `start` is the time until the model is loaded, `tick` the time of one UNet call over all slots, and `image` the
+    `start` is the time until the model is loaded, `tick` the time of one denoiser call over all slots, and `image` the
     remaining rendering time per image. On a CPU, a measured `image` includes the encoding of the image file, which
     shares the cores. `image_bytes` is the mean size of an image file.
     """
@@ -38,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Batch sizes for one image size: batch elements per UNet call, and images per decode.
+    """Batch sizes for one image size: batch elements per denoiser call, and images per decode.
 
     They are at the throughput plateau, or smaller if a run with the sizes at the plateau ran out of memory.
     """

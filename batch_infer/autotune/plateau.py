@@ -100,7 +100,7 @@ def _synchronize() -> None:
 
 
 def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:
-    """Return a function that makes one UNet call with all `size` slots filled."""
+    """Return a function that makes one denoiser call with all `size` slots filled."""
     latent_shape = model.latent_shape(params.height, params.width)
     slots: Slots[None] = Slots(model, size, latent_shape, model.device, model.dtype)
     table = model.solver.table(params.num_inference_steps)

@@ -5,10 +5,11 @@ image, in order: `prompt`, `generated_image` (a file in base64) and `nsfw_conten
 Only an object without an image also has `error`.
 
 `data` contains prompts, lists or objects. The columns are the same as in tables: negative_prompt, seed,
-num_inference_steps, guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id. Other columns, and
-`index`, are ignored. `parameters` or `params`, in `input_data` or next to it, contains default values for all rows. As
-in tables, a missing seed is derived from BATCH_INFER_SEED and the row's id or, without an id, the row's number.
-Therefore the same request returns the same images. Send a `seed` for other images.
+num_inference_steps, guidance_scale, guidance_rescale, height, width, num_images_per_prompt, id and, with
+BATCH_INFER_LORA_FOLDER, lora. Other columns, and `index`, are ignored. `parameters` or `params`, in `input_data` or
+next to it, contains default values for all rows. As in tables, a missing seed is derived from BATCH_INFER_SEED and the
+row's id or, without an id, the row's number. Therefore the same request returns the same images. Send a `seed` for
+other images.
 
 The object of an invalid row, such as one with a prompt of more than 10,000 characters, has the reason in `error`. A
 malformed request, an unknown key or parameter, an invalid parameter, or a row with too few or too many cells gets
@@ -19,7 +20,7 @@ status 400 and a body that has the key `message` instead of `error`. Once the se
 disconnected, it renders no further rows of its request.
 
 Settings are the BATCH_INFER_* variables. The server has one thread by default. With GUNICORN_CMD_ARGS="--threads 32",
-rows of concurrent requests share the UNet calls.
+rows of concurrent requests share the denoiser calls.
 """
 
 from __future__ import annotations

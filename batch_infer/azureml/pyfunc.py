@@ -26,7 +26,7 @@ _OUTPUT = "AZUREML_BI_OUTPUT_PATH"
 
 
 class PromptsToImages:
-    """Renders the prompts of a DataFrame. Rows of concurrent calls share UNet calls."""
+    """Renders the prompts of a DataFrame. Rows of concurrent calls share denoiser calls."""
 
     def load_context(self, context: Any) -> None:
         """Load the model. Environment variables override variables packaged with the model. Raises UsageError."""

@@ -137,7 +137,7 @@ class ReadAhead:
 
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """Batch elements per UNet call (`slots`) and images per decoder or checker call (`decode`).
+    """Batch elements per denoiser call (`slots`) and images per decoder or checker call (`decode`).
 
     A row with guidance uses two slots. `by_size` overrides both values for individual image sizes.
     """

@@ -1,4 +1,4 @@
-"""Provide CUDA streams for work that runs concurrently with the UNet, and time and pace UNet calls."""
+"""Provide CUDA streams for work that runs concurrently with the denoiser, and time and pace denoiser calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batch_infer.models import Conditioning, LatentDiffusion
 
 CALLS_AHEAD = 3
-"""Maximum number of unfinished UNet calls on a GPU when the host submits another one.
+"""Maximum number of unfinished denoiser calls on a GPU when the host submits another one.
 
 This is enough to keep the GPU busy, and few enough to limit memory.
 """
@@ -29,15 +29,15 @@ def stream_for(device: torch.device, purpose: Literal["encode", "postprocess"]) 
     """Return the stream for a purpose, or None on a CPU.
 
     Streams are reused, because torch caches freed memory per stream. They have high priority: their short kernels would
-    otherwise queue behind the kernels of a whole UNet call.
+    otherwise queue behind the kernels of a whole denoiser call.
     """
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest]) -> list[Conditioning]:
-    """Encode prompts. On a GPU, a separate stream is used, so that small copies do not wait for UNet calls.
+    """Encode prompts. On a GPU, a separate stream is used, so that small copies do not wait for denoiser calls.
 
-    Later work on the UNet's stream waits for the encoding to end, but the host need not.
+    Later work on the denoiser's stream waits for the encoding to end, but the host need not.
     """
     stream = stream_for(model.device, "encode")
     if stream is None:
@@ -52,12 +52,12 @@ def encode_concurrently(model: LatentDiffusion, requests: Sequence[PromptRequest
         for part in conditioning.context:
             for tensor in (part or {}).values():
                 if tensor.is_cuda:
-                    tensor.record_stream(unet_stream)  # keeps its memory until the UNet has read it
+                    tensor.record_stream(unet_stream)  # keeps its memory until the denoiser has read it
     return conditionings
 
 
 class Pacer:
-    """Adds the seconds of UNet calls on a CPU, where a call is complete when it returns, to the stages."""
+    """Adds the seconds of denoiser calls on a CPU, where a call is complete when it returns, to the stages."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages

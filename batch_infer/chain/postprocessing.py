@@ -29,9 +29,9 @@ MIN_MICRO_BATCHES_AHEAD = 2
 class Postprocessing:
     """Decodes and checks finished rows.
 
-    With `in_background`, the default on a GPU, this happens on a separate thread, so that the next UNet call does not
-    wait for it. Otherwise it happens in the calling thread: on a CPU, a second torch thread would compete for the same
-    cores. A GPU uses a separate stream in both cases.
+    With `in_background`, the default on a GPU, this happens on a separate thread, so that the next denoiser call does
+    not wait for it. Otherwise it happens in the calling thread: on a CPU, a second torch thread would compete for the
+    same cores. A GPU uses a separate stream in both cases.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Postprocessing:
         self._rows: list[FinishedRow[Tag]] = []
         """Rows that wait until a micro-batch is full."""
         self.micro_batches_ahead = max(MIN_MICRO_BATCHES_AHEAD, 2 * self.slots // self._batch)
-        """Maximum number of unfinished micro-batches. The next UNet call waits if there are more.
+        """Maximum number of unfinished micro-batches. The next denoiser call waits if there are more.
 
-        Rows that are admitted together and have equal step counts finish in one UNet call. The queue has room for all
-        of them while those of an earlier call are still being decoded. The latents of a waiting row take 64 KiB if they
-        have 4x64x64 values.
+        Rows that are admitted together and have equal step counts finish in one denoiser call. The queue has room for
+        all of them while those of an earlier call are still being decoded. The latents of a waiting row take 64 KiB if
+        they have 4x64x64 values.
         """
         self._futures: deque[Future[list[RowOutcome]]] = deque()
         self._pool = ThreadPoolExecutor(1, "postprocessing") if in_background else None

@@ -167,9 +167,9 @@ model_options = (
         "--batch-size",
         type=parse_slots,
         metavar="N|auto",
-        help="UNet batch size, in batch elements; a row with guidance takes two. auto measures, once for each device, "
-        "model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a GPU. "
-        "Halved if the device runs out of memory.",
+        help="Batch size of the denoiser; a row with guidance usually takes two elements. auto measures, once for each "
+        "device, model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a "
+        "GPU. Halved if the device runs out of memory.",
     ),
     option(
         "--threads",
@@ -183,7 +183,7 @@ model_options = (
         envvar="BATCH_INFER_COMPILE",
         default=None,
         help="Compile the networks with torch.compile, which takes a minute or more for each size. Default: yes on a "
-        "GPU if Triton and a C compiler are installed.",
+        "GPU if Triton and a C compiler are installed, but no for models that run in their diffusers pipeline.",
     ),
 )
 

@@ -42,9 +42,9 @@ TOO_SHORT = "too short: the run would stop with exit code 75, and the same comma
 def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any) -> int:
     """Show what `run` would do, without rendering.
 
-    It takes the options of `run`, validates every row, lists invalid rows with the reasons, and shows image sizes, UNet
-    evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space and,
-    with --price-per-hour, cost. Rows that are already finished in OUT add nothing to these figures. The time is
+    It takes the options of `run`, validates every row, lists invalid rows with the reasons, and shows image sizes,
+    denoiser evaluations (a row with guidance takes two per step; the key in --json is row_forwards), time, disk space
+    and, with --price-per-hour, cost. Rows that are already finished in OUT add nothing to these figures. The time is
     estimated from a short calibration or the last run; both are remembered. With --time-limit, plan says whether the
     limit is sufficient (with -q, only if it is not).
 
@@ -116,10 +116,10 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
 
     if reasons := format_reasons(plan.reasons, plan.changes):
         yield f"{plan.pending:,} to render: {reasons}"
-    yield f"{'size':12}{'images':>12}{'evaluations':>16}{'UNet calls':>14}{'device time':>16}"
+    yield f"{'size':12}{'images':>12}{'evaluations':>16}{'denoiser calls':>16}{'device time':>16}"
     for size in plan.sizes:
         name, seconds = f"{size.width}x{size.height}", format_duration(size.seconds)
-        yield f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:14,}{seconds:>16}"
+        yield f"{name:12}{size.images:12,}{size.row_forwards:16,}{size.ticks:16,}{seconds:>16}"
     slots = [size.slots for size in plan.sizes]
     slot_range = " to ".join(map(str, sorted({min(slots), max(slots)})))
     yield f"slots    {slot_range}, occupancy {plan.occupancy:.0%}"

@@ -39,7 +39,8 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
     TABLE is a file (.csv, .tsv, .parquet, .pq, .parq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or
     .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
     `prompt` is required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale,
-    guidance_rescale and num_images_per_prompt are optional, and all other columns are carried through to the results.
+    guidance_rescale, num_images_per_prompt and, with --lora-folder, lora are optional, and all other columns are
+    carried through to the results.
     Folders named key=value in a file's path become columns too.
 
     Run the same command again to resume: it skips finished rows and renders new and changed ones.

@@ -1,4 +1,4 @@
-"""Denoise latents: many rows share a UNet call, and each may be at a different step of its sampler.
+"""Denoise latents: many rows share a denoiser call, and each may be at a different step of its sampler.
 
 Slots holds the rows of a batch. Solver computes the coefficients that advance a row as its diffusers scheduler would.
 """

@@ -1,8 +1,8 @@
-"""Pack rows into a UNet batch of fixed shape. A row can enter or leave the batch between any two UNet calls.
+"""Pack rows into a denoiser batch of fixed shape. A row can enter or leave the batch between any two denoiser calls.
 
 A slot is one batch position. A row with guidance uses two slots, a row without guidance one. Rows with any step count,
-guidance and progress share a UNet call, and a finished row frees its slots for another row. Because the shape of the
-batch never changes, the bytes of a row do not depend on its neighbours.
+guidance and progress share a denoiser call, and a finished row frees its slots for another row. Because the shape of
+the batch never changes, the bytes of a row do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ The tensors of a single slot's context have no batch dimension. Those passed to 
 
 
 class Denoiser(Protocol):
-    """Calls a UNet: sample (N, C, h, w), timestep (N,), context tensors (N, ...) -> model output (N, C, h, w)."""
+    """Calls a denoiser: sample (N, C, h, w), timestep (N,), context tensors (N, ...) -> model output (N, C, h, w)."""
 
     def denoise(self, sample: torch.Tensor, timestep: torch.Tensor, context: Context) -> torch.Tensor: ...
 
@@ -72,10 +72,10 @@ def draw_noise(shape: tuple[int, int, int], generator: torch.Generator, *, pinne
 
 
 class Slots(Generic[Tag]):
-    """Holds rows in `size` slots, for latents of one shape (C, h, w), on the UNet's device.
+    """Holds rows in `size` slots, for latents of one shape (C, h, w), on the denoiser's device.
 
-    Samples and terms (initial noise, model outputs, noise drawn at later steps) are float32 for any UNet dtype. With
-    4x64x64 latents, the terms of a row with 1,000 UNet calls take 66 MB, or 131 MB with a draw after each call.
+    Samples and terms (initial noise, model outputs, noise drawn at later steps) are float32 for any denoiser dtype.
+    With 4x64x64 latents, the terms of a row with 1,000 denoiser calls take 66 MB, or 131 MB with a draw after each.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Slots(Generic[Tag]):
 
     @torch.inference_mode()
     def tick(self) -> list[FinishedRow[Tag]]:
-        """Make one UNet call with all slots, advance each row by a line of its table, and return the finished rows."""
+        """Make one denoiser call, advance each row by a line of its table, and return the finished rows."""
         output = self.evaluate().float()
         guided = guide(output[self._conditional], output[self._unconditional], self._scale, self._rescale)
         advanced = [self._advance(index, guided[index]) for index in list(self._rows)]
@@ -148,7 +148,7 @@ class Slots(Generic[Tag]):
 
     @torch.inference_mode()
     def evaluate(self) -> torch.Tensor:
-        """Call the UNet without advancing rows. Return its output (slots, C, h, w) in the UNet's dtype."""
+        """Call the denoiser without advancing rows. Return its output (slots, C, h, w) in the denoiser's dtype."""
         if self._is_layout_stale:
             self._send_layout()
         timestep, input_scale = self._send_steps()

@@ -1,4 +1,4 @@
-"""Convert a diffusers scheduler to tables of coefficients. At each UNet call, a row advances by one line of its table.
+"""Convert a diffusers scheduler to tables of coefficients. At each denoiser call, a row advances by one line of it.
 
 The samples of most schedulers are linear in the initial noise, the model outputs and the noise that they draw. Running
 such a scheduler once on basis vectors yields these linear maps for any solver (DDIM, PNDM, Heun, UniPC, Euler

@@ -70,7 +70,7 @@ class SupervisorConnection:
             os._exit(1)
 
     def stop(self) -> bool:
-        """Return whether to stop. The chain calls this before each UNet call or batch, so it also sends heartbeats."""
+        """Return whether to stop. The chain calls this before each denoiser call, so it also sends heartbeats."""
         now = time.monotonic()
         if self._last_heartbeat is None:  # the first call precedes the first step, and only starts the clock
             self._last_heartbeat = now

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_MEASURED_SIZES = 4
 """Maximum number of image sizes to measure. The values of other sizes are scaled from the nearest measured size."""
 MIN_TICKS = 100
-"""Minimum number of UNet calls at one image size for a run's rates to be reliable."""
+"""Minimum number of denoiser calls at one image size for a run's rates to be reliable."""
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -113,7 +113,7 @@ def _measure_rates(size: Size, job: Job, probe: Probe) -> Rates:
 
 
 def remember_rates(job: Job, by_size: Mapping[Size, Stages], image_bytes: Mapping[Size, int], startup: float) -> None:
-    """Save the rates of a run for sizes with enough UNet calls. They are more accurate than a short measurement's.
+    """Save the rates of a run for sizes with enough denoiser calls. They are more accurate than a short measurement's.
 
     `image_bytes` is the total file size of all images of a size. `startup` is the number of seconds until the first
     worker is ready, without the time to scan tables.

@@ -113,13 +113,13 @@ class Throughput:
 class Summary(JsonStruct, rename={"unfinished": "undone"}):
     """Results and performance of one run. Only `counts` includes results of earlier runs.
 
-    `row_forwards` counts the UNet batch elements that belong to a row, and `ticks` UNet calls. `occupancy` is the share
-    of UNet batch elements that belong to a row. `unet_busy` is the share of time spent in UNet calls between the first
-    and the last call. `mfu` is the model FLOPS utilisation, or None if it is unknown. `stage_shares` are shares of the
-    sum of all stages' times, since stages overlap on a GPU. Shares cover all workers together. `processes` is the
-    number of workers, or 0 if nothing was rendered or the command itself rendered, and `deaths` the number of workers
-    that died. `peak_memory` is the maximum over processes, in bytes. `unfinished` results remain for the next run.
-    `rendered` and `rendering_seconds` come from `Throughput`.
+    `row_forwards` counts the batch elements of denoiser calls that belong to a row, and `ticks` the calls. `occupancy`
+    is the share of all batch elements that belong to a row. `unet_busy` is the share of time spent in denoiser calls
+    between the first and the last call. `mfu` is the model FLOPS utilisation, or None if it is unknown. `stage_shares`
+    are shares of the sum of all stages' times, since stages overlap on a GPU. Shares cover all workers together.
+    `processes` is the number of workers, or 0 if nothing was rendered or the command itself rendered, and `deaths` the
+    number of workers that died. `peak_memory` is the maximum over processes, in bytes. `unfinished` results remain for
+    the next run. `rendered` and `rendering_seconds` come from `Throughput`.
     """
 
     counts: Counts = msgspec.field(default_factory=Counts)
@@ -146,7 +146,7 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
         totals = [worker.total for worker in report.worker_reports]
         stages = sum(totals, Stages())
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
-        if not stages.ticks:  # stopped before the first UNet call
+        if not stages.ticks:  # stopped before the first denoiser call
             return
         self.occupancy = round(stages.occupancy, 4)
         self.stage_shares = stages.shares

@@ -42,7 +42,7 @@ from batch_infer.stacking import (
     Observer,
     StackingPlan,
     copy_pipeline,
-    make_plan,
+    make_stacking_plan,
     record_pipeline,
 )
 
@@ -97,11 +97,11 @@ class AnyPipeline(RowLoraSwitch):
         small = partial(self._make_trial_arguments, divisor=SMALL_DIVISOR)
         if self.device.type != "cpu":
             with suppress(torch.OutOfMemoryError):
-                return make_plan(self.pipeline, native)
+                return make_stacking_plan(self.pipeline, native)
             torch.cuda.empty_cache()
-        plan = make_plan(self.pipeline, small)
+        plan = make_stacking_plan(self.pipeline, small)
         if self.device.type == "cpu" and plan.is_alone:  # perhaps only because the pipeline does not support the size
-            plan = make_plan(self.pipeline, native)
+            plan = make_stacking_plan(self.pipeline, native)
         return plan
 
     @classmethod

@@ -35,7 +35,7 @@ class RequestQueue:
     Rows with the same `group_key` form a group. A chain renders one group at a time, and empties its slots before the
     next group. Therefore rows of the current group come first, but for at most MAX_WAIT_SECONDS.
 
-    The chain gets no further row once its rows have `limit` UNet evaluations per step. A chain that reads far ahead
+    The chain gets no further row once its rows have `limit` denoiser evaluations per step. A chain that reads far ahead
     would delay other clients, and it renders the rows that it has read even if their client disconnects.
     """
 

@@ -24,9 +24,9 @@ from batch_infer.table import FindLora, RowRules
 from batch_infer.worker import ChainLoader, load_chain
 
 DEFAULT_SLOTS = 8
-"""Default UNet batch size. It is small because a single client also waits for empty slots to be computed."""
+"""Default denoiser batch size. It is small because a single client also waits for empty slots to be computed."""
 MIN_READ_AHEAD = 8
-"""Minimum read-ahead of the chain: UNet evaluations per step of the rows that it may take beyond its slots."""
+"""Minimum read-ahead of the chain: denoiser evaluations per step of the rows that it may take beyond its slots."""
 SAFETY_TIMEOUT_SECONDS = 10.0
 """Seconds for which requests to a failing safety service are repeated. It is short because clients are waiting."""
 POLL_SECONDS = 0.5

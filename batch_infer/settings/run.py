@@ -129,7 +129,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Batch sizes for one image size: `slots` batch elements per UNet call, `decode_batch` images per decoder call."""
+    """Batch sizes for one image size: `slots` elements per denoiser call, `decode_batch` images per decoder call."""
 
     height: Count
     width: Count

@@ -1,7 +1,7 @@
 """Batch the network calls of any diffusers pipeline across rows, without changing the pipeline's own call.
 
-CallStacker runs rows, and CallEvaluator stacks their calls as a StackingPlan says, which make_plan derives from trial
-calls.
+CallStacker runs rows, and CallEvaluator stacks their calls as a StackingPlan says, which make_stacking_plan derives
+from trial calls.
 """
 
 from batch_infer.stacking.cache import EncoderCache
@@ -12,7 +12,7 @@ from batch_infer.stacking.plan import StackingPlan
 from batch_infer.stacking.recording import RecordedCall, record_pipeline
 from batch_infer.stacking.rows import EndedRow
 from batch_infer.stacking.stacker import ENCODE_BATCH, ROW_ERRORS, CallStacker
-from batch_infer.stacking.trial import make_plan
+from batch_infer.stacking.trial import make_stacking_plan
 
 __all__ = [
     "CallEvaluator",
@@ -28,7 +28,7 @@ __all__ = [
     "StackingPlan",
     "copy_pipeline",
     "find_networks",
-    "make_plan",
+    "make_stacking_plan",
     "record_pipeline",
     "replaced_method",
     "take_first_step",

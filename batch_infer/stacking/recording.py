@@ -21,14 +21,14 @@ class RecordedCall:
 
 
 @contextmanager
-def recording(networks: Sequence[Network], known: dict[object, Any] | None) -> Iterator[list[RecordedCall]]:
+def recording(networks: Sequence[Network], results_by_shape: dict[object, Any] | None) -> Iterator[list[RecordedCall]]:
     """Record calls. See `record_pipeline`."""
     calls: list[RecordedCall] = []
-    results = {} if known is None else known
+    results = {} if results_by_shape is None else results_by_shape
 
     def replace(network: Network, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         key = network.name, list_shapes(arguments)
-        is_reused = network.kind == "denoise" or known is not None
+        is_reused = network.kind == "denoise" or results_by_shape is not None
         result = results.get(key) if is_reused else None
         if result is None:
             result = original(**network.to_device(arguments))
@@ -98,13 +98,16 @@ def pair_calls(
 
 @torch.no_grad()
 def record_pipeline(
-    pipeline: Any, networks: Sequence[Network], arguments: Mapping[str, Any], known: dict[object, Any] | None = None
+    pipeline: Any,
+    networks: Sequence[Network],
+    arguments: Mapping[str, Any],
+    results_by_shape: dict[object, Any] | None = None,
 ) -> list[RecordedCall]:
     """Call a pipeline and return its network calls.
 
     A denoiser is evaluated once for each shape of its arguments, and its result is reused, so that the call takes about
-    as long as one step. With `known`, which collects results by network and shapes, so is every network.
+    as long as one step. With `results_by_shape`, which collects results by network and shapes, so is every network.
     """
-    with recording(networks, known) as calls:
+    with recording(networks, results_by_shape) as calls:
         pipeline(**arguments)
     return calls

@@ -64,7 +64,7 @@ class Row(Generic[Tag]):
     """The number of ticks before the row was admitted or paused at its call."""
     result: Any = None
     error: Exception | None = None
-    known: dict[str, dict[str, tuple[Any, int, int]]] = field(default_factory=dict)
+    last_tensors: dict[str, dict[str, tuple[Any, int, int]]] = field(default_factory=dict)
     """Tensors of the last call of each network. See Signatures.of."""
 
     @property

@@ -34,22 +34,22 @@ class Signatures:
         axes: BatchAxes,
         *,
         free_lengths: bool = False,
-        known: dict[str, tuple[Any, int, int]] | None = None,
+        last_tensors: dict[str, tuple[Any, int, int]] | None = None,
     ) -> int:
         """Return a number that is equal for calls that differ only in the values of their batch elements.
 
-        With `free_lengths`, the tensors of a list may differ in length. `known` contains the tensors of the row's last
-        call of this network, most of which are the same at each step. Raises UnstackableError for arguments of unknown
-        types, such as caches, which a network may modify.
+        With `free_lengths`, the tensors of a list may differ in length. `last_tensors` contains the tensors of the
+        row's last call of this network, most of which are the same at each step. Raises UnstackableError for arguments
+        of unknown types, such as caches, which a network may modify.
         """
-        known = {} if known is None else known
+        last_tensors = {} if last_tensors is None else last_tensors
         parts: list[Hashable] = []
         for name, value in arguments.items():  # a loop, because it runs for each row and step
             if isinstance(value, torch.Tensor):
-                tensor, version, number = known.get(name, (None, 0, 0))
+                tensor, version, number = last_tensors.get(name, (None, 0, 0))
                 if tensor is not value or version != version_of(value):
                     number = self._number((name, self._tensor_key(value, axes.arguments.get((name,)))))
-                    known[name] = value, version_of(value), number
+                    last_tensors[name] = value, version_of(value), number
                 parts.append(number)
             else:
                 parts.append((name, self._key(value, (name,), axes.arguments, free_lengths)))

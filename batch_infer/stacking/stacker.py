@@ -127,7 +127,7 @@ class CallStacker(Generic[Tag]):
         finally:
             for row in rows:
                 row.call = None  # a call and its row refer to each other, so they would wait for garbage collection
-                row.known.clear()
+                row.last_tensors.clear()
             self._rows.clear()
             self.waiting.clear()
             self._replacements.close()
@@ -269,8 +269,8 @@ class CallStacker(Generic[Tag]):
             if elements > self._sizes[network.kind]:
                 raise UnstackableError
             free_lengths = network.name in self._plan.stand_ins
-            known = row.known.setdefault(network.name, {})
-            signature = self._signatures.of(arguments, axes, free_lengths=free_lengths, known=known)
+            last_tensors = row.last_tensors.setdefault(network.name, {})
+            signature = self._signatures.of(arguments, axes, free_lengths=free_lengths, last_tensors=last_tensors)
             is_text = network.kind == "encode"
             content = (network.name, state, self._signatures.content(arguments)) if is_text else None
         except UnstackableError:

@@ -28,7 +28,7 @@ MakeArguments = Callable[[Sequence[str], bool], Mapping[str, Any]]
 """Returns the arguments of a pipeline call for prompts, with or without guidance, and new generators."""
 
 
-def make_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
+def make_stacking_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
     """Return how the calls of a pipeline's networks can be stacked. Raises errors of the device.
 
     The pipeline is called with short and long texts, with and without guidance. Calls are stacked only if, at the first
@@ -119,12 +119,12 @@ class _Trial:
         for guided, once in self._recorded.items():
             found = compare_calls(once, self._record([SHORT_TEXT, SHORT_TEXT], guided))
             for name in {call.network.name for call in once}:
-                known = axes.get(name)
+                other = axes.get(name)
                 if name not in found:
                     axes[name] = None
                 elif name not in axes:
                     axes[name] = found[name]
-                elif known is not None and not known.merge(found[name]):
+                elif other is not None and not other.merge(found[name]):
                     axes[name] = None
         return {name: value for name, value in axes.items() if value is not None}
 

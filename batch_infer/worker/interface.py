@@ -38,8 +38,8 @@ class WorkerReport:
     """Stages by image size, compute settings, MFU, and peak memory in bytes.
 
     `compute` contains the current batch sizes, which shrink when memory runs out. `mfu` is the model FLOP utilisation
-    (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of UNet and decoder for the rendered rows, divided by
-    the FLOPs that the device could have computed in the rendering time. It is None before the final report, for
+    (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of denoiser and decoder for the rendered rows, divided
+    by the FLOPs that the device could have computed in the rendering time. It is None before the final report, for
     pipelines that run their own call, with --offload, if the device's peak is unknown, and if nothing was rendered.
     """
 
