@@ -23,9 +23,10 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from batch_infer.autotune import Probe
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
-from batch_infer.models import AnyPipeline, ModelCard, any_pipeline, read_card
+from batch_infer.models import AnyPipeline, ModelCard, any_pipeline, inspect_pipeline, read_card
 from batch_infer.models.pipeline_rules import find_class
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
@@ -401,6 +402,48 @@ print(card.family, card.num_inference_steps, sorted({{"torch", "diffusers", "tra
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "any_pipeline 7 []\n"
+
+
+def test_a_pipeline_is_inspected_again_only_if_its_files_change(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, inspected = copy_folder(folders["flux"], tmp_path / "flux"), list[Path]()
+
+    def call(_: Probe, function: Any, path: Path) -> Any:
+        inspected.append(path)
+        return function(path)
+
+    monkeypatch.setattr(Probe, "_call", call)
+    first, second = Probe().inspect_pipeline(folder), Probe().inspect_pipeline(folder)
+    assert first == second == inspect_pipeline(folder)
+    assert inspected == [folder]
+    amend(folder / "transformer" / "config.json", guidance_embeds=not first.embedded_guidance)
+    assert Probe().inspect_pipeline(folder).embedded_guidance != first.embedded_guidance
+    assert inspected == [folder] * 2
+
+
+@pytest.mark.promises
+def test_the_process_that_supervises_workers_loads_no_torch(
+    table: Path, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    script = """
+import sys
+from batch_infer.__main__ import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        print(sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()), file=sys.stderr)
+"""
+    file = tmp_path / "supervise.py"
+    file.write_text(script, "utf-8")
+    options = ("--model", folders["flux"], "--num-processes", "1", "--steps", "2", "--height", "64", "--width", "64")
+    run_it: list[Any] = [sys.executable, file, "run", table, "--out", tmp_path / "out", *options]
+    done = subprocess.run(run_it, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert sum(item["status"] == "ok" for item in results(tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize(

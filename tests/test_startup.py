@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from batch_infer.models import DEMO_MODEL, read_card, skip_quantization_libraries
-from batch_infer.models.startup import QUANTIZATION_LIBRARIES, allow_quantization_libraries
+from batch_infer.models.startup import QUANTIZATION_LIBRARIES, USERS, allow_quantization_libraries
 from batch_infer.settings import ModelSettings
 from tests.rendering import copy_folder
 
@@ -31,7 +31,7 @@ print(*(name for name in ("torchao", "bitsandbytes", "kernels") if sys.modules.g
 
 @pytest.fixture(autouse=True)
 def _restored_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *USERS):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -54,6 +54,13 @@ def test_the_option_allows_them_again(kind: str) -> None:
     skip_quantization_libraries(DEMO_MODEL)
     assert not any(map(find_spec, LIBRARIES))
     assert read_card(ModelSettings(quantize=kind)).quantize == kind  # type: ignore[arg-type]
+    assert all(map(find_spec, LIBRARIES))
+
+
+@pytest.mark.parametrize("name", sorted(USERS))
+def test_they_stay_if_another_library_may_have_found_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    skip_quantization_libraries(DEMO_MODEL)
     assert all(map(find_spec, LIBRARIES))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -29,7 +30,7 @@ from batch_infer.autotune.calibration import (
 from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
 from batch_infer.errors import ModelError, RowError, SettingsError
 from batch_infer.models import ModelCard, SamplingRules, skip_quantization_libraries
-from batch_infer.records import PromptRequest, RowCost
+from batch_infer.records import PromptRequest, RowCost, digest
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
 from batch_infer.stopping import STOP_SIGNALS
 
@@ -66,7 +67,15 @@ class Probe:
 
     def inspect_pipeline(self, path: Path) -> SamplingRules:
         """Return the sampling rules that diffusers determines for a checkpoint's pipeline. Raises ModelError."""
-        return self._call(_inspect_pipeline, path)
+        try:
+            conditions = {"files": _fingerprint_configs(path), **_library_versions()}
+        except OSError:  # the other process explains it
+            return self._call(_inspect_pipeline, path)
+        rules = load_calibration(SamplingRules, conditions, "rules")
+        if rules is None:
+            rules = self._call(_inspect_pipeline, path)
+            save_calibration(conditions, rules, "rules")
+        return rules
 
     def count_evaluations(self, card: ModelCard, steps: int) -> int:
         """Return how often a row evaluates the model. Raises ModelError, and RowError if `steps` is refused."""
@@ -161,8 +170,25 @@ def _evaluation_conditions(card: ModelCard) -> dict[str, Any]:
         "scheduler": [card.scheduler_name, card.scheduler_fingerprint],
         "family": card.family,
         "pipeline": card.pipeline,
-        **{name: version(name) for name in ("batch-infer", "torch", "diffusers")},
+        **_library_versions(),
     }
+
+
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("batch-infer", "torch", "diffusers", "transformers")}
+
+
+def _fingerprint_configs(path: Path) -> str:
+    """Return a digest of the config files of a checkpoint, and of the names and sizes of its other files.
+
+    Raises OSError.
+    """
+    described: list[object] = []
+    for file in sorted(path.glob("**/*")):
+        if file.is_file():
+            content = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".json" else None
+            described.append([str(file.relative_to(path)), file.stat().st_size, content])
+    return digest(described)
 
 
 def _inspect_pipeline(path: Path) -> SamplingRules:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from batch_infer.autotune import Probe
 from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine, read_rank_info, remove_rendezvous
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
@@ -17,6 +18,7 @@ from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
+from batch_infer.models import ModelCard
 from batch_infer.planning import SkipRule, is_finished
 from batch_infer.settings import RunSettings
 from batch_infer.store import Store, log_handler, open_store
@@ -36,7 +38,7 @@ def render_tables(
         raise SettingsError("this command does not run under a launcher: start it once, by itself")
     unlocked_store = open_store(settings.out)  # before the model is downloaded, so that an unsuitable URL is refused
     with open_tables(settings) as tables:
-        card = find_model(settings)
+        card = _find_model(settings)
         with outdir.locked(unlocked_store) as store:
             existing = outdir.read_run(store)
             remove_rendezvous(store)  # left by a killed run
@@ -45,6 +47,14 @@ def render_tables(
                 with _run_log(store):
                     execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
                     return execution.execute(started)
+
+
+def _find_model(settings: RunSettings) -> ModelCard:
+    """Return the model's card. Unless this process itself renders, it does not import torch for this."""
+    if settings.compute.processes == 0:
+        return find_model(settings)
+    with Probe() as probe:
+        return find_model(settings, probe.inspect_pipeline)
 
 
 def join_run(settings: RunSettings, stop: Callable[[], bool] = lambda: False) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 """The library of each value of --quantize."""
+USERS = {"accelerate", "diffusers", "peft", "transformers"}
 
 
 def prepare_imports() -> None:
@@ -29,9 +30,11 @@ def prepare_imports() -> None:
 def skip_quantization_libraries(path: Path) -> None:
     """Do not import torchao and bitsandbytes in this process, unless the checkpoint's weights are quantized.
 
-    diffusers, transformers and peft import them whenever they are installed, which takes seconds.
+    The libraries in USERS import them whenever they are installed, which takes seconds. Once one of these libraries is
+    imported, it is too late: it has already found them.
     """
-    if not any(b'"quantization_config"' in file.read_bytes() for file in path.glob("*/config.json")):
+    is_quantized = any(b'"quantization_config"' in file.read_bytes() for file in path.glob("*/config.json"))
+    if not is_quantized and not USERS & sys.modules.keys():
         for name in QUANTIZATION_LIBRARIES.values():
             _hide(name)
 
