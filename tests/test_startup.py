@@ -17,11 +17,24 @@ from tests.rendering import copy_folder
 
 LIBRARIES = set(QUANTIZATION_LIBRARIES.values())
 
-LOAD = """
-import sys
+WORKER = """
+from batch_infer.autotune import detect_device
 from batch_infer.models import DEMO_MODEL, skip_quantization_libraries
+detect_device("auto")
 skip_quantization_libraries(DEMO_MODEL)
 import batch_infer.worker.loading
+"""
+PROBE = """
+from pathlib import Path
+from batch_infer.autotune.probe import _inspect_pipeline
+from batch_infer.errors import ModelError
+try:
+    _inspect_pipeline(Path("missing"))
+except ModelError:
+    pass
+"""
+REPORT = """
+import sys
 from peft import LoraConfig
 from diffusers.quantizers import DiffusersAutoQuantizer
 from transformers.quantizers import AutoHfQuantizer
@@ -35,9 +48,10 @@ def _restored_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_no_library_imports_those_of_quantized_weights() -> None:
+@pytest.mark.parametrize("script", [WORKER, PROBE], ids=["worker", "probe"])
+def test_no_library_imports_those_of_quantized_weights(script: str) -> None:
     assert all(map(find_spec, LIBRARIES)), "this test needs the extra `quantize`"
-    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script + REPORT], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 

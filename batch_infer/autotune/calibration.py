@@ -36,8 +36,7 @@ _load_solver = cache(load_solver)
 
 def import_renderer(card: ModelCard) -> None:
     """Import the libraries that a run of this model also imports, so that the probe can time the import."""
-    if card.quantize is None:
-        skip_quantization_libraries(card.path)
+    skip_quantization_libraries(card.path, card.quantize)
     from batch_infer.worker import load_model  # noqa: F401
 
 
@@ -133,6 +132,7 @@ def _load_model(
 @cache
 def _load_once(card: ModelCard, compute: Compute, with_checker: bool) -> tuple[LatentDiffusion | AnyPipeline, float]:
     started = time.perf_counter()
+    import_renderer(card)
     from batch_infer.worker import load_model
 
     return load_model(card, compute, with_checker=with_checker), time.perf_counter() - started

@@ -192,9 +192,9 @@ def _fingerprint_configs(path: Path) -> str:
 
 
 def _inspect_pipeline(path: Path) -> SamplingRules:
+    skip_quantization_libraries(path)
     from batch_infer.models import inspect_pipeline
 
-    skip_quantization_libraries(path)
     return inspect_pipeline(path)
 
 

@@ -77,8 +77,7 @@ def work(
         settings = localize(supervisor.wait_for_settings())
         with _logging(open_store(settings.out), spec, supervisor):
             with loading(settings):
-                if settings.card.quantize is None:
-                    skip_quantization_libraries(settings.card.path)
+                skip_quantization_libraries(settings.card.path, settings.card.quantize)
                 load = spec.load or worker_package.load_chain
                 worker = worker_package.Worker(settings, format_worker_name(spec.rank), load, supervisor.stop)
             gc.collect()

@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from batch_infer.settings import Quantization
+
 QUANTIZATION_LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 """The library of each value of --quantize."""
-USERS = {"accelerate", "diffusers", "peft", "transformers"}
+USERS = {"diffusers", "peft", "transformers"}
+"""Libraries that import them when they are imported themselves, if they are installed."""
 
 
 def prepare_imports() -> None:
@@ -27,14 +30,13 @@ def prepare_imports() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def skip_quantization_libraries(path: Path) -> None:
-    """Do not import torchao and bitsandbytes in this process, unless the checkpoint's weights are quantized.
+def skip_quantization_libraries(path: Path, quantize: Quantization | None = None) -> None:
+    """Do not import torchao and bitsandbytes in this process, unless the checkpoint or --quantize needs them.
 
-    The libraries in USERS import them whenever they are installed, which takes seconds. Once one of these libraries is
-    imported, it is too late: it has already found them.
+    The libraries in USERS would import them, which takes seconds. If one of USERS is already imported, it is too late.
     """
     is_quantized = any(b'"quantization_config"' in file.read_bytes() for file in path.glob("*/config.json"))
-    if not is_quantized and not USERS & sys.modules.keys():
+    if quantize is None and not is_quantized and not USERS & sys.modules.keys():
         for name in QUANTIZATION_LIBRARIES.values():
             _hide(name)
 
