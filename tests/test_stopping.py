@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,9 +58,8 @@ class Command:
         assert self.process.poll() is None, self.process.communicate()
 
     def assert_stops(self, number: signal.Signals = signal.SIGTERM) -> str:
-        """Stop the command with a signal, and return its stderr."""
+        """Stop the command with a signal once it handles that, and return its stderr."""
         self.wait_until(lambda: handles(self.process.pid, number))
-        time.sleep(0.5)  # so that the phase is in progress
         workers = workers_of(self.process.pid)
         began = time.monotonic()
         self.process.send_signal(number)
@@ -165,7 +164,9 @@ def test_a_signal_stops_a_scan(tmp_path: Path, processes: str) -> None:
 
 
 def test_a_signal_stops_a_plan(tmp_path: Path) -> None:
-    with started("plan", large_table(tmp_path / "t.csv", 1_000_000), *OPTIONS) as command:
+    table = large_table(tmp_path / "t.csv", 1_000_000)
+    with started("plan", table, *OPTIONS) as command:
+        command.wait_until(lambda: str(table) in open_files(command.process.pid))
         assert "nothing is kept" in command.assert_stops()
 
 
@@ -227,11 +228,26 @@ def test_the_time_limit_stops_reading_idle_standard_input(tmp_path: Path) -> Non
         assert "the time limit was reached" in command.process.stderr.read()
 
 
-def test_a_signal_stops_reading_an_idle_fifo(tmp_path: Path) -> None:
+def test_a_signal_stops_waiting_for_the_writer_of_a_fifo(tmp_path: Path) -> None:
     fifo = tmp_path / "t.csv"
     os.mkfifo(fifo)
     with started("run", fifo, "-o", tmp_path / "out", *OPTIONS) as command:
         command.assert_stops()
+
+
+def test_a_signal_stops_reading_an_idle_fifo(tmp_path: Path) -> None:
+    fifo, writers = tmp_path / "t.csv", list[int]()
+    os.mkfifo(fifo)
+
+    def has_reader() -> bool:
+        with suppress(OSError):  # as long as nothing reads
+            writers.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    with started("run", fifo, "-o", tmp_path / "out", *OPTIONS) as command:
+        command.wait_until(has_reader)
+        command.assert_stops()
+    os.close(*writers)
 
 
 def open_files(process: int) -> str:
