@@ -251,7 +251,10 @@ REFUSED = {
         ("--architecture", "sd15", "--lora", "x.safetensors", "--revision", "main"),
         "--architecture has no checkpoint: leave out --revision and --lora",
     ),
-    "a folder of LoRAs": (("--lora-folder", "."), "--lora-folder: the benchmark's rows name no LoRA"),
+    "a folder of LoRAs": (
+        ("--lora-folder", "."),
+        "--lora-folder serves rows that name a LoRA, and those of bench name none: use --lora",
+    ),
     "steps that are not a range": (("--steps", "9-3"), "--steps 9-3"),
     "a sweep of one slot": (("--sweep", "1,4"), "--sweep 1,4"),
     "a size that is not a multiple": (("--sizes", "64x60"), "60 is not a multiple of 8"),

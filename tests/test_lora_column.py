@@ -253,7 +253,7 @@ def test_a_lora_without_memory_fails_its_rows(model: Any, folder: Path, monkeypa
         patch.setattr(lora_fusing, "_fuse", fuse)
         (outcome,) = StepLevelChain(model, BatchSizes(6, 2), None).render([row("a", lora)])
     assert isinstance(outcome, UnrenderedRow)
-    assert (outcome.status, outcome.error) == ("failed", f"{lora} does not fit into the device's memory")
+    assert (outcome.status, outcome.error) == ("failed", f"the device's memory is too small to add {lora}")
     (outcome,) = StepLevelChain(model, BatchSizes(6, 2), None).render([row("a", lora)])
     assert isinstance(outcome, RenderedImage)
 

@@ -76,8 +76,9 @@ def measure_plateau(card: ModelCard, compute: Compute, safety: SafetySettings, s
     params = _make_params(card, size, _first_accepted(card, model, _few_steps(card, FEW_STEPS[::-1])))
     try:
         return find_plateau(model, params)
-    except (OutOfMemoryError, RowError):  # rows of this size fail in the run, since not even the smallest batch fits,
-        return Plateau(2, 1, utc_now())  # or are invalid
+    except (OutOfMemoryError, RowError):
+        # Any sizes will do: not even the smallest batch fits, or the pipeline refuses the size. The run reports it.
+        return Plateau(2, 1, utc_now())
 
 
 def measure_rates(

@@ -179,16 +179,9 @@ def _library_versions() -> dict[str, str]:
 
 
 def _fingerprint_configs(path: Path) -> str:
-    """Return a digest of the config files of a checkpoint, and of the names and sizes of its other files.
-
-    Raises OSError.
-    """
-    described: list[object] = []
-    for file in sorted(path.glob("**/*")):
-        if file.is_file():
-            content = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".json" else None
-            described.append([str(file.relative_to(path)), file.stat().st_size, content])
-    return digest(described)
+    """Return a digest of the config files of a checkpoint and its components. Raises OSError."""
+    files = sorted([*path.glob("*.json"), *path.glob("*/*.json")])
+    return digest([(str(file.relative_to(path)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
 
 
 def _inspect_pipeline(path: Path) -> SamplingRules:

@@ -89,10 +89,10 @@ class AnyPipeline(RowLoraSwitch):
             self.plan = self._make_plan(native)
 
     def _make_plan(self, native: Callable[[Sequence[str], bool], dict[str, Any]]) -> StackingPlan:
-        """Try out how calls can be stacked: at the native size, but at a small size if that would take too long.
+        """Try out how calls can be stacked: on a CPU at a small size, otherwise at the native size if memory suffices.
 
-        Raises torch.OutOfMemoryError if the memory is too small for rows of the small size, too. Free memory does not
-        decide whether rows share calls, because their bytes depend on it.
+        Raises torch.OutOfMemoryError if memory is too small for the small size, too. If the rows ran alone then, their
+        bytes would depend on what else uses the memory at that moment.
         """
         small = partial(self._make_trial_arguments, divisor=SMALL_DIVISOR)
         if self.device.type != "cpu":

@@ -156,7 +156,8 @@ class RowLoraSwitch:
             with out_of_memory_errors():
                 self._row_loras.use(lora)
         except torch.OutOfMemoryError as error:
-            raise FailedRowError(f"{lora or 'the model'} does not fit into the device's memory") from error
+            change = "to remove the last LoRA" if lora is None else f"to add {lora}"
+            raise FailedRowError(f"the device's memory is too small {change}") from error
         finally:
             self.lora = self._row_loras.current
             self.clear_embeddings()
