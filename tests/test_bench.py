@@ -253,7 +253,7 @@ REFUSED = {
     ),
     "a folder of LoRAs": (
         ("--lora-folder", "."),
-        "--lora-folder serves rows that name a LoRA, and those of bench name none: leave it out",
+        "--lora-folder serves rows that name a LoRA; those of bench name none: leave it out",
     ),
     "steps that are not a range": (("--steps", "9-3"), "--steps 9-3"),
     "a sweep of one slot": (("--sweep", "1,4"), "--sweep 1,4"),

@@ -140,5 +140,5 @@ class BenchSettings:
                 raise SettingsError(f"--architecture has no checkpoint: leave out {' and '.join(options)}")
         if model.lora_folder is not None:
             raise SettingsError(
-                "--lora-folder serves rows that name a LoRA, and those of bench name none: leave it out"
+                "--lora-folder serves rows that name a LoRA; those of bench name none: leave it out"
             )
