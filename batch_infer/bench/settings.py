@@ -139,6 +139,4 @@ class BenchSettings:
             if options := [option for option, value in given.items() if value]:
                 raise SettingsError(f"--architecture has no checkpoint: leave out {' and '.join(options)}")
         if model.lora_folder is not None:
-            raise SettingsError(
-                "--lora-folder serves rows that name a LoRA; those of bench name none: leave it out"
-            )
+            raise SettingsError("--lora-folder serves rows that name a LoRA; those of bench name none: leave it out")
