@@ -34,14 +34,16 @@ if TYPE_CHECKING:
         "--architecture",
         type=click.Choice(ARCHITECTURES),
         help="Use a released architecture at full size with random weights instead of a model: "
-        "flux-schnell is FLUX.1-schnell, flux2-klein FLUX.2-klein-4B, z-image Z-Image-Turbo, and sana SANA 1.6B.",
+        "flux-schnell is FLUX.1-schnell, flux2-klein FLUX.2-klein-4B, z-image Z-Image-Turbo, and sana SANA 1.6B. "
+        "Not with options that change a checkpoint, such as --lora, --scheduler and --quantize.",
     ),
     option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
     option(
         "--steps",
         type=lambda text: parse_steps(text) if text else None,
         metavar="A-B|N",
-        help="Steps of each row, or their range. Default: 20-50, or the model's default if that is below 20.",
+        help="Steps of each row, or their range. Default: 20-50, or the model's default (see README) if that "
+        "is below 20.",
     ),
     option(
         "--sizes",

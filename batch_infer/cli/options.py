@@ -117,13 +117,14 @@ model_options = (
         envvar="BATCH_INFER_LORA",
         multiple=True,
         help="LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; separate several in "
-        "BATCH_INFER_LORA with semicolons.",
+        "BATCH_INFER_LORA with semicolons. Needs pip install 'batch-infer[lora]'.",
     ),
     option(
         "--lora-folder",
         metavar="DIR",
         help="Folder of LoRAs for single rows. The column lora names one of its .safetensors files without the suffix, "
-        "with a weight if needed: style or style:0.8. Rows with an empty cell get none.",
+        "with a weight if needed: style or style:0.8. Rows with an empty cell get only those of --lora. Needs pip "
+        "install 'batch-infer[lora]'. Not for bench and export-mlflow.",
     ),
     option(
         "--embedding",
@@ -132,22 +133,22 @@ model_options = (
         metavar="FILE[:TOKEN]",
         envvar="BATCH_INFER_EMBEDDING",
         multiple=True,
-        help="Textual inversion embedding: toy.safetensors. Prompts use it by its token: TOKEN, else the one that the "
-        "file names, else the file's name without suffix. Repeatable; separate several in BATCH_INFER_EMBEDDING with "
+        help="Textual inversion embedding: toy.safetensors. Prompts refer to it by its token: TOKEN, else the one in "
+        "the file, else the file's name without suffix. Repeatable; separate several in BATCH_INFER_EMBEDDING with "
         "semicolons.",
     ),
     option(
         "--long-prompts",
         is_flag=True,
         help="Read 225 tokens of a prompt instead of 75, and word weights such as (dark red)1.3 or blue++, with "
-        "compel. Changes every image slightly.",
+        "compel. Changes every image slightly. Needs pip install 'batch-infer[long-prompts]'.",
     ),
     option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
-        help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models that run "
-        "in their diffusers pipeline), float32 on a CPU.",
+        help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models without "
+        "a family in README), float32 on a CPU.",
     ),
     option(
         "--quantize",
@@ -167,7 +168,7 @@ model_options = (
         "--batch-size",
         type=parse_slots,
         metavar="N|auto",
-        help="Batch size of the denoiser; a row with guidance usually takes two elements. auto measures, once for each "
+        help="Batch size of the denoiser; a row with guidance usually counts twice. auto measures, once for each "
         "device, model and size, the batch size beyond which throughput stops rising. Default: 16 on a CPU, 32 on a "
         "GPU. Halved if the device runs out of memory.",
     ),
@@ -183,7 +184,7 @@ model_options = (
         envvar="BATCH_INFER_COMPILE",
         default=None,
         help="Compile the networks with torch.compile, which takes a minute or more for each size. Default: yes on a "
-        "GPU if Triton and a C compiler are installed, but no for models that run in their diffusers pipeline.",
+        "GPU if Triton and a C compiler are installed, but no for models without a family in README.",
     ),
 )
 

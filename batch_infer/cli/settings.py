@@ -58,7 +58,8 @@ job_options = (
         "--offload",
         type=click.Choice(get_args(s.Offload)),
         help="For models larger than the GPU: keep the weights in host memory. model: move each network to the GPU "
-        "when it runs. sequential: move each layer, which needs the least GPU memory and is slowest. Changes no image.",
+        "when it runs. sequential: move each layer, which needs the least GPU memory and is slowest. Turns "
+        "compilation off, and changes no image otherwise.",
     ),
     option(
         "--num-processes",

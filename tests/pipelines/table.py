@@ -17,16 +17,21 @@ TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 INTRODUCTION = """\
 # Which pipelines batch rows
 
-In a pipeline without a model family (see the README), each row runs the pipeline's own `__call__`, and rows of one
-image size share the calls of its networks. Rows may differ in their texts, steps, guidance and seeds.
+In a pipeline without a [model family](../README.md#models), each row runs the pipeline's own `__call__`, and rows of
+one image size share the calls of its networks. Rows may differ in their texts, steps, guidance and seeds.
 
 Which rows share denoiser calls depends on the pipeline, and is tested when a model is loaded. A call is shared only if
 each row gets the result of its own call up to rounding, and the same bytes whatever rows it is batched with. A pipeline
 whose rows share no calls renders one row at a time.
 
 The table was measured on a CPU in float32, with tiny random networks of each class, by
-`python -m tests.pipelines.table` in a checkout. It also contains classes that have a model family, whose checkpoints do
-not run like this.
+`python -m tests.pipelines.table` in a checkout. Other classes are tested in the same way on loading. The classes of
+model families are in the table for comparison: their checkpoints do not run like this.
+
+In the last column, a mask is an attention mask that hides the padding of a text. A call that also contains the longest
+and the shortest text has two elements that belong to no row, so that the network always pads to the same length. If a
+network does not compute the rows of a batch separately, it is called for one row at a time. Parentheses contain the
+error of torch or diffusers.
 
 | pipeline | rows that share denoiser calls | how, or why not |
 |--|--|--|
