@@ -17,6 +17,15 @@ from tests.rendering import copy_folder
 
 LIBRARIES = set(QUANTIZATION_LIBRARIES.values())
 
+KILLED = """
+import multiprocessing
+import os
+multiprocessing.set_start_method("spawn")  # as in workers
+import batch_infer.models
+from tqdm.auto import tqdm
+list(tqdm(range(2), disable=True))
+os._exit(0)
+"""
 WORKER = """
 from batch_infer.autotune import detect_device
 from batch_infer.models import DEMO_MODEL, skip_quantization_libraries
@@ -84,3 +93,8 @@ def test_imported_libraries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     skip_quantization_libraries(DEMO_MODEL)
     allow_quantization_libraries()
     assert sys.modules["torchao"] is torchao
+
+
+def test_a_killed_process_leaves_no_warning_behind() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

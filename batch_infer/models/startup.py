@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
+
+from tqdm import tqdm
 
 from batch_infer.settings import Quantization
 
@@ -28,6 +31,8 @@ def prepare_imports() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # tqdm's own lock is a semaphore of the system. If a process with one is killed, Python prints a warning of a leak.
+    tqdm.set_lock(threading.RLock())
 
 
 def skip_quantization_libraries(path: Path, quantize: Quantization | None = None) -> None:
