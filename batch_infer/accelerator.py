@@ -54,6 +54,12 @@ def set_float32_precision(dtype: torch.dtype) -> None:
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on a GPU. Does nothing for a CPU: asking torch for a GPU would use the memory of one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def copy_to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
     """Return a CPU tensor on a device. A copy to a GPU uses pinned memory, and the host does not wait for it."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -54,9 +54,12 @@ class TextEncoder(torch.nn.Module):
 
 
 class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Adds the mean of a text (B, L, WIDTH) to each pixel. Calls with more than `memory` elements run out of memory."""
+    """Adds the mean of a text (B, L, WIDTH) to each pixel.
 
-    memory = 1000
+    Calls with more than `memory` elements run out of memory, and so do images of more than `max_side` pixels.
+    """
+
+    memory, max_side = 1000, 1000
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self) -> None:
@@ -70,7 +73,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, text: Any, **other: Any
     ) -> tuple[torch.Tensor]:
         self.calls.append(len(hidden_states))
-        if len(hidden_states) > self.memory:
+        if len(hidden_states) > self.memory or 8 * hidden_states.shape[-1] > self.max_side:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
         if hidden_states.isnan().any():
             raise RuntimeError("the network gets values that are not finite")
@@ -113,6 +116,8 @@ class PaintingPipeline(DiffusionPipeline):  # type: ignore[misc]
     _callback_tensor_inputs: Sequence[str] = ()
     denoiser_type: Any = Denoiser
     vae_type: Any = Autoencoder
+    min_side = 8
+    """Shortest side in pixels that the pipeline accepts."""
 
     def __init__(self, transformer: Any, text_encoder: Any, vae: Any, scheduler: Any) -> None:
         super().__init__()
@@ -145,6 +150,8 @@ class PaintingPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> ImagePipelineOutput:
         if any("refused" in text for text in prompt):
             raise ValueError("such a prompt is refused")
+        if min(height, width) < self.min_side:
+            raise ValueError("such a size is refused")
         self._guidance_scale = guidance_scale
         texts = [self.encode(prompt)]
         if guidance_scale > 1:
@@ -388,6 +395,29 @@ class ChunkingDenoiser(Denoiser):
 
 class ChunkingPipeline(PaintingPipeline):
     denoiser_type = ChunkingDenoiser
+
+
+class Expert(torch.nn.Linear):
+    """Rounds differently for 100 rows or more, for which a library of matrix products may have another kernel."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values * self.weight[0] * (1 + 2**-20 if len(values) >= 100 else 1)
+
+
+class RoutingDenoiser(Denoiser):
+    """Sends some characters of the whole batch through an expert, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = Expert(WIDTH, WIDTH)
+
+    def pool(self, text: Any) -> torch.Tensor:
+        selected = text[..., 0] > text[..., 1]
+        return super().pool(text.index_put((selected,), self.expert(text[selected])))
+
+
+class RoutingPipeline(PaintingPipeline):
+    denoiser_type = RoutingDenoiser
 
 
 class StoringDenoiser(Denoiser):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 from batch_infer.autotune import Probe
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
@@ -38,6 +40,7 @@ from tests.checkpoints import amend
 from tests.oracle import call_diffusers
 from tests.painting import load_painting
 from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
+from tests.pipelines.measuring import make_model, make_pipeline
 from tests.rendering import CPU, copy_folder, make_request, max_difference
 from tests.runs import QUICK, CommandResult, assert_whole, command, hashes, results, run, run_json, start, wait_for
 from tests.tables import write_csv
@@ -200,6 +203,12 @@ def test_noise_that_does_not_depend_on_the_seed_is_refused(folders: dict[str, Pa
         load_model(folders["flux"], "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true")
 
 
+def test_a_scheduler_that_the_pipeline_does_not_support_is_refused(folders: dict[str, Path]) -> None:
+    """FluxPipeline passes custom sigmas, which this scheduler does not take. Otherwise, every row would be invalid."""
+    with pytest.raises(ModelError, match=r"FluxPipeline does not support --scheduler FlowMatchHeunDisc.*custom sigmas"):
+        load_model(folders["flux"], "FlowMatchHeunDiscreteScheduler")
+
+
 def test_the_checkers_verdicts_equal_those_of_diffusers(folders: dict[str, Path]) -> None:
     model = load_model(folders["perturbed"], with_checker=True)
     checker = StableDiffusionChecker(model.safety_checker, model.feature_extractor, batch=2)
@@ -296,25 +305,78 @@ def test_a_device_lost_during_trial_calls_is_reported(
 
 
 def test_free_memory_does_not_decide_whether_rows_share_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trial calls that do not fit into a GPU's memory are repeated at a small size, or the model does not fit."""
+    """Trial calls that do not fit into memory are repeated at a small size, or the model does not fit."""
     with monkeypatch.context() as patch:
         patch.setattr(painting.Denoiser, "memory", 1)
         with pytest.raises(torch.OutOfMemoryError):
             load_painting()
-    sides: list[Any] = []
+    rules = replace(painting.RULES, sizes=SizeRules(128, 128, 8, 8))
+    monkeypatch.setattr(painting.Denoiser, "max_side", 32)
+    assert load_painting(rules=rules).plan.is_stacked
+    sides: list[int] = []
 
-    def try_plan(_: Any, make_arguments: Any) -> str:
-        sides.append(make_arguments(["a"], True))
+    def try_plan(make_arguments: Any) -> str:
+        sides.append(make_arguments())
         if len(sides) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "plan"
 
-    monkeypatch.setattr(any_pipeline, "make_stacking_plan", try_plan)
-    model: Any = SimpleNamespace(
-        device=torch.device("cuda"), pipeline=None, _make_trial_arguments=lambda *_, divisor: 512 // divisor
-    )
-    assert AnyPipeline._make_plan(model, lambda *_: {"height": 512}) == "plan"  # type: ignore[comparison-overlap]
-    assert sides == [{"height": 512}, 128]
+    native, small = lambda *_: 512, lambda *_: 128
+    assert any_pipeline._call_within_memory(try_plan, native, small) == "plan"  # type: ignore[arg-type]
+    assert sides == [512, 128]
+
+
+def test_a_structural_obstacle_is_found_at_the_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trial calls at the native size follow only if the pipeline refuses the small one. They can take an hour."""
+    rules = replace(painting.RULES, sizes=SizeRules(128, 128, 8, 8))
+    sides: list[int] = []
+    render = trial._Trial._render
+
+    def record(self: Any, plan: Any, rows: Any) -> Any:
+        sides.append(self._make_arguments([""], True)["height"])
+        return render(self, plan, rows)
+
+    monkeypatch.setattr(trial._Trial, "_render", record)
+    assert load_painting(painting.ChunkingPipeline, rules).plan.is_alone
+    assert set(sides) == {32}
+    monkeypatch.setattr(painting.PaintingPipeline, "min_side", 64)
+    sides.clear()
+    assert load_painting(painting.ChunkingPipeline, rules).plan.is_alone
+    assert set(sides) == {128}
+
+
+def test_a_processor_does_not_open_the_prompt_as_an_image(sd1_folder: Path, tmp_path: Path) -> None:
+    """The `tokenizer` of some pipelines is a processor, whose first argument is an image, or its path or URL."""
+    model, tokenizer = load_painting(), CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    model.pipeline.tokenizer = CLIPProcessor(CLIPImageProcessor(), tokenizer)
+    for prompt in ("a red circle", str(tmp_path), "http://127.0.0.1:9/image.png"):
+        assert model.count_tokens(row("flux", "row", prompt)).prompt_tokens == len(tokenizer.tokenize(prompt)) > 0
+
+
+def test_a_prompt_is_rewritten_without_sampling() -> None:
+    """LongCat-Image's checkpoint asks for sampling, which would draw from the global generator."""
+    pipeline = make_pipeline("LongCatImagePipeline")
+    pipeline.text_encoder.generation_config.update(do_sample=True, temperature=0.1, top_p=0.001, top_k=1)
+    assert make_model(pipeline).plan.is_stacked
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_missing_library_of_a_component_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The processor of FLUX.2 needs torchvision. Without it, transformers has a placeholder of the class."""
+    copy = copy_folder(folders["z_image"], tmp_path)
+    amend(copy / "model_index.json", tokenizer=["transformers", "PixtralProcessor"])
+    with pytest.raises(ModelError, match=r"tokenizer \(PixtralProcessor\) needs torchvision: pip install torchvision"):
+        inspect_pipeline(copy)
+
+
+def test_a_call_of_rows_that_run_alone() -> None:
+    """bench compares with it."""
+    model = load_painting(painting.ChunkingPipeline)
+    params = replace(painting.paint_row().params, num_inference_steps=2)
+    call = model.make_call(8, params)
+    model.pipeline.transformer.calls.clear()
+    call()
+    assert model.pipeline.transformer.calls == [2]
 
 
 def test_an_image_on_the_host_moves_to_the_device() -> None:

@@ -258,6 +258,37 @@ def test_a_lora_without_memory_fails_its_rows(model: Any, folder: Path, monkeypa
     assert isinstance(outcome, RenderedImage)
 
 
+def test_weights_that_could_not_be_restored_are_restored_before_the_next_row(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, rows without a LoRA would be rendered with parts of the last one, and reported as `ok`."""
+    model.use_lora(None)
+    plain, lora = weights_of(model), LoraFolder(str(folder)).find("both")
+    restore = lora_fusing.RowLoras._restore
+    failures = [None, "after fusing", "before the next row"]
+
+    def fail_twice(loras: Any) -> None:
+        if failures and failures.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        restore(loras)
+
+    def fuse(pipeline: Any, _: Any, adapter: Any, *__: Any) -> None:
+        next(lora_fusing._list_weights(pipeline, adapter)).zero_()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lora_fusing.RowLoras, "_restore", fail_twice)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_fusing, "_fuse", fuse)
+        outcomes = list(StepLevelChain(model, BatchSizes(6, 2), None).render([row("a", lora), row("b")]))
+    assert [outcome.error for outcome in outcomes if isinstance(outcome, UnrenderedRow)] == [
+        f"the device's memory is too small to add {lora}",
+        "the device's memory is too small to remove the last LoRA",
+    ]
+    (outcome,) = StepLevelChain(model, BatchSizes(6, 2), None).render([row("c")])
+    assert isinstance(outcome, RenderedImage)
+    assert all(torch.equal(weight, plain[name]) for name, weight in weights_of(model).items())
+
+
 @pytest.mark.promises
 def test_pipelines_without_a_family(tmp_path: Path) -> None:
     flux = SAVE_FUNCTIONS["flux"](tmp_path / "flux")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from batch_infer.accelerator import has_memory_headroom, out_of_memory_errors
+from batch_infer.accelerator import has_memory_headroom, out_of_memory_errors, synchronize
 from batch_infer.autotune.cache import Plateau
 from batch_infer.diffusion import Slots
 from batch_infer.records import PromptRequest, SamplingParams, Source, utc_now
@@ -65,7 +65,7 @@ def _search(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: to
         try:
             with out_of_memory_errors():
                 trial = make_trial(size)
-                rate = size / _measure_seconds(trial)
+                rate = size / _measure_seconds(trial, device)
         except torch.OutOfMemoryError:
             if not rates:
                 raise
@@ -80,23 +80,18 @@ def _search(sizes: Sequence[int], make_trial: Callable[[int], Trial], device: to
     return min(size for size, rate in rates.items() if rate >= SUFFICIENT_SHARE * best), last
 
 
-def _measure_seconds(trial: Trial) -> float:
+def _measure_seconds(trial: Trial, device: torch.device) -> float:
     """Return the duration of the fastest call in seconds, since other work on the machine can only slow calls down."""
     for _ in range(2):  # warm up, since the first call with a shape takes longer
         trial()
     times: list[float] = []
     while sum(times) < TRIAL_SECONDS or not times:
-        _synchronize()
+        synchronize(device)
         started = time.perf_counter()
         trial()
-        _synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _make_tick(model: LatentDiffusion, params: SamplingParams, size: int) -> Trial:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batch_infer.accelerator import synchronize
 from batch_infer.bench.probe import ModelProbe
 from batch_infer.bench.renderers import Renderer
 from batch_infer.bench.settings import Size
@@ -141,7 +142,6 @@ def denoiser_rate(probe: ModelProbe, example: PromptRequest, size: Size, slots: 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Return the duration of a function in seconds, including the work that it queues on the device."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     synchronize(device)
     started = time.perf_counter()
     work()

@@ -96,10 +96,6 @@ def size_of(request: PromptRequest) -> Size:
     return request.params.height, request.params.width
 
 
-def group_of(request: PromptRequest) -> object:
-    return request.group_key
-
-
 class ReadAhead:
     """Lets a chain look at the next request of a source before taking it, and put requests back."""
 
@@ -116,17 +112,15 @@ class ReadAhead:
             self._requests.append(request)
         return request
 
-    def has(self, key: object, key_of: Callable[[PromptRequest], object] = group_of) -> bool:
-        """Return whether there is a next request and it has this key, by default the `group_key`."""
+    def has(self, group: object) -> bool:
+        """Return whether there is a next request, and it has this `group_key`."""
         request = self.peek()
-        return isinstance(request, PromptRequest) and key_of(request) == key
+        return isinstance(request, PromptRequest) and request.group_key == group
 
-    def take(
-        self, key: object, limit: int, key_of: Callable[[PromptRequest], object] = group_of
-    ) -> list[PromptRequest]:
-        """Remove and return the next requests with this key, up to `limit` and as far as they are available."""
+    def take(self, group: object, limit: int) -> list[PromptRequest]:
+        """Remove and return the next requests of a group, up to `limit` and as far as they are available."""
         requests: list[PromptRequest] = []
-        while len(requests) < limit and self.has(key, key_of):
+        while len(requests) < limit and self.has(group):
             requests.append(self._requests.popleft())
         return requests
 
@@ -207,7 +201,7 @@ class DeviceChain(Chain):
         self.stages_by_size = {}
         self._unfit: dict[Lora, str] = {}
         """Why the model cannot use some LoRAs."""
-        self._failed: tuple[Lora | None, str] | None = None
+        self._failed: tuple[Lora, str] | None = None
         """The last LoRA, if switching to it failed, and why."""
 
     @property
@@ -251,10 +245,10 @@ class DeviceChain(Chain):
             return FailedRowError(self._failed[1])
         self._failed = None
         try:
-            if lora != self.model.lora:
-                self.model.use_lora(lora)
+            self.model.use_lora(lora)
         except FailedRowError as error:
-            self._failed = lora, str(error)
+            if lora is not None:
+                self._failed = lora, str(error)
             return FailedRowError(str(error))
         except RowError as error:  # the error itself would keep the tensors of the LoRA alive
             if lora is not None:

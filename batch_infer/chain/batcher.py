@@ -50,7 +50,7 @@ class Batcher(Protocol):
         ...
 
     def compile(self) -> None:
-        """Compile the networks for these batch sizes by calling them without advancing the rows."""
+        """Compile the networks for these batch sizes by calling them without advancing the rows, and wait."""
         ...
 
     def tick(self) -> Advanced:

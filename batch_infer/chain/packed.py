@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batch_infer.accelerator import synchronize
 from batch_infer.admission import WaitingRows
 from batch_infer.chain.base import Size, Stage, UnrenderedRow
 from batch_infer.chain.batcher import Advanced, Tag
@@ -57,6 +58,7 @@ class PackedBatcher:
         self._slots.evaluate()
         self.stage = "decode"
         self._model.decode(torch.zeros(self._decode_batch, *self._slots.latent_shape, device=self._model.device))
+        synchronize(self._model.device)
         self.stage = "denoise"
 
     def tick(self) -> Advanced:

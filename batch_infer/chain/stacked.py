@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from batch_infer.accelerator import is_device_error
+from batch_infer.accelerator import is_device_error, synchronize
 from batch_infer.chain.base import Stage, UnrenderedRow
 from batch_infer.chain.batcher import Advanced, Tag
 from batch_infer.chain.pacing import make_pacer
@@ -66,6 +66,7 @@ class StackedBatcher:
 
     def compile(self) -> None:
         self._stacker.next_call()()
+        synchronize(self._model.device)
 
     def tick(self) -> Advanced:
         self._stacker.tick()
@@ -101,7 +102,7 @@ class StackedBatcher:
 
         On a GPU, a call returns before it is complete, and another thread counts the time of decoding.
         """
-        self.stage = "decode" if kind == "decode" else "denoise"  # an error in an earlier call has left it as it was
+        self.stage = "decode" if kind == "decode" else "denoise"  # an earlier call that raised did not reset it
         if kind == "denoise":
             self._pacer.start()
             yield

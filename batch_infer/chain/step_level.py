@@ -162,8 +162,6 @@ class _SizePass:
         """
         started = time.perf_counter()
         batcher.compile()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self._stages.compilation += time.perf_counter() - started
         self.must_compile = False
 
@@ -186,7 +184,7 @@ class _SizePass:
         self._is_postprocessing = False
 
     def _drop(self, outcomes: Sequence[RowOutcome]) -> Sequence[RowOutcome]:
-        """Note that these rows are finished."""
+        """Remove finished rows from `unfinished`, and return their outcomes."""
         for outcome in outcomes:
             self.unfinished.pop(outcome.request.key, None)
         return outcomes

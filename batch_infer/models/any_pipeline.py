@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from diffusers import ModelMixin
+from transformers import PreTrainedTokenizerBase
 
 from batch_infer.accelerator import is_device_error
 from batch_infer.errors import FailedRowError, RowError, SettingsError, first_line
@@ -28,6 +29,7 @@ from batch_infer.models.loading import (
 from batch_infer.models.offloading import offload_networks
 from batch_infer.models.pipeline_rules import build_pipeline, find_denoiser, find_guidance_argument, parameters_of
 from batch_infer.models.quantization import quantize
+from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.textual_inversion import Embedding, expand_tokens
 from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
 from batch_infer.records import PromptRequest, RowCost, SamplingParams
@@ -40,7 +42,6 @@ from batch_infer.stacking import (
     EncoderCache,
     Kind,
     Observer,
-    StackingPlan,
     copy_pipeline,
     make_stacking_plan,
     record_pipeline,
@@ -48,6 +49,9 @@ from batch_infer.stacking import (
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+MakeTrialArguments = Callable[[Sequence[str], bool], dict[str, Any]]
+"""Returns the arguments of a trial call for prompts, with or without guidance."""
 SMALL_DIVISOR = 4
 """Fraction of the native side for trial calls on a CPU, where calls at the native size would take minutes.
 
@@ -66,9 +70,17 @@ class AnyPipeline(RowLoraSwitch):
     min_slots: ClassVar[int] = 1
     """Smallest batch size of a denoiser call. A row whose calls have more elements makes them alone."""
 
-    def __init__(self, pipeline: Any, rules: SamplingRules, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        rules: SamplingRules,
+        device: torch.device,
+        dtype: torch.dtype,
+        replaced_scheduler: Any | None = None,
+    ) -> None:
         """Call the pipeline a few times to find out how its calls can be stacked.
 
+        `replaced_scheduler` is the checkpoint's scheduler if --scheduler replaced it.
         Raises ModelError if its components do not fit together, or if more than the seeds determines the noise.
         """
         self.pipeline, self.device, self.dtype = pipeline, device, dtype
@@ -83,26 +95,18 @@ class AnyPipeline(RowLoraSwitch):
         self._rules, self._cache = rules, EncoderCache()
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
+        _generate_without_sampling(pipeline)
+        native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, SMALL_DIVISOR))
+
+        def check(make_arguments: MakeTrialArguments) -> None:
+            check_pipeline(pipeline, self.denoiser, lambda: make_arguments([TRIAL_TEXT], True), replaced_scheduler)
+
         with kept_processors(self.denoiser):
-            native = partial(self._make_trial_arguments, divisor=1)
-            check_pipeline(pipeline, self.denoiser, partial(native, [TRIAL_TEXT], guided=True))
-            self.plan = self._make_plan(native)
-
-    def _make_plan(self, native: Callable[[Sequence[str], bool], dict[str, Any]]) -> StackingPlan:
-        """Try out how calls can be stacked: on a CPU at a small size, otherwise at the native size if memory suffices.
-
-        Raises torch.OutOfMemoryError if memory is too small for the small size, too. If the rows ran alone then, their
-        bytes would depend on what else uses the memory at that moment.
-        """
-        small = partial(self._make_trial_arguments, divisor=SMALL_DIVISOR)
-        if self.device.type != "cpu":
-            with suppress(torch.OutOfMemoryError):
-                return make_stacking_plan(self.pipeline, native)
-            torch.cuda.empty_cache()
-        plan = make_stacking_plan(self.pipeline, small)
-        if self.device.type == "cpu" and plan.is_alone:  # perhaps only because the pipeline does not support the size
-            plan = make_stacking_plan(self.pipeline, native)
-        return plan
+            _call_within_memory(check, native, small)
+            if device.type == "cpu":
+                self.plan = make_stacking_plan(pipeline, small, native)  # some pipelines refuse small sizes
+            else:
+                self.plan = _call_within_memory(partial(make_stacking_plan, pipeline), native, small)
 
     @classmethod
     def load(
@@ -115,7 +119,11 @@ class AnyPipeline(RowLoraSwitch):
         offload: Offload | None = None,
     ) -> AnyPipeline:
         """Load a checkpoint and optionally its safety checker. Raises ModelError."""
-        pipeline = build_pipeline(card.path, partial(_load, card, dtype), card.scheduler)
+        pipeline = build_pipeline(card.path, partial(_load, card, dtype))
+        replaced_scheduler = None
+        if card.scheduler is not None:
+            replaced_scheduler = pipeline.scheduler
+            pipeline.scheduler = build_scheduler(card.scheduler, replaced_scheduler)
         add_embeddings(pipeline, card)
         fuse_loras(pipeline, card)
         checker, feature_extractor = load_checker(card, device, dtype) if with_checker else (None, None)
@@ -126,7 +134,7 @@ class AnyPipeline(RowLoraSwitch):
         else:
             offload_networks(pipeline.components.values(), device, offload, checker)
         pipeline.set_progress_bar_config(disable=True)
-        model = cls(pipeline, card, device, dtype)
+        model = cls(pipeline, card, device, dtype, replaced_scheduler)
         model.safety_checker, model.feature_extractor = checker, feature_extractor
         model._embeddings = card.embeddings
         model._log_reasons()
@@ -248,8 +256,12 @@ class AnyPipeline(RowLoraSwitch):
         Whether the pipeline truncates the prompt is unknown.
         """
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        (prompt,) = expand_tokens([request.prompt], self._embeddings)
-        count = len(tokenizer(prompt, add_special_tokens=False).input_ids) if callable(tokenizer) else None
+        # Some pipelines have a processor, whose first argument is an image, or the path or URL of one to open.
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        count = None
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            (prompt,) = expand_tokens([request.prompt], self._embeddings)
+            count = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         return Conditioning(({}, None), count, None)
 
     def _make_trial_arguments(self, prompts: Sequence[str], guided: bool, divisor: int) -> dict[str, Any]:
@@ -285,6 +297,31 @@ class AnyPipeline(RowLoraSwitch):
         elif self._guidance == "true_cfg_scale" and params.uses_guidance:
             arguments["negative_prompt"] = [" "] * len(prompts)  # otherwise the pipeline omits guidance
         return arguments
+
+
+def _call_within_memory(
+    call: Callable[[MakeTrialArguments], Result], native: MakeTrialArguments, small: MakeTrialArguments
+) -> Result:
+    """Make trial calls at the native size, or at a small size if memory is too small.
+
+    Raises torch.OutOfMemoryError if memory is too small for the small size, too. If the rows ran alone then, their
+    bytes would depend on what else uses the memory at that moment.
+    """
+    with suppress(torch.OutOfMemoryError):
+        return call(native)
+    torch.cuda.empty_cache()
+    log.warning("memory is too small for trial calls at the model's own size, so they are made at a small size")
+    return call(small)
+
+
+def _generate_without_sampling(pipeline: Any) -> None:
+    """Let text encoders that a pipeline uses to rewrite prompts choose the most likely words.
+
+    Otherwise they draw from the global generator, which does not depend on the row's seed.
+    """
+    for part in pipeline.components.values():
+        if (config := getattr(part, "generation_config", None)) is not None:
+            config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
 
 
 def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> Any:

@@ -139,19 +139,22 @@ class RowLoraSwitch:
     """A model whose weights can have the LoRA of the current rows."""
 
     pipeline: Any
-    lora: Lora | None = None
-    """The LoRA of the current rows, which `use_lora` has added to the weights."""
+    device: torch.device
     _row_loras: RowLoras | None = None
 
     def use_lora(self, lora: Lora | None) -> None:
-        """Add a LoRA to the weights for the next rows, or remove it with None.
+        """Add a LoRA to the weights for the next rows, or remove it with None, unless the weights are right already.
 
         Raises RowError if it does not fit, and FailedRowError if its file was changed or memory is too small for it.
         """
         if self._row_loras is None:
+            if lora is None:
+                return
             from batch_infer.models.lora_fusing import RowLoras  # imports peft
 
-            self._row_loras = RowLoras(self.pipeline)
+            self._row_loras = RowLoras(self.pipeline, self.device)
+        if self._row_loras.is_in_use(lora):
+            return
         try:
             with out_of_memory_errors():
                 self._row_loras.use(lora)
@@ -159,7 +162,6 @@ class RowLoraSwitch:
             change = "to remove the last LoRA" if lora is None else f"to add {lora}"
             raise FailedRowError(f"the device's memory is too small {change}") from error
         finally:
-            self.lora = self._row_loras.current
             self.clear_embeddings()
 
     def clear_embeddings(self) -> None:

@@ -84,27 +84,27 @@ def read_adapter(pipeline: Any, lora: Lora) -> Adapter:
         if name.endswith(suffix)
     }
     downs = {_DOWN.sub("", name): name for name in tensors if _DOWN.search(name)}
-    if lost := sorted((alphas.keys() | magnitudes.keys()) - downs.keys()):
-        raise ValueError(f"{lost[0]} has an alpha or a magnitude, but no LoRA")
+    if unmatched := sorted((alphas.keys() | magnitudes.keys()) - downs.keys()):
+        raise ValueError(f"{unmatched[0]} has an alpha or a magnitude, but no LoRA")
     # With alphas equal to the ranks, converters that apply alphas do not change the tensors.
     ranks = {f"{layer}{ALPHA}": torch.tensor(float(len(tensors[downs[layer]]))) for layer in alphas}
     converted, sources = _convert(pipeline, tensors, ranks)
-    homes: dict[str, list[tuple[str, str]]] = {}
+    targets: dict[str, list[tuple[str, str]]] = {}
     for component, part in converted.items():
         for name, tensor in part.items():
             for source in sources[id(tensor)]:
-                homes.setdefault(source, []).append((component, layer_of(name)))
+                targets.setdefault(source, []).append((component, layer_of(name)))
     for layer, magnitude in magnitudes.items():
-        if len(homes[downs[layer]]) > 1:
+        if len(targets[downs[layer]]) > 1:
             raise ValueError(f"{layer} is a fused layer of a DoRA, which diffusers splits without its magnitude")
-        component, name = homes[downs[layer]][0]
+        component, name = targets[downs[layer]][0]
         converted[component][f"{name}.lora_magnitude_vector"] = _shape_magnitude(*magnitude, tensors[downs[layer]])
-    adapter = Adapter(converted, {home: alpha for layer, alpha in alphas.items() for home in homes[downs[layer]]})
+    adapter = Adapter(converted, {target: alpha for layer, alpha in alphas.items() for target in targets[downs[layer]]})
     return _apply_configs(adapter, configs) if configs else adapter
 
 
 def _convert(pipeline: Any, tensors: Tensors, alphas: Tensors) -> tuple[dict[str, Tensors], dict[int, set[str]]]:
-    """Return the tensors by component and peft name, and the names of the tensors from which each one is made, by id.
+    """Return the tensors by component and peft name, and the names of the source tensors of each, by its id.
 
     torch records the sources, as it does for gradients. Raises ValueError if a tensor is not used.
     """

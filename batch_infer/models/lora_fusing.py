@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from batch_infer.accelerator import is_device_error
+from batch_infer.accelerator import is_device_error, synchronize
 from batch_infer.errors import FailedRowError, ModelError, RowError, first_line
 from batch_infer.models.lora_formats import Adapter, layer_of, read_adapter
 from batch_infer.models.untrusted import LOADING_ERRORS, describe, hash_file
@@ -35,11 +35,16 @@ class RowLoras:
     The weights are restored from copies on the CPU, so that rows do not depend on the LoRAs of earlier rows.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self.current: Lora | None = None
-        """The LoRA in use."""
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        self._pipeline, self._device = pipeline, device
+        self._current: Lora | None = None
+        self._is_complete = True
+        """Whether the weights are exactly those with the current LoRA. Restoring them may fail."""
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    def is_in_use(self, lora: Lora | None) -> bool:
+        """Return whether the weights are those with this LoRA, or with none."""
+        return self._is_complete and lora == self._current
 
     @torch.no_grad()
     def use(self, lora: Lora | None) -> None:
@@ -48,8 +53,7 @@ class RowLoras:
         Raises RowError if it does not fit, and FailedRowError if its file was changed or removed. After an error, no
         LoRA is in use.
         """
-        if lora == self.current:
-            return
+        self._is_complete = False
         self._restore()
         if lora is not None:
             try:
@@ -64,16 +68,18 @@ class RowLoras:
             except BaseException as error:
                 self._restore()
                 self._finish()
+                self._is_complete = True
                 if isinstance(error, ModelError):
                     raise RowError(str(error)) from error
                 raise
-            self.current = lora
+            self._current = lora
         self._finish()
+        self._is_complete = True
 
     def _restore(self) -> None:
         for weight, original in self._originals:
             weight.copy_(original)
-        self._originals, self.current = [], None
+        self._originals, self._current = [], None
 
     def _finish(self) -> None:
         """Copy weights to fused projections, which networks on a GPU use, and wait for the copies."""
@@ -81,8 +87,7 @@ class RowLoras:
             for module in network.modules() if isinstance(network, torch.nn.Module) else ():
                 if getattr(module, "fused_projections", False):
                     _refresh_projections(module)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize(self._device)
 
 
 def _check_unchanged(lora: Lora) -> None:
@@ -159,8 +164,8 @@ def _fuse(pipeline: Any, lora: Lora, adapter: Adapter, model: str) -> None:
     """
     try:
         pipeline.load_lora_weights(_name_tensors(pipeline, adapter), adapter_name=ADAPTER)
-        if lost := _find_lost(pipeline, adapter):
-            raise _misfit(lora, model, f"diffusers does not load {lost}")
+        if unloaded := _find_unloaded(pipeline, adapter):
+            raise _misfit(lora, model, f"diffusers does not load {unloaded}")
         pipeline.set_adapters(ADAPTER, lora.weight)
         _set_scales(pipeline, adapter, lora.weight)
         pipeline.fuse_lora(components=list(adapter.tensors), safe_fusing=True)
@@ -186,7 +191,7 @@ def _name_tensors(pipeline: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     return named
 
 
-def _find_lost(pipeline: Any, adapter: Adapter) -> str | None:
+def _find_unloaded(pipeline: Any, adapter: Adapter) -> str | None:
     """Return the name of a tensor that was not loaded unchanged, or of a layer with more tensors, else None."""
     for component, tensors in adapter.tensors.items():
         loaded = {

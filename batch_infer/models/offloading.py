@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from batch_infer.accelerator import synchronize
 from batch_infer.settings import Offload
 
 HOST = torch.device("cpu")
@@ -31,17 +32,17 @@ def offload_networks(
     layers are called directly.
     """
     unique = {id(network): network for network in networks if isinstance(network, nn.Module) and network is not checker}
-    place = OneNetworkDevice(device)
+    shared_device = OneNetworkDevice(device)
     for network in unique.values():
         network.requires_grad_(False).to(HOST)
         if mode == "model":
-            add_hook_to_module(network, _LoadingHook(place, network))
+            add_hook_to_module(network, _LoadingHook(shared_device, network))
         else:
             cpu_offload(network, device, offload_buffers=bool(network._parameters))
     if checker is not None and mode == "model":
         checker.to(HOST)
         # The checker is not called itself. Its vision model always runs first.
-        add_hook_to_module(checker.vision_model, _LoadingHook(place, checker))
+        add_hook_to_module(checker.vision_model, _LoadingHook(shared_device, checker))
 
 
 class OneNetworkDevice:
@@ -68,8 +69,7 @@ class OneNetworkDevice:
 
     def _evict(self, network: nn.Module | None) -> None:
         """Move a network to host memory, once no stream of the device uses it, and free its memory for every stream."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         if network is not None:
             network.to(HOST)
         if self.device.type == "cuda":
@@ -79,10 +79,10 @@ class OneNetworkDevice:
 class _LoadingHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
     """Loads `network` before the module with this hook runs, and sends its inputs to the device."""
 
-    def __init__(self, place: OneNetworkDevice, network: nn.Module) -> None:
-        self.execution_device = place.device  # diffusers' pipelines read it
-        self._place, self._network = place, network
+    def __init__(self, device: OneNetworkDevice, network: nn.Module) -> None:
+        self.execution_device = device.device  # diffusers' pipelines read it
+        self._device, self._network = device, network
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self._place.load(self._network)
+        self._device.load(self._network)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)

@@ -23,7 +23,6 @@ from batch_infer.models.families import CHECKER_COMPONENTS, OTHER_FAMILY
 from batch_infer.models.loading import load_pipeline
 from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors, read_object
 from batch_infer.records import SizeRules
-from batch_infer.settings import SchedulerSpec
 
 REQUIRED = ("prompt", "generator", "height", "width", "num_inference_steps", "num_images_per_prompt", "output_type")
 """Parameters that a text-to-image pipeline's `__call__` must have."""
@@ -40,9 +39,7 @@ NATIVE_SIDE = 1024
 def find_class(name: str) -> Any:
     """Return diffusers' pipeline class `name`. Raises ModelError if it is unavailable or not text-to-image."""
     pipeline_type: Any = getattr(diffusers, name, None)
-    if backends := getattr(pipeline_type, "_backends", None):
-        missing = [library for library in backends if find_spec(library) is None]
-        raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    _refuse_missing_libraries(pipeline_type, name)
     if not (isinstance(pipeline_type, type) and issubclass(pipeline_type, DiffusionPipeline)):
         raise ModelError(f"diffusers {diffusers.__version__} has no pipeline {name}; a later version may have it")
     call = parameters_of(pipeline_type)
@@ -53,6 +50,13 @@ def find_class(name: str) -> Any:
     if inputs := sorted(_list_other_inputs(pipeline_type, call)):
         raise ModelError(f"{name} needs inputs other than text: {', '.join(inputs)}")
     return pipeline_type
+
+
+def _refuse_missing_libraries(component_type: Any, name: str) -> None:
+    """Raise ModelError for the placeholder that diffusers or transformers have for a class without its libraries."""
+    if backends := getattr(component_type, "_backends", None):
+        missing = [library for library in backends if find_spec(library) is None] or backends
+        raise ModelError(f"{name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def parameters_of(pipeline_type: Any) -> Mapping[str, inspect.Parameter]:
@@ -75,7 +79,7 @@ def _list_other_inputs(pipeline_type: Any, call: Mapping[str, inspect.Parameter]
     yield from {"controlnet", "adapter"} & inspect.signature(pipeline_type.__init__).parameters.keys()
 
 
-def build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: SchedulerSpec | None = None) -> Any:
+def build_pipeline(path: Path, load: Callable[[Any, str], Any]) -> Any:
     """Build a checkpoint's pipeline from the networks that `load` returns for a class and name. Raises ModelError.
 
     The pipeline gets no safety checker, because batch-infer loads and calls it separately.
@@ -95,10 +99,11 @@ def build_pipeline(path: Path, load: Callable[[Any, str], Any], scheduler: Sched
             component_type = getattr(module or getattr(diffusers.pipelines, library), class_name, None)
         if component_type is None:
             raise ModelError(f"{path}: {name} is a {class_name}, which this version of {library} does not have")
+        _refuse_missing_libraries(component_type, f"{path}: {name} ({class_name})")
         is_network = isinstance(component_type, type) and issubclass(component_type, torch.nn.Module)
         if is_network or hasattr(component_type, "_model_mapping"):
             modules[name] = load(component_type, name)
-    return load_pipeline(pipeline_type, path, modules, scheduler)
+    return load_pipeline(pipeline_type, path, modules)
 
 
 def inspect_pipeline(path: Path) -> SamplingRules:

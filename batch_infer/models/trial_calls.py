@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import ModelError
-from batch_infer.models.untrusted import LOADING_ERRORS, loading_errors
+from batch_infer.models.untrusted import LOADING_ERRORS, describe, loading_errors
 from batch_infer.stacking import find_networks, record_pipeline, replaced_method, take_first_step
 
 TRIAL_TEXT = "a red circle"
@@ -25,10 +25,13 @@ MakeArguments = Callable[[], Mapping[str, Any]]
 """Returns the arguments of a call for one prompt, with a new generator."""
 
 
-def check_pipeline(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) -> None:
+def check_pipeline(
+    pipeline: Any, denoiser: Any, make_arguments: MakeArguments, replaced_scheduler: Any | None = None
+) -> None:
     """Check that a pipeline's components fit together, and that the rows' generators determine all noise.
 
-    Raises ModelError. Also decodes one image to try the VAE, if the pipeline has one and `denoiser` is known.
+    `replaced_scheduler` is the checkpoint's scheduler if --scheduler replaced it. Raises ModelError. Also decodes one
+    image to try the VAE, if the pipeline has one and `denoiser` is known.
     """
     try:
         with out_of_memory_errors():
@@ -36,7 +39,9 @@ def check_pipeline(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) 
     except LOADING_ERRORS as error:
         if is_device_error(error):
             raise
-        _refuse_misfit(pipeline, denoiser, make_arguments)
+        refusal = _refuse_misfit(pipeline, denoiser, make_arguments)
+        if refusal is not None and replaced_scheduler is not None:
+            _refuse_scheduler(pipeline, make_arguments, replaced_scheduler, refusal)
     if denoiser is not None and getattr(pipeline, "vae", None) is not None:
         _try_decoder(pipeline, make_arguments)
 
@@ -80,10 +85,10 @@ class _RandomnessRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def _refuse_misfit(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) -> None:
+def _refuse_misfit(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) -> Exception | None:
     """Repeat the first step without recording. Raises ModelError for an error that the arguments do not cause.
 
-    Ignores refusals before the first denoiser evaluation: they may concern the size, and rows may have other sizes.
+    Returns a refusal before the first denoiser evaluation: it may concern the size, and rows may have other sizes.
     """
     evaluations: list[None] = []
     hook: Any = nullcontext()
@@ -92,9 +97,23 @@ def _refuse_misfit(pipeline: Any, denoiser: Any, make_arguments: MakeArguments) 
     with loading_errors(_describe(pipeline, type(pipeline).__name__)), out_of_memory_errors(), hook:
         try:
             take_first_step(pipeline, make_arguments())
-        except REFUSALS:
+        except REFUSALS as error:
             if evaluations:
                 raise
+            return error
+    return None
+
+
+def _refuse_scheduler(pipeline: Any, make_arguments: MakeArguments, replaced: Any, refusal: Exception) -> None:
+    """Raise ModelError if the pipeline accepts the arguments with the scheduler that --scheduler replaced."""
+    scheduler, pipeline.scheduler = pipeline.scheduler, replaced
+    try:
+        name = type(pipeline).__name__
+        with loading_errors(_describe(pipeline, name)), out_of_memory_errors(), suppress(*REFUSALS):
+            take_first_step(pipeline, make_arguments())
+            raise ModelError(f"{name} does not support --scheduler {type(scheduler).__name__}: {describe(refusal)}")
+    finally:
+        pipeline.scheduler = scheduler
 
 
 def _try_decoder(pipeline: Any, make_arguments: MakeArguments) -> None:

@@ -25,7 +25,11 @@ class EncoderCache:
         return self._results.get(key)
 
     def put(self, key: Hashable, result: Any) -> None:
-        self._bytes += count_bytes(result) - count_bytes(self._results.pop(key, None))
+        """Add a result, unless it is so large that it would leave room for no other."""
+        size = count_bytes(result)
+        if size > self._max_bytes:
+            return
+        self._bytes += size - count_bytes(self._results.pop(key, None))
         self._results[key] = result
         while self._bytes > self._max_bytes:
             self._bytes -= count_bytes(self._results.popitem(last=False)[1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batch_infer.stacking.evaluator import CallEvaluator
 from batch_infer.stacking.networks import Network, copy_pipeline, has_nested_pipelines
@@ -20,6 +22,10 @@ from batch_infer.stacking.trees import UnstackableError, find_tensor
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Maximum difference, relative to the largest value, between a result in a stack and that of the call itself."""
 HALF_TOLERANCE = 0.05
+FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of rows for which a layer is tried, as multiples of the smallest."""
+LayerShapes = dict[torch.nn.Module, set[torch.Size]]
+"""Shapes of the inputs of layers."""
 
 
 class _FirstStepDone(RuntimeError):
@@ -47,16 +53,75 @@ class CheckingEvaluator(CallEvaluator):
         super().__init__(*args)
         self.different: set[str] = set()
         """Names of the networks whose results differ."""
+        self.layer_shapes: dict[str, LayerShapes] = {}
+        """Shapes of the inputs of layers in stacks, by network."""
 
     def stack(self, calls: Sequence[Call[Any]]) -> list[Any]:
         network = calls[0].network
         # The stack comes last, so that a network that stores something, such as attention maps, has stored it then.
         expected = [find_tensor(network.evaluate(call.arguments)) for call in calls]
-        results = super().stack(calls)
+        with _recorded_shapes(self.layer_shapes.setdefault(network.name, {})):
+            results = super().stack(calls)
         for one, result in zip(expected, results, strict=True):
             if not _is_close(find_tensor(result), one):
                 self.different.add(network.name)
         return results
+
+
+@contextmanager
+def _before_layers(action: Callable[[torch.nn.Module, torch.Tensor], None]) -> Iterator[None]:
+    """Call a function with each linear or convolution layer and its input, before the layer computes."""
+
+    def act(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, (torch.nn.Linear, _ConvNd)) and args:
+            action(module, args[0])
+
+    hook = register_module_forward_pre_hook(act)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _recorded_shapes(shapes: LayerShapes) -> AbstractContextManager[None]:
+    return _before_layers(lambda layer, values: shapes.setdefault(layer, set()).add(values.shape))
+
+
+def find_varying_layers(alone: LayerShapes, together: LayerShapes) -> LayerShapes:
+    """Return the layers whose inputs have other shapes if a row is alone, with all shapes of these inputs.
+
+    An example is an expert of a mixture, whose input contains those tokens of all rows that are routed to it.
+    """
+    return {
+        layer: shapes | together.get(layer, set())
+        for layer, shapes in alone.items()
+        if not shapes <= together.get(layer, set())
+    }
+
+
+def depends_on_shape(network: Network, arguments: Mapping[str, Any], layers: LayerShapes) -> bool:
+    """Return whether layers give values other bytes if their input has another shape of those in `layers`.
+
+    Libraries choose kernels by shape. Linear layers are tried with many numbers of rows. That a layer gives equal bytes
+    is not known if it does not compute during this call of the network, or is a convolution.
+    """
+    independent: set[torch.nn.Module] = set()
+
+    def try_counts(layer: torch.nn.Module, values: torch.Tensor) -> None:
+        if layer in untried:
+            untried.remove(layer)  # before the layer is called here
+            counts = {shape[:-1].numel() for shape in layers[layer]}
+            counts |= {factor * min(counts) for factor in FACTORS}
+            noise = torch.Generator("cpu").manual_seed(0)
+            rows = torch.randn(max(counts), values.shape[-1], generator=noise).to(values)
+            expected = layer(rows)
+            if all(torch.equal(layer(rows[:count]), expected[:count]) for count in counts):
+                independent.add(layer)
+
+    untried = {layer for layer in layers if isinstance(layer, torch.nn.Linear)}
+    with _before_layers(try_counts):
+        network.evaluate(arguments)
+    return independent != layers.keys()
 
 
 def take_first_step(pipeline: Any, arguments: Mapping[str, Any]) -> None:

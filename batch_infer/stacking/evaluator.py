@@ -31,7 +31,7 @@ class CallEvaluator:
         self.last_used, self.last_size = 0, 0
         """Batch elements of rows in the last denoiser call, and its size."""
 
-    def evaluate(self, calls: Sequence[Call[Any]]) -> list[Any]:
+    def evaluate(self, calls: Sequence[Call[Any]]) -> Iterable[Any]:
         """Make calls that share a group, and return the result of each."""
         network, first = calls[0].network, calls[0]
         with self._observe(network.kind), autocast(first.autocast):
@@ -49,8 +49,8 @@ class CallEvaluator:
         return [stack.split(result, index) for index in range(len(calls))]
 
     def prepare(self, calls: Sequence[Call[Any]]) -> Callable[[], object]:
-        """Return a function that makes calls with equal signatures as one."""
-        _, arguments = self._prepare(calls)
+        """Return a function that makes calls that share a group as one."""
+        arguments = calls[0].arguments if calls[0].signature is None else self._prepare(calls)[1]
 
         @torch.no_grad()
         def make() -> Any:
@@ -73,17 +73,18 @@ class CallEvaluator:
         arguments = [*(call.arguments for call in calls), *stand_ins]
         return stack, stack.stack(arguments, self._reused.get(network.name))
 
-    def _encode(self, calls: Sequence[Call[Any]]) -> list[Any]:
+    def _encode(self, calls: Sequence[Call[Any]]) -> Iterable[Any]:
         """Make a stack of the calls with different texts, and cache the results.
 
-        Each row gets a copy, because some pipelines modify embeddings in place.
+        Each row gets a copy, because some pipelines modify embeddings in place. It is made when it is needed, since a
+        result, which may have the states of all layers, can be hundreds of megabytes.
         """
         distinct = {call.content: call for call in calls}
         stacked = self.stack(list(distinct.values()))
         results = {content: clone_tensors(result) for content, result in zip(distinct, stacked, strict=True)}
         for content, result in results.items():
             self.cache.put(content, result)
-        return [clone_tensors(results[call.content]) for call in calls]
+        return (clone_tensors(results[call.content]) for call in calls)
 
     def _count(self, network: Network, used: int, size: int) -> None:
         if network.kind == "denoise":

@@ -150,10 +150,12 @@ def copy_pipeline(
 def _as_row(pipeline_type: Any, device: torch.device) -> Any:
     """Return a subclass for the copies of a pipeline.
 
-    Its device is fixed, since diffusers searches all modules for hooks whenever a call asks for it, about 10 times. And
-    a call does not remove the hooks of offloaded networks, which other rows are using.
+    Its device is fixed: diffusers searches all modules for hooks whenever a call asks for it, about 10 times, and the
+    weights of offloaded networks are elsewhere. `maybe_free_model_hooks` does nothing, because other rows still use the
+    hooks of offloaded networks.
     """
-    members = {"_execution_device": property(lambda self: device), "maybe_free_model_hooks": lambda self: None}
+    fixed = property(lambda self: device)
+    members = {"_execution_device": fixed, "device": fixed, "maybe_free_model_hooks": lambda self: None}
     return type(pipeline_type.__name__, (pipeline_type,), members)
 
 

@@ -90,11 +90,11 @@ def _is_equal(one: Any, other: Any) -> bool:
 
 def take_one(axes: BatchAxes, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the call with its first batch element only."""
-    taken = dict(arguments)
+    element = dict(arguments)
     for path, axis in axes.arguments.items():
-        value = taken.get(path[0]) if len(path) == 1 else None
+        value = element.get(path[0]) if len(path) == 1 else None
         if isinstance(value, torch.Tensor):
-            taken[path[0]] = value.narrow(axis, 0, 1)
+            element[path[0]] = value.narrow(axis, 0, 1)
         elif isinstance(value, list):
-            taken[path[0]] = value[:1]
-    return taken
+            element[path[0]] = value[:1]
+    return element

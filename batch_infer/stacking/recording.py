@@ -55,9 +55,9 @@ def compare_calls(once: Sequence[RecordedCall], twice: Sequence[RecordedCall]) -
     axes: dict[str, BatchAxes] = {}
     for name in {call.network.name for call in once}:
         ones, twos = ([call for call in calls if call.network.name == name] for calls in (once, twice))
-        found = _compare(ones, twos) if len(ones) == len(twos) else None
-        if found is not None and found.arguments and found.results:
-            axes[name] = found
+        common = _compare(ones, twos) if len(ones) == len(twos) else None
+        if common is not None and common.arguments and common.results:
+            axes[name] = common
     return axes
 
 

@@ -172,7 +172,7 @@ class CallStacker(Generic[Tag]):
         self._update(row)
 
     def _update(self, row: Row[Tag]) -> None:
-        """Note what a row that has paused waits for."""
+        """Record what a paused row is waiting for."""
         if row.call is not None:
             row.elements = row.call.elements if row.call.network.kind == "denoise" else 0
             row.paused_at = self._ticks

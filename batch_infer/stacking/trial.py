@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,16 @@ import torch
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import first_line
 from batch_infer.stacking.cache import EncoderCache
-from batch_infer.stacking.checking import CheckingEvaluator, CheckingStacker, is_separate, replace_latents, sample_of
+from batch_infer.stacking.checking import (
+    CheckingEvaluator,
+    CheckingStacker,
+    LayerShapes,
+    depends_on_shape,
+    find_varying_layers,
+    is_separate,
+    replace_latents,
+    sample_of,
+)
 from batch_infer.stacking.networks import Kind, copy_pipeline, find_networks
 from batch_infer.stacking.padding import find_padding, make_stand_ins, takes_text_list
 from batch_infer.stacking.plan import StackingPlan
@@ -28,31 +37,38 @@ MakeArguments = Callable[[Sequence[str], bool], Mapping[str, Any]]
 """Returns the arguments of a pipeline call for prompts, with or without guidance, and new generators."""
 
 
-def make_stacking_plan(pipeline: Any, make_arguments: MakeArguments) -> StackingPlan:
+def make_stacking_plan(pipeline: Any, *candidates: MakeArguments) -> StackingPlan:
     """Return how the calls of a pipeline's networks can be stacked. Raises errors of the device.
 
-    The pipeline is called with short and long texts, with and without guidance. Calls are stacked only if, at the first
-    step, each row gets the result of its own call, and the same bytes alone and among other rows.
+    The pipeline is called with short and long texts, with and without guidance, and with the arguments of the first
+    candidate that it supports. Calls are stacked only if, at the first step, each row gets the result of its own call,
+    and the same bytes alone and among other rows.
     """
     networks = find_networks(pipeline)
     plan = StackingPlan(networks, is_alone=True)
     # A pipeline may compute with timesteps, which must then be on its device.
     for host_timesteps in (True, False) if pipeline._execution_device.type == "cuda" else (False,):
-        plan = _try_plan(pipeline, make_arguments, StackingPlan(networks, host_timesteps=host_timesteps))
+        plan = _try_plan(pipeline, candidates, StackingPlan(networks, host_timesteps=host_timesteps))
         if not plan.is_alone:
             break
     return plan
 
 
-def _try_plan(pipeline: Any, make_arguments: MakeArguments, plan: StackingPlan) -> StackingPlan:
-    try:
-        with out_of_memory_errors():
-            return _Trial(pipeline, make_arguments, plan).run()
-    except ROW_ERRORS as error:
-        if is_device_error(error):
-            raise
-        reason = f"a call with the elements of several rows fails ({first_line(error)})"
-    return run_alone(plan, reason)
+def _try_plan(pipeline: Any, candidates: Iterable[MakeArguments], plan: StackingPlan) -> StackingPlan:
+    reason = ""
+    for make_arguments in candidates:
+        trial: _Trial | None = None
+        try:
+            with out_of_memory_errors():
+                trial = _Trial(pipeline, make_arguments, plan)
+                return trial.run()
+        except ROW_ERRORS as error:
+            if is_device_error(error):
+                raise
+            reason = first_line(error)
+        if trial is not None:
+            return run_alone(plan, f"a call with the elements of several rows fails ({reason})")
+    return run_alone(plan, f"a trial call fails ({reason})")
 
 
 def run_alone(plan: StackingPlan, *reasons: str) -> StackingPlan:
@@ -62,11 +78,16 @@ def run_alone(plan: StackingPlan, *reasons: str) -> StackingPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """First samples of rows, the number of denoiser calls, and the networks whose results differed in a stack."""
+    """First samples of rows, the number of denoiser calls, and how the networks computed.
+
+    `different` contains the networks whose results differed in a stack. `layer_shapes` has the shapes of the inputs of
+    layers in stacks, by network.
+    """
 
     samples: list[torch.Tensor]
     ticks: int
     different: frozenset[str]
+    layer_shapes: Mapping[str, LayerShapes]
 
 
 class _Trial:
@@ -117,14 +138,14 @@ class _Trial:
         """Return the batch axes of networks, as far as calls with and without guidance agree."""
         axes: dict[str, Any] = {}
         for guided, once in self._recorded.items():
-            found = compare_calls(once, self._record([SHORT_TEXT, SHORT_TEXT], guided))
+            by_network = compare_calls(once, self._record([SHORT_TEXT, SHORT_TEXT], guided))
             for name in {call.network.name for call in once}:
                 other = axes.get(name)
-                if name not in found:
+                if name not in by_network:
                     axes[name] = None
                 elif name not in axes:
-                    axes[name] = found[name]
-                elif other is not None and not other.merge(found[name]):
+                    axes[name] = by_network[name]
+                elif other is not None and not other.merge(by_network[name]):
                     axes[name] = None
         return {name: value for name, value in axes.items() if value is not None}
 
@@ -188,7 +209,17 @@ class _Trial:
             alone, together = render([row]), render([neighbour, row])
             different |= alone.different | together.different
             is_independent &= torch.equal(alone.samples[0], together.samples[1])
+            is_independent &= not self._depends_on_shape(alone.layer_shapes, together.layer_shapes)
         return different, is_independent
+
+    def _depends_on_shape(self, alone: Mapping[str, LayerShapes], together: Mapping[str, LayerShapes]) -> bool:
+        """Return whether equal bytes would be a coincidence, because neighbours change the shapes inside a network."""
+        calls = first_calls(self._recorded[True])
+        for name, shapes in alone.items():
+            layers = find_varying_layers(shapes, together.get(name, {}))
+            if layers and depends_on_shape(calls[name].network, calls[name].arguments, layers):
+                return True
+        return False
 
     def _render(self, plan: StackingPlan, rows: Sequence[tuple[str, bool]]) -> _Outcome:
         """Render rows together up to the first step, or completely if the pipeline has several stages."""
@@ -210,7 +241,8 @@ class _Trial:
             ended |= {row.tag: sample_of(row.result, row.error) for row in stacker.take_ended()}
         finally:
             stacker.close()
-        return _Outcome([ended[index] for index in range(len(rows))], ticks, frozenset(evaluator.different))
+        samples = [ended[index] for index in range(len(rows))]
+        return _Outcome(samples, ticks, frozenset(evaluator.different), evaluator.layer_shapes)
 
     @torch.no_grad()
     def _check_decoders(self, plan: StackingPlan) -> frozenset[str]:
