@@ -55,7 +55,7 @@ def set_float32_precision(dtype: torch.dtype) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work on a GPU. Does nothing for a CPU: asking torch for a GPU would use the memory of one."""
+    """Wait for all work on a GPU. For a CPU, do nothing: a CUDA call would allocate memory on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

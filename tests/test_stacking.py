@@ -27,8 +27,11 @@ from batch_infer.stacking import (
     EncoderCache,
     RecordedCall,
     copy_pipeline,
+    evaluator,
     find_networks,
 )
+from batch_infer.stacking.checking import depends_on_shape
+from batch_infer.stacking.networks import Network
 from batch_infer.stacking.plan import TextPadding
 from batch_infer.stacking.recording import compare_calls
 from batch_infer.stacking.signature import Signatures
@@ -285,6 +288,25 @@ def test_texts_are_padded_with_zeros_that_are_masked() -> None:
     assert not given_mask["mask"].any()
 
 
+@pytest.mark.parametrize(
+    ("counts", "is_dependent"), [((3, 6), False), ((3, 50), True), ((50, 0), True), ((100, 200), False)]
+)
+def test_a_layer_is_tried_with_multiples_of_all_numbers_of_rows(counts: tuple[int, ...], is_dependent: bool) -> None:
+    """Neighbours may route no text to an expert. This one rounds differently for 100 rows or more."""
+    expert = painting.Expert(painting.WIDTH, painting.WIDTH)
+    network = Network("expert", torch.nn.Sequential(expert), "denoise", CPU)
+    shapes = {torch.Size((count, painting.WIDTH)) for count in counts}
+    assert depends_on_shape(network, {"input": torch.zeros(3, painting.WIDTH)}, {expert: shapes}) == is_dependent
+
+
+def test_a_layer_that_is_not_tried_may_depend_on_its_shape() -> None:
+    size = torch.Size((3, painting.WIDTH))
+    layers: Any = [torch.nn.Linear(painting.WIDTH, painting.WIDTH), torch.nn.Conv1d(3, 3, 1)]
+    network = Network("layers", torch.nn.Sequential(layers[1]), "denoise", CPU)
+    for layer in layers:
+        assert depends_on_shape(network, {"input": torch.zeros(size)}, {layer: {size}})
+
+
 # The cache of encoder results
 
 
@@ -327,6 +349,26 @@ def test_equal_texts_are_encoded_once(painter: AnyPipeline) -> None:
     before = len(encoder.calls)
     run(painter, [paint_row(str(k), seed=k) for k in range(16)])
     assert len(encoder.calls) - before == 1 + 16 / ENCODE_BATCH
+
+
+def test_copies_of_an_encoded_text_are_made_when_a_row_continues(
+    painter: AnyPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies for 32 images of one prompt could need gigabytes."""
+    events: list[str] = []
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any) -> Any:
+            events.append(name)
+            return function(*args)
+
+        return record
+
+    monkeypatch.setattr(evaluator, "clone_tensors", recorded("copy", clone_tensors))
+    monkeypatch.setattr(CallStacker, "_resume", recorded("continue", CallStacker._resume))
+    with open_stacker(painter) as stacker:
+        start(stacker, painter, [paint_row(str(k), "the same text", guidance=1.0) for k in range(4)])
+    assert events[-8:] == ["copy", "continue"] * 4
 
 
 def test_an_encoder_result_that_a_pipeline_modifies_is_not_shared(models: Models) -> None:

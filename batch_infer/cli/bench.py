@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         type=click.Choice(ARCHITECTURES),
         help="Use a released architecture at full size with random weights instead of a model: "
         "flux-schnell is FLUX.1-schnell, flux2-klein FLUX.2-klein-4B, z-image Z-Image-Turbo, and sana SANA 1.6B. "
-        "Not with options that change a checkpoint, such as --lora, --scheduler and --quantize.",
+        "Cannot be combined with options that select or change a checkpoint, such as --model, --lora and --quantize.",
     ),
     option("--rows", type=POSITIVE, default=200, metavar="N", help="Number of rows."),
     option(

@@ -147,8 +147,8 @@ model_options = (
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
-        help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and models without "
-        "a family in README), float32 on a CPU.",
+        help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and for pipelines "
+        "outside the model families, see README), float32 on a CPU.",
     ),
     option(
         "--quantize",
@@ -184,7 +184,7 @@ model_options = (
         envvar="BATCH_INFER_COMPILE",
         default=None,
         help="Compile the networks with torch.compile, which takes a minute or more for each size. Default: yes on a "
-        "GPU if Triton and a C compiler are installed, but no for models without a family in README.",
+        "GPU if Triton and a C compiler are installed, but no for pipelines outside the model families (see README).",
     ),
 )
 

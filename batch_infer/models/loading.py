@@ -143,7 +143,7 @@ class RowLoraSwitch:
     _row_loras: RowLoras | None = None
 
     def use_lora(self, lora: Lora | None) -> None:
-        """Add a LoRA to the weights for the next rows, or remove it with None, unless the weights are right already.
+        """Add a LoRA to the weights for the next rows, or remove it with None. Does nothing if the weights match.
 
         Raises RowError if it does not fit, and FailedRowError if its file was changed or memory is too small for it.
         """

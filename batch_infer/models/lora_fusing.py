@@ -38,22 +38,22 @@ class RowLoras:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self._pipeline, self._device = pipeline, device
         self._current: Lora | None = None
-        self._is_complete = True
-        """Whether the weights are exactly those with the current LoRA. Restoring them may fail."""
+        self._are_weights_valid = True
+        """Whether the weights are exactly those of `_current`: not while switching, or after restoring them failed."""
         self._originals: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def is_in_use(self, lora: Lora | None) -> bool:
-        """Return whether the weights are those with this LoRA, or with none."""
-        return self._is_complete and lora == self._current
+        """Return whether the weights contain exactly this LoRA, or no LoRA for None."""
+        return self._are_weights_valid and lora == self._current
 
     @torch.no_grad()
     def use(self, lora: Lora | None) -> None:
         """Switch to a LoRA, or to none.
 
-        Raises RowError if it does not fit, and FailedRowError if its file was changed or removed. After an error, no
-        LoRA is in use.
+        Raises RowError if it does not fit, and FailedRowError if its file was changed or removed. After an error, the
+        weights are the original ones, unless restoring them failed. The next call then restores them.
         """
-        self._is_complete = False
+        self._are_weights_valid = False
         self._restore()
         if lora is not None:
             try:
@@ -68,13 +68,13 @@ class RowLoras:
             except BaseException as error:
                 self._restore()
                 self._finish()
-                self._is_complete = True
+                self._are_weights_valid = True
                 if isinstance(error, ModelError):
                     raise RowError(str(error)) from error
                 raise
             self._current = lora
         self._finish()
-        self._is_complete = True
+        self._are_weights_valid = True
 
     def _restore(self) -> None:
         for weight, original in self._originals:

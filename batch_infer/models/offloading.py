@@ -79,10 +79,10 @@ class OneNetworkDevice:
 class _LoadingHook(ModelHook):  # type: ignore[misc]  # accelerate has no types
     """Loads `network` before the module with this hook runs, and sends its inputs to the device."""
 
-    def __init__(self, device: OneNetworkDevice, network: nn.Module) -> None:
-        self.execution_device = device.device  # diffusers' pipelines read it
-        self._device, self._network = device, network
+    def __init__(self, shared_device: OneNetworkDevice, network: nn.Module) -> None:
+        self.execution_device = shared_device.device  # diffusers' pipelines read it
+        self._shared_device, self._network = shared_device, network
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self._device.load(self._network)
+        self._shared_device.load(self._network)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)

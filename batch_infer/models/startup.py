@@ -31,7 +31,7 @@ def prepare_imports() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # tqdm's own lock is a semaphore of the system. If a process with one is killed, Python prints a warning of a leak.
+    # tqdm's default lock is a named semaphore. If its process is killed, Python warns of a leaked semaphore.
     tqdm.set_lock(threading.RLock())
 
 

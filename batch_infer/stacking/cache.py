@@ -25,7 +25,7 @@ class EncoderCache:
         return self._results.get(key)
 
     def put(self, key: Hashable, result: Any) -> None:
-        """Add a result, unless it is so large that it would leave room for no other."""
+        """Add a result, unless it alone exceeds the limit."""
         size = count_bytes(result)
         if size > self._max_bytes:
             return

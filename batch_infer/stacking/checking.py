@@ -22,8 +22,10 @@ from batch_infer.stacking.trees import UnstackableError, find_tensor
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Maximum difference, relative to the largest value, between a result in a stack and that of the call itself."""
 HALF_TOLERANCE = 0.05
-FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Numbers of rows for which a layer is tried, as multiples of the smallest."""
+FACTORS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Multiples of the recorded numbers of rows with which a layer is tried. Runs have more slots than trial calls."""
+MAX_VALUES = 1 << 26
+"""Maximum number of values in an input for these trials."""
 LayerShapes = dict[torch.nn.Module, set[torch.Size]]
 """Shapes of the inputs of layers."""
 
@@ -99,29 +101,38 @@ def find_varying_layers(alone: LayerShapes, together: LayerShapes) -> LayerShape
     }
 
 
+@torch.no_grad()
 def depends_on_shape(network: Network, arguments: Mapping[str, Any], layers: LayerShapes) -> bool:
-    """Return whether layers give values other bytes if their input has another shape of those in `layers`.
+    """Return whether the bytes that a layer computes for a row of its input may depend on the number of rows.
 
-    Libraries choose kernels by shape. Linear layers are tried with many numbers of rows. That a layer gives equal bytes
-    is not known if it does not compute during this call of the network, or is a convolution.
+    Libraries choose kernels by shape, so linear layers are tried with many numbers of rows. Convolutions, and layers
+    that this call of the network does not reach, are assumed to depend on it.
     """
+    untried = {layer for layer in layers if isinstance(layer, torch.nn.Linear)}
     independent: set[torch.nn.Module] = set()
 
     def try_counts(layer: torch.nn.Module, values: torch.Tensor) -> None:
-        if layer in untried:
-            untried.remove(layer)  # before the layer is called here
-            counts = {shape[:-1].numel() for shape in layers[layer]}
-            counts |= {factor * min(counts) for factor in FACTORS}
-            noise = torch.Generator("cpu").manual_seed(0)
-            rows = torch.randn(max(counts), values.shape[-1], generator=noise).to(values)
-            expected = layer(rows)
-            if all(torch.equal(layer(rows[:count]), expected[:count]) for count in counts):
-                independent.add(layer)
+        if layer not in untried:
+            return
+        untried.remove(layer)  # before the layer is called here
+        if _has_equal_rows(layer, values, {shape[:-1].numel() for shape in layers[layer]}):
+            independent.add(layer)
+        else:
+            untried.clear()
 
-    untried = {layer for layer in layers if isinstance(layer, torch.nn.Linear)}
     with _before_layers(try_counts):
         network.evaluate(arguments)
     return independent != layers.keys()
+
+
+def _has_equal_rows(layer: torch.nn.Module, values: torch.Tensor, counts: set[int]) -> bool:
+    """Return whether a linear layer gives rows the same bytes for these numbers of rows and multiples of them."""
+    width = values.shape[-1]
+    counts = {factor * count for factor in FACTORS for count in counts if factor * count * width <= MAX_VALUES} | counts
+    noise = torch.Generator(values.device).manual_seed(0)
+    rows = torch.randn(max(counts), width, generator=noise, device=values.device, dtype=values.dtype)
+    expected = layer(rows)
+    return all(torch.equal(layer(rows[:count]), expected[:count]) for count in counts)
 
 
 def take_first_step(pipeline: Any, arguments: Mapping[str, Any]) -> None:

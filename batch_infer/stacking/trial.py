@@ -208,8 +208,11 @@ class _Trial:
         for row, neighbour in ((short, long), (long, short), (other, short)):
             alone, together = render([row]), render([neighbour, row])
             different |= alone.different | together.different
-            is_independent &= torch.equal(alone.samples[0], together.samples[1])
-            is_independent &= not self._depends_on_shape(alone.layer_shapes, together.layer_shapes)
+            is_independent = (
+                is_independent
+                and torch.equal(alone.samples[0], together.samples[1])
+                and not self._depends_on_shape(alone.layer_shapes, together.layer_shapes)
+            )
         return different, is_independent
 
     def _depends_on_shape(self, alone: Mapping[str, LayerShapes], together: Mapping[str, LayerShapes]) -> bool:
