@@ -30,7 +30,7 @@ class DummyChain(DeviceChain):
     """Gives every row an image of one grey level, its seed. A batch of rows takes `seconds`."""
 
     def __init__(self, stop: Callable[[], bool], seconds: float = 0.0) -> None:
-        model = SimpleNamespace(networks=(), lora=None, uses_pipeline_call=False)
+        model = SimpleNamespace(networks=(), use_lora=lambda lora: None, uses_pipeline_call=False)
         super().__init__(model, BatchSizes(2 * BATCH_ROWS, BATCH_ROWS), None, stop)
         self._seconds = seconds
 

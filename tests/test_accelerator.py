@@ -97,7 +97,7 @@ def test_batch_sizes_that_nearly_fill_the_memory_are_not_chosen(monkeypatch: pyt
         tried.append(number)
         return lambda: None
 
-    monkeypatch.setattr(plateau, "_measure_seconds", lambda work: 1.0)
+    monkeypatch.setattr(plateau, "_measure_seconds", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 27 * tried[-1])
