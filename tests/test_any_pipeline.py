@@ -28,8 +28,9 @@ from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from batch_infer.autotune import Probe
 from batch_infer.chain import BatchSizes, RenderedImage, StepLevelChain, UnrenderedRow
 from batch_infer.errors import FailedRowError, ModelError
-from batch_infer.models import AnyPipeline, ModelCard, any_pipeline, inspect_pipeline, read_card
+from batch_infer.models import AnyPipeline, ModelCard, inspect_pipeline, read_card
 from batch_infer.models.pipeline_rules import find_class
+from batch_infer.models.trial_calls import call_within_memory
 from batch_infer.records import PromptRequest, SizeRules
 from batch_infer.safety import ImageChecker
 from batch_infer.safety.checker import StableDiffusionChecker
@@ -322,7 +323,7 @@ def test_free_memory_does_not_decide_whether_rows_share_calls(monkeypatch: pytes
         return "plan"
 
     native, small = lambda *_: 512, lambda *_: 128
-    assert any_pipeline._call_within_memory(try_plan, native, small) == "plan"  # type: ignore[arg-type]
+    assert call_within_memory(try_plan, native, small) == "plan"  # type: ignore[arg-type]
     assert sides == [512, 128]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from batch_infer.models.latent_diffusion import Conditioning
 from batch_infer.models.loading import (
     RowLoraSwitch,
     add_embeddings,
+    disable_sampling,
     fuse_loras,
     load_checker,
     load_network,
@@ -31,7 +32,14 @@ from batch_infer.models.pipeline_rules import build_pipeline, find_denoiser, fin
 from batch_infer.models.quantization import quantize
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.textual_inversion import Embedding, expand_tokens
-from batch_infer.models.trial_calls import REFUSALS, TRIAL_TEXT, check_pipeline, kept_processors
+from batch_infer.models.trial_calls import (
+    REFUSALS,
+    TRIAL_TEXT,
+    MakeTrialArguments,
+    call_within_memory,
+    check_pipeline,
+    kept_processors,
+)
 from batch_infer.records import PromptRequest, RowCost, SamplingParams
 from batch_infer.settings import Offload
 from batch_infer.stacking import (
@@ -49,9 +57,6 @@ from batch_infer.stacking import (
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-MakeTrialArguments = Callable[[Sequence[str], bool], dict[str, Any]]
-"""Returns the arguments of a trial call for prompts, with or without guidance."""
 SMALL_DIVISOR = 4
 """Fraction of the native side for trial calls on a CPU, where calls at the native size would take minutes.
 
@@ -95,18 +100,18 @@ class AnyPipeline(RowLoraSwitch):
         self._rules, self._cache = rules, EncoderCache()
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
-        _generate_without_sampling(pipeline)
+        disable_sampling(pipeline)
         native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, SMALL_DIVISOR))
 
         def check(make_arguments: MakeTrialArguments) -> None:
             check_pipeline(pipeline, self.denoiser, lambda: make_arguments([TRIAL_TEXT], True), replaced_scheduler)
 
         with kept_processors(self.denoiser):
-            _call_within_memory(check, native, small)
+            call_within_memory(check, native, small)
             if device.type == "cpu":
                 self.plan = make_stacking_plan(pipeline, small, native)  # some pipelines refuse small sizes
             else:
-                self.plan = _call_within_memory(partial(make_stacking_plan, pipeline), native, small)
+                self.plan = call_within_memory(partial(make_stacking_plan, pipeline), native, small)
 
     @classmethod
     def load(
@@ -297,31 +302,6 @@ class AnyPipeline(RowLoraSwitch):
         elif self._guidance == "true_cfg_scale" and params.uses_guidance:
             arguments["negative_prompt"] = [" "] * len(prompts)  # otherwise the pipeline omits guidance
         return arguments
-
-
-def _call_within_memory(
-    call: Callable[[MakeTrialArguments], Result], native: MakeTrialArguments, small: MakeTrialArguments
-) -> Result:
-    """Make trial calls at the native size, or at a small size if memory is too small.
-
-    Raises torch.OutOfMemoryError if memory is too small for the small size, too. If the rows ran alone then, their
-    bytes would depend on what else uses the memory at that moment.
-    """
-    with suppress(torch.OutOfMemoryError):
-        return call(native)
-    torch.cuda.empty_cache()
-    log.warning("memory is too small for trial calls at the model's own size, so they are made at a small size")
-    return call(small)
-
-
-def _generate_without_sampling(pipeline: Any) -> None:
-    """Let text encoders that a pipeline uses to rewrite prompts choose the most likely words.
-
-    Otherwise they draw from the global generator, which does not depend on the row's seed.
-    """
-    for part in pipeline.components.values():
-        if (config := getattr(part, "generation_config", None)) is not None:
-            config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
 
 
 def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> Any:

@@ -118,6 +118,16 @@ def _limit_tokenizer(pipeline: Any, path: Path, suffix: str) -> None:
         pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)
 
 
+def disable_sampling(pipeline: Any) -> None:
+    """Let text encoders that a pipeline uses to rewrite prompts choose the most likely words.
+
+    Otherwise they draw from the global generator, which does not depend on the row's seed.
+    """
+    for part in pipeline.components.values():
+        if (config := getattr(part, "generation_config", None)) is not None:
+            config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+
+
 def add_embeddings(pipeline: Any, card: ModelCard) -> None:
     """Load the embeddings of --embedding into a pipeline. Raises ModelError if one does not fit."""
     if card.embeddings:

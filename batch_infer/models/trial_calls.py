@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_infer.accelerator import is_device_error, out_of_memory_errors
 from batch_infer.errors import ModelError
 from batch_infer.models.untrusted import LOADING_ERRORS, describe, loading_errors
 from batch_infer.stacking import find_networks, record_pipeline, replaced_method, take_first_step
+
+log = logging.getLogger(__name__)
 
 TRIAL_TEXT = "a red circle"
 RANDOM_OPERATIONS = {
@@ -21,6 +25,9 @@ RANDOM_OPERATIONS = {
 REFUSALS = (ValueError, IndexError, ZeroDivisionError, AssertionError, NotImplementedError)
 """Errors that a pipeline or scheduler raises for unsupported values."""
 
+Result = TypeVar("Result")
+MakeTrialArguments = Callable[[Sequence[str], bool], dict[str, Any]]
+"""Returns the arguments of a trial call for prompts, with or without guidance."""
 MakeArguments = Callable[[], Mapping[str, Any]]
 """Returns the arguments of a call for one prompt, with a new generator."""
 
@@ -44,6 +51,21 @@ def check_pipeline(
             _refuse_scheduler(pipeline, make_arguments, replaced_scheduler, refusal)
     if denoiser is not None and getattr(pipeline, "vae", None) is not None:
         _try_decoder(pipeline, make_arguments)
+
+
+def call_within_memory(
+    call: Callable[[MakeTrialArguments], Result], native: MakeTrialArguments, small: MakeTrialArguments
+) -> Result:
+    """Make trial calls at the native size, or at a small size if memory is too small.
+
+    Raises torch.OutOfMemoryError if memory is too small for the small size, too. If the rows ran alone then, their
+    bytes would depend on what else uses the memory at that moment.
+    """
+    with suppress(torch.OutOfMemoryError):
+        return call(native)
+    torch.cuda.empty_cache()
+    log.warning("memory is too small for trial calls at the model's own size, so they are made at a small size")
+    return call(small)
 
 
 @contextmanager

@@ -217,7 +217,7 @@ class _Trial:
 
     def _depends_on_shape(self, alone: Mapping[str, LayerShapes], together: Mapping[str, LayerShapes]) -> bool:
         """Return whether equal bytes would be a coincidence, because neighbours change the shapes inside a network."""
-        calls = first_calls(self._recorded[True])
+        calls = first_calls(self._recorded[False]) | first_calls(self._recorded[True])
         for name, shapes in alone.items():
             layers = find_varying_layers(shapes, together.get(name, {}))
             if layers and depends_on_shape(calls[name].network, calls[name].arguments, layers):
