@@ -383,7 +383,7 @@ def test_unreadable_parts_lose_no_row(tmp_path: Path, out: Path, how: str) -> No
         other.score(files[:1])
     (part,) = (out / "manifest").iterdir()
     if how == "error":
-        failure = mock.patch("batch_infer.manifest.manifest.read_part", side_effect=StorageError("the disk is missing"))
+        failure = mock.patch("batch_infer.manifest.index.read_part", side_effect=StorageError("the disk is missing"))
         with failure, pytest.raises(StorageError, match="missing"):
             scoring.score(files)
     elif how == "removed":

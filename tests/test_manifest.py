@@ -153,7 +153,7 @@ def test_add_retries_parts_that_it_could_not_read(tmp_path: Path, monkeypatch: p
         damaged_parts: list[DamagedPartError] = []
         if fault == "error":
             with monkeypatch.context() as patch, pytest.raises(StorageError, match="unavailable"):
-                patch.setattr("batch_infer.manifest.manifest.read_part", _raising(parts[1].name, read_part))
+                patch.setattr("batch_infer.manifest.index.read_part", _raising(parts[1].name, read_part))
                 index.add(parts, damaged_parts.append)
         else:
             path.unlink() if fault == "missing" else path.write_bytes(whole[:50])
@@ -331,7 +331,7 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
             reads.append(part)
             return read_part(part, columns)
 
-        monkeypatch.setattr("batch_infer.manifest.manifest.read_part", read)
+        monkeypatch.setattr("batch_infer.manifest.index.read_part", read)
         schema = pa.schema([*SCHEMA, *carried])
 
         def take_twice() -> int:
@@ -341,7 +341,7 @@ def test_the_cache_of_parts_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pyt
             return len(reads)
 
         assert take_twice() == 3
-        monkeypatch.setattr("batch_infer.manifest.manifest.CACHED_BYTES", 2500)
+        monkeypatch.setattr("batch_infer.manifest.index.CACHED_BYTES", 2500)
         index.read_results(images[:1], SCHEMA)  # other columns: tables over the limit are dropped
         assert take_twice() == 6
 

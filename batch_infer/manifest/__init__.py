@@ -5,7 +5,8 @@ each (id, image_index), the highest attempt counts and, among equal attempts, th
 """
 
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
-from batch_infer.manifest.manifest import FOLDER, CommittedImage, Manifest, ManifestIndex
+from batch_infer.manifest.index import CommittedImage, ManifestIndex
+from batch_infer.manifest.manifest import FOLDER, Manifest
 from batch_infer.manifest.parts import commit_time, read_part, run_number
 
 __all__ = [

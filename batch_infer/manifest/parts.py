@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,6 +38,15 @@ def run_number(part: Part) -> int:
     return int(match["run"] or 0) if match else 0
 
 
+def make_part_name(run: int, rows: Iterable[tuple[str, int, str, int]]) -> str:
+    """Return the name of a part of a run, or of no run if it is 0.
+
+    It contains a digest of the id, image index, fingerprint and attempt of each row.
+    """
+    content = digest(list(map(list, rows)))
+    return f"part-{run:05d}-{content}.parquet" if run else f"part-{content}.parquet"
+
+
 def write_part(part: Part, table: pa.Table, clock: str, seconds: float) -> None:
     """Write a part atomically, with its `commit_time`. Raises StorageError."""
     columns = _columns_mark(VERSION, table.schema.names)
@@ -54,10 +64,11 @@ def read_part(part: Part, columns: Sequence[str] | None = None) -> pa.Table:
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as (file, version):
         available = [name for name in names if SINCE.get(name, 1) <= version]
+        schema = file.schema_arrow  # converted at each access, which takes 0.1 ms
         for field in (SCHEMA.field(name) for name in available):
-            if field.name not in file.schema_arrow.names:
+            if field.name not in schema.names:
                 raise DamagedPartError(str(part), f"it has no column {field.name}")
-            actual = file.schema_arrow.field(field.name)
+            actual = schema.field(field.name)
             if actual != field:
                 raise DamagedPartError(
                     str(part), f"its column {field.name} has the type {actual.type} instead of {field.type}"
@@ -87,12 +98,41 @@ def commit_time(part: Part) -> tuple[str, float]:
     DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as (file, _):
-        mark = (file.schema_arrow.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
-        clock, _, seconds = mark.partition(" ")
-        with suppress(ValueError):
-            return clock, float(seconds)
+        if (time := _read_commit_time(file.schema_arrow)) is not None:
+            return time
         latest = pc.max(read_part(part, ("finished_at",))["finished_at"]).as_py()
         return "", latest.timestamp() if latest else 0.0
+
+
+def _read_commit_time(schema: pa.Schema) -> tuple[str, float] | None:
+    mark = (schema.metadata or {}).get(_COMMITTED_KEY, b"").decode("ascii", "replace")
+    clock, _, seconds = mark.partition(" ")
+    with suppress(ValueError):
+        return clock, float(seconds)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What the footer of a part of the current format version says. `seconds` is the commit time by `clock`."""
+
+    rows: int
+    schema: pa.Schema
+    clock: str
+    seconds: float
+
+
+def read_footer(part: Part) -> Footer | None:
+    """Read a part's footer, or return None if it has another format version.
+
+    Raises DamagedPartError, NewerPartError, StorageError.
+    """
+    with open_part(part) as (file, version):
+        schema = file.schema_arrow
+        time = _read_commit_time(schema)
+        if version != VERSION or time is None:
+            return None
+        return Footer(file.metadata.num_rows, schema.remove_metadata(), *time)
 
 
 @contextmanager
