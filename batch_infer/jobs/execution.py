@@ -13,13 +13,15 @@ from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
 from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
+from batch_infer.jobs.compaction import Compaction
 from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
 from batch_infer.jobs.job import Job
-from batch_infer.jobs.merge import MissingResultsError, merge, merge_parts
+from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_tables
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
+from batch_infer.jobs.run_json import ScanRecord, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.manifest import ManifestIndex
@@ -61,6 +63,8 @@ class RunExecution:
         """Whether invalid rows must still be committed, because OUT was not cleared when the tables were scanned."""
         self._setup_seconds = 0.0
         self._summary = Summary()
+        self._scan_record: ScanRecord | None = None
+        self._compaction = Compaction(self._folder.manifest, job.record["recover_from"])
         self._throughput: Throughput | None = None  # None until the first worker is ready
         self._bytes_by_size: Counter[Size] = Counter()
 
@@ -76,7 +80,8 @@ class RunExecution:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
-        counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
+        with closing(self._compaction):
+            counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
         self._store.check()
         remove_other_results(self._store, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour
@@ -119,7 +124,14 @@ class RunExecution:
         self._folder.update_record()
         scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
         self._has_uncommitted_invalid = not self._folder.is_cleared
-        self._folder.update_record(survey={**scan.as_dict(), "finished_at": utc_now()}, rendering_since=None)
+        digest, job = self._job.tables.digest(self._job.rules), self._job
+        earlier = parse_record(job.earlier or {}).survey
+        since = earlier.tables_since if earlier and earlier.tables_digest == digest else job.number
+        self._scan_record = ScanRecord(utc_now(), scan.total, tables_digest=digest, tables_since=since)
+        described = {
+            name: getattr(self._scan_record, name) for name in ("finished_at", "tables_digest", "tables_since")
+        }
+        self._folder.update_record(survey={**scan.as_dict(), **described}, rendering_since=None)
         return scan
 
     def _set_compute(self, compute: Compute) -> None:
@@ -194,6 +206,7 @@ class RunExecution:
     def _on_commit(self, rows: Sequence[ResultRow]) -> None:
         if self._throughput is not None:
             self._throughput.add(rows)
+        self._compaction.count_part()
         for row in rows:
             self._bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
         self._progress.committed(rows)
@@ -226,6 +239,10 @@ class RunExecution:
         systems such as NFS may list a directory as it was up to a minute ago.
         """
         try:
+            if self._stop():
+                self._compaction.wait()
+            else:
+                self._compaction.finish()
             if self._has_uncommitted_invalid and not self._job.tables.changed_files():
                 commit_invalid(self._job)
                 self._has_uncommitted_invalid = False
@@ -255,8 +272,7 @@ class RunExecution:
             counts = merge_parts(self._store, tables.files, output, min_results)
             counts.remaining = remaining
             return counts
-        with self._folder.manifest.index() as index:
-            return merge(self._job.items(index), index, tables.carried, self._store, output, min_results)
+        return merge_tables(tables, self._job.rules, self._scan_record, self._store, output, min_results)
 
     def _merge_after_error(self, scan: ScanResult) -> None:
         """Merge committed results after a rendering error, without hiding that error."""

@@ -16,18 +16,21 @@ from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
 from batch_infer.jobs.run_json import (
+    ScanRecord,
     add_counts,
     count_scanned_results,
     ended_cleanly,
+    parse_record,
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, run_number
 from batch_infer.planning import Item, get_source, make_finished_check, split_batches
 from batch_infer.settings import OutputSettings, ResultsFormat, RunSettings
 from batch_infer.store import Out, Store, open_store, to_absolute
+from batch_infer.table import RowRules, Tables
 
 BATCH = 2048
 """Maximum number of results to read and write together."""
@@ -90,15 +93,48 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, store: Sto
             already_unreadable = record.get("unreadable_tables", ())
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
-                with Manifest(store).index() as index:
-                    return merge(
-                        tables.read_rows(rules, make_finished_check(index)), index, tables.carried, store, output
-                    )
+                return merge_tables(tables, rules, parse_record(record).survey, store, output)
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all results in the manifest are merged (%s)", reason)
     counts = merge_parts(store, record.get("tables", ()), output)
     counts.remaining = max(0, count_scanned_results(record) - counts.results)
     return counts
+
+
+def merge_tables(
+    tables: Tables,
+    rules: RowRules,
+    scan: ScanRecord | None,
+    store: Store,
+    output: OutputSettings,
+    min_results: int = 0,
+) -> Counts:
+    """Write and count the results of the rows of these tables, in their order, as `merge` does.
+
+    `scan` is the last scan of tables in this OUT. If all runs read the same tables by the same rules, all results in
+    the manifest belong to their rows, so the tables are not read again, which takes most of the time.
+    """
+    manifest = Manifest(store)
+    with manifest.index() as index:
+        if scan is not None and _has_only_results_of(tables, rules, scan, index):
+            counts = _merge_index(
+                index, tables.files, pa.schema([*SCHEMA, *tables.carried]), store, output, min_results
+            )
+            counts.remaining = max(0, scan.total - counts.results)
+            return counts
+        items = tables.read_rows(rules, make_finished_check(index))
+        return merge(items, index, tables.carried, store, output, min_results)
+
+
+def _has_only_results_of(tables: Tables, rules: RowRules, scan: ScanRecord, index: ManifestIndex) -> bool:
+    """Return whether the manifest contains only results of these tables, read by these rules.
+
+    Also return False if any result is failed or invalid, because only the tables know its line number.
+    """
+    if scan.tables_digest is None or any(run_number(part) < scan.tables_since for part in index.parts.values()):
+        return False
+    statuses = index.count_statuses()
+    return not (statuses["failed"] or statuses["invalid"]) and tables.digest(rules) == scan.tables_digest
 
 
 def merge(
@@ -129,11 +165,22 @@ def merge_parts(store: Store, tables: Sequence[str], output: OutputSettings, min
     manifest = Manifest(store)
     schema = make_results_schema(manifest.schemas())
     with manifest.index() as index:
-        counts = Counts()
-        counts.rows, counts.bad_rows = index.count_rows()
-        write_results(
-            _require_results(_read_all(index, tables, schema, counts), counts, min_results), schema, store, output
-        )
+        return _merge_index(index, tables, schema, store, output, min_results)
+
+
+def _merge_index(
+    index: ManifestIndex,
+    tables: Sequence[str],
+    schema: pa.Schema,
+    store: Store,
+    output: OutputSettings,
+    min_results: int,
+) -> Counts:
+    """Write and count all indexed results. Those of `tables` come first, in that order."""
+    counts = Counts()
+    counts.rows, counts.bad_rows = index.count_rows()
+    results = _require_results(_read_all(index, tables, schema, counts), counts, min_results)
+    write_results(results, schema, store, output)
     return counts
 
 

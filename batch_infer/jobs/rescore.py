@@ -14,6 +14,7 @@ import msgspec
 
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.compaction import COMPACTION_PARTS
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
@@ -156,6 +157,8 @@ class _RescoreExecution:
                     raise StoppedError("stopped; results so far are kept, and the same command continues")
                 with deferred(GRACE_SECONDS):
                     rescorer.rescore(batch, self._tables.carried)
+                if number % COMPACTION_PARTS == COMPACTION_PARTS - 1:
+                    rescorer.compact(excluded=index.parts)  # the index reads its own parts until the end
                 report(rescorer.counts)
 
     def _pending_results(self, index: ManifestIndex, rescorer: Rescorer) -> Iterator[StoredResult]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +77,8 @@ class Rescorer:
         """Load the checker if one is used. Raises ModelError, SettingsError, StorageError."""
         self._settings, self._card = settings, card
         self.sink = make_sink(store, settings.output.image_format)
-        self._manifest = Manifest(store, record.get("run_number") or 0)
+        self._run = record.get("run_number") or 0
+        self._manifest = Manifest(store, self._run)
         self._checker: ImageChecker | None = None
         if settings.safety.uses_checker(has_checker=card.has_checker):
             from batch_infer.autotune import detect_device  # imports torch, which a service alone does not need
@@ -120,6 +121,10 @@ class Rescorer:
         written, replaced = self._written_paths, self._replaced_paths
         commit_images(self.sink, self._manifest, self._rows, carried, written=written, previous=replaced)
         self._rows, self._written_paths, self._replaced_paths = [], [], []
+
+    def compact(self, excluded: Container[str]) -> None:
+        """Combine small manifest parts, except those with `excluded` names. Raises StorageError."""
+        self._manifest.compact(self._run, excluded)
 
     def remove_duplicates(self, request: PromptRequest, committed: CommittedImage) -> None:
         """Remove files under other names that a killed rescore wrote for a row that is already rescored."""

@@ -27,10 +27,15 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pil
 
 
 class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
-    """The entries of a recorded `ScanResult` that commands read."""
+    """The entries of a recorded `ScanResult` that commands read, and which rows the tables had.
+
+    `tables_digest` is `Tables.digest`, and all runs from number `tables_since` on read tables with this digest.
+    """
 
     finished_at: datetime
     total: int = 0
+    tables_digest: str | None = None
+    tables_since: int = 0
     finished: int = 0
     invalid: int = 0
     pending: int = 0

@@ -26,6 +26,8 @@ INSERTED_ROWS = 1 << 15
 
 With fewer rows, converting the columns to Python costs more than inserting them.
 """
+FETCHED_ROWS = 1024
+"""Number of rows to fetch from the database together, because each call has a cost."""
 SORTER_KIB = 64 << 10
 """Memory in KiB that SQLite uses for its pages and for sorting keys."""
 _COLUMNS = (
@@ -202,7 +204,8 @@ class ManifestIndex:
             f"{_SELECT} FROM images AS c JOIN source_ranks USING (source) WHERE {_IS_LATEST}"
             " ORDER BY rank, c.source_row, c.id, c.image_index"
         )
-        return (self._to_image(row) for row in rows)
+        for batch in iter(lambda: rows.fetchmany(FETCHED_ROWS), []):
+            yield from map(self._to_image, batch)
 
     def count_rows(self) -> tuple[int, int]:
         """Return the number of table rows, and the number of rows that are invalid or have a failed image."""

@@ -19,6 +19,8 @@ from batch_infer.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
+HASHED_BYTES = 1 << 20
+"""Number of bytes of a file to read and hash at a time."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RANDOM_ID = secrets.token_hex(6)
 """Distinguishes two processes that write to the same folder from machines with equal host ids."""
@@ -93,6 +95,15 @@ def remove_tree(path: Path) -> None:
     """Remove a folder with its content, or a file, if it exists. Raises StorageError."""
     with write_errors(path):
         shutil.rmtree(path) if is_folder(path) else path.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Raises OSError."""
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(HASHED_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -109,6 +109,7 @@ class _Cursor(sqlite3.Cursor):
     execute = _raising_storage_error(sqlite3.Cursor.execute)
     executemany = _raising_storage_error(sqlite3.Cursor.executemany)
     fetchone = _raising_storage_error(sqlite3.Cursor.fetchone)
+    fetchmany = _raising_storage_error(sqlite3.Cursor.fetchmany)
     fetchall = _raising_storage_error(sqlite3.Cursor.fetchall)
     __next__ = _raising_storage_error(sqlite3.Cursor.__next__)  # type: ignore[arg-type]
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import msgspec
+
+from batch_infer import __version__
 from batch_infer.errors import TableError
-from batch_infer.records import PromptRequest, ResultRow, Source
+from batch_infer.records import PromptRequest, ResultRow, Source, digest
 from batch_infer.settings import FIELDS, LORA_FIELD, IdSource, TableSettings
+from batch_infer.store import hash_file
 from batch_infer.table.base import (
     BLANK_ROW,
     ID_DIGITS,
@@ -20,6 +24,7 @@ from batch_infer.table.base import (
     Scratch,
     TableFile,
     make_default_id,
+    raise_storage_error,
     replace_surrogates,
 )
 from batch_infer.table.columns import (
@@ -133,6 +138,25 @@ class Tables:
     def default_id_source(self) -> IdSource | None:
         """Source of the ids in tables without an id column, or None if all readable tables have one."""
         return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
+
+    def digest(self, rules: RowRules) -> str | None:
+        """Return a digest of all that determines the rows: the bytes and names of the files, the settings and `rules`.
+
+        Equal digests mean equal rows. Return None if the rows also depend on other files: on LoRAs that rows name, or
+        on the other files of a shared folder. Raises StorageError.
+        """
+        if self._find_lora is not None or self._shared_folder is not None:
+            return None
+        files = []
+        for file in self._files:
+            try:
+                content = hash_file(file.path) if file.error is None else file.error
+            except OSError as error:
+                raise_storage_error(error, file.name, was_opened=True)
+                return None
+            files.append([file.name, file.stem, content])
+        settings = [dict(self._settings.columns), self._settings.limit, self._settings.id_from]
+        return digest([__version__, files, settings, msgspec.to_builtins(rules)])
 
     def changed_files(self) -> list[str]:
         """Return the paths of local tables that changed since they were opened."""
