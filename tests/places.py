@@ -50,7 +50,7 @@ class Place(ABC):
 
     def parts(self) -> int:
         """Return the number of manifest parts."""
-        return len(self.names("manifest"))
+        return sum(name.startswith("manifest/part-") for name in self.names("manifest"))
 
     def results(self) -> list[dict[str, Any]]:
         """Return the rows of results.parquet, without the columns in which two runs of the same work may differ."""
@@ -66,7 +66,7 @@ class Place(ABC):
             if name not in images
             and not (name.startswith("manifest/part-") and name.endswith(".parquet"))
             and not (name.startswith("logs/") and name.endswith(".log"))
-            and name not in ("run.json", "results.parquet", "results.csv", "results.jsonl")
+            and name not in ("run.json", "results.parquet", "results.csv", "results.jsonl", "manifest/SHA256SUMS")
         ]
 
 

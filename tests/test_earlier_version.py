@@ -201,13 +201,13 @@ def test_the_output_of_an_endpoint_is_continued_and_merged(folder: Path, monkeyp
     for name in ("AZUREML_MODEL_DIR", "AZ_BATCHAI_GPU_COUNT_FOUND", "CONTENT_SAFETY_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     assert json.loads(command("status", out, "--json").stdout)["state"] == "open"
-    parts = sorted((out / "manifest").iterdir())
+    parts = sorted((out / "manifest").glob("part-*"))
     try:
         batch.init()
         scored = batch.run([str(folder / "flagged.csv")])
     finally:
         batch.shutdown()
-    assert sorted((out / "manifest").iterdir()) == parts
+    assert sorted((out / "manifest").glob("part-*")) == parts
     assert set(scored["sha256"]) == {row["sha256"] for row in before.values()}
     assert command("merge", out, "-q").code == 0
     assert_unchanged(out, before)

@@ -68,7 +68,7 @@ def folder(rendered: Path, tmp_path: Path) -> Path:
 
 def name_files(out: Path, paths: list[str]) -> None:
     """Make the first rows name these files, with their checksums."""
-    (part,) = (out / "manifest").iterdir()
+    (part,) = (out / "manifest").glob("part-*")
     rows = pq.read_table(part)
     columns: dict[str, list[Any]] = {
         name: rows[name].to_pylist() for name in ("generated_image", "sha256", "image_bytes")

@@ -58,6 +58,7 @@ EXTRAS = {
     "torchao": ("quantize", "batch_infer.models.quantization"),
     "bitsandbytes": ("quantize", "batch_infer.models.quantization"),
     "s3fs": ("s3", "batch_infer.store.objects.s3"),
+    "cryptography": ("sign", "batch_infer.jobs.signing"),
 }
 """Optional libraries, with the extra that installs them and the modules that import them.
 
@@ -94,11 +95,13 @@ REACHES_DISK = {
     "cli.options": "the folder of the metrics file",
     "images": "the bytes of an image in memory",
     "jobs.export_mlflow": "the exported model",
+    "jobs.signing": "the keys of signatures",
     "__main__": "the standard streams",
 }
 """Packages and modules that reach a disk, and what they read or write there."""
 EXCEPTIONS = {
     "engines.remote": {"path.exists", "card.path.is_dir", "folder.mkdir"},  # the model, and the folder of its lock
+    "jobs.checksums": {"temporary.write_bytes"},  # a temporary file of the store
     "jobs.out": {"temporary.write_bytes"},  # a temporary file of the store
     "jobs.results": {"path.open"},  # a temporary file of the store
     "jobs.run_json": {"(folder / model.name).exists"},

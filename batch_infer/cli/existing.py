@@ -16,6 +16,7 @@ from batch_infer.cli.options import (
     option,
     out_argument,
     results_options,
+    sign_key_option,
 )
 from batch_infer.cli.report import (
     ROWS_FAILED,
@@ -73,8 +74,16 @@ def _status_lines(run: RunStatus, out: str) -> Iterator[str]:
         yield "a rescore is unfinished: run the same `batch-infer rescore` again to continue"
 
 
-@command(out_argument, *results_options, json_option)
-def merge(*, out: str, results: tuple[ResultsFormat, ...], base64: bool, as_json: bool, quiet: bool) -> int:
+@command(out_argument, *results_options, sign_key_option, json_option)
+def merge(
+    *,
+    out: str,
+    results: tuple[ResultsFormat, ...],
+    base64: bool,
+    sign_key: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     """Write OUT/results.* from OUT's manifest.
 
     The results are in table order. `run` merges at its end; use `merge` after a run was killed, and for the output of
@@ -86,7 +95,7 @@ def merge(*, out: str, results: tuple[ResultsFormat, ...], base64: bool, as_json
     with stoppable(hint="results.* are unchanged. Run the same command again"):
         from batch_infer.jobs import merge_results
 
-        counts, formats = merge_results(out, results, base64=base64)
+        counts, formats = merge_results(out, results, base64=base64, sign_key=sign_key)
     if not quiet:
         lines = [format_counts(counts), format_results(out, formats)]
         if counts.remaining:

@@ -198,6 +198,14 @@ results_options = (
     option("--base64", is_flag=True, help="In results.csv and .jsonl, embed images in base64 as generated_image."),
 )
 
+sign_key_option = option(
+    "--sign-key",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Sign OUT/manifest/SHA256SUMS with this Ed25519 private key (`openssl genpkey -algorithm ed25519`), for "
+    "`verify --public-key`. Needs pip install 'batch-infer[sign]'.",
+)
+
 on_flagged_option = option(
     "--on-flagged",
     type=click.Choice(get_args(s.OnFlagged)),

@@ -19,6 +19,7 @@ from batch_infer.cli.options import (
     option_with_aliases,
     parse_out,
     results_options,
+    sign_key_option,
     unattended_options,
 )
 from batch_infer.errors import SettingsError
@@ -121,6 +122,7 @@ job_options = (
     option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
     option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", help="Format of image files."),
     *results_options,
+    sign_key_option,
     option(
         "--max-failed",
         default="0",
@@ -160,7 +162,7 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
             seed=options["seed"],
         ),
         safety=make_safety_settings(options),
-        output=s.OutputSettings(options["image_format"], options["results"], options["base64"]),
+        output=s.OutputSettings(options["image_format"], options["results"], options["base64"], options["sign_key"]),
         compute=make_compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
         overwrite=options["overwrite"],

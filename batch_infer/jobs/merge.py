@@ -12,6 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.checksums import with_root_digest, write_checksums
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
@@ -25,6 +26,7 @@ from batch_infer.jobs.run_json import (
     read_settings,
     refuse_unrepeatable_tables,
 )
+from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, run_number
 from batch_infer.planning import Item, get_source, make_finished_check, split_batches
@@ -45,24 +47,26 @@ class MissingResultsError(StorageError):
 
 
 def merge_results(
-    out: Out, results: tuple[ResultsFormat, ...], *, base64: bool
+    out: Out, results: tuple[ResultsFormat, ...], *, base64: bool, sign_key: str | None = None
 ) -> tuple[Counts, tuple[ResultsFormat, ...]]:
     """Write results.* in these formats and those of the run. Return the counts and the formats.
 
-    If OUT has a run.json, store the counts in it, for `status`. Raises LockedError, StorageError, ServiceError, and
-    UsageError, for example if OUT contains nothing to merge or no format supports base64.
+    If OUT has a run.json, store the counts and the root digest in it. With `sign_key`, the path of a private key, sign
+    the checksums. Raises LockedError, StorageError, ServiceError, and UsageError, for example if OUT contains nothing
+    to merge, no format supports base64, or the key cannot be used.
     """
+    check_sign_key(sign_key)
     unlocked_store = open_store(to_absolute(out))
     if not unlocked_store.exists(outdir.RUN_JSON) and not Manifest(unlocked_store).parts():
         raise UsageError(f"nothing to merge: {unlocked_store.location} has neither a run.json nor a manifest")
     with outdir.locked(unlocked_store) as store:
         if outdir.read_run(store) is None:
-            return merge_parts(store, [], OutputSettings(results=results, base64=base64)), results
+            return merge_parts(store, [], OutputSettings(results=results, base64=base64, sign_key=sign_key)), results
         record = outdir.read_existing_run(store)
         outdir.refuse_while_rescoring(store.location, record)
         settings = read_settings(record, store.location)
         formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
-        output = OutputSettings(results=formats, base64=base64 or settings.output.base64)
+        output = OutputSettings(results=formats, base64=base64 or settings.output.base64, sign_key=sign_key)
         try:
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(store)  # but not for an endpoint, whose workers may be writing
@@ -74,7 +78,7 @@ def merge_results(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
-        outdir.write_run(store, add_counts(record, counts))
+        outdir.write_run(store, with_root_digest(add_counts(record, counts), store))
         return counts, formats
 
 
@@ -147,17 +151,17 @@ def merge(
 ) -> Counts:
     """Write and count the results of these items, in their order.
 
-    Raises StorageError, DamagedPartError, the errors of reading `items`, and MissingResultsError if there are fewer
-    than `min_results` results. In the last case, results.* stay unchanged.
+    Also write SHA256SUMS. Raises StorageError, DamagedPartError, the errors of reading `items`, and MissingResultsError
+    if there are fewer than `min_results` results. In the last case, results.* stay unchanged.
     """
     counts = Counts()
     tables = _require_results(read_results(items, index, carried, counts), counts, min_results)
-    write_results(tables, pa.schema([*SCHEMA, *carried]), store, output)
+    write_checksums(store, write_results(tables, pa.schema([*SCHEMA, *carried]), store, output), output.sign_key)
     return counts
 
 
 def merge_parts(store: Store, tables: Sequence[str], output: OutputSettings, min_results: int = 0) -> Counts:
-    """Write and count all results in the manifest, even of rows that were removed or changed since.
+    """Write and count all results in the manifest, even of rows that were removed or changed since, as `merge` does.
 
     This is for a run whose tables cannot be read again or are unknown. Results of `tables` come first, in that order.
     Raises StorageError, DamagedPartError, NewerPartError and MissingResultsError, as `merge` does.
@@ -179,12 +183,15 @@ def _merge_index(
     """Write and count all indexed results. Those of `tables` come first, in that order."""
     counts = Counts()
     counts.rows, counts.bad_rows = index.count_rows()
-    results = _require_results(_read_all(index, tables, schema, counts), counts, min_results)
-    write_results(results, schema, store, output)
+    results = _require_results(read_all_results(index, tables, schema, counts), counts, min_results)
+    write_checksums(store, write_results(results, schema, store, output), output.sign_key)
     return counts
 
 
-def _read_all(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts) -> Iterator[pa.Table]:
+def read_all_results(
+    index: ManifestIndex, tables: Sequence[str], schema: pa.Schema, counts: Counts
+) -> Iterator[pa.Table]:
+    """Yield all results of an index, those of `tables` first, in tables of at most BATCH rows. Add them to `counts`."""
     committed = index.iterate_in_table_order(tables)
     while batch := list(islice(committed, BATCH)):
         table = index.read_results(batch, schema)

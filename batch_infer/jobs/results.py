@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -21,20 +22,44 @@ from batch_infer.settings import OutputSettings
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import Store
 
+CHUNK = 1 << 20
+
 log = logging.getLogger("batch_infer")
 
 
-def write_results(tables: Iterable[pa.Table], schema: pa.Schema, store: Store, output: OutputSettings) -> None:
-    """Write tables of this schema to results.parquet and the requested formats. Raises StorageError."""
+def write_results(
+    tables: Iterable[pa.Table], schema: pa.Schema, store: Store, output: OutputSettings
+) -> dict[str, str]:
+    """Write tables of this schema to results.parquet and the requested formats. Raises StorageError.
+
+    Return the SHA-256 of each file by its name, computed before the file is published.
+    """
     images = make_sink(store) if output.base64 else None
+    digests: dict[str, str] = {}
     with ExitStack() as stack:
         writers = []
         for name in dict.fromkeys(("parquet", *output.results)):
             temporary = stack.enter_context(store.write(f"results.{name}"))
+            stack.push(_make_hasher(digests, f"results.{name}", temporary))  # runs once the writer is closed
             writers.append(_open_writer(stack, temporary, name, schema, images))
         for table in tables:
             for write in writers:
                 write(table)
+    return digests
+
+
+def _make_hasher(digests: dict[str, str], name: str, path: Path) -> Callable[..., None]:
+    """Return a function that stores a file's SHA-256 in `digests` when a context ends without an exception."""
+
+    def hash_file(error_class: type[BaseException] | None, *_: object) -> None:
+        if error_class is None:
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                for chunk in iter(lambda: stream.read(CHUNK), b""):
+                    digest.update(chunk)
+            digests[name] = digest.hexdigest()
+
+    return hash_file
 
 
 def remove_other_results(store: Store, output: OutputSettings) -> None:

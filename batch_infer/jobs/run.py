@@ -16,6 +16,7 @@ from batch_infer.jobs.execution import Progress, RunExecution
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
+from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Summary
 from batch_infer.main_guard import end_unguarded_process
 from batch_infer.models import ModelCard
@@ -33,6 +34,7 @@ def render_tables(
     end_unguarded_process()
     started = time.monotonic()
     settings = make_paths_absolute(settings)
+    check_sign_key(settings.output.sign_key)
     rank = _read_rank(settings)
     if rank is not None and rank.rank:
         raise SettingsError("this command does not run under a launcher: start it once, by itself")

@@ -223,8 +223,12 @@ def _describe_embeddings(card: ModelCard) -> dict[str, Any]:
 
 
 def _without_transient(settings: RunSettings) -> RunSettings:
-    """Reset --rerender-changed and --ray-address, which apply to one command and not to those that continue it."""
-    return replace(settings, rerender_changed=False, compute=replace(settings.compute, ray_address=None))
+    """Reset the options that apply to one command and not to those that continue it.
+
+    One is --sign-key: an OUT from elsewhere must not choose the key with which another command signs it.
+    """
+    output, compute = replace(settings.output, sign_key=None), replace(settings.compute, ray_address=None)
+    return replace(settings, rerender_changed=False, output=output, compute=compute)
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:

@@ -54,6 +54,8 @@ class OutputSettings:
     image_format: ImageFormat = "png"
     results: tuple[ResultsFormat, ...] = ("parquet",)
     base64: bool = False
+    sign_key: str | None = None
+    """Path of the private key that signs SHA256SUMS. run.json does not record it."""
 
     def __post_init__(self) -> None:
         """Check that a format can contain base64 images if they are requested. Raises SettingsError."""

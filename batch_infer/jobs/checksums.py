@@ -1,0 +1,187 @@
+"""Keep the SHA-256 of all manifest parts and results files in manifest/SHA256SUMS, and check them.
+
+Parts name the SHA-256 of each image, so the SHA-256 of this file, the root digest, covers all results and images.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from batch_infer.errors import StorageError
+from batch_infer.jobs.out import RESULTS
+from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
+from batch_infer.manifest import FOLDER, Manifest, run_number
+from batch_infer.store import Store, StoredFile, prefetch
+
+CHECKSUMS = f"{FOLDER}/SHA256SUMS"
+SIGNATURE = f"{CHECKSUMS}.sig"
+ROOT_DIGEST = "root_digest"
+"""Key of run.json for the SHA-256 of SHA256SUMS."""
+READING_THREADS = 8
+CHUNK = 1 << 20
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_MISSING = "it is missing"
+
+log = logging.getLogger("batch_infer")
+
+
+def write_checksums(store: Store, results: Mapping[str, str], sign_key: str | None = None) -> str:
+    """Write SHA256SUMS for the current parts and for these results files. Return the root digest.
+
+    `results` maps the names of the results files to the digests that were computed while they were written. A part
+    never changes, so one that the previous SHA256SUMS lists keeps its digest: hashing it again would accept any damage
+    since. Parts of endpoints, whose names lack a run number, may be written again, so they are hashed again. With
+    `sign_key`, the path of a private key, also write the signature. Otherwise, remove the signature of the previous
+    file. Raises StorageError, SettingsError.
+    """
+    previous, parts = read_checksums(store), Manifest(store).parts()
+    digests = {part.path: previous[part.path] for part in parts if part.path in previous and run_number(part)}
+    new = [part for part in parts if part.path not in digests]
+    for part, digest in zip(new, hash_files(new), strict=True):
+        if isinstance(digest, str):
+            digests[part.path] = digest
+        elif store.exists(part.path):
+            raise StorageError(f"cannot read {part}: {digest.reason}")
+    content = "".join(f"{digest}  {name}\n" for name, digest in sorted({**digests, **results}.items())).encode()
+    if store.exists(SIGNATURE):
+        if sign_key is None:
+            log.warning(
+                "%s is removed, because results.* are written without a key: sign them with `batch-infer merge %s"
+                " --sign-key FILE`",
+                store.locate(SIGNATURE),
+                store.location,
+            )
+        store.remove([SIGNATURE])  # first, since it does not fit the new file
+    _write(store, CHECKSUMS, content)
+    if sign_key is not None:
+        _write(store, SIGNATURE, sign(content, sign_key))
+    return hashlib.sha256(content).hexdigest()
+
+
+def with_root_digest(record: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """Return run.json with the root digest of the present SHA256SUMS. Raises StorageError."""
+    content = store.read(CHECKSUMS)
+    others = {name: value for name, value in record.items() if name != ROOT_DIGEST}
+    return others if content is None else {**others, ROOT_DIGEST: hashlib.sha256(content).hexdigest()}
+
+
+def read_checksums(store: Store) -> dict[str, str]:
+    """Return the digest of each file that SHA256SUMS lists, without malformed lines. Empty without SHA256SUMS."""
+    return {match[2]: match[1] for line in _split(store.read(CHECKSUMS)) if (match := _LINE.fullmatch(line))}
+
+
+@dataclass(slots=True)
+class ChecksumReport:
+    """Result of `check_checksums`. `problems` are (path, reason), and `matching` the files with the listed digest.
+
+    `is_proof` is whether run.json names the root digest, it is that of SHA256SUMS, and all listed files match.
+    """
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    matching: set[str] = field(default_factory=set)
+    is_proof: bool = False
+
+
+def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | None = None) -> ChecksumReport:
+    """Hash every file that SHA256SUMS lists, and find those that differ, are missing or are not listed.
+
+    Without a root digest in run.json, an earlier version wrote OUT or a run has not ended, so only existing files that
+    differ are problems. At an endpoint and after a lost worker, other parts may have been added. With `public_key`, the
+    path of a key, a missing or invalid signature is a problem too. Raises StorageError, SettingsError.
+    """
+    report, content = ChecksumReport(), store.read(CHECKSUMS)
+    root, listed = record.get(ROOT_DIGEST), read_checksums(store)
+    if public_key is not None:
+        report.problems += _check_signature(store, content, public_key)
+    if root is not None:
+        report.problems += _check_root(content, root, listed)
+    has_all_parts = root is not None and bool(record["settings"]["table"]["tables"]) and not record.get("has_strays")
+    files = [StoredFile(store, name) for name in listed]
+    for file, digest in zip(files, hash_files(files), strict=True):
+        if digest == listed[file.path]:
+            report.matching.add(file.path)
+        elif isinstance(digest, str):
+            report.problems.append((file.path, f"its SHA-256 is {digest}, but {CHECKSUMS} names {listed[file.path]}"))
+        elif root is not None or digest.reason != _MISSING:
+            report.problems.append((file.path, digest.reason))
+    report.is_proof = root is not None and not report.problems
+    if content is not None and root is not None:
+        parts = [part.path for part in Manifest(store).parts()] if has_all_parts else []
+        others = [name for name in RESULTS if store.exists(name)]
+        unlisted = [name for name in (*parts, *others) if name not in listed]
+        report.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]
+        report.is_proof = report.is_proof and not unlisted
+    return report
+
+
+def _check_root(content: bytes | None, root: str, listed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if content is None:
+        yield CHECKSUMS, _MISSING
+    elif (digest := hashlib.sha256(content).hexdigest()) != root:
+        yield CHECKSUMS, f"its SHA-256 is {digest}, but run.json names {root}"
+    elif len(listed) != len(_split(content)):
+        yield CHECKSUMS, "it has malformed or repeated lines"
+
+
+def _check_signature(store: Store, content: bytes | None, public_key: str) -> Iterator[tuple[str, str]]:
+    key, signature = read_public_key(public_key), store.read(SIGNATURE)
+    if signature is None or content is None:
+        yield SIGNATURE, _MISSING
+    elif not is_valid_signature(key, content, signature):
+        yield SIGNATURE, f"it is not the signature of {CHECKSUMS} by this key"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """The reason why a file has no digest."""
+
+    reason: str
+
+
+def hash_files(files: Iterable[StoredFile]) -> Iterator[str | Unreadable]:
+    """Yield the SHA-256 of each file, which must not change, as hexadecimal digits. Files are read concurrently.
+
+    Yield Unreadable for a file that is missing or whose bytes the disk has lost. Raises StorageError.
+    """
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        remaining = prefetch(files)
+        while batch := list(islice(remaining, 4 * READING_THREADS)):
+            yield from pool.map(_hash_file, batch)
+
+
+def _hash_file(file: StoredFile) -> str | Unreadable:
+    digest = hashlib.sha256()
+    try:
+        with file.store.open_file(file.path) as stream:
+            for chunk in _read_chunks(stream.read):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return Unreadable(_MISSING)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno == errno.EIO:
+            return Unreadable(f"it cannot be read: {reason}")
+        raise StorageError(f"cannot read {file}: {reason}") from error
+    return digest.hexdigest()
+
+
+def _read_chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    return iter(lambda: read(CHUNK), b"")
+
+
+def _split(content: bytes | None) -> list[str]:
+    return (content or b"").decode("utf-8", "replace").splitlines()
+
+
+def _write(store: Store, name: str, content: bytes) -> None:
+    with store.write(name) as temporary:
+        temporary.write_bytes(content)

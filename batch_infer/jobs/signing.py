@@ -1,0 +1,79 @@
+"""Sign SHA256SUMS with an Ed25519 key, and check such signatures. The keys are PEM files, as openssl writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batch_infer.errors import SettingsError, first_line
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+INSTALL = "signatures need the cryptography library: pip install 'batch-infer[sign]'"
+
+
+def check_sign_key(path: str | None) -> None:
+    """Check that a private key can be used, unless `path` is None. Raises SettingsError."""
+    if path is not None:
+        _read_private_key(path)
+
+
+def sign(content: bytes, path: str) -> bytes:
+    """Return the 64-byte signature of `content` by the private key in the file `path`. Raises SettingsError."""
+    return _read_private_key(path).sign(content)
+
+
+def read_public_key(path: str) -> Ed25519PublicKey:
+    """Return the public key in a file. Raises SettingsError."""
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError as error:
+        raise SettingsError(INSTALL) from error
+    try:
+        key = load_pem_public_key(_read(path, "--public-key"))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise SettingsError(f"--public-key {path}: no public key in PEM form ({first_line(error)})") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise SettingsError(f"--public-key {path}: not an Ed25519 key")
+    return key
+
+
+def is_valid_signature(key: Ed25519PublicKey, content: bytes, signature: bytes) -> bool:
+    """Return whether `signature` is that of `content` by the private half of this key."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, content)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _read_private_key(path: str) -> Ed25519PrivateKey:
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    except ImportError as error:
+        raise SettingsError(INSTALL) from error
+    try:
+        key = load_pem_private_key(_read(path, "--sign-key"), password=None)
+    except TypeError as error:
+        raise SettingsError(f"--sign-key {path}: the key is encrypted; give one without a passphrase") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise SettingsError(f"--sign-key {path}: no private key in PEM form ({first_line(error)})") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SettingsError(
+            f"--sign-key {path}: not an Ed25519 key; make one with `openssl genpkey -algorithm ed25519`"
+        )
+    return key
+
+
+def _read(path: str, option: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{option} {path}: {error.strerror or error}") from error
