@@ -24,8 +24,9 @@ from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.run_json import ScanRecord, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
+from batch_infer.jobs.unchanged import find_finished_results
 from batch_infer.manifest import ManifestIndex
-from batch_infer.planning import SkipRule, order_requests, select_pending
+from batch_infer.planning import SkipRule, is_finished, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
@@ -100,8 +101,13 @@ class RunExecution:
         """
         self._summary, self._throughput = Summary(), None
         self._bytes_by_size.clear()
+        digest = self._job.tables.digest(self._job.rules)
+        if self._skip is is_finished and (finished := find_finished_results(self._job, digest)) is not None:
+            scan, counts = finished
+            self._record_scan(scan, digest)
+            return counts
         with self._folder.index() as index:
-            scan = self._scan(index)
+            scan = self._scan(index, digest)
             if scan.pending and not self._stop():
                 try:
                     self._render(index, scan)
@@ -117,22 +123,23 @@ class RunExecution:
         self._summary.unfinished = max(0, scan.pending - self._committed)
         return self._merge(scan)
 
-    def _scan(self, index: ManifestIndex) -> ScanResult:
+    def _scan(self, index: ManifestIndex, tables_digest: str | None) -> ScanResult:
         # Compare before replacing run.json, so that after an interruption the next run compares with the same record.
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
         scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
         self._has_uncommitted_invalid = not self._folder.is_cleared
-        digest, job = self._job.tables.digest(self._job.rules), self._job
-        earlier = parse_record(job.earlier or {}).survey
-        since = earlier.tables_since if earlier and earlier.tables_digest == digest else job.number
-        self._scan_record = ScanRecord(utc_now(), scan.total, tables_digest=digest, tables_since=since)
-        described = {
-            name: getattr(self._scan_record, name) for name in ("finished_at", "tables_digest", "tables_since")
-        }
-        self._folder.update_record(survey={**scan.as_dict(), **described}, rendering_since=None)
+        self._record_scan(scan, tables_digest)
         return scan
+
+    def _record_scan(self, scan: ScanResult, tables_digest: str | None) -> None:
+        """Add a finished scan of the tables to run.json."""
+        earlier = parse_record(self._job.earlier or {}).survey
+        since = earlier.tables_since if earlier and earlier.tables_digest == tables_digest else self._job.number
+        self._scan_record = ScanRecord(utc_now(), scan.total, tables_digest=tables_digest, tables_since=since)
+        added = {name: getattr(self._scan_record, name) for name in ("finished_at", "tables_digest", "tables_since")}
+        self._folder.update_record(survey={**scan.as_dict(), **added}, rendering_since=None)
 
     def _set_compute(self, compute: Compute) -> None:
         """Use these settings from now on, and in runs that continue this one."""
