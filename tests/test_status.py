@@ -119,7 +119,7 @@ def test_stale_results_of_a_stopped_run_are_reported(table: Path, out: Path, mon
         raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr("batch_infer.jobs.execution.merge", merge)
+        patch.setattr("batch_infer.jobs.execution.merge_tables", merge)
         done = run(table, out)
     assert done.code == 75
     assert f"{out}/results.parquet was not updated (there was no time to merge): run `batch-infer merge" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 
 from batch_infer import stopping
 from batch_infer.cli.options import parse_duration
-from batch_infer.jobs.merge import merge
+from batch_infer.jobs.merge import merge_tables
 from batch_infer.jobs.plan import Plan, SizePlan
 from batch_infer.jobs.summary import Counts
 from batch_infer.records import utc_now
@@ -98,9 +98,9 @@ def test_results_are_merged_when_the_time_limit_is_reached(
     def merge_late(*arguments: Any) -> Counts:
         nonlocal now
         now = 7200.0
-        return merge(*arguments)
+        return merge_tables(*arguments)
 
-    monkeypatch.setattr("batch_infer.jobs.execution.merge", merge_late)
+    monkeypatch.setattr("batch_infer.jobs.execution.merge_tables", merge_late)
     done = run(table, tmp_path / "out", "--limit", "1", "--time-limit", "1h", "-q")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
     assert len(results(tmp_path / "out")) == 1

@@ -1,0 +1,172 @@
+"""Measure the commands on an OUT with many rows: `python -m tools.many_rows FOLDER --rows 1000000`.
+
+The rows and their results are made up. Nothing is rendered, and unless --images is given, there are no image files.
+If FOLDER is new, making OUT takes about three minutes per million rows. Each command runs in a process of its own, and
+its time and peak memory are printed. With --images, `verify` is compared with sha256sum over the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch_infer.jobs.job import open_tables
+from batch_infer.jobs.out import read_existing_run, write_run
+from batch_infer.jobs.run_json import read_rules, read_settings
+from batch_infer.manifest import Manifest
+from batch_infer.records import PromptRequest, ResultRow, utc_now
+from batch_infer.sinks import make_sink
+from batch_infer.store import open_store
+from batch_infer.table import RowRules, Tables
+
+BATCH_INFER = (sys.executable, "-m", "batch_infer")
+OPTIONS = ("--steps", "4", "--device", "cpu", "--slots", "8", "--threads", "1")
+TABLE_ROWS = 1 << 16
+COMMIT_ROWS = 256
+COMPACTION_PARTS = 256
+IMAGE_BYTES = 4096, 8192
+"""Smallest and largest size of an image file."""
+OPEN_INDEX = (
+    "import sys; from batch_infer.manifest import Manifest;"
+    " index = Manifest(sys.argv[1]).index(); print(f'{sum(index.count_statuses().values()):,} results')"
+)
+
+
+def write_table(path: Path, rows: int) -> None:
+    """Write a table of prompts with one carried column."""
+    schema = pa.schema([("prompt", pa.string()), ("topic", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, TABLE_ROWS):
+            numbers = range(start, min(rows, start + TABLE_ROWS))
+            prompts = [f"a photograph of object {number} in soft light, 35 mm" for number in numbers]
+            writer.write_table(pa.table([prompts, [f"topic {number % 100}" for number in numbers]], schema=schema))
+
+
+def make_out(folder: Path, rows: int, *, images: bool) -> None:
+    """Write a table and an OUT as a finished run of it leaves them, except for results.*."""
+    table, out = folder / "prompts.parquet", folder / "out"
+    write_table(table, 1)
+    subprocess.run([*BATCH_INFER, "run", table, "--out", out, *OPTIONS, "--quiet"], check=True)  # writes run.json
+    for part in (out / "manifest").iterdir():
+        part.unlink()
+    write_table(table, rows)
+    store = open_store(out)
+    record = read_existing_run(store)
+    rules = read_rules(record, store.location)
+    manifest = Manifest(store, 1)
+    with open_tables(read_settings(record, store.location)) as tables:
+        for number, batch in enumerate(_make_results(tables, rules, out, images=images)):
+            manifest.commit(batch, tables.carried)
+            if number % COMPACTION_PARTS == COMPACTION_PARTS - 1:
+                manifest.compact(1)
+                print(f"\r{(number + 1) * COMMIT_ROWS:,} rows", end="", file=sys.stderr)
+        manifest.compact(1)
+        digest = tables.digest(rules)
+    counts = {"rows": rows, "images": rows, "ok": rows}
+    survey = {"total": rows, "done": 0, "pending": rows, "tables_digest": digest, "tables_since": 1}
+    record |= {"survey": {**survey, "finished_at": utc_now()}, "summary": {**record["summary"], **counts, "flagged": 0}}
+    write_run(store, record)
+
+
+def _make_results(tables: Tables, rules: RowRules, out: Path, *, images: bool) -> Iterator[list[ResultRow]]:
+    """Yield made-up results of all rows in batches, and write their images."""
+    sink, start, generator = make_sink(out), utc_now(), random.Random(0)
+    requests = (item for item in tables.read_rows(rules) if isinstance(item, PromptRequest))
+    while batch := list(islice(requests, COMMIT_ROWS)):
+        results = []
+        for request in batch:
+            content = generator.randbytes(generator.randint(*IMAGE_BYTES)) if images else request.id.encode()
+            path, digest = sink.path_of(request), hashlib.sha256(content).hexdigest()
+            if images:
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                (out / path).write_bytes(content)
+            results.append(
+                ResultRow(
+                    id=request.id,
+                    image_index=request.image_index,
+                    prompt=request.prompt,
+                    generated_image=path,
+                    nsfw_content_detected=False,
+                    status="ok",
+                    seed=request.seed,
+                    height=request.params.height,
+                    width=request.params.width,
+                    num_inference_steps=request.params.num_inference_steps,
+                    guidance_scale=request.params.guidance_scale,
+                    guidance_rescale=request.params.guidance_rescale,
+                    scheduler="DDIMScheduler",
+                    prompt_tokens=12,
+                    prompt_truncated=False,
+                    safety_checker="demo",
+                    safety_scores={"red": 0.1},
+                    sha256=digest,
+                    pixels_sha256=digest,
+                    image_bytes=len(content),
+                    slots=8,
+                    seconds=0.1,
+                    worker="host/cpu:0",
+                    finished_at=start + timedelta(seconds=request.source.row / 100),
+                    source_file=request.source.file,
+                    source_row=request.source.row,
+                    fingerprint=request.fingerprint,
+                    carried=request.carried,
+                )
+            )
+        yield results
+
+
+def measure(name: str, command: Sequence[str | Path], folder: Path) -> float:
+    """Run a command, print its time, peak memory and exit code, and return the seconds."""
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder) as process:
+        errors = process.stderr.read() if process.stderr else b""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - started
+    print(f"{name:28} {seconds:8.1f} s {usage.ru_maxrss / 1024:8.0f} MiB   exit code {process.returncode}", flush=True)
+    if process.returncode not in (0, 3):
+        print(errors.decode(errors="replace")[-2000:], file=sys.stderr)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--images", action="store_true", help="write an image file of 4 to 8 kB for each row")
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    if not (folder / "out").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_out(folder, arguments.rows, images=arguments.images)
+    run = [*BATCH_INFER, "run", "prompts.parquet", "--out", "out", *OPTIONS]
+    print(f"{len(list((folder / 'out' / 'manifest').glob('part-*'))):,} manifest parts")
+    measure("open the index", [sys.executable, "-c", OPEN_INDEX, "out"], folder)
+    measure("merge", [*BATCH_INFER, "merge", "out"], folder)
+    measure("run, nothing to do", run, folder)
+    measure("status", [*BATCH_INFER, "status", "out"], folder)
+    if not arguments.images:
+        measure("plan", [*BATCH_INFER, "plan", "prompts.parquet", "--out", "out", *OPTIONS], folder)
+        return
+    hashing = measure("sha256sum", ["sh", "-c", "find out/images -type f -print0 | xargs -0 sha256sum"], folder)
+    hashing = measure("sha256sum again", ["sh", "-c", "find out/images -type f -print0 | xargs -0 sha256sum"], folder)
+    seconds = measure("verify", [*BATCH_INFER, "verify", "out"], folder)
+    print(json.dumps({"ratio to sha256sum": round(seconds / hashing, 2)}))
+    measure("verify --quick", [*BATCH_INFER, "verify", "out", "--quick"], folder)
+
+
+if __name__ == "__main__":
+    main()
