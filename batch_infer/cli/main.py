@@ -10,6 +10,7 @@ import click
 from batch_infer import __version__
 from batch_infer.cli.azureml import azureml_simulate, export_mlflow
 from batch_infer.cli.bench import bench
+from batch_infer.cli.compare import diff
 from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.existing import merge, rescore, status
 from batch_infer.cli.plan import plan
@@ -25,7 +26,7 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-for command in (run, plan, status, retry, rescore, merge, bench, azureml_simulate, export_mlflow):
+for command in (run, plan, status, retry, rescore, merge, diff, bench, azureml_simulate, export_mlflow):
     commands.add_command(command)
 
 

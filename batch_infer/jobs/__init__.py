@@ -1,4 +1,4 @@
-"""Implement the commands run, plan, status, retry, merge, rescore and export-mlflow from start to finish.
+"""Implement the commands run, plan, status, retry, merge, rescore, diff and export-mlflow from start to finish.
 
 For each command, one function does the work and returns the values to print. The other functions are for the command
 line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
@@ -7,6 +7,7 @@ line, for `bench`, and for endpoints. The workers of an endpoint share OUT witho
 from typing import TYPE_CHECKING
 
 from batch_infer.jobs.compute import choose_compute
+from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
@@ -31,6 +32,7 @@ else:
 
 __all__ = [
     "Counts",
+    "Diff",
     "Job",
     "LIBRARIES",
     "Plan",
@@ -43,6 +45,7 @@ __all__ = [
     "check_identity",
     "choose_compute",
     "create_run_json",
+    "diff_runs",
     "export_model",
     "find_model",
     "format_reasons",

@@ -247,12 +247,12 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: s
         if earlier.get("identity", {}).get(name) != value:
             remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
             raise SettingsError(
-                f"{out} was made with {name} {_format_identity(earlier, name)}, and this run has {name} "
-                f"{_format_identity(record, name)}: {remedy}give another --out, or start anew with --overwrite"
+                f"{out} was made with {name} {format_identity(earlier, name)}, and this run has {name} "
+                f"{format_identity(record, name)}: {remedy}give another --out, or start anew with --overwrite"
             )
 
 
-def _format_identity(record: Mapping[str, Any], name: str) -> str:
+def format_identity(record: Mapping[str, Any], name: str) -> str:
     """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
     value = str(record.get("identity", {}).get(name))
     part = record.get(name)
