@@ -69,7 +69,7 @@ def text(out_a: Path, out_b: Path) -> str:
 def find(report: dict[str, Any], name: str, image_index: int = 0) -> dict[str, Any]:
     matches = [entry for entry in report["differences"] if (entry["id"], entry["image_index"]) == (name, image_index)]
     assert len(matches) == 1
-    return matches[0]
+    return dict(matches[0])
 
 
 # Rendered runs
@@ -149,7 +149,7 @@ def test_a_missing_or_damaged_image_is_reported_if_the_manifests_differ(rendered
     code, report = diff(rendered, out)
     assert (code, report["bytes"], report["pixels"]) == (3, 3, 3)
     for name in "ab":
-        assert find(report, name)["detail"].startswith(f"{paths[name]} is missing or damaged in B")
+        assert find(report, name)["detail"].count(f"{paths[name]} is missing or damaged in B") == 1
         assert find(report, name)["largest"] is None
     assert find(report, "c")["largest"] == report["largest"]
 

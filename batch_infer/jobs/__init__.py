@@ -14,6 +14,7 @@ from batch_infer.jobs.merge import make_results_schema, merge_results, read_resu
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
+from batch_infer.jobs.reproduce import Sample, SampleProblem, choose_sample, reproduce, reproduce_sample
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
@@ -39,11 +40,14 @@ __all__ = [
     "Progress",
     "RescoreCounts",
     "RunStatus",
+    "Sample",
+    "SampleProblem",
     "ScanResult",
     "Summary",
     "Throughput",
     "check_identity",
     "choose_compute",
+    "choose_sample",
     "create_run_json",
     "diff_runs",
     "export_model",
@@ -60,6 +64,8 @@ __all__ = [
     "refuse_foreign_files",
     "remove_temporary_files",
     "render_tables",
+    "reproduce",
+    "reproduce_sample",
     "rescore_images",
     "resolve_run",
     "restore_images",

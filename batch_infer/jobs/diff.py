@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import UnsetType
 
 from batch_infer.errors import StoppedError
 from batch_infer.jobs import out as outdir
@@ -24,10 +23,9 @@ from batch_infer.jobs.diff_rows import (
 )
 from batch_infer.jobs.diff_settings import compare_records
 from batch_infer.jobs.results import shorten_float32
-from batch_infer.jobs.run_json import parse_record
+from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.settings import LORA_FIELD
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import Out, Store, open_store, to_absolute
 
@@ -131,8 +129,7 @@ class _Comparison:
         self._indexes, self._report, self._stop = indexes, report, stop
         self._tables: Sequence[str] = records[0].get("tables", ())
         self._positions = {name: position for position, name in enumerate(self._tables)}
-        uses_lora = any(_uses_lora_folder(record) for record in records)
-        self._schema = make_diff_schema([LORA_FIELD] if uses_lora else [])
+        self._schema = make_diff_schema({name for record in records if (name := find_lora_column(record)) is not None})
         self._done, self._total = 0, indexes[0].count_statuses().total()
         self._diff = Diff(settings=SettingsDifferences(run=compare_records(*records)))
         self._listed: list[tuple[Any, Difference]] = []
@@ -230,11 +227,6 @@ class _Comparison:
             raise StoppedError("stopped; run the same command again")
         self._done += count
         self._report(self._done, self._total)
-
-
-def _uses_lora_folder(record: Mapping[str, Any]) -> bool:
-    settings = parse_record(record).settings
-    return not isinstance(settings, UnsetType) and settings.model.lora_folder is not None
 
 
 def _format_cells(name: str, value: Any, other: Any) -> str:

@@ -39,7 +39,7 @@ def retry_rows(
     """
     store = open_store(out)
     record = outdir.read_existing_run(store)
-    settings = _with_service(read_settings(record, store.location, tables))
+    settings = with_service(read_settings(record, store.location, tables))
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)
@@ -54,7 +54,7 @@ def retry_rows(
     return summary, settings
 
 
-def _with_service(settings: RunSettings) -> RunSettings:
+def with_service(settings: RunSettings) -> RunSettings:
     """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
     if settings.safety.service is None:
         return settings

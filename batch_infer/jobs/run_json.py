@@ -18,7 +18,7 @@ from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs.summary import Counts
 from batch_infer.models import ModelCard
 from batch_infer.records import utc_now
-from batch_infer.settings import CATEGORIES, Compute, OnFlagged, RunSettings, SafetySettings
+from batch_infer.settings import CATEGORIES, LORA_FIELD, Compute, OnFlagged, RunSettings, SafetySettings
 from batch_infer.table import RowRules, Tables, redact_url
 
 T = TypeVar("T")
@@ -142,6 +142,14 @@ def read_settings(record: Mapping[str, Any], out: str, tables: Sequence[str] = (
 def read_rules(record: Mapping[str, Any], out: str) -> RowRules:
     """Return the rules by which a recorded run read rows. Raises UsageError."""
     return require(parse_record(record).rules, "rules", out)
+
+
+def find_lora_column(record: Mapping[str, Any]) -> str | None:
+    """Return the carried column that names the LoRA of each row, or None if the run had no --lora-folder."""
+    settings = parse_record(record).settings
+    if isinstance(settings, UnsetType) or settings.model.lora_folder is None:
+        return None
+    return settings.table.columns.get(LORA_FIELD, LORA_FIELD)
 
 
 def count_scanned_results(record: Mapping[str, Any]) -> int:

@@ -1,0 +1,226 @@
+"""Render a random sample of committed results again, and compare it with what the manifest records."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from batch_infer.errors import DamagedPartError, StoppedError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.diff_images import ImageComparison, compare_images
+from batch_infer.jobs.diff_settings import compare_environments
+from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.run import render_tables
+from batch_infer.jobs.run_json import find_lora_column
+from batch_infer.jobs.sample_run import (
+    CELLS,
+    make_sample_id,
+    make_sample_settings,
+    refuse_other_model,
+    write_sample_table,
+)
+from batch_infer.jobs.summary import JsonStruct
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, read_part
+from batch_infer.sinks import make_sink
+from batch_infer.store import Store, open_store, prefetch, temporary_folder
+
+MIN_PSNR = 30.0
+"""Lowest PSNR in dB of a reproduced image if the device, a setting of it or a version of a library differs.
+
+Rounding differences of other hardware and libraries stay far above it, usually above 40 dB. Images from another seed or
+prompt are below 20 dB.
+"""
+STATUSES = ("ok", "flagged")
+"""Statuses of results with an image."""
+_RECORDED = ("id", "image_index", *CELLS, "generated_image", "status", "sha256", "pixels_sha256", "image_bytes",
+             "fingerprint")  # fmt: skip
+_COMPARED = ("id", "generated_image", "status", "error", "sha256", "pixels_sha256", "image_bytes", "fingerprint")
+_NAMES = ("OUT", "the new image")
+
+
+class SampleProblem(JsonStruct):
+    """A result that rendering did not reproduce. `path` is that of its image in OUT."""
+
+    id: str
+    image_index: int
+    path: str
+    detail: str
+    kind: str = "not_reproduced"
+
+
+class Sample(JsonStruct):
+    """Outcome of rendering a sample again.
+
+    `rendered` results were compared. `equal_bytes` and `equal_pixels` count those whose image has the recorded bytes or
+    pixels. `largest` is the largest difference of a channel value and `psnr_min` the lowest PSNR in dB of the others,
+    or None if there are none. `environment` maps the device settings and versions that differ from those of run.json to
+    their values then and now. With any of them, an image is reproduced if its PSNR is at least MIN_PSNR, otherwise only
+    if its bytes are equal.
+    """
+
+    rendered: int = 0
+    equal_bytes: int = 0
+    equal_pixels: int = 0
+    largest: int | None = None
+    psnr_min: float | None = None
+    environment: dict[str, tuple[Any, Any]] = {}
+    problems: list[SampleProblem] = []
+
+    def add(self, comparison: ImageComparison) -> None:
+        self.equal_pixels += comparison.differs is False
+        if comparison.largest is not None and comparison.psnr is not None:
+            self.largest = max(comparison.largest, self.largest or 0)
+            self.psnr_min = comparison.psnr if self.psnr_min is None else min(comparison.psnr, self.psnr_min)
+
+
+def reproduce_sample(
+    store: Store,
+    record: Mapping[str, Any],
+    count: int,
+    seed: int,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> Sample:
+    """Render `count` random results of OUT again, or all if there are fewer, and compare them with the manifest.
+
+    See `choose_sample` and `reproduce`, whose errors this raises, and DamagedPartError.
+    """
+    with Manifest(store).index() as index:
+        images = choose_sample(index, count, seed)
+        return reproduce(store, record, index, images, progress, stop)
+
+
+def choose_sample(index: ManifestIndex, count: int, seed: int) -> list[CommittedImage]:
+    """Return `count` random results with an image, or all if there are fewer, in the order of parts.
+
+    `seed` and the id and index of an image decide whether it is chosen, but not the parts, so that merging or adding
+    parts does not change the sample more than necessary. At most `count` results are in memory. Raises StorageError.
+    """
+    if count <= 0:
+        return []
+    chosen: list[tuple[int, str, int, CommittedImage]] = []  # a heap, whose first entry has the largest digest
+    columns = ("id", "image_index", "status", "generated_image")
+    for part in prefetch(index.parts.values()):
+        table = read_part(part, columns)
+        for number, (name, image_index, status, path) in enumerate(_iterate_rows(table, columns)):
+            order = -_digest(seed, name, image_index)
+            if path is None or status not in STATUSES or (len(chosen) >= count and order <= chosen[0][0]):
+                continue
+            image = index.find((name, image_index))
+            if image is not None and (image.part, image.row) == (part.name, number):  # else a later attempt counts
+                heapq.heappush(chosen, (order, name, image_index, image))
+            if len(chosen) > count:
+                heapq.heappop(chosen)
+    return sorted((image for *_, image in chosen), key=lambda image: (image.part, image.row))
+
+
+def reproduce(
+    store: Store,
+    record: Mapping[str, Any],
+    index: ManifestIndex,
+    images: Sequence[CommittedImage],
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> Sample:
+    """Render results of OUT again from their recorded cells, and compare them with the manifest.
+
+    They are rendered into a temporary folder, with the settings and, if possible, the device settings of run.json. OUT
+    is only read. Results of damaged parts are left out. Raises SettingsError if the model or its scheduler is not that
+    of the run, the errors of `render_tables`, StorageError and StoppedError.
+    """
+    rows = list(_read_rows(index, images, find_lora_column(record)))
+    if not rows:
+        return Sample()
+    with temporary_folder() as folder:
+        settings = make_sample_settings(record, store.location, Path(folder))
+        refuse_other_model(store.location, record, settings)
+        write_sample_table(rows, find_lora_column(record), settings)
+        with outdir.locked(settings.out) as new_store:  # a run that continues another one keeps its device settings
+            outdir.write_run(new_store, {"compute": record.get("compute", {})})
+        summary = render_tables(settings, progress, stop)
+        if summary.unfinished:
+            raise StoppedError("stopped before the sample was rendered; nothing is kept")
+        new_store = open_store(settings.out)
+        environment = compare_environments(record, outdir.read_existing_run(new_store))
+        return _Comparison(store, new_store, environment).compare(rows)
+
+
+def _digest(seed: int, name: str, image_index: int) -> int:
+    text = f"{seed} {image_index} {name}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def _iterate_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in columns), strict=True)
+
+
+def _read_rows(
+    index: ManifestIndex, images: Sequence[CommittedImage], lora_column: str | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the recorded columns of results, except those of damaged parts, which other checks report."""
+    schema = pa.schema([SCHEMA.field(name) for name in _RECORDED])
+    if lora_column is not None:
+        schema = schema.append(pa.field(lora_column, pa.string()))
+    for _, group in groupby(images, lambda image: image.part):
+        try:
+            yield from index.read_results(list(group), schema).to_pylist()
+        except DamagedPartError:
+            continue
+
+
+class _Comparison:
+    """Compares results with their new versions. The manifest and the images of both are read."""
+
+    def __init__(self, store: Store, new_store: Store, environment: dict[str, tuple[Any, Any]]) -> None:
+        self._sink, self._new_store, self._new_sink = make_sink(store), new_store, make_sink(new_store)
+        self._sample = Sample(environment=environment)
+
+    def compare(self, rows: Sequence[Mapping[str, Any]]) -> Sample:
+        """Compare the recorded results with those in the new OUT. Raises StorageError."""
+        schema = pa.schema([SCHEMA.field(name) for name in _COMPARED])
+        with Manifest(self._new_store).index() as index:
+            for number, row in enumerate(rows):
+                image = index.find((make_sample_id(number), 0))
+                new = {} if image is None else index.read_results([image], schema).to_pylist()[0]
+                if (detail := self._explain(row, new)) is not None:
+                    if new.get("fingerprint") != row["fingerprint"]:
+                        detail += "; the recorded cells do not match the fingerprint of the result"
+                    path = row["generated_image"]
+                    self._sample.problems.append(SampleProblem(row["id"], row["image_index"], path, detail))
+        return self._sample
+
+    def _explain(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+        """Count a result, and return why it is not reproduced, or None if it is."""
+        sample = self._sample
+        if new.get("status") not in STATUSES:
+            return f"rendering it again ends with {new.get('status')}: {new.get('error')}"
+        sample.rendered += 1
+        if new["status"] != row["status"]:
+            return f"its status is {row['status']}, and rendering it again gives {new['status']}"
+        if new["sha256"] == row["sha256"]:
+            sample.equal_bytes += 1
+            sample.equal_pixels += 1
+            return None
+        comparison = compare_images(self._sink, row, self._new_sink, new, _NAMES)
+        sample.add(comparison)
+        if sample.environment:
+            is_close = comparison.is_unreadable or (comparison.psnr is not None and comparison.psnr >= MIN_PSNR)
+            is_reproduced = comparison.differs is False or is_close
+        else:  # another run may have used another --image-format
+            has_same_format = _suffix(row["generated_image"]) == _suffix(new["generated_image"])
+            is_unknown = comparison.differs is None and comparison.is_unreadable
+            is_reproduced = is_unknown or (comparison.differs is False and not has_same_format)
+        if is_reproduced:
+            return None
+        prefix = "its pixels have another hash than the recorded one, and " if comparison.is_unreadable else ""
+        return f"{prefix}{comparison.detail}"
+
+
+def _suffix(path: str) -> str:
+    return path.rpartition(".")[2]
