@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from batch_infer.cli.progress import ProgressGroup
 from batch_infer.errors import SettingsError, StoppedError
@@ -22,6 +23,8 @@ from batch_infer.jobs.reproduce import choose_sample
 from batch_infer.manifest import SCHEMA, Manifest, read_part
 from batch_infer.records import ResultRow
 from batch_infer.store import open_store
+from tests.loras import as_peft, make_layers
+from tests.oracle import load_pipeline
 from tests.rendering import copy_folder
 from tests.runs import images, results, run, run_json
 from tests.tables import write_csv
@@ -67,6 +70,18 @@ def edit(out: Path, name: str, image_index: int = 0, **changes: Any) -> None:
         rows = [replace(row, **changes) if row.key == (name, image_index) else row for row in rows]
         (out / "manifest" / part.name).unlink()
         Manifest(out, 1).commit(rows, table.drop_columns(SCHEMA.names).schema)
+
+
+def edit_carried(out: Path, name: str, values: list[Any]) -> None:
+    """Replace the cells of a carried column in the only part, in the order of its rows in the tables."""
+    (part,) = Manifest(out).parts()
+    table = read_part(part).sort_by("source_row")
+    carried = table.drop_columns(SCHEMA.names).schema
+    rows = table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")
+    (out / "manifest" / part.name).unlink()
+    Manifest(out, 1).commit(
+        [ResultRow(**row, carried={name: value}) for row, value in zip(rows, values, strict=True)], carried
+    )
 
 
 def edit_run(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -205,6 +220,21 @@ def test_another_model_is_refused(table: Path, tmp_path: Path, sd1_folder: Path,
     with pytest.raises(SettingsError, match="was made with model .*, but its settings now give model .*") as caught:
         sample(out, 2)
     assert caught.value.exit_code == 2
+
+
+def test_the_lora_of_each_row_is_used(tmp_path: Path, sd1_folder: Path) -> None:
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    layers = make_layers(load_pipeline(sd1_folder), "unet")
+    save_file({name: tensor.clone() for name, tensor in as_peft(layers).items()}, loras / "style.safetensors")
+    table = write_csv(tmp_path / "t.csv", [["prompt", "lora"], ["a red circle", "style:0.5"], ["a red circle", ""]])
+    out = tmp_path / "out"
+    size = ("--height", "32", "--width", "32")
+    assert run(table, out, "--model", sd1_folder, "--lora-folder", loras, *size, "--safety", "none").code == 0
+    assert sample(out).equal_bytes == 2
+    edit_carried(out, "lora", ["style", None])
+    outcome = sample(out)
+    assert (len(outcome.problems), outcome.equal_bytes) == (1, 1)
 
 
 def test_a_stop_ends_it(out: Path) -> None:

@@ -29,13 +29,17 @@ class _ComparisonProgress:
     """Shows how many results are compared: as a bar on a terminal, otherwise as log lines."""
 
     def __init__(self, *, shown: bool) -> None:
-        self._shown, self._bar, self._logged_at = shown, None, time.monotonic()
+        self._shown, self._logged_at = shown, time.monotonic()
+        self._bar: tqdm[Any] | None = None
         if shown and shows_bar():
-            self._bar = tqdm(unit=" results", dynamic_ncols=True)
+            self._bar = tqdm(desc="reading the manifests", unit=" results", dynamic_ncols=True)
+        elif shown:
+            log.info("reading the manifests")
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is not None:
             self._bar.total = total
+            self._bar.set_description("comparing", refresh=False)
             self._bar.update(done - self._bar.n)
         elif self._shown and time.monotonic() - self._logged_at >= LOG_INTERVAL:
             self._logged_at = time.monotonic()
