@@ -127,6 +127,21 @@ def test_a_row_that_failed_in_one_run(rendered: Path, tmp_path: Path, out: Path)
     assert "only A has an image" in find(report, "b")["detail"]
 
 
+def test_parts_whose_results_were_all_replaced_are_ignored(rendered: Path, tmp_path: Path) -> None:
+    rows = [make_row(tmp_path / "a", number, make_image(100)) for number in range(3)]
+    out_a, out_b = tmp_path / "a", tmp_path / "b"
+    commit(out_a, rendered, [replace(row, seed=1) for row in rows])
+    commit(out_a, rendered, [replace(row, attempt=2) for row in rows])
+    commit(out_b, rendered, [replace(rows[0], attempt=2)])
+    for first, second, kind in ((out_a, out_b, "only_a"), (out_b, out_a, "only_b")):
+        code, report = diff(first, second)
+        assert (code, report["rows"], report["equal"], report[kind]) == (3, 1, 1, 2)
+        assert [(entry["id"], entry["kinds"]) for entry in report["differences"]] == [
+            ("row-000001", [kind]),
+            ("row-000002", [kind]),
+        ]
+
+
 def test_a_later_attempt_replaces_an_earlier_one(out_a: Path, out_b: Path, table: Path) -> None:
     assert run(table, out_b, "--steps", "3", "--rerender-changed").code == 0
     assert diff(out_a, out_b)[1]["pixels"] == 3

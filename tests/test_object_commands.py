@@ -54,6 +54,17 @@ def json_rows(place: Place) -> list[dict[str, Any]]:
     return [{name: cell for name, cell in row.items() if name not in BOOKKEEPING} for row in rows]
 
 
+def test_an_object_store_is_compared_with_a_folder(table: Path, places: tuple[Place, Place]) -> None:
+    run_both(table, places)
+    done = command("diff", *(place.out for place in places), "--json")
+    assert (done.code, json.loads(done.stdout)["equal"]) == (0, len(PROMPTS))
+    assert run(table, places[1].out, "--steps", "3", "--rerender-changed").code == 0
+    done = command("diff", *(place.out for place in places), "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, report["pixels"], report["settings"]["run"]) == (3, len(PROMPTS), {"--steps": [2, 3]})
+    assert report["largest"] > 0
+
+
 def test_commands_do_the_same_as_in_a_local_folder(table: Path, places: tuple[Place, Place]) -> None:
     run_both(table, places, "--steps", "8", "--results", "csv", "--results", "jsonl", "--base64")
     assert json_rows(places[0]) == json_rows(places[1])

@@ -55,7 +55,7 @@ def iterate_pairs(
         if len(committed) == len(table):
             yield ResultPairs(table, committed, table.slice(0, 0))
         else:
-            is_matched = pa.array([match is not None for match in matches])
+            is_matched = pa.array([match is not None for match in matches], pa.bool_())
             yield ResultPairs(table.filter(is_matched), committed, table.filter(pc.invert(is_matched)))
 
 
@@ -67,7 +67,7 @@ def iterate_unmatched(
         return
     schema = pa.schema([SCHEMA.field(name) for name in SOURCE_COLUMNS])
     for table in _read_batches(index, tables, schema):
-        unmatched = pa.array([other.find(key) is None for key in _keys_of(table)])
+        unmatched = pa.array([other.find(key) is None for key in _keys_of(table)], pa.bool_())
         for row in table.filter(unmatched).to_pylist():
             yield row
             limit -= 1
