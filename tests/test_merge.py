@@ -194,7 +194,7 @@ def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
     remove_other_results(LocalStore(tmp_path), OutputSettings(results=("jsonl",)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.parquet"]
+    assert sorted(path.name for path in tmp_path.glob("results.*")) == ["results.jsonl", "results.parquet"]
 
 
 def test_an_interrupted_merge_keeps_the_old_results(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from batch_infer.cli.existing import merge, rescore, status
 from batch_infer.cli.plan import plan
 from batch_infer.cli.run import retry, run
 from batch_infer.cli.settings import make_run_settings
+from batch_infer.cli.verify import verify
 from batch_infer.errors import SettingsError
 from batch_infer.settings import RunSettings
 
@@ -26,7 +27,7 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-for command in (run, plan, status, retry, rescore, merge, diff, bench, azureml_simulate, export_mlflow):
+for command in (run, plan, status, retry, rescore, merge, verify, diff, bench, azureml_simulate, export_mlflow):
     commands.add_command(command)
 
 

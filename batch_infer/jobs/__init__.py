@@ -1,4 +1,4 @@
-"""Implement the commands run, plan, status, retry, merge, rescore, diff and export-mlflow from start to finish.
+"""Implement the commands run, plan, status, retry, merge, rescore, verify, diff and export-mlflow from start to finish.
 
 For each command, one function does the work and returns the values to print. The other functions are for the command
 line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
@@ -24,6 +24,7 @@ from batch_infer.jobs.run_json import LIBRARIES, check_identity
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import Counts, Summary, Throughput
+from batch_infer.jobs.verify import Verification, VerifyOptions, verify_run
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ __all__ = [
     "ScanResult",
     "Summary",
     "Throughput",
+    "Verification",
+    "VerifyOptions",
     "check_identity",
     "choose_compute",
     "choose_sample",
@@ -75,4 +78,5 @@ __all__ = [
     "set_aside",
     "shorten_float32",
     "to_json",
+    "verify_run",
 ]

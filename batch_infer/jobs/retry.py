@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from msgspec import structs
@@ -12,6 +13,8 @@ from msgspec import structs
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.image_check import find_damaged_images
+from batch_infer.jobs.problems import ImageRecords
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
@@ -43,7 +46,8 @@ def retry_rows(
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)
-    summary = render_tables(settings, progress, stop, _SkipOtherStatuses(statuses, store))
+    with closing(_SkipOtherStatuses(statuses, store)) as skip:
+        summary = render_tables(settings, progress, stop, skip)
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(store))
     if total < earlier_total:
         log.warning(
@@ -76,6 +80,11 @@ class _SkipOtherStatuses:
         self._statuses, self._sink = statuses, make_sink(store)
         self._selected_row: str | None = None
         self._folder, self._images = "", set[str]()
+        self._store, self._faults = store, ImageRecords()
+        self._is_checked = False
+
+    def close(self) -> None:
+        self._faults.close()
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
         if isinstance(item, ResultRow):
@@ -84,11 +93,22 @@ class _SkipOtherStatuses:
             self._selected_row = None
         if committed is None:
             return self._selected_row != item.id
-        is_missing = committed.path is not None and "missing" in self._statuses and self._is_missing(committed.path)
-        is_selected = is_missing or committed.status in self._statuses
+        is_faulty = committed.path is not None and self._is_faulty(item.key, committed.path)
+        is_selected = is_faulty or committed.status in self._statuses
         if is_selected and committed.status == "invalid":
             self._selected_row = item.id
         return not is_selected
+
+    def _is_faulty(self, key: tuple[str, int], path: str) -> bool:
+        """Return whether an image is missing or damaged, as the statuses say."""
+        if "damaged" not in self._statuses:
+            return "missing" in self._statuses and self._is_missing(path)
+        if not self._is_checked:  # once OUT is locked, and not again for each pass over the rows
+            log.info("reading all images to find the damaged ones")
+            find_damaged_images(self._store, self._faults)
+            self._is_checked = True
+        kind = self._faults.get_fault(key)
+        return kind is not None and (kind != "missing_image" or "missing" in self._statuses)
 
     def _is_missing(self, path: str) -> bool:
         """Return whether an image is missing. Lists each folder once, as long as the images are in table order."""

@@ -7,7 +7,7 @@ each (id, image_index), the highest attempt counts and, among equal attempts, th
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
 from batch_infer.manifest.index import CommittedImage, ManifestIndex
 from batch_infer.manifest.manifest import FOLDER, Manifest
-from batch_infer.manifest.parts import commit_time, read_part, run_number
+from batch_infer.manifest.parts import commit_time, read_carried_fields, read_part, read_part_in_batches, run_number
 
 __all__ = [
     "CommittedImage",
@@ -17,7 +17,9 @@ __all__ = [
     "SCHEMA",
     "cast_table",
     "commit_time",
+    "read_carried_fields",
     "read_part",
+    "read_part_in_batches",
     "run_number",
     "to_table",
 ]

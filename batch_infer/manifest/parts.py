@@ -21,6 +21,7 @@ from batch_infer.store import StoredFile, to_stored_file
 
 Part: TypeAlias = StoredFile | Path
 """A manifest part: a file of OUT's store, or a path on this machine."""
+BATCH = 8192
 _NAME = re.compile(r"part-(?:(?P<run>[0-9]{5,})-)?.*\.parquet")
 _COLUMNS_KEY = b"batch-infer-columns"
 """Metadata key of the format version (except in version 1) and a checksum of the column names.
@@ -64,18 +65,35 @@ def read_part(part: Part, columns: Sequence[str] | None = None) -> pa.Table:
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as (file, version):
         available = [name for name in names if SINCE.get(name, 1) <= version]
-        schema = file.schema_arrow  # converted at each access, which takes 0.1 ms
-        for field in (SCHEMA.field(name) for name in available):
-            if field.name not in schema.names:
-                raise DamagedPartError(str(part), f"it has no column {field.name}")
-            actual = schema.field(field.name)
-            if actual != field:
-                raise DamagedPartError(
-                    str(part), f"its column {field.name} has the type {actual.type} instead of {field.type}"
-                )
+        _check_columns(part, file.schema_arrow, available)
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
     return table if len(available) == len(names) else upgrade_table(table, names, version)
+
+
+def read_part_in_batches(part: Part, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield a part in tables of at most BATCH rows, with these result columns or with all columns of its own version.
+
+    A part may be too large for memory. Raises DamagedPartError, NewerPartError, StorageError.
+    """
+    with open_part(part) as (file, version):
+        names = list(columns or SCHEMA.names)
+        _check_columns(part, file.schema_arrow, [name for name in names if SINCE.get(name, 1) <= version])
+        for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
+            batch.validate(full=True)
+            yield pa.Table.from_batches([batch])
+
+
+def _check_columns(part: Part, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raise DamagedPartError unless a part has these result columns."""
+    for field in (SCHEMA.field(name) for name in names):
+        if field.name not in schema.names:
+            raise DamagedPartError(str(part), f"it has no column {field.name}")
+        actual = schema.field(field.name)
+        if actual != field:
+            raise DamagedPartError(
+                str(part), f"its column {field.name} has the type {actual.type} instead of {field.type}"
+            )
 
 
 def read_carried_fields(part: Part) -> list[pa.Field]:

@@ -31,8 +31,11 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Offload = Literal["model", "sequential"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
-RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing"]
-"""Statuses of the results that `retry` can render again. `missing` selects results whose image file does not exist."""
+RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing", "damaged"]
+"""Statuses of the results that `retry` can render again.
+
+`missing` selects results whose image file does not exist, and `damaged` those whose file has another size or SHA-256.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from batch_infer.errors import StorageError
@@ -25,6 +26,7 @@ from batch_infer.store.files import (
     write_errors,
 )
 from batch_infer.store.folder import PinnedFolder
+from batch_infer.store.listing import hash_all, list_tree
 from batch_infer.store.protocol import IMAGE_FOLDERS, StoreAddress, is_inside
 
 FSYNC_THREADS = 32
@@ -100,6 +102,12 @@ class LocalImages:
             if stat.S_ISREG(status.st_mode) and length in (None, status.st_size):
                 return file.read()
         return None
+
+    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
+        return chain.from_iterable(list_tree(str(self.root), folder) for folder in IMAGE_FOLDERS)
+
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
+        return hash_all(str(self.root), images)
 
     def stage(self, name: str, content: bytes) -> None:
         target = self.root / name

@@ -175,6 +175,20 @@ class Store(Protocol):
         """Return an image's bytes, or None if `has_image` is false or its size differs from `length`, if given."""
         ...
 
+    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
+        """Yield the path and size in bytes of all that is in the image folders, at any depth, sorted by path.
+
+        The size is None for anything but a file, such as a link. Links inside the image folders are not followed.
+        """
+        ...
+
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
+        """Return the SHA-256 of images that `list_image_files` yielded, in hexadecimal digits.
+
+        It is None for an image that has disappeared since or whose bytes the storage has lost.
+        """
+        ...
+
     def stage(self, name: str, content: bytes) -> None:
         """Write an image so that it can be published. Until then, the image at `name` stays as it is."""
         ...

@@ -49,8 +49,8 @@ class ObjectFiles:
         self.location = parse_location(location)
         self.system, self._root, self.puts = open_service(self.location)
         self.spool = Spool(self.location)
-        self._pool = ThreadPoolExecutor(THREADS, "storage")
-        self._cache = DownloadCache(self.spool.folder / "parts", self._download, self._pool)
+        self.pool = ThreadPoolExecutor(THREADS, "storage")
+        self._cache = DownloadCache(self.spool.folder / "parts", self._download, self.pool)
 
     def check(self) -> None:
         """Check the lock. A store without a lock has nothing to check."""
@@ -79,18 +79,27 @@ class ObjectFiles:
         return {PurePosixPath(name).name for name in self._list_entries(folder)[0]}
 
     def _list_entries(self, folder: str) -> Listing:
-        """Return the names of the files and of the folders in a folder, which may be missing."""
+        files, folders = self.list_sizes(folder)
+        return tuple(files), tuple(folders)
+
+    def list_sizes(self, folder: str) -> tuple[dict[str, int], list[str]]:
+        """Return the files in a folder, which may be missing, with their sizes, and the folders in it."""
         path = self.get_path(folder)
         entries = []
         with suppress(FileNotFoundError), StorageErrors("list", self.locate(folder)):
             entries = self.system.ls(path, detail=True)
-        names: dict[bool, dict[str, None]] = {True: {}, False: {}}
+        files: dict[str, int] = {}
+        folders: dict[str, None] = {}
         for entry in entries:
             name = entry["name"].rstrip("/").removeprefix(f"{path}/")
             # The folder itself is listed if it is a file, or if a console has made an empty object to show it.
             if name != path and name and "/" not in name:
-                names[entry["type"] == "directory"][f"{folder}/{name}" if folder else name] = None
-        return tuple(names[False]), tuple(names[True])
+                child = f"{folder}/{name}" if folder else name
+                if entry["type"] == "directory":
+                    folders[child] = None
+                else:
+                    files[child] = entry["size"] or 0
+        return files, list(folders)
 
     def find(self, folders: Iterable[str], is_match: Callable[[str], bool]) -> Iterator[str]:
         for folder in folders:
@@ -104,7 +113,7 @@ class ObjectFiles:
         running: deque[Future[Listing]] = deque()
         while waiting or running:
             while waiting and len(running) < LISTINGS_AHEAD:
-                running.append(self._pool.submit(self._list_entries, waiting.popleft()))
+                running.append(self.pool.submit(self._list_entries, waiting.popleft()))
             files, folders = running.popleft().result()
             waiting.extend(folders)
             yield files, folders
@@ -210,7 +219,7 @@ class ObjectFiles:
         """Call a function for all items, several at once. Raises the first error, after the calls that have begun."""
         iterator = iter(items)
         while batch := list(islice(iterator, BATCH)):
-            futures = [self._pool.submit(function, item) for item in batch]
+            futures = [self.pool.submit(function, item) for item in batch]
             wait(futures, return_when=FIRST_EXCEPTION)
             started = [future for future in futures if not future.cancel()]
             wait(started)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -14,8 +16,9 @@ from batch_infer.store.logfile import open_log
 from batch_infer.store.objects.files import ObjectFiles
 from batch_infer.store.objects.lease import Lease, LeaseReader
 from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
+from batch_infer.store.objects.listing import walk_sorted
 from batch_infer.store.objects.spool import collect_abandoned, make_log_name, upload_while_open
-from batch_infer.store.protocol import PrivateFile, StoreAddress, is_inside
+from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, StoreAddress, is_inside
 
 
 class ObjectStore(ObjectFiles):
@@ -55,6 +58,16 @@ class ObjectStore(ObjectFiles):
     def read_image(self, name: str, length: int | None = None) -> bytes | None:
         content = self.read(name) if is_inside(name) else None
         return content if content is not None and length in (None, len(content)) else None
+
+    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
+        return chain.from_iterable(walk_sorted(self.list_sizes, self.pool, folder) for folder in IMAGE_FOLDERS)
+
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
+        return list(self.pool.map(self._hash_image, [name for name, _ in images]))
+
+    def _hash_image(self, name: str) -> str | None:
+        content = self.read(name)
+        return None if content is None else hashlib.sha256(content).hexdigest()
 
     def stage(self, name: str, content: bytes) -> None:
         self.spool.stage(name, content)

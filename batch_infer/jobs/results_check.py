@@ -1,0 +1,222 @@
+"""Compare results.parquet with what merging the manifest would write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batch_infer.carried import to_values
+from batch_infer.errors import StorageError, first_line
+from batch_infer.jobs.problems import Key, Problems
+from batch_infer.store import Store, temporary_database, temporary_file_errors, temporary_folder
+
+RESULTS = "results.parquet"
+BATCH = 2048
+MAX_GROUP_ROWS = 16 * BATCH
+"""Maximum number of rows of a row group that is read as a whole."""
+MAX_CELL = 60
+"""Maximum number of characters of a cell in a message."""
+
+ReadExpected = Callable[[], Iterator[pa.Table]]
+"""Returns the expected tables, each time from the first."""
+
+
+def check_results(
+    store: Store,
+    schema: pa.Schema,
+    read_expected: ReadExpected,
+    problems: Problems,
+    find_missing: Callable[[], object] = lambda: None,
+) -> bool:
+    """Compare results.parquet with the expected tables of this schema, and add each row that differs to `problems`.
+
+    Return whether the file was as expected. Equal files are compared as streams of Arrow tables. Only if they differ,
+    call `find_missing`, which adds rows without a result to the problems, and look rows up by key. results.parquet may
+    still have such rows. Raises the errors of `read_expected`, StorageError.
+    """
+    try:
+        with store.open_file(RESULTS) as stream, pq.ParquetFile(stream) as file:
+            columns = _round_trip(schema.empty_table()).schema
+            if not file.schema_arrow.equals(columns):
+                problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS)
+            elif _are_equal(file, schema, read_expected()):
+                return True
+            else:
+                find_missing()
+                with _small_groups(file) as grouped, closing(_Differences(grouped, problems)) as differences:
+                    differences.find(_as_stored(read_expected(), schema))
+    except FileNotFoundError:
+        detail = f"it is missing: write it with `batch-infer merge {store.location}`"
+        problems.add("results_differ", detail, path=RESULTS)
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(f"cannot read {store.locate(RESULTS)}: {error.strerror}") from error
+        problems.add("results_differ", f"it cannot be read: {first_line(error)}", path=RESULTS)
+    return False
+
+
+def _round_trip(table: pa.Table) -> pa.Table:
+    """Return a table as Parquet stores it, because some types, such as timestamps in seconds, change."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return pq.read_table(pa.BufferReader(sink.getvalue()))
+
+
+def _as_stored(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    if _round_trip(schema.empty_table()).schema.equals(schema):
+        return iter(tables)
+    return map(_round_trip, tables)
+
+
+def _describe_columns(actual: pa.Schema, expected: pa.Schema) -> str:
+    lacking, added = ({*map(str, a)} - {*map(str, b)} for a, b in ((expected, actual), (actual, expected)))
+    if not lacking | added:
+        return "its columns are in another order"
+    parts = [f"it lacks the columns {', '.join(sorted(lacking))}"] if lacking else []
+    return " and ".join(parts + ([f"it has the unexpected columns {', '.join(sorted(added))}"] if added else []))
+
+
+def _are_equal(file: pq.ParquetFile, schema: pa.Schema, expected: Iterator[pa.Table]) -> bool:
+    batches = file.iter_batches(BATCH)
+    rest = file.schema_arrow.empty_table()
+    for table in _as_stored(expected, schema):
+        while len(rest) < len(table) and (batch := next(batches, None)) is not None:
+            rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
+        actual, rest = rest.slice(0, len(table)), rest.slice(len(table))
+        if len(actual) < len(table) or any(_differing_cells(table, actual)):
+            return False
+    return not len(rest) and next(batches, None) is None
+
+
+def _differing_cells(expected: pa.Table, actual: pa.Table) -> Iterator[tuple[int, str, Any, Any]]:
+    """Yield the row number, column and both values of each cell that differs. NaN equals NaN."""
+    for name, expected_column, actual_column in zip(
+        expected.column_names, expected.columns, actual.columns, strict=True
+    ):
+        if expected_column.equals(actual_column):
+            continue
+        pairs = zip(to_values(expected_column), to_values(actual_column), strict=True)
+        for row, (value, actual_value) in enumerate(pairs):
+            if _comparable(value) != _comparable(actual_value):
+                yield row, name, value, actual_value
+
+
+def _comparable(value: Any) -> Any:
+    """Replace NaN, which differs from itself, at any depth."""
+    match value:
+        case float():
+            return value if value == value else "NaN"
+        case list() | tuple():
+            return [_comparable(inner) for inner in value]
+        case dict():
+            return {name: _comparable(inner) for name, inner in value.items()}
+        case _:
+            return value
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
+
+
+@contextmanager
+def _small_groups(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
+    """Yield the file, or a temporary copy with smaller row groups, because another program may have written it."""
+    groups = range(file.metadata.num_row_groups)
+    if all(file.metadata.row_group(group).num_rows <= MAX_GROUP_ROWS for group in groups):
+        yield file
+        return
+    with temporary_folder() as folder:
+        copy = Path(folder) / RESULTS
+        with temporary_file_errors(reads=True), pq.ParquetWriter(copy, file.schema_arrow) as writer:
+            for batch in file.iter_batches(BATCH):
+                writer.write_batch(batch)
+        with pq.ParquetFile(copy) as grouped:
+            yield grouped
+
+
+class _Differences:
+    """Finds the rows in which a file differs from the expected tables."""
+
+    def __init__(self, file: pq.ParquetFile, problems: Problems) -> None:
+        self._file, self._problems = file, problems
+        self._starts = [0]
+        for group in range(file.metadata.num_row_groups):
+            self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
+        self._database = temporary_database()
+        self._database.execute("CREATE TABLE actual (id, image_index, row)")
+        start = 0
+        for batch in file.iter_batches(BATCH, columns=["id", "image_index"]):
+            keys = zip(batch["id"].to_pylist(), batch["image_index"].to_pylist(), strict=True)
+            rows = ((*key, start + row) for row, key in enumerate(keys))
+            self._database.executemany("INSERT INTO actual VALUES (?, ?, ?)", rows)
+            start += len(batch)
+        self._database.execute("CREATE INDEX key ON actual (id, image_index, row)")
+        self._database.execute("CREATE TABLE expected (id, image_index, PRIMARY KEY (id, image_index)) WITHOUT ROWID")
+
+    def close(self) -> None:
+        self._database.close()
+
+    def find(self, expected: Iterator[pa.Table]) -> None:
+        """Add missing, repeated, additional, different and misplaced rows to the problems."""
+        last_row, is_ordered = -1, True
+        for table in expected:
+            keys: list[Key] = list(zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True))
+            self._database.executemany("INSERT OR IGNORE INTO expected VALUES (?, ?)", keys)
+            rows = [self._find_row(key) for key in keys]
+            for key, row in zip(keys, rows, strict=True):
+                if row is None:
+                    self._problems.add("missing_row", f"{RESULTS} lacks this result", key=key, path=RESULTS)
+                else:
+                    is_ordered, last_row = is_ordered and row > last_row, row
+            present = [(position, row) for position, row in enumerate(rows) if row is not None]
+            self._compare(table.take([position for position, _ in present]), [row for _, row in present])
+        self._add_repeated()
+        if not is_ordered:
+            self._problems.add("results_differ", "its rows are not in the order of the tables", path=RESULTS)
+        self._add_unexpected()
+
+    def _find_row(self, key: Key) -> int | None:
+        row = self._database.execute("SELECT min(row) FROM actual WHERE id = ? AND image_index = ?", key).fetchone()
+        return None if row is None or row[0] is None else int(row[0])
+
+    def _compare(self, expected: pa.Table, rows: Sequence[int]) -> None:
+        """Compare a table with these rows of the file."""
+        differences: dict[int, list[str]] = {}
+        for row, name, value, actual in _differing_cells(expected, self._read(rows)):
+            differences.setdefault(row, []).append(f"{name} is {_shorten(actual)} instead of {_shorten(value)}")
+        for row, texts in sorted(differences.items()):
+            key = expected["id"][row].as_py(), expected["image_index"][row].as_py()
+            self._problems.add("results_differ", "; ".join(texts), key=key, path=RESULTS)
+
+    def _read(self, rows: Sequence[int]) -> pa.Table:
+        """Return these rows of the file in this order, reading one row group at a time."""
+        pieces, positions = [self._file.schema_arrow.empty_table()], list[int]()
+        for group, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
+            inside = [position for position, row in enumerate(rows) if start <= row < end]
+            if inside:
+                pieces.append(self._file.read_row_group(group).take([rows[position] - start for position in inside]))
+                positions += inside
+        return pa.concat_tables(pieces).take(pc.sort_indices(pa.array(positions, pa.int64())))
+
+    def _add_repeated(self) -> None:
+        select = (
+            "SELECT id, image_index, count(*) FROM actual GROUP BY id, image_index HAVING count(*) > 1 ORDER BY 1, 2"
+        )
+        for name, index, count in self._database.execute(select):
+            detail = f"{RESULTS} has this result {count} times"
+            self._problems.add("duplicate_row", detail, key=(name, index), path=RESULTS)
+
+    def _add_unexpected(self) -> None:
+        """Add rows that the manifest lacks, except those that are reported as missing from it."""
+        select = "SELECT DISTINCT id, image_index FROM actual EXCEPT SELECT id, image_index FROM expected"
+        for key in self._database.execute(select):
+            if not self._problems.is_missing(key):
+                detail = "the manifest and the tables have no such result"
+                self._problems.add("results_differ", detail, key=key, path=RESULTS)

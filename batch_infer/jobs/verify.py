@@ -1,0 +1,174 @@
+"""Check that every row of a run is accounted for, and that every file in OUT is whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from batch_infer.errors import DamagedPartError, LockedError, NewerPartError, StorageError
+from batch_infer.jobs import out as outdir
+from batch_infer.jobs.checksums import ChecksumReport, check_checksums
+from batch_infer.jobs.image_check import ImageChecks, check_images
+from batch_infer.jobs.merge import merge_results
+from batch_infer.jobs.problems import IMAGE_COLUMNS, ImageRecords, Problem, Problems
+from batch_infer.jobs.repair import mark_failed
+from batch_infer.jobs.results_check import RESULTS
+from batch_infer.jobs.row_check import RowChecker, open_recorded_tables
+from batch_infer.jobs.run_json import (
+    read_settings,
+)
+from batch_infer.jobs.signing import read_public_key
+from batch_infer.jobs.summary import JsonStruct
+from batch_infer.manifest import Manifest, read_part_in_batches
+from batch_infer.settings import ResultsFormat
+from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
+
+log = logging.getLogger("batch_infer")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How to verify.
+
+    `tables` replace the run's tables if they were moved. `is_quick` compares only the names and sizes of images.
+    `public_key` is the path of the key that must have signed SHA256SUMS. `fixes` marks images that are missing or
+    damaged as failed, so that the next run renders them again.
+    """
+
+    tables: tuple[str, ...] = ()
+    is_quick: bool = False
+    public_key: str | None = None
+    fixes: bool = False
+
+
+class Verification(JsonStruct):
+    """What `verify` found. `counts` counts all problems by kind, and `problems` lists the first of them.
+
+    `images` is the number of images that results name, `checked` that of images whose bytes were read, and
+    `rendered_again` that of images that were rendered again to compare them. `fixed` is the number of results that were
+    marked as failed.
+    """
+
+    rows: int = 0
+    images: int = 0
+    checked: int = 0
+    rendered_again: int = 0
+    problems: list[Problem] = []
+    counts: dict[str, int] = {}
+    fixed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the keys of --json."""
+        values = super().as_dict()
+        del values["fixed"]
+        return values
+
+
+def verify_run(
+    out: Out, options: VerifyOptions = VerifyOptions(), report: Callable[[int, int], object] = lambda _, __: None
+) -> Verification:
+    """Check parts, rows, results.* and images of OUT, and return the problems. Without `fixes`, write nothing.
+
+    Rows and results.* are not compared row by row if the checksums prove them: if SHA256SUMS has the root digest in
+    run.json, all files that it lists match, nothing was left at the end of the run, and the tables have the digest that
+    the run recorded. Then results.* are the bytes that the run wrote after it had accounted for every row of the same
+    tables.
+
+    `report` receives the number of images checked so far and their total. Raises UsageError, for example if OUT
+    contains no run, LockedError if another command uses OUT, ServiceError, StorageError.
+    """
+    unlocked_store = open_store(to_absolute(out))
+    if options.public_key is not None:
+        read_public_key(options.public_key)
+    outdir.read_existing_run(unlocked_store)  # before OUT is locked, which would create it
+    _refuse_while_active(unlocked_store)
+    with outdir.locked(unlocked_store) if options.fixes else nullcontext(unlocked_store) as store:
+        record = outdir.read_existing_run(store)
+        outdir.refuse_while_rescoring(store.location, record)
+        with ImageRecords() as images:
+            verifier = _Verifier(store, record, options, images)
+            verification = verifier.verify(report)
+            if options.fixes:
+                verification.fixed = mark_failed(store, record, verifier.parts, images)
+        if not options.fixes:
+            _refuse_while_active(store)
+    if verification.fixed:
+        _merge(unlocked_store)
+    return verification
+
+
+def _merge(store: Store) -> None:
+    formats: list[ResultsFormat] = ["csv", "jsonl"]
+    try:
+        merge_results(store, tuple(name for name in formats if store.exists(f"results.{name}")), base64=False)
+    except (DamagedPartError, NewerPartError) as error:
+        log.warning("results.* are not updated: %s", error)
+
+
+def _refuse_while_active(store: Store) -> None:
+    """Raise LockedError if another command holds the lock of OUT, and so may be changing it."""
+    try:
+        holder = store.find_holder()
+    except StorageError as error:
+        log.warning("it is unknown whether another command is using %s: %s", store.location, error)
+        return
+    if holder is not None:
+        raise LockedError(f"{store.location} is locked by another run ({holder}); verify it when that run has ended")
+
+
+class _Verifier:
+    def __init__(self, store: Store, record: Mapping[str, Any], options: VerifyOptions, images: ImageRecords) -> None:
+        self._store, self._record, self._options, self._images = store, record, options, images
+        self._problems = Problems(images)
+        self._settings = read_settings(record, store.location, options.tables)
+        self.parts: list[StoredFile] = []
+        """The parts that can be read."""
+
+    def verify(self, report: Callable[[int, int], object]) -> Verification:
+        """Run all checks."""
+        checksums = check_checksums(self._store, self._record, self._options.public_key)
+        self._check_parts(checksums)
+        with open_recorded_tables(self._record, self._settings, moved=bool(self._options.tables)) as tables:
+            checker = RowChecker(self._store, self._record, self._settings, self.parts, self._images, self._problems)
+            row_count = checker.check(checksums, tables)
+        committed_rows, image_count = self._images.count()
+        is_endpoint = not self._settings.table.tables
+        checks = ImageChecks(is_quick=self._options.is_quick, may_be_active=is_endpoint)
+        checked = check_images(
+            self._images, self._store, self._problems, checks, lambda done: report(done, image_count)
+        )
+        return Verification(
+            rows=committed_rows if row_count is None else row_count,
+            images=image_count,
+            checked=checked,
+            problems=self._problems.listed,
+            counts=dict(sorted(self._problems.counts.items())),
+        )
+
+    def _check_parts(self, checksums: ChecksumReport) -> None:
+        """Read every part, and add the faults of parts and their checksums.
+
+        A part whose SHA-256 matches has been read for that, so only some of its columns are read again. All pages of
+        other parts are.
+        """
+        faults = dict(checksums.problems)
+        for part in prefetch(Manifest(self._store).parts()):
+            columns = IMAGE_COLUMNS if part.path in checksums.matching else None
+            try:
+                for table in read_part_in_batches(part, columns):
+                    self._images.add(part.path, table)
+                self.parts.append(part)
+            except DamagedPartError as damage:
+                faults[part.path] = damage.reason
+            except NewerPartError:
+                faults[part.path] = "it was written by a newer batch-infer: upgrade batch-infer to verify it"
+        self._images.finish()
+        for path, reason in faults.items():
+            if path != RESULTS:  # its rows are compared first
+                self._problems.add("results_differ" if path in outdir.RESULTS else "damaged_part", reason, path=path)
+        for name, index, path in self._images.iterate_repeated():
+            detail = "the part has this result twice with the same attempt"
+            self._problems.add("duplicate_row", detail, key=(name, index), path=path)
