@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import to_values
 from batch_infer.errors import StorageError, first_line
 from batch_infer.jobs.problems import Key, Problems
+from batch_infer.records import RESULT_COLUMNS
 from batch_infer.store import Store, temporary_database, temporary_file_errors, temporary_folder
 
 RESULTS = "results.parquet"
@@ -22,6 +23,9 @@ MAX_GROUP_ROWS = 16 * BATCH
 """Maximum number of rows of a row group that is read as a whole."""
 MAX_CELL = 60
 """Maximum number of characters of a cell in a message."""
+
+_ADDED = {column.name for column in RESULT_COLUMNS if "since" in column.metadata}
+"""Result columns that results.parquet of an earlier version lacks."""
 
 ReadExpected = Callable[[], Iterator[pa.Table]]
 """Returns the expected tables, each time from the first."""
@@ -42,6 +46,8 @@ def check_results(
     """
     try:
         with store.open_file(RESULTS) as stream, pq.ParquetFile(stream) as file:
+            names = file.schema_arrow.names
+            schema = pa.schema([column for column in schema if column.name in names or column.name not in _ADDED])
             columns = _round_trip(schema.empty_table()).schema
             if not file.schema_arrow.equals(columns):
                 problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS)
@@ -69,9 +75,8 @@ def _round_trip(table: pa.Table) -> pa.Table:
 
 
 def _as_stored(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    if _round_trip(schema.empty_table()).schema.equals(schema):
-        return iter(tables)
-    return map(_round_trip, tables)
+    selected = (table.select(schema.names) for table in tables)
+    return selected if _round_trip(schema.empty_table()).schema.equals(schema) else map(_round_trip, selected)
 
 
 def _describe_columns(actual: pa.Schema, expected: pa.Schema) -> str:
