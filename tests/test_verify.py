@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from batch_infer.jobs import VerifyOptions, problems, results_check, verify_run
 from batch_infer.jobs.image_check import find_damaged_images
 from batch_infer.manifest import Manifest
-from batch_infer.store import LocalStore, listing
+from batch_infer.store import FileDigest, LocalStore, listing
 from tests.places import ObjectPlace, object_place
 from tests.runs import assert_whole, command, hashes, results, run, run_json
 from tests.tables import write_csv, write_parquet
@@ -62,7 +62,8 @@ def faults(out: Path | str, *options: str | Path) -> list[Fault]:
 
 
 def image_of(out: Path, name: str) -> Path:
-    return out / next(row["generated_image"] for row in results(out) if row["id"] == name)
+    path: str = next(row["generated_image"] for row in results(out) if row["id"] == name)
+    return out / path
 
 
 def part_of(out: Path, name: str) -> Path:
@@ -324,11 +325,17 @@ def test_damaged_images_are_retried(out: Path, monkeypatch: pytest.MonkeyPatch) 
     image_of(out, "b").unlink()
     listed: list[str] = []
     hashed: list[str] = []
-    list_tree, hash_all = listing.list_tree, listing.hash_all
-    monkeypatch.setattr("batch_infer.store.local_images.list_tree", lambda *a: listed.append(a[1]) or list_tree(*a))
-    monkeypatch.setattr(
-        "batch_infer.store.local_images.hash_all", lambda *a: hashed.extend(n for n, _ in a[1]) or hash_all(*a)
-    )
+
+    def list_tree(root: str, folder: str, *, needs_sizes: bool) -> Iterator[tuple[str, int | None]]:
+        listed.append(folder)
+        return listing.list_tree(root, folder, needs_sizes=needs_sizes)
+
+    def hash_all(root: str, files: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
+        hashed.extend(name for name, _ in files)
+        return listing.hash_all(root, files)
+
+    monkeypatch.setattr("batch_infer.store.local_images.list_tree", list_tree)
+    monkeypatch.setattr("batch_infer.store.local_images.hash_all", hash_all)
     done = command("retry", out, "--status", "damaged", "--json")
     assert (done.code, json.loads(done.stdout)["rendered"]) == (0, 1), done.stderr
     assert len(hashed) == len(set(hashed)) == 4

@@ -24,8 +24,7 @@ from batch_infer.cli.progress import LOG_INTERVAL, shows_bar
 from batch_infer.cli.report import ROWS_FAILED, format_count, print_result, stoppable
 
 if TYPE_CHECKING:
-    from batch_infer.jobs import Verification
-    from batch_infer.jobs.problems import Problem
+    from batch_infer.jobs import Problem, Verification
 
 MAX_LINES = 20
 """Maximum number of problems to print as text."""

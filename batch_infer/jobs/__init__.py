@@ -13,6 +13,7 @@ from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_r
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
+from batch_infer.jobs.problems import Problem
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.reproduce import Sample, SampleProblem, choose_sample, reproduce, reproduce_sample
 from batch_infer.jobs.rescore import rescore_images
@@ -38,6 +39,7 @@ __all__ = [
     "Job",
     "LIBRARIES",
     "Plan",
+    "Problem",
     "Progress",
     "RescoreCounts",
     "RunStatus",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
-from batch_infer.jobs.problems import IMAGE_COLUMNS, ImageRecords, Key, Problems
+from batch_infer.jobs.problems import IMAGE_COLUMNS, ImageRecords, Problems
 from batch_infer.manifest import Manifest, read_part_in_batches
 from batch_infer.sinks import is_image_path, original_path
-from batch_infer.store import Store, is_temporary, prefetch
+from batch_infer.store import NOT_A_FILE, Store, is_temporary, prefetch
 
 BATCH = 512
 """Maximum number of images to hash together."""
@@ -42,11 +42,11 @@ def check_images(
     checker = _Checker(records, store, problems, checks)
     for key in records.iterate_without_path():
         problems.add("missing_image", "its status is ok, but it has no image", key=key)
-    waiting: list[tuple[_Image, int]] = []
+    waiting: list[_Image] = []
     compared = read = 0
-    for image, size in checker.iterate_present():
+    for image in checker.iterate_present():
         if not checks.is_quick:
-            waiting.append((image, size))
+            waiting.append(image)
         compared += 1
         if compared % BATCH == 0:
             read += checker.hash(waiting)
@@ -74,52 +74,69 @@ class _Checker:
     def __init__(self, records: ImageRecords, store: Store, problems: Problems, checks: ImageChecks) -> None:
         self._records, self._store, self._problems, self._checks = records, store, problems, checks
 
-    def iterate_present(self) -> Iterator[tuple[_Image, int]]:
-        """Yield the images that have a file of the right size, and add all others to the problems."""
-        files = self._store.list_image_files()
+    def iterate_present(self) -> Iterator[_Image]:
+        """Yield the images that have a file, of the right size if it is known, and add all others to the problems."""
+        files = self._store.list_image_files(needs_sizes=self._checks.is_quick)
         file = next(files, None)
-        path, size, is_used = None, None, False
+        path, size, exists = None, None, False
         for image in self._records.iterate_images():
             if path != image[0]:  # several results of an edited manifest may name one file
                 while file is not None and file[0] < image[0]:
                     self._add_orphan(file[0])
                     file = next(files, None)
-                path, size, is_used = image[0], None, False
+                path, size, exists = image[0], None, False
                 if file is not None and file[0] == path:
-                    size, is_used, file = file[1], True, next(files, None)
-            if self._has_right_size(image, size, exists=is_used) and size is not None:
-                yield image, size
+                    size, exists, file = file[1], True, next(files, None)
+            if self._may_be_whole(image, size, exists=exists):
+                yield image
         while file is not None:
             self._add_orphan(file[0])
             file = next(files, None)
 
-    def hash(self, images: list[tuple[_Image, int]]) -> int:
+    def hash(self, images: list[_Image]) -> int:
         """Compare the SHA-256 of images with their results, and return how many images were read."""
-        digests = self._store.hash_images([(image[0], size) for image, size in images])
-        for ((path, name, index, expected, _), _), digest in zip(images, digests, strict=True):
+        digests = self._store.hash_images([(image[0], image[4] or 0) for image in images])
+        for image, digest in zip(images, digests, strict=True):
+            path, name, index, expected, size = image
             if digest is None:
                 self._problems.add("wrong_image", "it cannot be read", key=(name, index), path=path)
-            elif digest != expected:
-                detail = f"its SHA-256 is {digest} instead of {expected}"
+            elif digest.size != size:
+                self._add_wrong_size(image, digest.size)
+            elif digest.sha256 != expected:
+                detail = f"its SHA-256 is {digest.sha256} instead of {expected}"
                 self._problems.add("wrong_image", detail, key=(name, index), path=path)
         return len(images)
 
-    def _has_right_size(self, image: _Image, size: int | None, *, exists: bool) -> bool:
+    def _may_be_whole(self, image: _Image, size: int | None, *, exists: bool) -> bool:
+        """Return whether an image has a file, of the right size unless the size is None. Otherwise add a problem."""
         path, name, index, _, expected = image
-        key: Key = (name, index)
-        if size == expected and size is not None:
+        is_known = expected is not None and expected >= 0
+        if exists and is_known and size in (None, expected):
             return True
-        if not is_image_path(path):
-            self._problems.add("missing_image", "its path is outside images/ and quarantine/", key=key, path=path)
-        elif size is None:
-            detail = "it is not a file" if exists else "there is no such file"
-            self._problems.add("missing_image", detail, key=key, path=path)
-        elif expected is None:
-            self._problems.add("wrong_image", "its result names no size", key=key, path=path)
+        if not exists and not is_image_path(path):
+            self._add_missing(image, "its path is outside images/ and quarantine/")
+        elif not exists:
+            self._add_missing(image, "there is no such file")
+        elif size == NOT_A_FILE:
+            self._add_missing(image, "it is not a file")
+        elif is_known and size is not None:
+            self._add_wrong_size(image, size)
         else:
-            detail = f"it has {size:,} bytes instead of {expected:,}"
-            self._problems.add("truncated_image" if size < expected else "wrong_image", detail, key=key, path=path)
+            self._problems.add("wrong_image", "its result names no size", key=(name, index), path=path)
         return False
+
+    def _add_missing(self, image: _Image, detail: str) -> None:
+        path, name, index, *_ = image
+        self._problems.add("missing_image", detail, key=(name, index), path=path)
+
+    def _add_wrong_size(self, image: _Image, size: int) -> None:
+        path, name, index, _, expected = image
+        is_truncated = size < (expected or 0)
+        # An image that is too large is read only up to the first byte too many.
+        detail = (
+            f"it has {size:,} bytes instead of {expected:,}" if is_truncated else f"it has more than {expected:,} bytes"
+        )
+        self._problems.add("truncated_image" if is_truncated else "wrong_image", detail, key=(name, index), path=path)
 
     def _add_orphan(self, path: str) -> None:
         """Add a file that no result names, unless it may be the image of a row that is reported as missing."""

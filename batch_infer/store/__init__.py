@@ -35,7 +35,16 @@ from batch_infer.store.opening import (
     to_stored_file,
     unless_removed,
 )
-from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, Store, StoreAddress, StoredFile, is_inside
+from batch_infer.store.protocol import (
+    IMAGE_FOLDERS,
+    NOT_A_FILE,
+    FileDigest,
+    PrivateFile,
+    Store,
+    StoreAddress,
+    StoredFile,
+    is_inside,
+)
 from batch_infer.store.temporary import (
     create_temporary,
     open_temporary_text,
@@ -51,8 +60,10 @@ else:
     __getattr__ = import_on_use(__name__, clients=("connect", "describe", "is_refusal", "is_service_error"))
 
 __all__ = [
+    "FileDigest",
     "IMAGE_FOLDERS",
     "LocalStore",
+    "NOT_A_FILE",
     "Out",
     "PrivateFile",
     "Store",

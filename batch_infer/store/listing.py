@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
 from batch_infer.errors import StorageError
+from batch_infer.store.protocol import NOT_A_FILE, FileDigest
 
 READING_THREADS = 8
 MIN_THREADED_BYTES = 64 << 10
@@ -23,11 +24,12 @@ _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno
 _READ_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 
 
-def list_tree(root: str, folder: str) -> Iterator[tuple[str, int | None]]:
+def list_tree(root: str, folder: str, *, needs_sizes: bool) -> Iterator[tuple[str, int | None]]:
     """Yield the path relative to `root`, and the size, of each file at any depth in a folder, sorted by path.
 
-    The size is None for anything but a file, such as a link, which is not followed. A missing folder is empty. Raises
-    StorageError. Memory is proportional to the largest folder.
+    The size is NOT_A_FILE for anything else, such as a link, which is not followed, and None for a file if sizes are
+    not needed: asking for them takes as long as all the rest. A missing folder is empty. Raises StorageError. Memory is
+    proportional to the largest folder.
     """
     entries: list[tuple[str, int | None]] = []
     try:
@@ -35,31 +37,35 @@ def list_tree(root: str, folder: str) -> Iterator[tuple[str, int | None]]:
             for entry in scan:
                 if entry.is_dir(follow_symlinks=False):
                     entries.append((f"{entry.name}/", None))
-                elif (status := _read_status(entry)) is not None:
-                    entries.append((entry.name, status.st_size if stat.S_ISREG(status.st_mode) else None))
+                elif not entry.is_file(follow_symlinks=False):
+                    entries.append((entry.name, NOT_A_FILE))
+                elif not needs_sizes:
+                    entries.append((entry.name, None))
+                elif (size := _read_size(entry)) is not None:
+                    entries.append((entry.name, size))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return
         raise StorageError(f"cannot read {root}/{folder}: {error.strerror}") from error
-    entries.sort()  # with the slash, a folder's files sort as their paths do
+    entries.sort(key=itemgetter(0))  # with the slash, a folder's files sort as their paths do
     for name, size in entries:
         if name.endswith("/"):
-            yield from list_tree(root, f"{folder}/{name[:-1]}")
+            yield from list_tree(root, f"{folder}/{name[:-1]}", needs_sizes=needs_sizes)
         else:
             yield f"{folder}/{name}", size
 
 
-def _read_status(entry: os.DirEntry[str]) -> os.stat_result | None:
+def _read_size(entry: os.DirEntry[str]) -> int | None:
     try:
-        return entry.stat(follow_symlinks=False)
+        return entry.stat(follow_symlinks=False).st_size
     except FileNotFoundError:  # removed since it was listed
         return None
 
 
-def hash_all(root: str, files: Sequence[tuple[str, int]]) -> list[str | None]:
-    """Return the SHA-256 of files with these paths and sizes, in hexadecimal digits.
+def hash_all(root: str, files: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
+    """Return the digests of files with these paths and expected sizes, reading at most one byte more than expected.
 
-    It is None for a file that has disappeared or shrunk, or whose bytes the disk has lost. Raises StorageError.
+    The digest is None for a file that has disappeared or whose bytes the disk has lost. Raises StorageError.
     """
     if sum(size for _, size in files) < MIN_THREADED_BYTES * len(files):
         return [_hash_file(f"{root}/{name}", size) for name, size in files]
@@ -67,19 +73,19 @@ def hash_all(root: str, files: Sequence[tuple[str, int]]) -> list[str | None]:
         return list(pool.map(lambda file: _hash_file(f"{root}/{file[0]}", file[1]), files))
 
 
-def _hash_file(path: str, size: int) -> str | None:
+def _hash_file(path: str, size: int) -> FileDigest | None:
     try:
         descriptor = os.open(path, _READ_FLAGS)
         try:
-            content = os.read(descriptor, min(size, CHUNK))
-            digest, left = hashlib.sha256(content), size - len(content)
-            while left and (chunk := os.read(descriptor, min(left, CHUNK))):
+            content = os.read(descriptor, min(size + 1, CHUNK))
+            digest, length = hashlib.sha256(content), len(content)
+            while length < size and (chunk := os.read(descriptor, min(size + 1 - length, CHUNK))):
                 digest.update(chunk)
-                left -= len(chunk)
+                length += len(chunk)
         finally:
             os.close(descriptor)
     except OSError as error:
         if error.errno in _MISSING or error.errno == errno.EIO:
             return None
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    return None if left else digest.hexdigest()
+    return FileDigest(digest.hexdigest(), length)

@@ -27,7 +27,7 @@ from batch_infer.store.files import (
 )
 from batch_infer.store.folder import PinnedFolder
 from batch_infer.store.listing import hash_all, list_tree
-from batch_infer.store.protocol import IMAGE_FOLDERS, StoreAddress, is_inside
+from batch_infer.store.protocol import IMAGE_FOLDERS, FileDigest, StoreAddress, is_inside
 
 FSYNC_THREADS = 32
 """Maximum number of images to fsync concurrently.
@@ -103,10 +103,11 @@ class LocalImages:
                 return file.read()
         return None
 
-    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
-        return chain.from_iterable(list_tree(str(self.root), folder) for folder in IMAGE_FOLDERS)
+    def list_image_files(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
+        root = str(self.root)
+        return chain.from_iterable(list_tree(root, folder, needs_sizes=needs_sizes) for folder in IMAGE_FOLDERS)
 
-    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
         return hash_all(str(self.root), images)
 
     def stage(self, name: str, content: bytes) -> None:

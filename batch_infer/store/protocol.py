@@ -45,6 +45,17 @@ class PrivateFile(NamedTuple):
     is_trusted: bool
 
 
+NOT_A_FILE = -1
+"""Size of what is not a file, but a link or a device, for example."""
+
+
+class FileDigest(NamedTuple):
+    """The SHA-256 of a file in hexadecimal digits, and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
 class Store(Protocol):
     """A place for OUT.
 
@@ -175,17 +186,19 @@ class Store(Protocol):
         """Return an image's bytes, or None if `has_image` is false or its size differs from `length`, if given."""
         ...
 
-    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
+    def list_image_files(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
         """Yield the path and size in bytes of all that is in the image folders, at any depth, sorted by path.
 
-        The size is None for anything but a file, such as a link. Links inside the image folders are not followed.
+        The size is NOT_A_FILE for anything else, such as a link. Links inside the image folders are not followed. The
+        size is None if it takes time to find out and is not needed.
         """
         ...
 
-    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
-        """Return the SHA-256 of images that `list_image_files` yielded, in hexadecimal digits.
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
+        """Return the digests of images that `list_image_files` yielded. `images` are paths and expected sizes.
 
-        It is None for an image that has disappeared since or whose bytes the storage has lost.
+        An image that is larger than expected may be read only up to the first byte too many. The digest is None if an
+        image has disappeared since, or if the storage has lost its bytes.
         """
         ...
 

@@ -18,7 +18,7 @@ from batch_infer.store.objects.lease import Lease, LeaseReader
 from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseObject
 from batch_infer.store.objects.listing import walk_sorted
 from batch_infer.store.objects.spool import collect_abandoned, make_log_name, upload_while_open
-from batch_infer.store.protocol import IMAGE_FOLDERS, PrivateFile, StoreAddress, is_inside
+from batch_infer.store.protocol import IMAGE_FOLDERS, FileDigest, PrivateFile, StoreAddress, is_inside
 
 
 class ObjectStore(ObjectFiles):
@@ -59,15 +59,15 @@ class ObjectStore(ObjectFiles):
         content = self.read(name) if is_inside(name) else None
         return content if content is not None and length in (None, len(content)) else None
 
-    def list_image_files(self) -> Iterator[tuple[str, int | None]]:
+    def list_image_files(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
         return chain.from_iterable(walk_sorted(self.list_sizes, self.pool, folder) for folder in IMAGE_FOLDERS)
 
-    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[str | None]:
+    def hash_images(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
         return list(self.pool.map(self._hash_image, [name for name, _ in images]))
 
-    def _hash_image(self, name: str) -> str | None:
+    def _hash_image(self, name: str) -> FileDigest | None:
         content = self.read(name)
-        return None if content is None else hashlib.sha256(content).hexdigest()
+        return None if content is None else FileDigest(hashlib.sha256(content).hexdigest(), len(content))
 
     def stage(self, name: str, content: bytes) -> None:
         self.spool.stage(name, content)
