@@ -158,6 +158,10 @@ def test_a_part_without_a_run_number_is_hashed_again(tmp_path: Path) -> None:
     assert read_checksums(store)[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
+def write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
 def record(root: str | None, tables: list[str], **entries: Any) -> dict[str, Any]:
     return {"settings": {"table": {"tables": tables}}, **({"root_digest": root} if root else {}), **entries}
 
@@ -174,6 +178,8 @@ def test_other_parts_are_problems_only_after_a_run_ended(tmp_path: Path) -> None
     (tmp_path / first).unlink()
     with (tmp_path / second).open("ab") as stream:
         stream.write(b"x")
+    write(tmp_path / "results.parquet", b"x")
+    write_checksums(store, {"results.parquet": "0" * 64})
     ((path, reason),) = check_checksums(store, record(None, ["t.csv"])).problems
     assert (path, "its SHA-256 is" in reason) == (second, True)
 

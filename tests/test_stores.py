@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from batch_infer.errors import LockedError, StoppedError, StorageError
-from batch_infer.store import Store, StoredFile, open_store, prefetch, unless_removed
+from batch_infer.store import FileDigest, Store, StoredFile, open_store, prefetch, unless_removed
 from tests.object_servers import serve_objects
 
 IMAGE, BACKUP = "images/t-00000/a-0.png", "images/t-00000/.original-a-0.png"
@@ -100,6 +101,23 @@ def test_find_yields_files_at_any_depth(store: Store) -> None:
         put(store, name)
     assert sorted(store.find(["images", "quarantine"], lambda name: name == "a")) == ["images/a", "images/t-0/a"]
     assert list(store.find([""], lambda name: name in ("a", "run.json"))) == ["run.json"]
+
+
+def test_images_are_listed_by_path_and_hashed(store: Store) -> None:
+    names = ["images/a-1/x.png", "images/a.png", "images/a/b/y.png", "images/a/z.png", "images/a0.png", "quarantine/q"]
+    for name in reversed(names):
+        publish(store, name, name.encode())
+    put(store, "manifest/part-1.parquet")
+    assert sorted(names) == names
+    assert list(store.list_image_files()) == [(name, len(name)) for name in names]
+    assert [name for name, _ in store.list_image_files(needs_sizes=False)] == names
+    images = [*((name, len(name)) for name in names), ("images/none.png", 1)]
+    expected = [FileDigest(hashlib.sha256(name.encode()).hexdigest(), len(name)) for name in names]
+    assert store.hash_images(images) == [*expected, None]
+    (larger,) = store.hash_images([(names[0], 3)])
+    assert larger is not None
+    assert larger.size > 3
+    assert store.hash_images([(names[0], 1000)]) == expected[:1]
 
 
 def test_of_several_processes_one_creates_a_file(store: Store) -> None:

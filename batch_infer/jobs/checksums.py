@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from batch_infer.errors import StorageError
-from batch_infer.jobs.out import RESULTS
+from batch_infer.jobs.out import RESULTS, write_run
 from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
 from batch_infer.manifest import FOLDER, Manifest, run_number
 from batch_infer.store import Store, StoredFile, prefetch
@@ -74,6 +74,12 @@ def with_root_digest(record: Mapping[str, Any], store: Store) -> dict[str, Any]:
     return others if content is None else {**others, ROOT_DIGEST: hashlib.sha256(content).hexdigest()}
 
 
+def forget_root_digest(store: Store, record: Mapping[str, Any]) -> None:
+    """Remove the root digest from run.json, because a kill while results.* are replaced would leave it wrong."""
+    if ROOT_DIGEST in record:
+        write_run(store, {name: value for name, value in record.items() if name != ROOT_DIGEST})
+
+
 def read_checksums(store: Store) -> dict[str, str]:
     """Return the digest of each file that SHA256SUMS lists, without malformed lines. Empty without SHA256SUMS."""
     return {match[2]: match[1] for line in _split(store.read(CHECKSUMS)) if (match := _LINE.fullmatch(line))}
@@ -94,7 +100,7 @@ class ChecksumReport:
 def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | None = None) -> ChecksumReport:
     """Hash every file that SHA256SUMS lists, and find those that differ, are missing or are not listed.
 
-    Without a root digest in run.json, an earlier version wrote OUT or a run has not ended, so only existing files that
+    Without a root digest in run.json, an earlier version wrote OUT or a run has not ended, so only existing parts that
     differ are problems. At an endpoint and after a lost worker, other parts may have been added. With `public_key`, the
     path of a key, a missing or invalid signature is a problem too. Raises StorageError, SettingsError.
     """
@@ -109,9 +115,9 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
     for file, digest in zip(files, hash_files(files), strict=True):
         if digest == listed[file.path]:
             report.matching.add(file.path)
-        elif isinstance(digest, str):
+        elif isinstance(digest, str) and (root is not None or file.path not in RESULTS):
             report.problems.append((file.path, f"its SHA-256 is {digest}, but {CHECKSUMS} names {listed[file.path]}"))
-        elif root is not None or digest.reason != _MISSING:
+        elif isinstance(digest, Unreadable) and (root is not None or digest.reason != _MISSING):
             report.problems.append((file.path, digest.reason))
     report.is_proof = root is not None and not report.problems
     if content is not None and root is not None:

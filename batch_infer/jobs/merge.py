@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import with_root_digest, write_checksums
+from batch_infer.jobs.checksums import forget_root_digest, with_root_digest, write_checksums
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
@@ -70,6 +70,7 @@ def merge_results(
         try:
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(store)  # but not for an endpoint, whose workers may be writing
+            forget_root_digest(store, record)
             counts = _merge_recorded(record, settings, store, output)
         except DamagedPartError as damage:
             if settings.table.tables:

@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.carried import to_values
-from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ROOT_DIGEST
+from batch_infer.jobs.checksums import forget_root_digest
 from batch_infer.jobs.merge import make_results_schema
 from batch_infer.jobs.problems import ImageRecords
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields
@@ -37,7 +36,7 @@ def mark_failed(store: Store, record: Mapping[str, Any], parts: Sequence[StoredF
     with ManifestIndex(parts) as index:
         while batch := list(islice(faults, BATCH)):
             if not count:
-                outdir.write_run(store, {name: value for name, value in record.items() if name != ROOT_DIGEST})
+                forget_root_digest(store, record)
             rows = list(_make_failed(batch, index, schema))
             with deferred(GRACE_SECONDS):
                 manifest.commit(rows, carried)

@@ -14,7 +14,7 @@ import msgspec
 
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import with_root_digest
+from batch_infer.jobs.checksums import ROOT_DIGEST, with_root_digest
 from batch_infer.jobs.compaction import COMPACTION_PARTS
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
@@ -134,6 +134,7 @@ class _RescoreExecution:
         if self._is_resumed or not ended_cleanly(self._record):
             retry_without_damaged_parts(lambda: remove_leftovers(store), on_damage)
         with closing(Rescorer(self._settings, store, self._card, self._record, stop)) as rescorer:
+            self._record.pop(ROOT_DIGEST, None)  # a kill while results.* are replaced would leave it wrong
             outdir.write_run(store, {**self._record, "rescoring": self._sources})
             retry_without_damaged_parts(lambda: self._check(rescorer, report, stop), on_damage)
         counts = retry_without_damaged_parts(self._merge, on_damage)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +204,15 @@ class _Differences:
 
     def _read(self, rows: Sequence[int]) -> pa.Table:
         """Return these rows of the file in this order, reading one row group at a time."""
-        pieces, positions = [self._file.schema_arrow.empty_table()], list[int]()
-        for group, (start, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            inside = [position for position, row in enumerate(rows) if start <= row < end]
-            if inside:
-                pieces.append(self._file.read_row_group(group).take([rows[position] - start for position in inside]))
-                positions += inside
-        return pa.concat_tables(pieces).take(pc.sort_indices(pa.array(positions, pa.int64())))
+        by_group: dict[int, list[int]] = {}
+        for position, row in enumerate(rows):
+            by_group.setdefault(bisect_right(self._starts, row) - 1, []).append(position)
+        pieces = [self._file.schema_arrow.empty_table()]
+        for group, positions in by_group.items():
+            table = self._file.read_row_group(group)
+            pieces.append(table.take([rows[position] - self._starts[group] for position in positions]))
+        order = pa.array(chain.from_iterable(by_group.values()), pa.int64())
+        return pa.concat_tables(pieces).take(pc.sort_indices(order))
 
     def _add_repeated(self) -> None:
         select = (

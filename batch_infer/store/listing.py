@@ -17,7 +17,7 @@ MIN_THREADED_BYTES = 64 << 10
 """Mean size in bytes from which images are hashed on several threads.
 
 Threads overlap reading and hashing, which hold no lock of the interpreter. For smaller images, they mostly wait for
-that lock: on two cores, 100,000 images of 6 kB took 4.9 s on one thread, and 7.5 s on two.
+that lock. On two cores, two threads took 1.6 times as long as one for images of 16 kB, and 0.6 times for 64 kB.
 """
 CHUNK = 1 << 20
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
