@@ -24,6 +24,23 @@ SPAWNED = b"spawn_main"
 COLOURS = ("red", "green", "blue", "yellow")
 
 
+def die_at(step: int) -> None:
+    """Kill this process just before its n-th call that changes the disk."""
+    left = [step]
+
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_bytes")):
+        setattr(owner, name, deadly(getattr(owner, name)))
+
+
 def workers_of(parent: int) -> list[int]:
     """Return the ids of the worker processes of a run."""
     try:

@@ -22,9 +22,9 @@ from batch_infer.manifest import Manifest, commit_time, compaction, read_part, r
 from batch_infer.manifest.parts import open_part
 from batch_infer.records import ResultRow
 from batch_infer.store import open_store
+from tests.deaths import die_at
 from tests.runs import results, run
 from tests.tables import write_csv
-from tests.test_recovery import die_at
 
 NONE = pa.schema([])
 START = datetime(2026, 1, 2, tzinfo=timezone.utc)

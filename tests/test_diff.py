@@ -201,7 +201,7 @@ def test_the_time_limit_ends_the_command(rendered: Path) -> None:
 
 
 def test_a_damaged_part_is_refused(out_a: Path, rendered: Path) -> None:
-    (part,) = (out_a / "manifest").iterdir()
+    part = next((out_a / "manifest").glob("part-*"))
     part.write_bytes(part.read_bytes()[:-8])
     with pytest.raises(UsageError, match="is damaged"):
         diff_runs(rendered, out_a)

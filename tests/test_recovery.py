@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from batch_infer.records import ResultRow
 from batch_infer.sinks import Sink
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import LocalStore
+from tests.deaths import die_at
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -76,23 +76,6 @@ def new_out(out: Path) -> Path:
     for attempt in (1, 2):
         (out / "images" / "t-00000" / f"old-{attempt}.png").touch()
     return out
-
-
-def die_at(step: int) -> None:
-    """Kill this process just before its n-th call that changes the disk."""
-    left = [step]
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        return call
-
-    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_bytes")):
-        setattr(owner, name, deadly(getattr(owner, name)))
 
 
 def die_everywhere(root: Path) -> None:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.torch import save_file
 
 from batch_infer.cli.progress import ProgressGroup
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.images import decode, encode, hash_pixels
-from batch_infer.jobs import Sample, reproduce_sample
+from batch_infer.jobs import Sample
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.reproduce import choose_sample
+from batch_infer.jobs.reproduce import choose_sample, reproduce
 from batch_infer.manifest import SCHEMA, Manifest, read_part
 from batch_infer.records import ResultRow
 from batch_infer.store import open_store
@@ -59,7 +60,9 @@ def out(rendered: Path, tmp_path: Path) -> Path:
 
 def sample(out: Path, count: int = 100, seed: int = 0, **options: Any) -> Sample:
     store = open_store(out)
-    return reproduce_sample(store, outdir.read_existing_run(store), count, seed, ProgressGroup(), **options)
+    with Manifest(store).index() as index:
+        images = choose_sample(index, count, seed)
+        return reproduce(store, outdir.read_existing_run(store), index, images, ProgressGroup(), **options)
 
 
 def edit(out: Path, name: str, image_index: int = 0, **changes: Any) -> None:
@@ -73,12 +76,13 @@ def edit(out: Path, name: str, image_index: int = 0, **changes: Any) -> None:
 
 
 def edit_carried(out: Path, name: str, values: list[Any]) -> None:
-    """Replace the cells of a carried column in the only part, in the order of its rows in the tables."""
-    (part,) = Manifest(out).parts()
-    table = read_part(part).sort_by("source_row")
+    """Replace the cells of a carried column, in the order of the rows in the table."""
+    parts = Manifest(out).parts()
+    table = pa.concat_tables(map(read_part, parts)).sort_by("source_row")
     carried = table.drop_columns(SCHEMA.names).schema
     rows = table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")
-    (out / "manifest" / part.name).unlink()
+    for part in parts:
+        (out / "manifest" / part.name).unlink()
     Manifest(out, 1).commit(
         [ResultRow(**row, carried={name: value}) for row, value in zip(rows, values, strict=True)], carried
     )

@@ -309,6 +309,47 @@ def test_fix_marks_images_and_retry_renders_them(out: Path) -> None:
     assert_whole(out)
 
 
+@pytest.mark.usefixtures("probe_here")
+def test_a_sample_is_rendered_again(out: Path) -> None:
+    before = snapshot(out)
+    report = verify(out, "--sample", "3", code=0)
+    assert (report["rendered_again"], report["problems"], snapshot(out)) == (3, [], before)
+    assert report["sample"] == {
+        **{"rendered": 3, "equal_bytes": 3, "equal_pixels": 3},
+        **{"largest": None, "psnr_min": None, "environment": {}},
+    }
+    lines = command("verify", out, "--sample", "9", "--seed", "1", "--quick").stdout.splitlines()
+    assert lines == ["5 rows · 5 images · 0 read · no problems", "5 images rendered again: 5 with equal bytes"]
+
+
+@pytest.mark.usefixtures("probe_here")
+def test_a_sample_finds_a_wrong_seed(out: Path) -> None:
+    """The file and all hashes match, as if another program had written OUT, but the seed does not make this image."""
+    part = part_of(out, "b")
+    (seed,) = (row["seed"] for row in results(out) if row["id"] == "b")
+    edit(part, lambda table: set_cell(table, "seed", "b", seed + 1))
+    (out / "manifest" / "SHA256SUMS").unlink()
+    record = {name: value for name, value in run_json(out).items() if name != "root_digest"}
+    (out / "run.json").write_text(json.dumps(record))
+    assert command("merge", out).code == 0
+    assert verify(out, code=0)["problems"] == []
+    (problem,) = verify(out, "--sample", "5")["problems"]
+    assert (problem["kind"], problem["id"], problem["image_index"]) == ("not_reproduced", "b", 0)
+    assert problem["detail"].startswith("its bytes"), problem["detail"]
+    assert verify(out, "--sample", "5", "--fix")["counts"] == {"not_reproduced": 1}
+    assert [row["status"] for row in results(out)] == ["ok", "failed", "ok", "ok", "ok"]
+
+
+@pytest.mark.usefixtures("probe_here")
+def test_a_sample_of_another_model_is_refused(out: Path) -> None:
+    record = run_json(out)
+    record["identity"]["model"] = "0" * 32
+    (out / "run.json").write_text(json.dumps(record))
+    done = command("verify", out, "--sample", "1")
+    assert (done.code, done.stdout) == (2, "")
+    assert "was made with model" in done.stderr
+
+
 def test_fix_without_faults_changes_nothing(out: Path) -> None:
     before = snapshot(out)
     assert verify(out, "--fix", code=0)["counts"] == {}

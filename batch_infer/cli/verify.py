@@ -20,11 +20,11 @@ from batch_infer.cli.options import (
     parse_duration,
     progress_option,
 )
-from batch_infer.cli.progress import LOG_INTERVAL, shows_bar
+from batch_infer.cli.progress import LOG_INTERVAL, make_progress, shows_bar
 from batch_infer.cli.report import ROWS_FAILED, format_count, print_result, stoppable
 
 if TYPE_CHECKING:
-    from batch_infer.jobs import Problem, Verification
+    from batch_infer.jobs import Problem, Sample, Verification
 
 MAX_LINES = 20
 """Maximum number of problems to print as text."""
@@ -48,6 +48,15 @@ MAX_LINES = 20
         "changed or removed.",
     ),
     option(
+        "--sample",
+        "sample_size",
+        type=click.IntRange(min=1),
+        default=None,
+        metavar="N",
+        help="Also render N images again with the model and the settings of the run, and compare them.",
+    ),
+    option("--seed", "sample_seed", type=click.IntRange(min=0), default=0, help="Chooses the images of --sample."),
+    option(
         "--time-limit",
         type=parse_duration,
         metavar="DURATION",
@@ -63,6 +72,8 @@ def verify(
     quick: bool,
     public_key: str | None,
     fix: bool,
+    sample_size: int | None,
+    sample_seed: int,
     time_limit: float | None,
     as_json: bool,
     no_progress: bool,
@@ -75,17 +86,20 @@ def verify(
     were moved. Without --fix, nothing is written.
 
     The kinds of problems are missing_row, duplicate_row, missing_image, truncated_image, wrong_image, orphan_image,
-    damaged_part and results_differ. Those of images need --fix and `run`, or `retry --status missing --status damaged`.
-    `run` also renders missing rows and those of damaged parts, and `merge` writes results.* again.
+    damaged_part, results_differ and, with --sample, not_reproduced. Those of images need --fix and `run`, or
+    `retry --status missing --status damaged`. `run` also renders missing rows and those of damaged parts, and `merge`
+    writes results.* again.
 
     Exit codes: 0 no problems; 2 usage, or OUT contains no run; 3 problems, also if --fix has marked them; 75
     interrupted, or another command is using OUT.
     """
     hint = "the verification is incomplete. Run the same command again"
-    with stoppable(time_limit, hint=hint), closing(_Progress(shown=not (quiet or no_progress))) as progress:
+    shown = not (quiet or no_progress)
+    with stoppable(time_limit, hint=hint) as stop, closing(_Progress(shown=shown)) as progress:
         from batch_infer.jobs import VerifyOptions, verify_run
 
-        result = verify_run(out, VerifyOptions(tables, quick, public_key, fix), progress.report)
+        options = VerifyOptions(tables, quick, public_key, fix, sample_size or 0, sample_seed)
+        result = verify_run(out, options, progress.report, make_progress(shown=shown), stop)
     code = ROWS_FAILED if result.counts else 0
     if code or not quiet:
         print_result(_lines(result, out), result.as_dict() if as_json else None)
@@ -105,6 +119,8 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
     yield from (f"  {_format_problem(problem)}" for problem in result.problems[:MAX_LINES])
     if more := sum(result.counts.values()) - len(result.problems[:MAX_LINES]):
         yield f"  and {more:,} more"
+    if result.sample is not None:
+        yield from _sample_lines(result.sample)
     if result.fixed:
         yield (
             f"{format_count(result.fixed, 'result')} marked as failed: `batch-infer run`, or `batch-infer retry {out} "
@@ -112,6 +128,15 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
         )
     if result.counts.keys() & {"missing_row", "damaged_part"}:
         yield "`batch-infer run` renders missing rows and those of damaged parts again"
+
+
+def _sample_lines(sample: Sample) -> Iterator[str]:
+    yield f"{format_count(sample.rendered, 'image')} rendered again: {sample.equal_bytes:,} with equal bytes"
+    if sample.environment:
+        names = ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in sample.environment.items())
+        yield f"pixels were compared, because the bytes may differ: {names}"
+    if sample.largest is not None:
+        yield f"largest difference of a channel {sample.largest} of 255, lowest PSNR {sample.psnr_min:.2f} dB"
 
 
 def _format_problem(problem: Problem) -> str:

@@ -15,7 +15,7 @@ from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
 from batch_infer.jobs.problems import Problem
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
-from batch_infer.jobs.reproduce import Sample, SampleProblem, choose_sample, reproduce, reproduce_sample
+from batch_infer.jobs.reproduce import Sample
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
@@ -44,7 +44,6 @@ __all__ = [
     "RescoreCounts",
     "RunStatus",
     "Sample",
-    "SampleProblem",
     "ScanResult",
     "Summary",
     "Throughput",
@@ -52,7 +51,6 @@ __all__ = [
     "VerifyOptions",
     "check_identity",
     "choose_compute",
-    "choose_sample",
     "create_run_json",
     "diff_runs",
     "export_model",
@@ -69,8 +67,6 @@ __all__ = [
     "refuse_foreign_files",
     "remove_temporary_files",
     "render_tables",
-    "reproduce",
-    "reproduce_sample",
     "rescore_images",
     "resolve_run",
     "restore_images",

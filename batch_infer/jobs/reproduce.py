@@ -80,23 +80,6 @@ class Sample(JsonStruct):
             self.psnr_min = comparison.psnr if self.psnr_min is None else min(comparison.psnr, self.psnr_min)
 
 
-def reproduce_sample(
-    store: Store,
-    record: Mapping[str, Any],
-    count: int,
-    seed: int,
-    progress: Progress,
-    stop: Callable[[], bool] = lambda: False,
-) -> Sample:
-    """Render `count` random results of OUT again, or all if there are fewer, and compare them with the manifest.
-
-    See `choose_sample` and `reproduce`, whose errors this raises, and DamagedPartError.
-    """
-    with Manifest(store).index() as index:
-        images = choose_sample(index, count, seed)
-        return reproduce(store, record, index, images, progress, stop)
-
-
 def choose_sample(index: ManifestIndex, count: int, seed: int) -> list[CommittedImage]:
     """Return `count` random results with an image, or all if there are fewer, in the order of parts.
 

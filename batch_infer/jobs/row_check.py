@@ -125,8 +125,7 @@ class RowChecker:
 def tables_are_unchanged(record: Mapping[str, Any], tables: Tables, rules: RowRules) -> bool:
     """Return whether the tables have the digest that the run recorded. False if either has none."""
     recorded = (record.get("survey") or {}).get("tables_digest")
-    get_digest = getattr(tables, "digest", None)
-    return recorded is not None and get_digest is not None and get_digest(rules) == recorded
+    return recorded is not None and tables.digest(rules) == recorded
 
 
 @contextmanager

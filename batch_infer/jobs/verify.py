@@ -11,18 +11,18 @@ from typing import Any
 from batch_infer.errors import DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ChecksumReport, check_checksums
+from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.image_check import ImageChecks, check_images
 from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.problems import IMAGE_COLUMNS, ImageRecords, Problem, Problems
 from batch_infer.jobs.repair import mark_failed
+from batch_infer.jobs.reproduce import Sample, choose_sample, reproduce
 from batch_infer.jobs.results_check import RESULTS
 from batch_infer.jobs.row_check import RowChecker, open_recorded_tables
-from batch_infer.jobs.run_json import (
-    read_settings,
-)
+from batch_infer.jobs.run_json import read_settings
 from batch_infer.jobs.signing import read_public_key
 from batch_infer.jobs.summary import JsonStruct
-from batch_infer.manifest import Manifest, read_part_in_batches
+from batch_infer.manifest import Manifest, ManifestIndex, read_part_in_batches
 from batch_infer.settings import ResultsFormat
 from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
 
@@ -35,21 +35,24 @@ class VerifyOptions:
 
     `tables` replace the run's tables if they were moved. `is_quick` compares only the names and sizes of images.
     `public_key` is the path of the key that must have signed SHA256SUMS. `fixes` marks images that are missing or
-    damaged as failed, so that the next run renders them again.
+    damaged or were not reproduced as failed, so that the next run renders them again. `sample_size` is the number of
+    results to render again, which `sample_seed` chooses.
     """
 
     tables: tuple[str, ...] = ()
     is_quick: bool = False
     public_key: str | None = None
     fixes: bool = False
+    sample_size: int = 0
+    sample_seed: int = 0
 
 
 class Verification(JsonStruct):
     """What `verify` found. `counts` counts all problems by kind, and `problems` lists the first of them.
 
     `images` is the number of images that results name, `checked` that of images whose bytes were read, and
-    `rendered_again` that of images that were rendered again to compare them. `fixed` is the number of results that were
-    marked as failed.
+    `rendered_again` that of images that were rendered again to compare them, and `sample` describes these. `fixed` is
+    the number of results that were marked as failed.
     """
 
     rows: int = 0
@@ -59,16 +62,25 @@ class Verification(JsonStruct):
     problems: list[Problem] = []
     counts: dict[str, int] = {}
     fixed: int = 0
+    sample: Sample | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the keys of --json."""
+        """Return the keys of --json, which has `sample` only if images were rendered again."""
         values = super().as_dict()
         del values["fixed"]
+        if self.sample is None:
+            del values["sample"]
+        else:
+            del values["sample"]["problems"]  # among the other problems
         return values
 
 
 def verify_run(
-    out: Out, options: VerifyOptions = VerifyOptions(), report: Callable[[int, int], object] = lambda _, __: None
+    out: Out,
+    options: VerifyOptions = VerifyOptions(),
+    report: Callable[[int, int], object] = lambda _, __: None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Verification:
     """Check parts, rows, results.* and images of OUT, and return the problems. Without `fixes`, write nothing.
 
@@ -77,8 +89,9 @@ def verify_run(
     the run recorded. Then results.* are the bytes that the run wrote after it had accounted for every row of the same
     tables.
 
-    `report` receives the number of images checked so far and their total. Raises UsageError, for example if OUT
-    contains no run, LockedError if another command uses OUT, ServiceError, StorageError.
+    `report` receives the number of images checked so far and their total. With `progress`, a sample is rendered again
+    if `options` say so. Raises UsageError, for example if OUT contains no run or its model has changed, LockedError if
+    another command uses OUT, ServiceError, StorageError, and StoppedError if `stop` ends the rendering.
     """
     unlocked_store = open_store(to_absolute(out))
     if options.public_key is not None:
@@ -91,6 +104,8 @@ def verify_run(
         with ImageRecords() as images:
             verifier = _Verifier(store, record, options, images)
             verification = verifier.verify(report)
+            if options.sample_size and progress is not None:
+                verifier.render_sample(verification, progress, stop)
             if options.fixes:
                 verification.fixed = mark_failed(store, record, verifier.parts, images)
         if not options.fixes:
@@ -147,6 +162,17 @@ class _Verifier:
             problems=self._problems.listed,
             counts=dict(sorted(self._problems.counts.items())),
         )
+
+    def render_sample(self, verification: Verification, progress: Progress, stop: Callable[[], bool]) -> None:
+        """Render a sample of the results again, and add those that differ from the recorded ones."""
+        with ManifestIndex(self.parts) as index:
+            images = choose_sample(index, self._options.sample_size, self._options.sample_seed)
+            sample = reproduce(self._store, self._record, index, images, progress, stop)
+        for problem in sample.problems:
+            key = problem.id, problem.image_index
+            self._problems.add("not_reproduced", problem.detail, key=key, path=problem.path)
+        verification.sample, verification.rendered_again = sample, sample.rendered
+        verification.counts = dict(sorted(self._problems.counts.items()))
 
     def _check_parts(self, checksums: ChecksumReport) -> None:
         """Read every part, and add the faults of parts and their checksums.
