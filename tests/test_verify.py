@@ -224,7 +224,7 @@ def test_a_damaged_part(out: Path) -> None:
     name = part.relative_to(out).as_posix()
     assert faults(out) == [("damaged_part", name), ("missing_row", "d"), ("missing_row", "e")]
     done = command("verify", out)
-    assert "renders missing rows and those of damaged parts again" in done.stdout
+    assert "renders missing rows, and those of parts that cannot be read, again" in done.stdout
 
 
 def test_a_part_of_a_newer_version(out: Path) -> None:

@@ -87,8 +87,8 @@ def verify(
 
     The kinds of problems are missing_row, duplicate_row, missing_image, truncated_image, wrong_image, orphan_image,
     damaged_part, results_differ and, with --sample, not_reproduced. Those of images need --fix and `run`, or
-    `retry --status missing --status damaged`. `run` also renders missing rows and those of damaged parts, and `merge`
-    writes results.* again.
+    `retry --status missing --status damaged`. `run` also renders missing rows and those of parts that cannot be
+    read, and `merge` writes results.* again.
 
     Exit codes: 0 no problems; 2 usage, or OUT contains no run; 3 problems, also if --fix has marked them; 75
     interrupted, or another command is using OUT.
@@ -127,7 +127,7 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
             "--status failed`, renders them again"
         )
     if result.counts.keys() & {"missing_row", "damaged_part"}:
-        yield "`batch-infer run` renders missing rows and those of damaged parts again"
+        yield "`batch-infer run` renders missing rows, and those of parts that cannot be read, again"
 
 
 def _sample_lines(sample: Sample) -> Iterator[str]:

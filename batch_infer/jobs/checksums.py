@@ -28,7 +28,8 @@ ROOT_DIGEST = "root_digest"
 """Key of run.json for the SHA-256 of SHA256SUMS."""
 READING_THREADS = 8
 CHUNK = 1 << 20
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_LINE = re.compile(r"([0-9a-f]{64})  (manifest/part-[^/]+\.parquet|results\.(?:parquet|csv|jsonl))")
+"""A line that this module writes. An edited file must not name files outside OUT."""
 _MISSING = "it is missing"
 
 log = logging.getLogger("batch_infer")
