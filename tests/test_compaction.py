@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.errors import StorageError
+from batch_infer.jobs.checksums import write_checksums
 from batch_infer.jobs.compaction import Compaction
 from batch_infer.manifest import Manifest, commit_time, compaction, read_part, run_number
 from batch_infer.manifest.parts import open_part
@@ -106,6 +107,37 @@ def test_unlike_parts_stay_apart(tmp_path: Path) -> None:
 
 def part_sizes_of_readable(out: Path) -> list[int]:
     return sorted(len(read_part(part)) for part in Manifest(out).parts() if part.store.read(part.path) != b"PAR1")
+
+
+def test_of_two_rows_with_one_attempt_the_later_stays(tmp_path: Path) -> None:
+    """Two workers commit the same attempt if one of them is lost."""
+    late = START + timedelta(seconds=1)
+    commit(tmp_path, row("a1", seed=1, finished_at=late), row("a2"), at=1)
+    commit(tmp_path, row("a1", seed=2), row("a3"), at=2)
+    before = read_all(tmp_path)
+    assert Manifest(tmp_path).compact(1) == 1
+    assert part_sizes(tmp_path) == {1: [3]}
+    assert read_all(tmp_path) == before
+    assert [line["seed"] for line in before] == [1, None, None]
+
+
+def test_a_changed_part_of_an_earlier_run_is_left_to_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Combining it would hide the change."""
+    monkeypatch.setattr("batch_infer.jobs.compaction.COMPACTION_PARTS", 1)
+    store = open_store(tmp_path)
+    for number in range(4):
+        commit(tmp_path, row(f"a{number}"))
+    first, *_ = Manifest(store).parts()
+    write_checksums(store, {})
+    pq.write_table(pq.ParquetFile(str(first)).read(), str(first), compression="none")
+    job = Compaction(Manifest(store), 2)
+    job.count_part()
+    job.wait()
+    assert part_sizes(tmp_path) == {1: [1, 1, 1, 1]}, "while a run renders, parts of earlier runs stay"
+    job.finish()
+    job.close()
+    assert part_sizes(tmp_path) == {1: [1, 3]}
+    assert store.exists(first.path)
 
 
 def test_large_rows_end_a_part_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.jobs import VerifyOptions, problems, results_check, verify_run
-from batch_infer.jobs.image_check import find_damaged_images
+from batch_infer.jobs.verification import (
+    VerifyOptions,
+    find_damaged_images,
+    problems,
+    results_check,
+    row_check,
+    verify_run,
+)
 from batch_infer.manifest import Manifest
 from batch_infer.store import FileDigest, LocalStore, listing
 from tests.places import ObjectPlace, object_place
@@ -275,15 +281,26 @@ def test_tables_that_cannot_be_read_leave_their_number(out: Path, tmp_path: Path
     assert command("verify", out, tmp_path / "none.parquet").code == 2
 
 
-def test_unchanged_tables_and_matching_checksums_need_no_comparison(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = run_json(out)
-    record["survey"]["tables_digest"] = "x"
-    (out / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr("batch_infer.table.Tables.digest", lambda self, rules: "x", raising=False)
-    monkeypatch.setattr("batch_infer.jobs.row_check.check_results", lambda *_: pytest.fail("they are compared"))
+def test_unchanged_tables_and_matching_checksums_need_no_comparison(
+    out: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[bool] = []
+    check = results_check.check_results
+
+    def check_results(*arguments: Any) -> bool:
+        compared.append(True)
+        return check(*arguments)
+
+    monkeypatch.setattr(f"{row_check.__name__}.check_results", check_results)
     assert verify(out, code=0)["rows"] == 5
+    assert not compared
     image_of(out, "a").unlink()
     assert faults(out) == [("missing_image", "a")]
+    assert not compared
+    shutil.copy(finished / "t.parquet", tmp_path / "t.parquet")
+    edit(tmp_path / "t.parquet", lambda table: set_cell(table, "prompt", "b", "a blue circle"))
+    assert ("missing_row", "b") in faults(out, tmp_path / "t.parquet")
+    assert compared
 
 
 def test_fix_marks_images_and_retry_renders_them(out: Path) -> None:
@@ -335,7 +352,7 @@ def test_a_sample_finds_a_wrong_seed(out: Path) -> None:
     assert verify(out, code=0)["problems"] == []
     (problem,) = verify(out, "--sample", "5")["problems"]
     assert (problem["kind"], problem["id"], problem["image_index"]) == ("not_reproduced", "b", 0)
-    assert problem["detail"].startswith("its bytes"), problem["detail"]
+    assert "the recorded cells do not match the fingerprint of the result" in problem["detail"]
     assert verify(out, "--sample", "5", "--fix")["counts"] == {"not_reproduced": 1}
     assert [row["status"] for row in results(out)] == ["ok", "failed", "ok", "ok", "ok"]
 

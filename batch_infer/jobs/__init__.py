@@ -6,16 +6,14 @@ line, for `bench`, and for endpoints. The workers of an endpoint share OUT witho
 
 from typing import TYPE_CHECKING
 
+from batch_infer.jobs.comparison import Diff, diff_runs
 from batch_infer.jobs.compute import choose_compute
-from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
-from batch_infer.jobs.problems import Problem
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
-from batch_infer.jobs.reproduce import Sample
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
@@ -25,7 +23,7 @@ from batch_infer.jobs.run_json import LIBRARIES, check_identity
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.jobs.verify import Verification, VerifyOptions, verify_run
+from batch_infer.jobs.verification import Problem, Sample, Verification, VerifyOptions, verify_run
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:

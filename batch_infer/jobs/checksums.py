@@ -86,6 +86,13 @@ def read_checksums(store: Store) -> dict[str, str]:
     return {match[2]: match[1] for line in _split(store.read(CHECKSUMS)) if (match := _LINE.fullmatch(line))}
 
 
+def find_changed_parts(store: Store) -> set[str]:
+    """Return the names of the parts whose SHA-256 differs from that in SHA256SUMS. Raises StorageError."""
+    listed = read_checksums(store)
+    parts = [part for part in Manifest(store).parts() if part.path in listed]
+    return {part.name for part, digest in zip(parts, hash_files(parts), strict=True) if digest != listed[part.path]}
+
+
 @dataclass(slots=True)
 class ChecksumReport:
     """Result of `check_checksums`. `problems` are (path, reason), and `matching` the files with the listed digest.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from batch_infer.errors import StorageError
+from batch_infer.jobs.checksums import find_changed_parts, read_checksums
 from batch_infer.manifest import Manifest
 
 COMPACTION_PARTS = 256
@@ -36,16 +38,17 @@ class Compaction:
         self._new_parts += 1
         if self._new_parts >= COMPACTION_PARTS and (self._running is None or self._running.done()):
             self._new_parts = 0
-            self._running = self._thread.submit(self._compact)
+            self._running = self._thread.submit(self._compact_new_parts)
 
     def finish(self) -> None:
         """Wait until the thread is idle, and combine small parts if there are more than COMPACTION_PARTS parts.
 
-        Raises StorageError if the folder cannot be listed.
+        A part that is no longer as SHA256SUMS lists it stays as it is, for `verify` to report. Raises StorageError if
+        the folder cannot be listed.
         """
         self.wait()
         if len(self._manifest.parts()) > COMPACTION_PARTS:
-            self._compact()
+            self._compact(find_changed_parts(self._manifest.store))
 
     def wait(self) -> None:
         """Wait until the thread is idle."""
@@ -55,9 +58,14 @@ class Compaction:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _compact(self) -> None:
+    def _compact_new_parts(self) -> None:
+        """Combine the parts that SHA256SUMS does not list yet. Parts of earlier runs are left to `finish`."""
+        listed = read_checksums(self._manifest.store)
+        self._compact({name.rpartition("/")[2] for name in listed})
+
+    def _compact(self, excluded: Container[str]) -> None:
         try:
-            removed = self._manifest.compact(self._first_active_run)
+            removed = self._manifest.compact(self._first_active_run, excluded)
         except StorageError as error:
             log.warning("small manifest parts were not combined: %s", error)
         else:

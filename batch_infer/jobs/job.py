@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
@@ -18,7 +20,7 @@ from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import digest
-from batch_infer.settings import Compute, Device, RowDefaults, RunSettings
+from batch_infer.settings import Compute, Device, RowDefaults, RunSettings, ServiceSettings
 from batch_infer.store import Store, is_url, refuse_unprintable
 from batch_infer.table import RowRules, Tables
 
@@ -75,6 +77,17 @@ def _absolute(path: Path) -> Path:
     while parts[:1] == ("..",):
         base, parts = base.parent, parts[1:]
     return base.joinpath(*parts)
+
+
+def with_service(settings: RunSettings) -> RunSettings:
+    """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
+    if settings.safety.service is None:
+        return settings
+    current = ServiceSettings.from_environment(os.environ)
+    if current is None:
+        raise SettingsError("the run used a safety service, but CONTENT_SAFETY_ENDPOINT is not set")
+    service = structs.replace(settings.safety.service, endpoint=current.endpoint)
+    return replace(settings, safety=replace(settings.safety, service=service))
 
 
 def open_tables(settings: RunSettings) -> Tables:

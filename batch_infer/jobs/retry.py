@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from msgspec import structs
-
-from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
-from batch_infer.jobs.image_check import find_damaged_images
-from batch_infer.jobs.problems import ImageRecords
+from batch_infer.jobs.job import with_service
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
+from batch_infer.jobs.verification import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
-from batch_infer.settings import RetryStatus, RunSettings, ServiceSettings
+from batch_infer.settings import RetryStatus, RunSettings
 from batch_infer.sinks import make_sink
 from batch_infer.store import Out, Store, open_store
 
@@ -56,17 +52,6 @@ def retry_rows(
             earlier_total,
         )
     return summary, settings
-
-
-def with_service(settings: RunSettings) -> RunSettings:
-    """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
-    if settings.safety.service is None:
-        return settings
-    current = ServiceSettings.from_environment(os.environ)
-    if current is None:
-        raise SettingsError("the run used a safety service, but CONTENT_SAFETY_ENDPOINT is not set")
-    service = structs.replace(settings.safety.service, endpoint=current.endpoint)
-    return replace(settings, safety=replace(settings.safety, service=service))
 
 
 class _SkipOtherStatuses:

@@ -104,8 +104,14 @@ def _replace(sources: Sequence[_Small], tables: Sequence[pa.Table], number: int,
 
 
 def _drop_copies(table: pa.Table) -> pa.Table:
-    """Drop copies of a row, which a kill during a compaction leaves."""
-    key = ["id", "image_index", "attempt", "finished_at"]
-    numbered = table.select(key).append_column("row", pa.array(range(len(table)), pa.int64()))
-    first_rows = numbered.group_by(key, use_threads=False).aggregate([("row", "min")])["row_min"]
-    return table if len(first_rows) == len(table) else table.take(first_rows.sort())
+    """Keep the row that counts of those with equal attempts, in the order of the table.
+
+    A kill during a compaction leaves copies, and two workers commit the same attempt if one of them is lost.
+    """
+    latest: dict[tuple[str, int, int], int] = {}
+    names = ("id", "image_index", "attempt")
+    times = table["finished_at"].cast(pa.int64()).to_pylist()
+    for row, key in enumerate(zip(*(table[name].to_pylist() for name in names), strict=True)):
+        if times[row] >= times[latest.setdefault(key, row)]:
+            latest[key] = row
+    return table if len(latest) == len(table) else table.take(sorted(latest.values()))

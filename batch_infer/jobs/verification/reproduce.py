@@ -13,19 +13,18 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.diff_images import ImageComparison, compare_images
-from batch_infer.jobs.diff_settings import compare_environments
+from batch_infer.jobs.comparison import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import find_lora_column
-from batch_infer.jobs.sample_run import (
+from batch_infer.jobs.summary import JsonStruct
+from batch_infer.jobs.verification.sample_run import (
     CELLS,
     make_sample_id,
     make_sample_settings,
     refuse_other_model,
     write_sample_table,
 )
-from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, read_part
 from batch_infer.sinks import make_sink
 from batch_infer.store import Store, open_store, prefetch, temporary_folder

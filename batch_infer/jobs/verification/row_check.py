@@ -13,8 +13,6 @@ from batch_infer.errors import ServiceError, UsageError
 from batch_infer.jobs.checksums import ChecksumReport
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.merge import make_results_schema, read_all_results, read_results
-from batch_infer.jobs.problems import ImageRecords, Problems
-from batch_infer.jobs.results_check import RESULTS, check_results
 from batch_infer.jobs.run_json import (
     count_scanned_results,
     parse_record,
@@ -22,6 +20,8 @@ from batch_infer.jobs.run_json import (
     refuse_unrepeatable_tables,
 )
 from batch_infer.jobs.summary import Counts
+from batch_infer.jobs.verification.problems import ImageRecords, Problems
+from batch_infer.jobs.verification.results_check import RESULTS, check_results
 from batch_infer.manifest import SCHEMA, ManifestIndex, read_carried_fields
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import PromptRequest

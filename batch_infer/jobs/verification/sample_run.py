@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import SettingsError
-from batch_infer.jobs.retry import with_service
+from batch_infer.jobs.job import with_service
 from batch_infer.jobs.run_json import describe_safety, format_identity, read_settings
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import read_card
