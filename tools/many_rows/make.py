@@ -1,21 +1,12 @@
-"""Measure the commands on an OUT with many rows: `python -m tools.many_rows FOLDER --rows 1000000`.
-
-The rows and their results are made up. Nothing is rendered, and unless --images is given, there are no image files.
-If FOLDER is new, making OUT takes about three minutes per million rows. Each command runs in a process of its own, and
-its time and peak memory are printed. With --images, `verify` is compared with sha256sum over the same images.
-"""
+"""Make a table with many rows and an OUT with made-up results: `python -m tools.many_rows.make FOLDER ROWS IMAGES`."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import os
 import random
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -31,18 +22,13 @@ from batch_infer.records import PromptRequest, ResultRow, utc_now
 from batch_infer.sinks import make_sink
 from batch_infer.store import open_store
 from batch_infer.table import RowRules, Tables
+from tools.many_rows.commands import OUT, RUN, TABLE
 
-BATCH_INFER = (sys.executable, "-m", "batch_infer")
-OPTIONS = ("--steps", "4", "--device", "cpu", "--slots", "8", "--threads", "1")
 TABLE_ROWS = 1 << 16
 COMMIT_ROWS = 256
 COMPACTION_PARTS = 256
 IMAGE_BYTES = 4096, 8192
 """Smallest and largest size of an image file."""
-OPEN_INDEX = (
-    "import sys; from batch_infer.manifest import Manifest;"
-    " index = Manifest(sys.argv[1]).index(); print(f'{sum(index.count_statuses().values()):,} results')"
-)
 
 
 def write_table(path: Path, rows: int) -> None:
@@ -57,9 +43,9 @@ def write_table(path: Path, rows: int) -> None:
 
 def make_out(folder: Path, rows: int, *, images: bool) -> None:
     """Write a table and an OUT as a finished run of it leaves them, except for results.*."""
-    table, out = folder / "prompts.parquet", folder / "out"
+    table, out = folder / TABLE, folder / OUT
     write_table(table, 1)
-    subprocess.run([*BATCH_INFER, "run", table, "--out", out, *OPTIONS, "--quiet"], check=True)  # writes run.json
+    subprocess.run([*RUN, "--quiet"], check=True, cwd=folder)  # writes run.json
     for part in (out / "manifest").iterdir():
         part.unlink()
     write_table(table, rows)
@@ -128,45 +114,5 @@ def _make_results(tables: Tables, rules: RowRules, out: Path, *, images: bool) -
         yield results
 
 
-def measure(name: str, command: Sequence[str | Path], folder: Path) -> float:
-    """Run a command, print its time, peak memory and exit code, and return the seconds."""
-    started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder) as process:
-        errors = process.stderr.read() if process.stderr else b""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - started
-    print(f"{name:28} {seconds:8.1f} s {usage.ru_maxrss / 1024:8.0f} MiB   exit code {process.returncode}", flush=True)
-    if process.returncode not in (0, 3):
-        print(errors.decode(errors="replace")[-2000:], file=sys.stderr)
-    return seconds
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--images", action="store_true", help="write an image file of 4 to 8 kB for each row")
-    arguments = parser.parse_args()
-    folder = arguments.folder.absolute()
-    if not (folder / "out").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        make_out(folder, arguments.rows, images=arguments.images)
-    run = [*BATCH_INFER, "run", "prompts.parquet", "--out", "out", *OPTIONS]
-    print(f"{len(list((folder / 'out' / 'manifest').glob('part-*'))):,} manifest parts")
-    measure("open the index", [sys.executable, "-c", OPEN_INDEX, "out"], folder)
-    measure("merge", [*BATCH_INFER, "merge", "out"], folder)
-    measure("run, nothing to do", run, folder)
-    measure("status", [*BATCH_INFER, "status", "out"], folder)
-    if not arguments.images:
-        measure("plan", [*BATCH_INFER, "plan", "prompts.parquet", "--out", "out", *OPTIONS], folder)
-        return
-    hashing = measure("sha256sum", ["sh", "-c", "find out/images -type f -print0 | xargs -0 sha256sum"], folder)
-    hashing = measure("sha256sum again", ["sh", "-c", "find out/images -type f -print0 | xargs -0 sha256sum"], folder)
-    seconds = measure("verify", [*BATCH_INFER, "verify", "out"], folder)
-    print(json.dumps({"ratio to sha256sum": round(seconds / hashing, 2)}))
-    measure("verify --quick", [*BATCH_INFER, "verify", "out", "--quick"], folder)
-
-
 if __name__ == "__main__":
-    main()
+    make_out(Path(sys.argv[1]), int(sys.argv[2]), images=sys.argv[3] == "True")

@@ -1,0 +1,1 @@
+"""Measure commands on an OUT with many rows."""
