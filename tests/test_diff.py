@@ -21,7 +21,7 @@ from batch_infer.cli import commands
 from batch_infer.errors import StoppedError, UsageError
 from batch_infer.images import hash_pixels
 from batch_infer.jobs import diff_runs
-from batch_infer.jobs.comparison.settings import _OPTION_NAMES
+from batch_infer.jobs.diff.settings import _OPTION_NAMES
 from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow
 from tests.runs import command, results, run, run_json

@@ -20,7 +20,7 @@ from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.images import decode, encode, hash_pixels
 from batch_infer.jobs import Sample
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.verification.reproduce import choose_sample, reproduce
+from batch_infer.jobs.verify.reproduce import choose_sample, reproduce
 from batch_infer.manifest import SCHEMA, Manifest, read_part
 from batch_infer.records import ResultRow
 from batch_infer.store import open_store

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.jobs.verification import (
+from batch_infer.jobs.verify import (
     VerifyOptions,
     find_damaged_images,
     problems,

@@ -10,8 +10,8 @@ import click
 from batch_infer import __version__
 from batch_infer.cli.azureml import azureml_simulate, export_mlflow
 from batch_infer.cli.bench import bench
-from batch_infer.cli.compare import diff
 from batch_infer.cli.config import variables_of_option
+from batch_infer.cli.diff import diff
 from batch_infer.cli.existing import merge, rescore, status
 from batch_infer.cli.plan import plan
 from batch_infer.cli.run import retry, run

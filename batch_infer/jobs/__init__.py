@@ -6,8 +6,8 @@ line, for `bench`, and for endpoints. The workers of an endpoint share OUT witho
 
 from typing import TYPE_CHECKING
 
-from batch_infer.jobs.comparison import Diff, diff_runs
 from batch_infer.jobs.compute import choose_compute
+from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
@@ -23,7 +23,7 @@ from batch_infer.jobs.run_json import LIBRARIES, check_identity
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.jobs.verification import Problem, Sample, Verification, VerifyOptions, verify_run
+from batch_infer.jobs.verify import Problem, Sample, Verification, VerifyOptions, verify_run
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from batch_infer.errors import BatchInferError, CompilationError, ServiceError, 
 from batch_infer.jobs.compaction import Compaction
 from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
+from batch_infer.jobs.finished_run import find_finished_results
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_tables
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
@@ -24,7 +25,6 @@ from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.run_json import ScanRecord, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
-from batch_infer.jobs.unchanged import find_finished_results
 from batch_infer.manifest import ManifestIndex
 from batch_infer.planning import SkipRule, is_finished, order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now

@@ -13,7 +13,7 @@ from batch_infer.jobs.job import with_service
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
-from batch_infer.jobs.verification import ImageRecords, find_damaged_images
+from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import RetryStatus, RunSettings

@@ -3,9 +3,9 @@
 `verify_run` makes all checks, and `find_damaged_images` only that of the images.
 """
 
-from batch_infer.jobs.verification.image_check import find_damaged_images
-from batch_infer.jobs.verification.problems import ImageRecords, Problem
-from batch_infer.jobs.verification.reproduce import Sample
-from batch_infer.jobs.verification.verify import Verification, VerifyOptions, verify_run
+from batch_infer.jobs.verify.image_check import find_damaged_images
+from batch_infer.jobs.verify.problems import ImageRecords, Problem
+from batch_infer.jobs.verify.reproduce import Sample
+from batch_infer.jobs.verify.verification import Verification, VerifyOptions, verify_run
 
 __all__ = ["ImageRecords", "Problem", "Sample", "Verification", "VerifyOptions", "find_damaged_images", "verify_run"]

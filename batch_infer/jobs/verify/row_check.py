@@ -20,8 +20,8 @@ from batch_infer.jobs.run_json import (
     refuse_unrepeatable_tables,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.jobs.verification.problems import ImageRecords, Problems
-from batch_infer.jobs.verification.results_check import RESULTS, check_results
+from batch_infer.jobs.verify.problems import ImageRecords, Problems
+from batch_infer.jobs.verify.results_check import RESULTS, check_results
 from batch_infer.manifest import SCHEMA, ManifestIndex, read_carried_fields
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import PromptRequest

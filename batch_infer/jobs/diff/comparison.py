@@ -12,8 +12,8 @@ import numpy as np
 
 from batch_infer.errors import StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.comparison.images import ImageComparison, compare_images
-from batch_infer.jobs.comparison.rows import (
+from batch_infer.jobs.diff.images import ImageComparison, compare_images
+from batch_infer.jobs.diff.rows import (
     SOURCE_COLUMNS,
     ResultPairs,
     find_unequal,
@@ -21,7 +21,7 @@ from batch_infer.jobs.comparison.rows import (
     iterate_unmatched,
     make_diff_schema,
 )
-from batch_infer.jobs.comparison.settings import compare_records
+from batch_infer.jobs.diff.settings import compare_records
 from batch_infer.jobs.results import shorten_float32
 from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
-from batch_infer.jobs.verification.problems import IMAGE_COLUMNS, ImageRecords, Problems
+from batch_infer.jobs.verify.problems import IMAGE_COLUMNS, ImageRecords, Problems
 from batch_infer.manifest import Manifest, read_part_in_batches
 from batch_infer.sinks import is_image_path, original_path
 from batch_infer.store import NOT_A_FILE, Store, is_temporary, prefetch

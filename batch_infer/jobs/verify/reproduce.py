@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.comparison import ImageComparison, compare_environments, compare_images
+from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct
-from batch_infer.jobs.verification.sample_run import (
+from batch_infer.jobs.verify.sample_run import (
     CELLS,
     make_sample_id,
     make_sample_settings,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.carried import to_values
 from batch_infer.errors import StorageError, first_line
-from batch_infer.jobs.verification.problems import Key, Problems
+from batch_infer.jobs.verify.problems import Key, Problems
 from batch_infer.records import RESULT_COLUMNS
 from batch_infer.store import Store, temporary_database, temporary_file_errors, temporary_folder
 

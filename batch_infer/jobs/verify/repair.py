@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import to_values
 from batch_infer.jobs.checksums import forget_root_digest
 from batch_infer.jobs.merge import make_results_schema
-from batch_infer.jobs.verification.problems import ImageRecords
+from batch_infer.jobs.verify.problems import ImageRecords
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields
 from batch_infer.records import ResultRow, Verdict, utc_now
 from batch_infer.stopping import GRACE_SECONDS, deferred

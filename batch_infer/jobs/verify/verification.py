@@ -16,12 +16,12 @@ from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
 from batch_infer.jobs.signing import read_public_key
 from batch_infer.jobs.summary import JsonStruct
-from batch_infer.jobs.verification.image_check import ImageChecks, check_images
-from batch_infer.jobs.verification.problems import IMAGE_COLUMNS, ImageRecords, Problem, Problems
-from batch_infer.jobs.verification.repair import mark_failed
-from batch_infer.jobs.verification.reproduce import Sample, choose_sample, reproduce
-from batch_infer.jobs.verification.results_check import RESULTS
-from batch_infer.jobs.verification.row_check import RowChecker, open_recorded_tables
+from batch_infer.jobs.verify.image_check import ImageChecks, check_images
+from batch_infer.jobs.verify.problems import IMAGE_COLUMNS, ImageRecords, Problem, Problems
+from batch_infer.jobs.verify.repair import mark_failed
+from batch_infer.jobs.verify.reproduce import Sample, choose_sample, reproduce
+from batch_infer.jobs.verify.results_check import RESULTS
+from batch_infer.jobs.verify.row_check import RowChecker, open_recorded_tables
 from batch_infer.manifest import Manifest, ManifestIndex, read_part_in_batches
 from batch_infer.settings import ResultsFormat
 from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
