@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_infer.jobs.verify import (
+    ImageRecords,
     VerifyOptions,
     find_damaged_images,
     problems,
@@ -462,11 +463,11 @@ def test_large_images_are_hashed_on_several_threads(out: Path, monkeypatch: pyte
 
 def test_records_survive_a_second_call(out: Path) -> None:
     image_of(out, "c").unlink()
-    with problems.ImageRecords() as records:
+    with ImageRecords() as records:
         for _ in range(2):
             find_damaged_images(LocalStore(out), records)
             assert records.get_fault(("c", 0)) == "missing_image"
-            assert list(records.iterate_faults()) == [("c", 0, "there is no such file")]
+            assert list(records.iterate_faults()) == [("c", 0, "missing_image", "there is no such file")]
 
 
 def test_the_latest_attempt_counts_and_earlier_ones_are_no_duplicates(out: Path) -> None:

@@ -19,7 +19,7 @@ from batch_infer.cli.options import (
     sign_key_option,
 )
 from batch_infer.cli.report import (
-    ROWS_FAILED,
+    CHECK_FAILED,
     format_count,
     format_counts,
     format_duration,
@@ -139,7 +139,7 @@ def rescore(*, out: str, tables: tuple[str, ...], as_json: bool, quiet: bool, **
 
         safety = make_safety_settings({**options, "require_safety": True})
         result, counts = rescore_images(out, tables, safety, log_progress, stop)
-    code = ROWS_FAILED if result.failed else 0
+    code = CHECK_FAILED if result.failed else 0
     if code or not quiet:
         data = {**result.as_dict(), "counts": counts.as_dict()} if as_json else None
         print_result(_rescore_lines(result, counts), data)

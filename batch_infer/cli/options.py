@@ -213,13 +213,20 @@ on_flagged_option = option(
     "Default: the setting of the run in OUT, else blank.",
 )
 
-unattended_options = (
-    option(
+
+def _make_time_limit_option(consequence: str) -> click.Option:
+    return option(
         "--time-limit",
         type=parse_duration,
         metavar="DURATION",
-        help="Stop after this long, as on SIGTERM: 90s, 30m, 2h, 1h30m, 1d, or seconds. Finished images are kept, the "
-        "exit code is 75 if images are left, and the same command resumes.",
+        help=f"Stop after this long, as on SIGTERM: 90s, 30m, 2h, 1h30m, 1d, or seconds. {consequence}",
+    )
+
+
+check_time_limit_option = _make_time_limit_option("The exit code is then 75, and no result is printed.")
+unattended_options = (
+    _make_time_limit_option(
+        "Finished images are kept, the exit code is 75 if images are left, and the same command resumes."
     ),
     option(
         "--metrics-file",

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from batch_infer.cli.logs import log
 from batch_infer.cli.options import command, json_option, progress_option
 from batch_infer.cli.report import (
+    CHECK_FAILED,
     NOTHING_KEPT,
-    ROWS_FAILED,
     format_count,
     format_duration,
     print_lines,
@@ -74,7 +74,7 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
                     print_lines([f"limit    {format_duration(time_limit)}, {verdict}"])
     if plan.refusal:
         raise SettingsError(plan.refusal)
-    return 0 if is_accepted else ROWS_FAILED
+    return 0 if is_accepted else CHECK_FAILED
 
 
 def _write_error(row: ResultRow, errors: TextIO) -> None:

@@ -32,6 +32,30 @@ def make_progress(*, shown: bool) -> Progress:
     return ProgressBar() if shows_bar() else ProgressLog()
 
 
+class CheckProgress:
+    """Shows how many items a command has checked: as a bar on a terminal, otherwise as log lines."""
+
+    def __init__(self, noun: str, verb: str, *, shown: bool) -> None:
+        """`noun` names an item, and `verb` says what was done with it: `image`, `checked`."""
+        self._noun, self._verb, self._shown, self._logged_at = noun, verb, shown, time.monotonic()
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` items are checked."""
+        if not self._shown:
+            return
+        if shows_bar():
+            self._bar = self._bar or tqdm(total=total, unit=f" {self._noun}s", dynamic_ncols=True)
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._logged_at >= LOG_INTERVAL:
+            self._logged_at = time.monotonic()
+            log.info("%d of %d %ss %s", done, total, self._noun, self._verb, extra={"done": done, "total": total})
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class ProgressGroup:
     """Passes every call to all listeners. Without listeners, it shows nothing."""
 

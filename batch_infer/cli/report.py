@@ -22,8 +22,11 @@ from batch_infer.terminal import escape_controls
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
 
-ROWS_FAILED = 3
-"""Exit code if more rows failed or were invalid than --max-failed allows, or if images failed in a rescore."""
+CHECK_FAILED = 3
+"""Exit code if more rows failed or were invalid than --max-failed allows, images failed in a rescore, `verify` found
+problems, or `diff` found differences."""
+MAX_PRINTED = 20
+"""Maximum number of problems or differences to print as text."""
 RESUME = "what was committed is kept. Run the same command again to continue"
 NOTHING_KEPT = "nothing is kept. Run the same command again"
 
@@ -129,6 +132,11 @@ def format_results(out: str, formats: Sequence[str]) -> str:
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
     """Format a count as `1 row` or `1,234 rows`. By default, the plural is the noun with an s."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+
+
+def format_pixel_differences(largest: int, psnr_min: float) -> str:
+    """Format the largest difference of a channel value, and the lowest PSNR in dB."""
+    return f"largest channel difference {largest} of 255, lowest PSNR {psnr_min:.2f} dB"
 
 
 def format_duration(seconds: float) -> str:

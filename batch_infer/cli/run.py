@@ -19,7 +19,7 @@ from batch_infer.cli.options import (
     unattended_options,
 )
 from batch_infer.cli.progress import ProgressGroup, make_progress
-from batch_infer.cli.report import ROWS_FAILED, log_time_limit, print_result, stoppable, summary_lines
+from batch_infer.cli.report import CHECK_FAILED, log_time_limit, print_result, stoppable, summary_lines
 from batch_infer.cli.settings import job_options, make_run_settings
 from batch_infer.errors import StoppedError
 from batch_infer.settings import RetryStatus
@@ -124,7 +124,7 @@ def _execute(
             return 0
         summary, settings = result
         metrics.model = settings.model.name or "demo"
-        code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else ROWS_FAILED
+        code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else CHECK_FAILED
         # After a retry, the remaining rows are left to `run`, so they do not change the exit code.
         if summary.unfinished or (summary.counts.remaining and not is_retry):
             code = StoppedError.exit_code

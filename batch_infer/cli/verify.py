@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
-from batch_infer.cli.logs import log
 from batch_infer.cli.options import (
+    check_time_limit_option,
     command,
     json_option,
     moved_tables_argument,
     option,
     out_argument,
-    parse_duration,
     progress_option,
 )
-from batch_infer.cli.progress import LOG_INTERVAL, make_progress, shows_bar
-from batch_infer.cli.report import ROWS_FAILED, format_count, print_result, stoppable
+from batch_infer.cli.progress import CheckProgress, make_progress
+from batch_infer.cli.report import (
+    CHECK_FAILED,
+    MAX_PRINTED,
+    format_count,
+    format_pixel_differences,
+    print_result,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
-
-MAX_LINES = 20
-"""Maximum number of problems to print as text."""
 
 
 @command(
@@ -44,24 +45,17 @@ MAX_LINES = 20
     option(
         "--fix",
         is_flag=True,
-        help="Mark the rows of missing and damaged images as failed, so that `run` renders them again. No image is "
-        "changed or removed.",
+        help="Mark missing, damaged and (with --sample) not reproduced images as failed, so that `run` renders them "
+        "again. Image files are not changed or removed.",
     ),
     option(
         "--sample",
-        "sample_size",
         type=click.IntRange(min=1),
-        default=None,
         metavar="N",
         help="Also render N images again with the model and the settings of the run, and compare them.",
     ),
-    option("--seed", "sample_seed", type=click.IntRange(min=0), default=0, help="Chooses the images of --sample."),
-    option(
-        "--time-limit",
-        type=parse_duration,
-        metavar="DURATION",
-        help="Stop after this long, as on SIGTERM, with exit code 75: 90s, 30m, 2h, 1h30m, 1d, or seconds.",
-    ),
+    option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the random choice of --sample."),
+    check_time_limit_option,
     json_option,
     progress_option,
 )
@@ -72,35 +66,41 @@ def verify(
     quick: bool,
     public_key: str | None,
     fix: bool,
-    sample_size: int | None,
-    sample_seed: int,
+    sample: int | None,
+    seed: int,
     time_limit: float | None,
     as_json: bool,
     no_progress: bool,
     quiet: bool,
 ) -> int:
-    """Check that every row of OUT is accounted for, and that every file is whole.
+    """Check that every row of OUT is accounted for and that every file is intact.
 
-    Reads all manifest parts, results.* and images, and compares them with each other, with the SHA-256 of each image
-    and with OUT/manifest/SHA256SUMS. Every row of the run's tables must have a result; name TABLE... if the tables
-    were moved. Without --fix, nothing is written.
+    Compare the manifest parts, results.*, images and OUT/manifest/SHA256SUMS with each other and with the run's
+    tables; name TABLE... if the tables were moved. Without --fix, nothing is written.
 
     The kinds of problems are missing_row, duplicate_row, missing_image, truncated_image, wrong_image, orphan_image,
-    damaged_part, results_differ and, with --sample, not_reproduced. Those of images need --fix and `run`, or
-    `retry --status missing --status damaged`. `run` also renders missing rows and those of parts that cannot be
-    read, and `merge` writes results.* again.
+    damaged_part, results_differ and, with --sample, not_reproduced. To render missing and damaged images again, use
+    --fix and then `run`, or `retry --status missing --status damaged`. `run` renders missing rows and the rows of
+    unreadable parts. `merge` writes results.* again.
 
-    Exit codes: 0 no problems; 2 usage, or OUT contains no run; 3 problems, also if --fix has marked them; 75
-    interrupted, or another command is using OUT.
+    Exit codes: 0 no problems; 2 usage or settings, or OUT contains no run; 3 problems, even if --fix marked them; 75
+    stopped by a signal or --time-limit, or another command is using OUT.
     """
     hint = "the verification is incomplete. Run the same command again"
     shown = not (quiet or no_progress)
-    with stoppable(time_limit, hint=hint) as stop, closing(_Progress(shown=shown)) as progress:
+    with stoppable(time_limit, hint=hint) as stop, closing(CheckProgress("image", "checked", shown=shown)) as progress:
         from batch_infer.jobs import VerifyOptions, verify_run
 
-        options = VerifyOptions(tables, quick, public_key, fix, sample_size or 0, sample_seed)
-        result = verify_run(out, options, progress.report, make_progress(shown=shown), stop)
-    code = ROWS_FAILED if result.counts else 0
+        options = VerifyOptions(
+            tables=tables,
+            is_quick=quick,
+            public_key=public_key,
+            marks_failed=fix,
+            sample_size=sample or 0,
+            sample_seed=seed,
+        )
+        result = verify_run(out, options, progress, make_progress(shown=shown), stop)
+    code = CHECK_FAILED if result.counts else 0
     if code or not quiet:
         print_result(_lines(result, out), result.as_dict() if as_json else None)
     return code
@@ -116,54 +116,30 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
             *(counts or ["no problems"]),
         ]
     )
-    yield from (f"  {_format_problem(problem)}" for problem in result.problems[:MAX_LINES])
-    if more := sum(result.counts.values()) - len(result.problems[:MAX_LINES]):
-        yield f"  and {more:,} more"
+    yield from (f"  {_format_problem(problem)}" for problem in result.problems[:MAX_PRINTED])
+    if more := sum(result.counts.values()) - len(result.problems[:MAX_PRINTED]):
+        yield f"  and {more:,} more; --json lists more of them"
     if result.sample is not None:
         yield from _sample_lines(result.sample)
-    if result.fixed:
+    if result.marked_count:
         yield (
-            f"{format_count(result.fixed, 'result')} marked as failed: `batch-infer run`, or `batch-infer retry {out} "
-            "--status failed`, renders them again"
+            f"{format_count(result.marked_count, 'result')} marked as failed. Run `batch-infer run` or "
+            f"`batch-infer retry {out} --status failed` to render them again."
         )
-    if result.counts.keys() & {"missing_row", "damaged_part"}:
-        yield "`batch-infer run` renders missing rows, and those of parts that cannot be read, again"
+    if "missing_row" in result.counts:
+        yield "Run `batch-infer run` to render missing rows and the rows of unreadable parts."
 
 
 def _sample_lines(sample: Sample) -> Iterator[str]:
     yield f"{format_count(sample.rendered, 'image')} rendered again: {sample.equal_bytes:,} with equal bytes"
     if sample.environment:
-        names = ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in sample.environment.items())
-        yield f"pixels were compared, because the bytes may differ: {names}"
-    if sample.largest is not None:
-        yield f"largest difference of a channel {sample.largest} of 255, lowest PSNR {sample.psnr_min:.2f} dB"
+        changes = ", ".join(f"{name} was {old} and is now {new}" for name, (old, new) in sample.environment.items())
+        yield f"compared pixels, because bytes may differ: {changes}"
+    if sample.largest is not None and sample.psnr_min is not None:
+        yield format_pixel_differences(sample.largest, sample.psnr_min)
 
 
 def _format_problem(problem: Problem) -> str:
     image = f", image {problem.image_index}" if problem.image_index else ""
     names = [problem.path, problem.id and f"({problem.id}{image})"]
     return f"{' '.join([problem.kind, *filter(None, names)])}: {problem.detail}"
-
-
-class _Progress:
-    """Shows how many images were checked: a bar on a terminal, otherwise log lines."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._shown, self._logged = shown, time.monotonic()
-        self._bar: tqdm[NoReturn] | None = None
-
-    def report(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if shows_bar():
-            self._bar = self._bar or tqdm(total=total, unit="image", dynamic_ncols=True)
-            self._bar.update(done - self._bar.n)
-        elif time.monotonic() >= self._logged + LOG_INTERVAL:
-            self._logged = time.monotonic()
-            log.info(
-                "%s of %s checked", f"{done:,}", format_count(total, "image"), extra={"done": done, "total": total}
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -79,7 +79,7 @@ def _absolute(path: Path) -> Path:
     return base.joinpath(*parts)
 
 
-def with_service(settings: RunSettings) -> RunSettings:
+def use_current_endpoint(settings: RunSettings) -> RunSettings:
     """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
     if settings.safety.service is None:
         return settings

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
-from batch_infer.jobs.job import with_service
+from batch_infer.jobs.job import use_current_endpoint
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
@@ -38,7 +38,7 @@ def retry_rows(
     """
     store = open_store(out)
     record = outdir.read_existing_run(store)
-    settings = with_service(read_settings(record, store.location, tables))
+    settings = use_current_endpoint(read_settings(record, store.location, tables))
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)

@@ -34,7 +34,7 @@ MAX_DIFFERENCES = 1000
 READING_THREADS = 8
 _MAX_VALUE_LENGTH = 60
 
-Report = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Receives the number of compared results and the number of results in A."""
 
 
@@ -55,7 +55,7 @@ class Difference(JsonStruct):
 class SettingsDifferences(JsonStruct):
     """`run` maps the option or name of each setting that differs to its values in A and B.
 
-    `columns` counts the results that have another value in a column.
+    `columns` counts, for each column, the results whose values differ.
     """
 
     run: dict[str, tuple[Any, Any]] = {}
@@ -63,12 +63,13 @@ class SettingsDifferences(JsonStruct):
 
 
 class Diff(JsonStruct):
-    """Number of results in both runs, by difference.
+    """Differences between two runs, as numbers of results.
 
-    `equal` results have the same status, settings and image bytes; the others may count several times. `only_a` and
-    `only_b` count results in one run only. `pixels` counts images of `bytes` whose pixels differ. `largest` is the
-    largest difference of a channel value and `psnr_min` the lowest PSNR in dB of all compared images, or None if no
-    pixels differ. `differences` lists the first MAX_DIFFERENCES results that differ, in the order of the tables.
+    `rows` counts the results in both. `equal` results have the same status, settings and image bytes; the others may
+    count several times. `only_a` and `only_b` count results in one run only. `pixels` counts images of `bytes` whose
+    pixels differ. `largest` is the largest difference of a channel value and `psnr_min` the lowest PSNR in dB of all
+    compared images, or None if no pixels differ. `differences` lists the first MAX_DIFFERENCES results that differ, in
+    the order of the tables.
     """
 
     rows: int = 0
@@ -86,10 +87,10 @@ class Diff(JsonStruct):
     @property
     def is_equal(self) -> bool:
         """Whether both runs have the same results. Settings of runs may differ without an effect on results."""
-        return self.different == 0
+        return self.difference_count == 0
 
     @property
-    def different(self) -> int:
+    def difference_count(self) -> int:
         """Number of results that differ or are in one run only."""
         return self.rows - self.equal + self.only_a + self.only_b
 
@@ -101,7 +102,7 @@ class Diff(JsonStruct):
 
 
 def diff_runs(
-    out_a: Out, out_b: Out, report: Report = lambda done, total: None, stop: Callable[[], bool] = lambda: False
+    out_a: Out, out_b: Out, on_progress: OnProgress = lambda done, total: None, stop: Callable[[], bool] = lambda: False
 ) -> Diff:
     """Compare the results of two runs. Nothing is written, and neither OUT is locked.
 
@@ -111,10 +112,10 @@ def diff_runs(
     records = [outdir.read_existing_run(store) for store in stores]
     with ExitStack() as stack:
         indexes = [stack.enter_context(Manifest(store).index()) for store in stores]
-        return _Comparison(stores, records, indexes, report, stop).execute()
+        return _RunComparison(stores, records, indexes, on_progress, stop).execute()
 
 
-class _Comparison:
+class _RunComparison:
     """Compares results batch by batch, so that memory does not grow with their number."""
 
     def __init__(
@@ -122,11 +123,11 @@ class _Comparison:
         stores: Sequence[Store],
         records: Sequence[Mapping[str, Any]],
         indexes: Sequence[ManifestIndex],
-        report: Report,
+        on_progress: OnProgress,
         stop: Callable[[], bool],
     ) -> None:
         self._sinks: Sequence[Sink] = [make_sink(store) for store in stores]
-        self._indexes, self._report, self._stop = indexes, report, stop
+        self._indexes, self._on_progress, self._stop = indexes, on_progress, stop
         self._tables: Sequence[str] = records[0].get("tables", ())
         self._positions = {name: position for position, name in enumerate(self._tables)}
         self._schema = make_diff_schema({name for record in records if (name := find_lora_column(record)) is not None})
@@ -226,7 +227,7 @@ class _Comparison:
         if self._stop():
             raise StoppedError("stopped; run the same command again")
         self._done += count
-        self._report(self._done, self._total)
+        self._on_progress(self._done, self._total)
 
 
 def _format_cells(name: str, value: Any, other: Any) -> str:

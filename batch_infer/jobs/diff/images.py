@@ -13,14 +13,17 @@ from batch_infer.errors import RowError, StorageError
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.sinks import Sink
 
+EQUAL_PIXELS = "bytes differ, pixels are equal"
+
 
 @dataclass(frozen=True, slots=True)
 class ImageComparison:
-    """Whether two images have other pixels, or None if that is unknown or one side has no image.
+    """Result of comparing two images.
 
-    `largest` is the largest absolute difference of a channel value, from 1 to 255, and `psnr` the peak signal-to-noise
-    ratio in dB. Both are None if the pixels are equal or were not compared. `detail` describes the comparison.
-    With `is_unreadable`, an image could not be read, and `differs` comes from the hashes of the pixels.
+    `differs` says whether their pixels differ, or is None if that is unknown or only one image exists. `largest` is the
+    largest absolute difference of a channel value, from 1 to 255, and `psnr` the peak signal-to-noise ratio in dB. Both
+    are None if the pixels are equal or were not compared. `detail` describes the comparison. With `is_unreadable`, an
+    image could not be read, and `differs` comes from the hashes of the pixels.
     """
 
     differs: bool | None
@@ -48,7 +51,7 @@ def compare_images(
         return ImageComparison(None, f"only {name_a if row_a['generated_image'] else name_b} has an image")
     hashes = {row["pixels_sha256"] for row in rows}
     if len(hashes) == 1 and None not in hashes:
-        return ImageComparison(False, "other bytes with equal pixels")
+        return ImageComparison(False, EQUAL_PIXELS)
     pixels = [_read_pixels(sink, row, name) for sink, row, name in zip((sink_a, sink_b), rows, names, strict=True)]
     if errors := [content for content in pixels if isinstance(content, str)]:
         return ImageComparison(None if None in hashes else True, "; ".join(errors), is_unreadable=True)
@@ -58,14 +61,14 @@ def compare_images(
     is_blank_a, is_blank_b = _is_blank(row_a, first), _is_blank(row_b, second)
     if is_blank_a != is_blank_b:
         return ImageComparison(True, f"{name_a if is_blank_a else name_b} has a black image instead of a flagged one")
-    return compare_pixels(first, second)
+    return _compare_pixels(first, second)
 
 
-def compare_pixels(first: np.ndarray, second: np.ndarray) -> ImageComparison:
+def _compare_pixels(first: np.ndarray, second: np.ndarray) -> ImageComparison:
     """Compare two images (H, W, 3) uint8 of equal shape."""
     largest = int(np.abs(first.astype(np.int16) - second).max())
     if not largest:
-        return ImageComparison(False, "other bytes with equal pixels")
+        return ImageComparison(False, EQUAL_PIXELS)
     psnr = round(images.compute_psnr(first, second), 2)
     return ImageComparison(True, f"largest difference {largest} of 255, PSNR {psnr:.2f} dB", largest, psnr)
 
@@ -87,7 +90,7 @@ def _read_pixels(sink: Sink, row: Mapping[str, Any], name: str) -> np.ndarray | 
 
 
 def _is_blank(row: Mapping[str, Any], image: np.ndarray) -> bool:
-    """Return whether --on-flagged blank replaced an image."""
+    """Return whether a result stores the black image of --on-flagged blank."""
     return row["status"] == "flagged" and not image.any()
 
 

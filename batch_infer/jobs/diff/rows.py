@@ -19,7 +19,7 @@ BATCH = 1024
 _KEY = ("id", "image_index")
 _SOURCE = ("source_file", "source_row")
 SOURCE_COLUMNS = (*_KEY, *_SOURCE, "status")
-"""The result columns that identify a result, in A or B alone."""
+"""Result columns that are read of results in one run only."""
 _IMAGE = ("generated_image", "sha256", "pixels_sha256", "image_bytes")
 REQUEST_COLUMNS = tuple(
     name for name in SCHEMA.names if name not in {*_KEY, *_SOURCE, *_IMAGE, *BOOKKEEPING, "status", "fingerprint"}
@@ -45,12 +45,12 @@ def make_diff_schema(carried: Iterable[str] = ()) -> pa.Schema:
 def iterate_pairs(
     index_a: ManifestIndex, index_b: ManifestIndex, tables: Sequence[str], schema: pa.Schema
 ) -> Iterator[ResultPairs]:
-    """Yield all results of A in batches of at least BATCH rows, except the last, with those of B. See `order_parts`.
+    """Yield all results of A and those of B with the same keys, in batches of at least BATCH rows except the last.
 
-    Raises DamagedPartError, StorageError.
+    They are in the order of `order_parts`. Raises DamagedPartError, StorageError.
     """
     for table in _read_batches(index_a, tables, schema):
-        matches = [index_b.find(key) for key in _keys_of(table)]
+        matches = [index_b.find(key) for key in _get_keys(table)]
         committed = index_b.read_results([match for match in matches if match is not None], schema)
         if len(committed) == len(table):
             yield ResultPairs(table, committed, table.slice(0, 0))
@@ -67,7 +67,7 @@ def iterate_unmatched(
         return
     schema = pa.schema([SCHEMA.field(name) for name in SOURCE_COLUMNS])
     for table in _read_batches(index, tables, schema):
-        unmatched = pa.array([other.find(key) is None for key in _keys_of(table)], pa.bool_())
+        unmatched = pa.array([other.find(key) is None for key in _get_keys(table)], pa.bool_())
         for row in table.filter(unmatched).to_pylist():
             yield row
             limit -= 1
@@ -76,7 +76,7 @@ def iterate_unmatched(
 
 
 def find_unequal(pairs: ResultPairs) -> dict[str, np.ndarray]:
-    """Return for `status`, `bytes` and each request column which pairs differ in it, as arrays of booleans."""
+    """Return a boolean array (N,) for `status`, `bytes` and each request column: whether the pairs differ in it."""
     names = [name for name in pairs.a.column_names if name not in {*_KEY, *_SOURCE, *_IMAGE}]
     unequal = {name: _is_unequal(pairs.a[name], pairs.b[name]) for name in names}
     has_image_once = pc.xor(pairs.a["generated_image"].is_null(), pairs.b["generated_image"].is_null())
@@ -87,8 +87,8 @@ def find_unequal(pairs: ResultPairs) -> dict[str, np.ndarray]:
 def order_parts(parts: Iterable[StoredFile], tables: Sequence[str]) -> tuple[list[StoredFile], int]:
     """Return parts in the order of their first rows in the tables, and their total number of rows.
 
-    The names of parts are digests, and lookups in another manifest are faster if rows that follow each other are there
-    in few parts. Raises DamagedPartError, StorageError.
+    Lookups in the other manifest are faster if consecutive rows are in few of its parts. Raises DamagedPartError,
+    StorageError.
     """
     positions = {name: position for position, name in enumerate(tables)}
     keyed, row_count = [], 0
@@ -111,7 +111,7 @@ def _read_batches(index: ManifestIndex, tables: Sequence[str], schema: pa.Schema
     for part in prefetch(parts):
         table = read_part(part, columns)
         if has_superseded:
-            matches = map(index.find, _keys_of(table))
+            matches = map(index.find, _get_keys(table))
             table = table.filter(pa.array([_is_at(match, part, row) for row, match in enumerate(matches)], pa.bool_()))
         batch.append(cast_table(table, schema))
         if sum(map(len, batch)) >= BATCH:
@@ -125,7 +125,7 @@ def _is_at(image: CommittedImage | None, part: StoredFile, row: int) -> bool:
     return image is not None and (image.part, image.row) == (part.name, row)
 
 
-def _keys_of(table: pa.Table) -> Iterator[tuple[str, int]]:
+def _get_keys(table: pa.Table) -> Iterator[tuple[str, int]]:
     return zip(table["id"].to_pylist(), table["image_index"].to_pylist(), strict=True)
 
 

@@ -4,7 +4,8 @@
 """
 
 from batch_infer.jobs.verify.image_check import find_damaged_images
-from batch_infer.jobs.verify.problems import ImageRecords, Problem
+from batch_infer.jobs.verify.image_records import ImageRecords
+from batch_infer.jobs.verify.problems import Problem
 from batch_infer.jobs.verify.reproduce import Sample
 from batch_infer.jobs.verify.verification import Verification, VerifyOptions, verify_run
 

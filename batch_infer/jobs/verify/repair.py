@@ -1,4 +1,4 @@
-"""Mark images that `verify` found missing or damaged as failed, so that they are rendered again."""
+"""Mark the results of faulty images as failed, so that they are rendered again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import to_values
 from batch_infer.jobs.checksums import forget_root_digest
 from batch_infer.jobs.merge import make_results_schema
-from batch_infer.jobs.verify.problems import ImageRecords
+from batch_infer.jobs.verify.image_records import ImageRecords
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields
 from batch_infer.records import ResultRow, Verdict, utc_now
 from batch_infer.stopping import GRACE_SECONDS, deferred
@@ -45,10 +45,10 @@ def mark_failed(store: Store, record: Mapping[str, Any], parts: Sequence[StoredF
 
 
 def _make_failed(
-    faults: Sequence[tuple[str, int, str]], index: ManifestIndex, schema: pa.Schema
+    faults: Sequence[tuple[str, int, str, str]], index: ManifestIndex, schema: pa.Schema
 ) -> Iterator[ResultRow]:
     """Yield the failed results that replace those with faults."""
-    matches = [(index.find((name, number)), detail) for name, number, detail in faults]
+    matches = [(index.find((name, number)), f"{kind}: {detail}") for name, number, kind, detail in faults]
     known = [(committed, detail) for committed, detail in matches if committed is not None]
     table = index.read_results([committed for committed, _ in known], schema)
     rows = table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")
@@ -59,7 +59,7 @@ def _make_failed(
         yield replace(
             with_image(with_verdict(result, Verdict()), None),
             status="failed",
-            error=f"verify found its image missing or damaged: {detail}",
+            error=f"verify rejected its image ({detail})",
             attempt=result.attempt + 1,
             worker=format_worker_name(0),
             finished_at=utc_now(),

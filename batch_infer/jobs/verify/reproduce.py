@@ -32,15 +32,19 @@ from batch_infer.store import Store, open_store, prefetch, temporary_folder
 MIN_PSNR = 30.0
 """Lowest PSNR in dB of a reproduced image if the device, a setting of it or a version of a library differs.
 
-With the demo model at 20 steps, 16 images in bfloat16 differ from those in float32 by at least 49.8 dB, and those of
-other seeds by 12 to 46 dB. A large model amplifies rounding differences more, so the limit is lower than the first
-number, and images that look alike pass it even if their seeds differ.
+With the demo model at 20 steps, 16 images in bfloat16 have a PSNR of at least 49.8 dB against those in float32, and
+images of other seeds 12 to 46 dB. Large models amplify rounding differences, so the limit is lower than 49.8 dB.
+Similar images pass even if their seeds differ.
 """
 STATUSES = ("ok", "flagged")
 """Statuses of results with an image."""
-_RECORDED = ("id", "image_index", *CELLS, "generated_image", "status", "sha256", "pixels_sha256", "image_bytes",
-             "fingerprint")  # fmt: skip
-_COMPARED = ("id", "generated_image", "status", "error", "sha256", "pixels_sha256", "image_bytes", "fingerprint")
+_RECORDED_COLUMNS = (
+    *("id", "image_index", *CELLS, "generated_image", "status", "sha256", "pixels_sha256", "image_bytes"),
+    "fingerprint",
+)
+_COMPARED_COLUMNS = (
+    *("id", "generated_image", "status", "error", "sha256", "pixels_sha256", "image_bytes", "fingerprint"),
+)
 _NAMES = ("OUT", "the new image")
 
 
@@ -128,10 +132,10 @@ def reproduce(
             outdir.write_run(new_store, {"compute": record.get("compute", {})})
         summary = render_tables(settings, progress, stop)
         if summary.unfinished:
-            raise StoppedError("stopped before the sample was rendered; nothing is kept")
+            raise StoppedError("stopped before the sample was rendered. Run the same command again")
         new_store = open_store(settings.out)
         environment = compare_environments(record, outdir.read_existing_run(new_store))
-        return _Comparison(store, new_store, environment).compare(rows)
+        return _SampleComparison(store, new_store, environment).compare(rows)
 
 
 def _digest(seed: int, name: str, image_index: int) -> int:
@@ -147,7 +151,7 @@ def _read_rows(
     index: ManifestIndex, images: Sequence[CommittedImage], lora_column: str | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the recorded columns of results, except those of damaged parts, which other checks report."""
-    schema = pa.schema([SCHEMA.field(name) for name in _RECORDED])
+    schema = pa.schema([SCHEMA.field(name) for name in _RECORDED_COLUMNS])
     if lora_column is not None:
         schema = schema.append(pa.field(lora_column, pa.string()))
     for _, group in groupby(images, lambda image: image.part):
@@ -157,7 +161,7 @@ def _read_rows(
             continue
 
 
-class _Comparison:
+class _SampleComparison:
     """Compares results with their new versions. The manifest and the images of both are read."""
 
     def __init__(self, store: Store, new_store: Store, environment: dict[str, tuple[Any, Any]]) -> None:
@@ -166,7 +170,7 @@ class _Comparison:
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> Sample:
         """Compare the recorded results with those in the new OUT. Raises StorageError."""
-        schema = pa.schema([SCHEMA.field(name) for name in _COMPARED])
+        schema = pa.schema([SCHEMA.field(name) for name in _COMPARED_COLUMNS])
         with Manifest(self._new_store).index() as index:
             for number, row in enumerate(rows):
                 image = index.find((make_sample_id(number), 0))

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 
 from batch_infer.carried import to_values
 from batch_infer.errors import StorageError, first_line
-from batch_infer.jobs.verify.problems import Key, Problems
+from batch_infer.jobs.verify.image_records import Key
+from batch_infer.jobs.verify.problems import Problems
 from batch_infer.records import RESULT_COLUMNS
 from batch_infer.store import Store, temporary_database, temporary_file_errors, temporary_folder
 
-RESULTS = "results.parquet"
+RESULTS_PARQUET = "results.parquet"
 BATCH = 2048
 MAX_GROUP_ROWS = 16 * BATCH
 """Maximum number of rows of a row group that is read as a whole."""
@@ -47,25 +48,25 @@ def check_results(
     still have such rows. Raises the errors of `read_expected`, StorageError.
     """
     try:
-        with store.open_file(RESULTS) as stream, pq.ParquetFile(stream) as file:
+        with store.open_file(RESULTS_PARQUET) as stream, pq.ParquetFile(stream) as file:
             names = file.schema_arrow.names
             schema = pa.schema([column for column in schema if column.name in names or column.name not in _ADDED])
             columns = _round_trip(schema.empty_table()).schema
             if not file.schema_arrow.equals(columns):
-                problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS)
+                problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS_PARQUET)
             elif _are_equal(file, schema, read_expected()):
                 return True
             else:
                 find_missing()
-                with _small_groups(file) as grouped, closing(_Differences(grouped, problems)) as differences:
-                    differences.find(_as_stored(read_expected(), schema))
+                with _limit_row_groups(file) as grouped, closing(_ResultsComparison(grouped, problems)) as comparison:
+                    comparison.find(_convert_to_stored(read_expected(), schema))
     except FileNotFoundError:
         detail = f"it is missing: write it with `batch-infer merge {store.location}`"
-        problems.add("results_differ", detail, path=RESULTS)
+        problems.add("results_differ", detail, path=RESULTS_PARQUET)
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise StorageError(f"cannot read {store.locate(RESULTS)}: {error.strerror}") from error
-        problems.add("results_differ", f"it cannot be read: {first_line(error)}", path=RESULTS)
+            raise StorageError(f"cannot read {store.locate(RESULTS_PARQUET)}: {error.strerror}") from error
+        problems.add("results_differ", f"it cannot be read: {first_line(error)}", path=RESULTS_PARQUET)
     return False
 
 
@@ -76,7 +77,7 @@ def _round_trip(table: pa.Table) -> pa.Table:
     return pq.read_table(pa.BufferReader(sink.getvalue()))
 
 
-def _as_stored(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+def _convert_to_stored(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
     selected = (table.select(schema.names) for table in tables)
     return selected if _round_trip(schema.empty_table()).schema.equals(schema) else map(_round_trip, selected)
 
@@ -92,16 +93,16 @@ def _describe_columns(actual: pa.Schema, expected: pa.Schema) -> str:
 def _are_equal(file: pq.ParquetFile, schema: pa.Schema, expected: Iterator[pa.Table]) -> bool:
     batches = file.iter_batches(BATCH)
     rest = file.schema_arrow.empty_table()
-    for table in _as_stored(expected, schema):
+    for table in _convert_to_stored(expected, schema):
         while len(rest) < len(table) and (batch := next(batches, None)) is not None:
             rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
         actual, rest = rest.slice(0, len(table)), rest.slice(len(table))
-        if len(actual) < len(table) or any(_differing_cells(table, actual)):
+        if len(actual) < len(table) or any(_iterate_unequal_cells(table, actual)):
             return False
     return not len(rest) and next(batches, None) is None
 
 
-def _differing_cells(expected: pa.Table, actual: pa.Table) -> Iterator[tuple[int, str, Any, Any]]:
+def _iterate_unequal_cells(expected: pa.Table, actual: pa.Table) -> Iterator[tuple[int, str, Any, Any]]:
     """Yield the row number, column and both values of each cell that differs. NaN equals NaN."""
     for name, expected_column, actual_column in zip(
         expected.column_names, expected.columns, actual.columns, strict=True
@@ -110,19 +111,19 @@ def _differing_cells(expected: pa.Table, actual: pa.Table) -> Iterator[tuple[int
             continue
         pairs = zip(to_values(expected_column), to_values(actual_column), strict=True)
         for row, (value, actual_value) in enumerate(pairs):
-            if _comparable(value) != _comparable(actual_value):
+            if _replace_nan(value) != _replace_nan(actual_value):
                 yield row, name, value, actual_value
 
 
-def _comparable(value: Any) -> Any:
+def _replace_nan(value: Any) -> Any:
     """Replace NaN, which differs from itself, at any depth."""
     match value:
         case float():
             return value if value == value else "NaN"
         case list() | tuple():
-            return [_comparable(inner) for inner in value]
+            return [_replace_nan(inner) for inner in value]
         case dict():
-            return {name: _comparable(inner) for name, inner in value.items()}
+            return {name: _replace_nan(inner) for name, inner in value.items()}
         case _:
             return value
 
@@ -133,14 +134,14 @@ def _shorten(value: Any) -> str:
 
 
 @contextmanager
-def _small_groups(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
+def _limit_row_groups(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
     """Yield the file, or a temporary copy with smaller row groups, because another program may have written it."""
     groups = range(file.metadata.num_row_groups)
     if all(file.metadata.row_group(group).num_rows <= MAX_GROUP_ROWS for group in groups):
         yield file
         return
     with temporary_folder() as folder:
-        copy = Path(folder) / RESULTS
+        copy = Path(folder) / RESULTS_PARQUET
         with temporary_file_errors(reads=True), pq.ParquetWriter(copy, file.schema_arrow) as writer:
             for batch in file.iter_batches(BATCH):
                 writer.write_batch(batch)
@@ -148,7 +149,7 @@ def _small_groups(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
             yield grouped
 
 
-class _Differences:
+class _ResultsComparison:
     """Finds the rows in which a file differs from the expected tables."""
 
     def __init__(self, file: pq.ParquetFile, problems: Problems) -> None:
@@ -179,14 +180,16 @@ class _Differences:
             rows = [self._find_row(key) for key in keys]
             for key, row in zip(keys, rows, strict=True):
                 if row is None:
-                    self._problems.add("missing_row", f"{RESULTS} lacks this result", key=key, path=RESULTS)
+                    self._problems.add(
+                        "missing_row", f"{RESULTS_PARQUET} lacks this result", key=key, path=RESULTS_PARQUET
+                    )
                 else:
                     is_ordered, last_row = is_ordered and row > last_row, row
             present = [(position, row) for position, row in enumerate(rows) if row is not None]
             self._compare(table.take([position for position, _ in present]), [row for _, row in present])
         self._add_repeated()
         if not is_ordered:
-            self._problems.add("results_differ", "its rows are not in the order of the tables", path=RESULTS)
+            self._problems.add("results_differ", "its rows are not in the order of the tables", path=RESULTS_PARQUET)
         self._add_unexpected()
 
     def _find_row(self, key: Key) -> int | None:
@@ -196,11 +199,11 @@ class _Differences:
     def _compare(self, expected: pa.Table, rows: Sequence[int]) -> None:
         """Compare a table with these rows of the file."""
         differences: dict[int, list[str]] = {}
-        for row, name, value, actual in _differing_cells(expected, self._read(rows)):
+        for row, name, value, actual in _iterate_unequal_cells(expected, self._read(rows)):
             differences.setdefault(row, []).append(f"{name} is {_shorten(actual)} instead of {_shorten(value)}")
         for row, texts in sorted(differences.items()):
             key = expected["id"][row].as_py(), expected["image_index"][row].as_py()
-            self._problems.add("results_differ", "; ".join(texts), key=key, path=RESULTS)
+            self._problems.add("results_differ", "; ".join(texts), key=key, path=RESULTS_PARQUET)
 
     def _read(self, rows: Sequence[int]) -> pa.Table:
         """Return these rows of the file in this order, reading one row group at a time."""
@@ -219,8 +222,8 @@ class _Differences:
             "SELECT id, image_index, count(*) FROM actual GROUP BY id, image_index HAVING count(*) > 1 ORDER BY 1, 2"
         )
         for name, index, count in self._database.execute(select):
-            detail = f"{RESULTS} has this result {count} times"
-            self._problems.add("duplicate_row", detail, key=(name, index), path=RESULTS)
+            detail = f"{RESULTS_PARQUET} has this result {count} times"
+            self._problems.add("duplicate_row", detail, key=(name, index), path=RESULTS_PARQUET)
 
     def _add_unexpected(self) -> None:
         """Add rows that the manifest lacks, except those that are reported as missing from it."""
@@ -228,4 +231,4 @@ class _Differences:
         for key in self._database.execute(select):
             if not self._problems.is_missing(key):
                 detail = "the manifest and the tables have no such result"
-                self._problems.add("results_differ", detail, key=key, path=RESULTS)
+                self._problems.add("results_differ", detail, key=key, path=RESULTS_PARQUET)

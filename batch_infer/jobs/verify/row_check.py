@@ -20,8 +20,9 @@ from batch_infer.jobs.run_json import (
     refuse_unrepeatable_tables,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.jobs.verify.problems import ImageRecords, Problems
-from batch_infer.jobs.verify.results_check import RESULTS, check_results
+from batch_infer.jobs.verify.image_records import ImageRecords
+from batch_infer.jobs.verify.problems import Problems
+from batch_infer.jobs.verify.results_check import RESULTS_PARQUET, check_results
 from batch_infer.manifest import SCHEMA, ManifestIndex, read_carried_fields
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import PromptRequest
@@ -33,7 +34,7 @@ from batch_infer.table import RowRules, Tables
 log = logging.getLogger("batch_infer")
 
 
-class RowChecker:
+class RowVerifier:
     """Compares rows with results. `parts` are the parts that can be read."""
 
     def __init__(
@@ -49,7 +50,10 @@ class RowChecker:
         self._images, self._problems = images, problems
 
     def check(self, checksums: ChecksumReport, tables: Tables | None) -> int | None:
-        """Check that every row has a result, and results.parquet. Return the number of rows, or None if unknown."""
+        """Check that every row has a result and that results.parquet matches the manifest.
+
+        Return the number of rows, or None if it is unknown.
+        """
         summary = parse_record(self._record).summary
         is_complete = checksums.is_proof and summary is not None and not summary.remaining
         if summary is not None and is_complete and tables is not None and self._has_same(tables):
@@ -61,13 +65,13 @@ class RowChecker:
                 rows = self._compare_with_tables(index, tables)
             else:
                 self._compare_with_manifest(index, is_proven=checksums.is_proof)
-        reasons = [reason for path, reason in checksums.problems if path == RESULTS]
+        reasons = [reason for path, reason in checksums.problems if path == RESULTS_PARQUET]
         if reasons and self._problems.counts == before:  # otherwise the rows that differ say more
-            self._problems.add("results_differ", reasons[0], path=RESULTS)
+            self._problems.add("results_differ", reasons[0], path=RESULTS_PARQUET)
         return rows
 
     def _has_same(self, tables: Tables) -> bool:
-        return tables_are_unchanged(self._record, tables, read_rules(self._record, self._store.location))
+        return _are_unchanged(self._record, tables, read_rules(self._record, self._store.location))
 
     def _compare_with_tables(self, index: ManifestIndex, tables: Tables) -> int:
         """Check that each row of the tables has a result in the manifest and results.parquet. Return their number."""
@@ -108,12 +112,13 @@ class RowChecker:
         return rows
 
     def _compare_with_manifest(self, index: ManifestIndex, *, is_proven: bool) -> None:
-        """Without the tables, compare results.parquet with all results in the manifest, and only their number.
+        """Compare results.parquet with all results in the manifest, and check only the number of results.
 
-        Results that the checksums prove may contain fewer, because they lack rows that left the tables.
+        The tables cannot be read. Results that the checksums prove may contain fewer, because they lack rows that left
+        the tables.
         """
         files = self._record.get("tables", ())
-        if not is_proven and (self._settings.table.tables or self._store.exists(RESULTS)):
+        if not is_proven and (self._settings.table.tables or self._store.exists(RESULTS_PARQUET)):
             schema = make_results_schema(pa.schema(read_carried_fields(part)) for part in self._parts)
             check_results(self._store, schema, lambda: read_all_results(index, files, schema, Counts()), self._problems)
         total, committed = count_scanned_results(self._record), index.count_statuses().total()
@@ -122,7 +127,7 @@ class RowChecker:
             self._problems.add("missing_row", detail)
 
 
-def tables_are_unchanged(record: Mapping[str, Any], tables: Tables, rules: RowRules) -> bool:
+def _are_unchanged(record: Mapping[str, Any], tables: Tables, rules: RowRules) -> bool:
     """Return whether the tables have the digest that the run recorded. False if either has none."""
     recorded = (record.get("survey") or {}).get("tables_digest")
     return recorded is not None and tables.digest(rules) == recorded
@@ -130,7 +135,10 @@ def tables_are_unchanged(record: Mapping[str, Any], tables: Tables, rules: RowRu
 
 @contextmanager
 def open_recorded_tables(record: Mapping[str, Any], settings: RunSettings, *, moved: bool) -> Iterator[Tables | None]:
-    """Yield the tables, or None with a warning if they cannot be read again. Raises UsageError if they were `moved`."""
+    """Yield the tables, or None with a warning if they cannot be read again.
+
+    Raises UsageError or ServiceError if `moved` tables cannot be read.
+    """
     if not settings.table.tables:  # an endpoint
         yield None
         return
@@ -153,4 +161,8 @@ def open_recorded_tables(record: Mapping[str, Any], settings: RunSettings, *, mo
 
 
 def _warn_about_tables(reason: str) -> None:
-    log.warning("the tables of this run cannot be read, so only the number of their rows is checked (%s)", reason)
+    log.warning(
+        "the tables of this run cannot be read, so only results.parquet and the number of results are checked (%s); "
+        "name the tables after OUT if they were moved",
+        reason,
+    )

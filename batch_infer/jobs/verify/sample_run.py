@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import SettingsError
-from batch_infer.jobs.job import with_service
+from batch_infer.jobs.job import use_current_endpoint
 from batch_infer.jobs.run_json import describe_safety, format_identity, read_settings
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import read_card
@@ -27,7 +27,7 @@ CELLS = ("prompt", "negative_prompt", "seed", "height", "width", "num_inference_
 
 def make_sample_settings(record: Mapping[str, Any], out: str, folder: Path) -> RunSettings:
     """Return the settings of the run, changed to render a table in a folder. Raises UsageError."""
-    settings = with_service(read_settings(record, out))
+    settings = use_current_endpoint(read_settings(record, out))
     model = replace(settings.model, device="cpu", dtype=record["identity"]["dtype"])
     if record.get("compute", {}).get("device") != "cpu":
         model = replace(model, device="auto")  # this machine may have none of its kind
@@ -91,5 +91,8 @@ def make_sample_id(number: int) -> str:
 
 
 def _to_cell(value: Any) -> Any:
-    """Return the shortest number that rounds to a float32, which is the one in the table up to nine digits."""
+    """Convert a float32 to the shortest decimal that rounds to it.
+
+    A number in the table with at most six significant digits is restored exactly.
+    """
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -16,12 +16,13 @@ from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
 from batch_infer.jobs.signing import read_public_key
 from batch_infer.jobs.summary import JsonStruct
-from batch_infer.jobs.verify.image_check import ImageChecks, check_images
-from batch_infer.jobs.verify.problems import IMAGE_COLUMNS, ImageRecords, Problem, Problems
+from batch_infer.jobs.verify.image_check import ImageCheckOptions, check_images
+from batch_infer.jobs.verify.image_records import IMAGE_COLUMNS, ImageRecords
+from batch_infer.jobs.verify.problems import Problem, Problems
 from batch_infer.jobs.verify.repair import mark_failed
 from batch_infer.jobs.verify.reproduce import Sample, choose_sample, reproduce
-from batch_infer.jobs.verify.results_check import RESULTS
-from batch_infer.jobs.verify.row_check import RowChecker, open_recorded_tables
+from batch_infer.jobs.verify.results_check import RESULTS_PARQUET
+from batch_infer.jobs.verify.row_check import RowVerifier, open_recorded_tables
 from batch_infer.manifest import Manifest, ManifestIndex, read_part_in_batches
 from batch_infer.settings import ResultsFormat
 from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
@@ -34,15 +35,15 @@ class VerifyOptions:
     """How to verify.
 
     `tables` replace the run's tables if they were moved. `is_quick` compares only the names and sizes of images.
-    `public_key` is the path of the key that must have signed SHA256SUMS. `fixes` marks images that are missing or
-    damaged or were not reproduced as failed, so that the next run renders them again. `sample_size` is the number of
+    `public_key` is the path of the key that must have signed SHA256SUMS. `marks_failed` marks images that are missing
+    or damaged or were not reproduced as failed, so that the next run renders them again. `sample_size` is the number of
     results to render again, which `sample_seed` chooses.
     """
 
     tables: tuple[str, ...] = ()
     is_quick: bool = False
     public_key: str | None = None
-    fixes: bool = False
+    marks_failed: bool = False
     sample_size: int = 0
     sample_seed: int = 0
 
@@ -51,8 +52,8 @@ class Verification(JsonStruct):
     """What `verify` found. `counts` counts all problems by kind, and `problems` lists the first of them.
 
     `images` is the number of images that results name, `checked` that of images whose bytes were read, and
-    `rendered_again` that of images that were rendered again to compare them, and `sample` describes these. `fixed` is
-    the number of results that were marked as failed.
+    `rendered_again` that of images that were rendered again to compare them, which `sample` describes. `marked_count`
+    is the number of results that were marked as failed.
     """
 
     rows: int = 0
@@ -61,13 +62,13 @@ class Verification(JsonStruct):
     rendered_again: int = 0
     problems: list[Problem] = []
     counts: dict[str, int] = {}
-    fixed: int = 0
+    marked_count: int = 0
     sample: Sample | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the keys of --json, which has `sample` only if images were rendered again."""
         values = super().as_dict()
-        del values["fixed"]
+        del values["marked_count"]
         if self.sample is None:
             del values["sample"]
         else:
@@ -78,39 +79,38 @@ class Verification(JsonStruct):
 def verify_run(
     out: Out,
     options: VerifyOptions = VerifyOptions(),
-    report: Callable[[int, int], object] = lambda _, __: None,
+    on_progress: Callable[[int, int], object] = lambda _, __: None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Verification:
-    """Check parts, rows, results.* and images of OUT, and return the problems. Without `fixes`, write nothing.
+    """Check parts, rows, results.* and images of OUT, and return the problems. Without `marks_failed`, write nothing.
 
-    Rows and results.* are not compared row by row if the checksums prove them: if SHA256SUMS has the root digest in
-    run.json, all files that it lists match, nothing was left at the end of the run, and the tables have the digest that
-    the run recorded. Then results.* are the bytes that the run wrote after it had accounted for every row of the same
-    tables.
+    Rows and results.* are not compared one by one if the checksums prove them: run.json records the digest of
+    SHA256SUMS, all listed files match, the run left no rows unfinished, and the tables have the recorded digest.
+    results.* are then the bytes that the run wrote after it had accounted for every row of these tables.
 
-    `report` receives the number of images checked so far and their total. With `progress`, a sample is rendered again
-    if `options` say so. Raises UsageError, for example if OUT contains no run or its model has changed, LockedError if
-    another command uses OUT, ServiceError, StorageError, and StoppedError if `stop` ends the rendering.
+    `on_progress` receives the number of images checked so far and their total. With `progress`, a sample is rendered
+    again if `options` say so. Raises UsageError, for example if OUT contains no run or its model has changed,
+    LockedError if another command uses OUT, ServiceError, StorageError, and StoppedError if `stop` ends the rendering.
     """
     unlocked_store = open_store(to_absolute(out))
     if options.public_key is not None:
         read_public_key(options.public_key)
     outdir.read_existing_run(unlocked_store)  # before OUT is locked, which would create it
     _refuse_while_active(unlocked_store)
-    with outdir.locked(unlocked_store) if options.fixes else nullcontext(unlocked_store) as store:
+    with outdir.locked(unlocked_store) if options.marks_failed else nullcontext(unlocked_store) as store:
         record = outdir.read_existing_run(store)
         outdir.refuse_while_rescoring(store.location, record)
         with ImageRecords() as images:
             verifier = _Verifier(store, record, options, images)
-            verification = verifier.verify(report)
+            verification = verifier.verify(on_progress)
             if options.sample_size and progress is not None:
                 verifier.render_sample(verification, progress, stop)
-            if options.fixes:
-                verification.fixed = mark_failed(store, record, verifier.parts, images)
-        if not options.fixes:
+            if options.marks_failed:
+                verification.marked_count = mark_failed(store, record, verifier.parts, images)
+        if not options.marks_failed:
             _refuse_while_active(store)
-    if verification.fixed:
+    if verification.marked_count:
         _merge(unlocked_store)
     return verification
 
@@ -128,10 +128,10 @@ def _refuse_while_active(store: Store) -> None:
     try:
         holder = store.find_holder()
     except StorageError as error:
-        log.warning("it is unknown whether another command is using %s: %s", store.location, error)
+        log.warning("cannot tell whether another command is using %s: %s", store.location, error)
         return
     if holder is not None:
-        raise LockedError(f"{store.location} is locked by another run ({holder}); verify it when that run has ended")
+        raise LockedError(f"another command ({holder}) is using {store.location}; run verify again when it has ended")
 
 
 class _Verifier:
@@ -142,18 +142,18 @@ class _Verifier:
         self.parts: list[StoredFile] = []
         """The parts that can be read."""
 
-    def verify(self, report: Callable[[int, int], object]) -> Verification:
+    def verify(self, on_progress: Callable[[int, int], object]) -> Verification:
         """Run all checks."""
         checksums = check_checksums(self._store, self._record, self._options.public_key)
         self._check_parts(checksums)
         with open_recorded_tables(self._record, self._settings, moved=bool(self._options.tables)) as tables:
-            checker = RowChecker(self._store, self._record, self._settings, self.parts, self._images, self._problems)
-            row_count = checker.check(checksums, tables)
+            verifier = RowVerifier(self._store, self._record, self._settings, self.parts, self._images, self._problems)
+            row_count = verifier.check(checksums, tables)
         committed_rows, image_count = self._images.count()
         is_endpoint = not self._settings.table.tables
-        checks = ImageChecks(is_quick=self._options.is_quick, may_be_active=is_endpoint)
+        checks = ImageCheckOptions(is_quick=self._options.is_quick, may_be_active=is_endpoint)
         checked = check_images(
-            self._images, self._store, self._problems, checks, lambda done: report(done, image_count)
+            self._images, self._store, self._problems, checks, lambda done: on_progress(done, image_count)
         )
         return Verification(
             rows=committed_rows if row_count is None else row_count,
@@ -193,7 +193,7 @@ class _Verifier:
                 faults[part.path] = "it was written by a newer batch-infer: upgrade batch-infer to verify it"
         self._images.finish()
         for path, reason in faults.items():
-            if path != RESULTS:  # its rows are compared first
+            if path != RESULTS_PARQUET:  # its rows are compared first
                 self._problems.add("results_differ" if path in outdir.RESULTS else "damaged_part", reason, path=path)
         for name, index, path in self._images.iterate_repeated():
             detail = "the part has this result twice with the same attempt"
