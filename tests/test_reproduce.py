@@ -207,7 +207,7 @@ def test_a_missing_image_is_left_to_other_checks(out: Path) -> None:
         (out / name).unlink()
     assert sample(out).equal_bytes == IMAGES
     edit(out, "a", sha256="0" * 64)
-    assert sample(out).problems[0].detail == "other bytes with equal pixels"
+    assert sample(out).problems[0].detail == "bytes differ, pixels are equal"
     edit(out, "a", pixels_sha256="0" * 64)
     outcome = sample(out)
     assert outcome.problems[0].detail.startswith("its pixels have another hash than the recorded one")

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,14 +20,13 @@ from batch_infer.errors import StorageError
 from batch_infer.jobs.out import RESULTS, write_run
 from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
 from batch_infer.manifest import FOLDER, Manifest, run_number
-from batch_infer.store import Store, StoredFile, prefetch
+from batch_infer.store import Store, StoredFile, hash_stream, prefetch
 
 CHECKSUMS = f"{FOLDER}/SHA256SUMS"
 SIGNATURE = f"{CHECKSUMS}.sig"
 ROOT_DIGEST = "root_digest"
 """Key of run.json for the SHA-256 of SHA256SUMS."""
 READING_THREADS = 8
-CHUNK = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  (manifest/part-[^/]+\.parquet|results\.(?:parquet|csv|jsonl))")
 """A line that this module writes. An edited file must not name files outside OUT."""
 _MISSING = "it is missing"
@@ -56,8 +55,8 @@ def write_checksums(store: Store, results: Mapping[str, str], sign_key: str | No
     if store.exists(SIGNATURE):
         if sign_key is None:
             log.warning(
-                "%s is removed, because results.* are written without a key: sign them with `batch-infer merge %s"
-                " --sign-key FILE`",
+                "removed %s, because results.* were written without --sign-key. Run `batch-infer merge %s --sign-key "
+                "FILE` to sign again",
                 store.locate(SIGNATURE),
                 store.location,
             )
@@ -68,14 +67,14 @@ def write_checksums(store: Store, results: Mapping[str, str], sign_key: str | No
     return hashlib.sha256(content).hexdigest()
 
 
-def with_root_digest(record: Mapping[str, Any], store: Store) -> dict[str, Any]:
+def add_root_digest(store: Store, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return run.json with the root digest of the present SHA256SUMS. Raises StorageError."""
     content = store.read(CHECKSUMS)
     others = {name: value for name, value in record.items() if name != ROOT_DIGEST}
     return others if content is None else {**others, ROOT_DIGEST: hashlib.sha256(content).hexdigest()}
 
 
-def forget_root_digest(store: Store, record: Mapping[str, Any]) -> None:
+def remove_root_digest(store: Store, record: Mapping[str, Any]) -> None:
     """Remove the root digest from run.json, because a kill while results.* are replaced would leave it wrong."""
     if ROOT_DIGEST in record:
         write_run(store, {name: value for name, value in record.items() if name != ROOT_DIGEST})
@@ -87,14 +86,17 @@ def read_checksums(store: Store) -> dict[str, str]:
 
 
 def find_changed_parts(store: Store) -> set[str]:
-    """Return the names of the parts whose SHA-256 differs from that in SHA256SUMS. Raises StorageError."""
-    listed = read_checksums(store)
-    parts = [part for part in Manifest(store).parts() if part.path in listed]
-    return {part.name for part, digest in zip(parts, hash_files(parts), strict=True) if digest != listed[part.path]}
+    """Return the names of the parts whose SHA-256 differs from that in SHA256SUMS or that cannot be read.
+
+    Raises StorageError.
+    """
+    recorded = read_checksums(store)
+    parts = [part for part in Manifest(store).parts() if part.path in recorded]
+    return {part.name for part, digest in zip(parts, hash_files(parts), strict=True) if digest != recorded[part.path]}
 
 
 @dataclass(slots=True)
-class ChecksumReport:
+class ChecksumCheck:
     """Result of `check_checksums`. `problems` are (path, reason), and `matching` the files with the listed digest.
 
     `is_proof` is whether run.json names the root digest, it is that of SHA256SUMS, and all listed files match.
@@ -105,36 +107,36 @@ class ChecksumReport:
     is_proof: bool = False
 
 
-def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | None = None) -> ChecksumReport:
+def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | None = None) -> ChecksumCheck:
     """Hash every file that SHA256SUMS lists, and find those that differ, are missing or are not listed.
 
     Without a root digest in run.json, an earlier version wrote OUT or a run has not ended, so only existing parts that
     differ are problems. At an endpoint and after a lost worker, other parts may have been added. With `public_key`, the
     path of a key, a missing or invalid signature is a problem too. Raises StorageError, SettingsError.
     """
-    report, content = ChecksumReport(), store.read(CHECKSUMS)
-    root, listed = record.get(ROOT_DIGEST), read_checksums(store)
+    check, content = ChecksumCheck(), store.read(CHECKSUMS)
+    root, recorded = record.get(ROOT_DIGEST), read_checksums(store)
     if public_key is not None:
-        report.problems += _check_signature(store, content, public_key)
+        check.problems += _check_signature(store, content, public_key)
     if root is not None:
-        report.problems += _check_root(content, root, listed)
+        check.problems += _check_root(content, root, recorded)
     has_all_parts = root is not None and bool(record["settings"]["table"]["tables"]) and not record.get("has_strays")
-    files = [StoredFile(store, name) for name in listed]
+    files = [StoredFile(store, name) for name in recorded]
     for file, digest in zip(files, hash_files(files), strict=True):
-        if digest == listed[file.path]:
-            report.matching.add(file.path)
+        if digest == recorded[file.path]:
+            check.matching.add(file.path)
         elif isinstance(digest, str) and (root is not None or file.path not in RESULTS):
-            report.problems.append((file.path, f"its SHA-256 is {digest}, but {CHECKSUMS} names {listed[file.path]}"))
-        elif isinstance(digest, Unreadable) and (root is not None or digest.reason != _MISSING):
-            report.problems.append((file.path, digest.reason))
-    report.is_proof = root is not None and not report.problems
+            check.problems.append((file.path, f"its SHA-256 is {digest}, but {CHECKSUMS} lists {recorded[file.path]}"))
+        elif isinstance(digest, Unreadable) and (root is not None or not digest.is_missing):
+            check.problems.append((file.path, digest.reason))
+    check.is_proof = root is not None and not check.problems
     if content is not None and root is not None:
         parts = [part.path for part in Manifest(store).parts()] if has_all_parts else []
         others = [name for name in RESULTS if store.exists(name)]
-        unlisted = [name for name in (*parts, *others) if name not in listed]
-        report.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]
-        report.is_proof = report.is_proof and not unlisted
-    return report
+        unlisted = [name for name in (*parts, *others) if name not in recorded]
+        check.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]
+        check.is_proof = check.is_proof and not unlisted
+    return check
 
 
 def _check_root(content: bytes | None, root: str, listed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -151,7 +153,7 @@ def _check_signature(store: Store, content: bytes | None, public_key: str) -> It
     if signature is None or content is None:
         yield SIGNATURE, _MISSING
     elif not is_valid_signature(key, content, signature):
-        yield SIGNATURE, f"it is not the signature of {CHECKSUMS} by this key"
+        yield SIGNATURE, f"it is not this key's signature of {CHECKSUMS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class Unreadable:
     """The reason why a file has no digest."""
 
     reason: str
+    is_missing: bool = False
 
 
 def hash_files(files: Iterable[StoredFile]) -> Iterator[str | Unreadable]:
@@ -173,23 +176,16 @@ def hash_files(files: Iterable[StoredFile]) -> Iterator[str | Unreadable]:
 
 
 def _hash_file(file: StoredFile) -> str | Unreadable:
-    digest = hashlib.sha256()
     try:
         with file.store.open_file(file.path) as stream:
-            for chunk in _read_chunks(stream.read):
-                digest.update(chunk)
+            return hash_stream(stream.read)
     except FileNotFoundError:
-        return Unreadable(_MISSING)
+        return Unreadable(_MISSING, is_missing=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno == errno.EIO:
             return Unreadable(f"it cannot be read: {reason}")
         raise StorageError(f"cannot read {file}: {reason}") from error
-    return digest.hexdigest()
-
-
-def _read_chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    return iter(lambda: read(CHUNK), b"")
 
 
 def _split(content: bytes | None) -> list[str]:

@@ -43,7 +43,7 @@ class Compaction:
     def finish(self) -> None:
         """Wait until the thread is idle, and combine small parts if there are more than COMPACTION_PARTS parts.
 
-        A part that is no longer as SHA256SUMS lists it stays as it is, for `verify` to report. Raises StorageError if
+        A part that no longer matches SHA256SUMS is left unchanged, so that `verify` reports it. Raises StorageError if
         the folder cannot be listed.
         """
         self.wait()
@@ -67,6 +67,6 @@ class Compaction:
         try:
             removed = self._manifest.compact(self._first_active_run, excluded)
         except StorageError as error:
-            log.warning("small manifest parts were not combined: %s", error)
+            log.warning("small manifest parts were not combined, which only makes later commands slower: %s", error)
         else:
             log.debug("manifest parts were combined; there are %d fewer now", removed)

@@ -16,7 +16,7 @@ from batch_infer.errors import BatchInferError, CompilationError, ServiceError, 
 from batch_infer.jobs.compaction import Compaction
 from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
-from batch_infer.jobs.finished_run import find_finished_results
+from batch_infer.jobs.finished_run import recognise_finished_run
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_tables
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
@@ -101,8 +101,8 @@ class RunExecution:
         """
         self._summary, self._throughput = Summary(), None
         self._bytes_by_size.clear()
-        digest = self._job.tables.digest(self._job.rules)
-        if self._skip is is_finished and (finished := find_finished_results(self._job, digest)) is not None:
+        digest = self._job.tables.compute_digest(self._job.rules)
+        if self._skip is is_finished and (finished := recognise_finished_run(self._job, digest)) is not None:
             scan, counts = finished
             self._record_scan(scan, digest)
             return counts

@@ -16,12 +16,12 @@ from batch_infer.jobs.summary import Counts
 log = logging.getLogger("batch_infer")
 
 
-def find_finished_results(job: Job, tables_digest: str | None) -> tuple[ScanResult, Counts] | None:
+def recognise_finished_run(job: Job, tables_digest: str | None) -> tuple[ScanResult, Counts] | None:
     """Return the scan result and the counts of a run that has nothing to do, or None if the tables must be read.
 
     There is nothing to do if the last run in OUT read the same tables by the same rules and ended with an image or a
     blocked prompt for each result, it wrote the same formats, and the manifest parts and results.* are still the files
-    that it wrote, by their SHA-256. Reading ten million rows takes half an hour, and hashing these files seconds.
+    that it wrote, by their SHA-256. Reading ten million rows takes half an hour; hashing these files takes seconds.
 
     `tables_digest` is that of the job's tables. Raises StorageError.
     """
@@ -41,6 +41,6 @@ def find_finished_results(job: Job, tables_digest: str | None) -> tuple[ScanResu
         f"results.{name}" for name in ("parquet", *output.results)
     ):
         return None
-    log.debug("the tables, the manifest and the results have not changed since the last run, so no row is read")
+    log.debug("the tables, the manifest and the results have not changed since the last run, so no rows are read")
     skipped = {name: count for name in ("ok", "flagged", "blocked") if (count := getattr(counts, name))}
     return ScanResult(total=counts.results, finished=counts.results, skipped=skipped), counts

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import forget_root_digest, with_root_digest, write_checksums
+from batch_infer.jobs.checksums import add_root_digest, remove_root_digest, write_checksums
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
@@ -70,7 +70,7 @@ def merge_results(
         try:
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(store)  # but not for an endpoint, whose workers may be writing
-            forget_root_digest(store, record)
+            remove_root_digest(store, record)
             counts = _merge_recorded(record, settings, store, output)
         except DamagedPartError as damage:
             if settings.table.tables:
@@ -79,7 +79,7 @@ def merge_results(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
-        outdir.write_run(store, with_root_digest(add_counts(record, counts), store))
+        outdir.write_run(store, add_root_digest(store, add_counts(record, counts)))
         return counts, formats
 
 
@@ -116,8 +116,9 @@ def merge_tables(
 ) -> Counts:
     """Write and count the results of the rows of these tables, in their order, as `merge` does.
 
-    `scan` is the last scan of tables in this OUT. If all runs read the same tables by the same rules, all results in
-    the manifest belong to their rows, so the tables are not read again, which takes most of the time.
+    `scan` is the last scan of tables in this OUT. Raises the errors of `merge`. If all runs read the same tables by the
+    same rules, all results in the manifest belong to their rows, so the tables are not read again, which takes most of
+    the time.
     """
     manifest = Manifest(store)
     with manifest.index() as index:
@@ -134,12 +135,12 @@ def merge_tables(
 def _has_only_results_of(tables: Tables, rules: RowRules, scan: ScanRecord, index: ManifestIndex) -> bool:
     """Return whether the manifest contains only results of these tables, read by these rules.
 
-    Also return False if any result is failed or invalid, because only the tables know its line number.
+    Also return False if any result is failed or invalid, because its line number is only in the tables.
     """
     if scan.tables_digest is None or any(run_number(part) < scan.tables_since for part in index.parts.values()):
         return False
     statuses = index.count_statuses()
-    return not (statuses["failed"] or statuses["invalid"]) and tables.digest(rules) == scan.tables_digest
+    return not (statuses["failed"] or statuses["invalid"]) and tables.compute_digest(rules) == scan.tables_digest
 
 
 def merge(

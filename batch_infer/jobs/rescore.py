@@ -14,7 +14,7 @@ import msgspec
 
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ROOT_DIGEST, with_root_digest
+from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
 from batch_infer.jobs.compaction import COMPACTION_PARTS
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
@@ -139,7 +139,7 @@ class _RescoreExecution:
             retry_without_damaged_parts(lambda: self._check(rescorer, report, stop), on_damage)
         counts = retry_without_damaged_parts(self._merge, on_damage)
         record = {name: value for name, value in self._record.items() if name != "rescoring"}
-        outdir.write_run(store, with_root_digest({**add_counts(record, counts), "rescored_at": utc_now()}, store))
+        outdir.write_run(store, add_root_digest(store, {**add_counts(record, counts), "rescored_at": utc_now()}))
         return rescorer.counts, counts
 
     def _check(self, rescorer: Rescorer, report: Callable[[RescoreCounts], None], stop: Callable[[], bool]) -> None:

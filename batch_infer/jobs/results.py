@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -20,9 +19,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import to_python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import Sink, make_sink
-from batch_infer.store import Store
-
-CHUNK = 1 << 20
+from batch_infer.store import Store, hash_file
 
 log = logging.getLogger("batch_infer")
 
@@ -51,15 +48,11 @@ def write_results(
 def _make_hasher(digests: dict[str, str], name: str, path: Path) -> Callable[..., None]:
     """Return a function that stores a file's SHA-256 in `digests` when a context ends without an exception."""
 
-    def hash_file(error_class: type[BaseException] | None, *_: object) -> None:
+    def add_digest(error_class: type[BaseException] | None, *_: object) -> None:
         if error_class is None:
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                for chunk in iter(lambda: stream.read(CHUNK), b""):
-                    digest.update(chunk)
-            digests[name] = digest.hexdigest()
+            digests[name] = hash_file(path)
 
-    return hash_file
+    return add_digest
 
 
 def remove_other_results(store: Store, output: OutputSettings) -> None:

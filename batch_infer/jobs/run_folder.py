@@ -9,7 +9,7 @@ from typing import Any
 from batch_infer import __version__
 from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import with_root_digest
+from batch_infer.jobs.checksums import add_root_digest
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
 from batch_infer.manifest import Manifest, ManifestIndex, read_part
@@ -43,7 +43,7 @@ class RunFolder:
         """Add entries to run.json, which is not written until OUT is cleared. With a summary, add the root digest."""
         self._record = {**self._record, **entries}
         if "summary" in entries:
-            self._record = with_root_digest(self._record, self.store)
+            self._record = add_root_digest(self.store, self._record)
         if self.is_cleared:
             outdir.write_run(self.store, self._record)
 

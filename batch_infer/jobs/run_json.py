@@ -29,7 +29,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pil
 class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
     """The entries of a recorded `ScanResult` that commands read, and which rows the tables had.
 
-    `tables_digest` is `Tables.digest`, and all runs from number `tables_since` on read tables with this digest.
+    `tables_digest` is `Tables.compute_digest`, and all runs from number `tables_since` on read tables with this digest.
     """
 
     finished_at: datetime

@@ -10,7 +10,7 @@ from batch_infer.errors import SettingsError, first_line
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-INSTALL = "signatures need the cryptography library: pip install 'batch-infer[sign]'"
+INSTALL = "--sign-key and --public-key need cryptography: pip install 'batch-infer[sign]'"
 
 
 def check_sign_key(path: str | None) -> None:

@@ -20,11 +20,11 @@ of them in memory.
 """
 COMPACTED_BYTES = 64 << 20
 """Size in bytes of its rows in memory at which a part that combines others ends early."""
-_Small: TypeAlias = tuple[StoredFile, Footer]
+_SmallPart: TypeAlias = tuple[StoredFile, Footer]
 
 
 def compact_parts(parts: Iterable[StoredFile], first_active_run: int) -> int:
-    """Combine small parts, and return by how many the number of parts has decreased.
+    """Combine small parts, and return the decrease in the number of parts.
 
     The caller holds the lock of OUT. Only parts of runs are combined: workers of an endpoint take no lock. From run
     number `first_active_run` on, parts of different runs stay separate, because `status` and recovery distinguish them.
@@ -34,16 +34,16 @@ def compact_parts(parts: Iterable[StoredFile], first_active_run: int) -> int:
     A part is removed after its rows are durable in another part. After a kill in between, some rows exist twice, which
     the index ignores, and the next call removes the copies. Raises StorageError.
     """
-    removed = 0
+    removed_count = 0
     for number, clock, small_parts in _group(parts, first_active_run):
         for batch in _split(small_parts):
-            removed += _combine(batch, number, clock)
-    return removed
+            removed_count += _combine(batch, number, clock)
+    return removed_count
 
 
-def _group(parts: Iterable[StoredFile], first_active_run: int) -> Iterator[tuple[int, str, list[_Small]]]:
+def _group(parts: Iterable[StoredFile], first_active_run: int) -> Iterator[tuple[int, str, list[_SmallPart]]]:
     """Yield small parts that may be combined, in the order of their commits, with a run number and their clock."""
-    groups: dict[tuple[int, str, pa.Schema], list[_Small]] = defaultdict(list)
+    groups: dict[tuple[int, str, pa.Schema], list[_SmallPart]] = defaultdict(list)
     for part in prefetch(parts):
         number = run_number(part)
         if not number:
@@ -60,9 +60,9 @@ def _group(parts: Iterable[StoredFile], first_active_run: int) -> Iterator[tuple
         yield number or min(run_number(part) for part, _ in small_parts), clock, small_parts
 
 
-def _split(small_parts: Sequence[_Small]) -> Iterator[list[_Small]]:
+def _split(small_parts: Sequence[_SmallPart]) -> Iterator[list[_SmallPart]]:
     """Yield lists of adjacent parts with at most COMPACTED_ROWS rows together."""
-    batch: list[_Small] = []
+    batch: list[_SmallPart] = []
     rows = 0
     for small in small_parts:
         rows += small[1].rows
@@ -73,9 +73,9 @@ def _split(small_parts: Sequence[_Small]) -> Iterator[list[_Small]]:
     yield batch
 
 
-def _combine(batch: Sequence[_Small], number: int, clock: str) -> int:
-    """Combine parts into one, or into several if their rows are large. Return by how many their number decreased."""
-    removed, byte_count, tables, sources = 0, 0, list[pa.Table](), list[_Small]()
+def _combine(batch: Sequence[_SmallPart], number: int, clock: str) -> int:
+    """Combine parts into one, or into several if their rows are large. Return the decrease in their number."""
+    removed_count, byte_count, tables, sources = 0, 0, list[pa.Table](), list[_SmallPart]()
     for small in batch:
         try:
             tables.append(read_part(small[0]))
@@ -84,12 +84,12 @@ def _combine(batch: Sequence[_Small], number: int, clock: str) -> int:
         sources.append(small)
         byte_count += tables[-1].nbytes
         if byte_count >= COMPACTED_BYTES:
-            removed += _replace(sources, tables, number, clock)
+            removed_count += _replace(sources, tables, number, clock)
             byte_count, tables, sources = 0, [], []
-    return removed + _replace(sources, tables, number, clock)
+    return removed_count + _replace(sources, tables, number, clock)
 
 
-def _replace(sources: Sequence[_Small], tables: Sequence[pa.Table], number: int, clock: str) -> int:
+def _replace(sources: Sequence[_SmallPart], tables: Sequence[pa.Table], number: int, clock: str) -> int:
     """Write the rows of `tables` as one part, then remove the parts that contained them."""
     if len(sources) < 2:
         return 0
@@ -104,7 +104,7 @@ def _replace(sources: Sequence[_Small], tables: Sequence[pa.Table], number: int,
 
 
 def _drop_copies(table: pa.Table) -> pa.Table:
-    """Keep the row that counts of those with equal attempts, in the order of the table.
+    """Keep one row per attempt of an image: the one that finished last.
 
     A kill during a compaction leaves copies, and two workers commit the same attempt if one of them is lost.
     """

@@ -21,16 +21,16 @@ CACHED_BYTES = 64 << 20
 
 Parts are cached because rows in table order may alternate between them.
 """
-INSERTED_ROWS = 1 << 15
+INSERT_ROWS = 1 << 15
 """Number of rows at which the rows of several parts are inserted together.
 
 With fewer rows, converting the columns to Python costs more than inserting them.
 """
-FETCHED_ROWS = 1024
+FETCH_ROWS = 1024
 """Number of rows to fetch from the database together, because each call has a cost."""
-CACHE_KIB = 64 << 10
+SQLITE_CACHE_KIB = 64 << 10
 """Memory in KiB that SQLite uses for its pages and for sorting keys."""
-PAGE_BYTES = 1 << 15
+SQLITE_PAGE_BYTES = 1 << 15
 """Size of SQLite's pages. With its default of 4 KiB, inserting rows takes nearly twice as long."""
 _COLUMNS = (
     *("id", "image_index", "attempt", "finished_at", "status", "fingerprint", "generated_image"),
@@ -100,8 +100,8 @@ class ManifestIndex:
         self._cached_bytes = 0
         self._database = temporary_database()
         try:
-            self._database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-            self._database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            self._database.execute(f"PRAGMA page_size = {SQLITE_PAGE_BYTES}")
+            self._database.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KIB}")
             for statement in _CREATE:
                 self._database.execute(statement)
             self.add(parts, on_damage)
@@ -129,7 +129,7 @@ class ManifestIndex:
                             raise
                         on_damage(error)
                     removed_parts.remove(part)
-                if sum(len(table) for _, table in tables) >= INSERTED_ROWS:
+                if sum(len(table) for _, table in tables) >= INSERT_ROWS:
                     self._insert(tables)
         finally:
             self._insert(tables)
@@ -158,6 +158,7 @@ class ManifestIndex:
         values["source_file"] = [self._source_files[name] for name in values["source_file"]]
         rows = zip(*values.values(), chain.from_iterable(places), strict=True)
         cells = chain.from_iterable(islice(rows, len(table) // ROWS_PER_STATEMENT * ROWS_PER_STATEMENT))
+        # Group the cells into one tuple per statement.
         self._database.executemany(_INSERT_MANY, zip(*[cells] * _INSERT_MANY.count("?"), strict=True))
         self._database.executemany(_INSERT, rows)
         for part, _ in tables:
@@ -213,7 +214,7 @@ class ManifestIndex:
             f"{_SELECT} FROM images AS c JOIN source_ranks USING (source) WHERE {_IS_LATEST}"
             " ORDER BY rank, c.source_row, c.id, c.image_index"
         )
-        for batch in iter(lambda: rows.fetchmany(FETCHED_ROWS), []):
+        for batch in iter(lambda: rows.fetchmany(FETCH_ROWS), []):
             yield from map(self._to_image, batch)
 
     def count_rows(self) -> tuple[int, int]:

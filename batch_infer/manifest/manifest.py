@@ -45,7 +45,7 @@ class Manifest:
         return [part for part in parts if run_number(part) >= since_run]
 
     def compact(self, first_active_run: int, excluded: Container[str] = ()) -> int:
-        """Combine small parts, and return by how many the number of parts has decreased. See `compact_parts`.
+        """Combine small parts, and return the decrease in the number of parts. See `compact_parts`.
 
         Parts with `excluded` names stay as they are. The caller holds the lock. Raises StorageError.
         """

@@ -19,7 +19,7 @@ from batch_infer.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _TOKEN = re.compile(r"[0-9a-f]{8}-\d+-[0-9a-f]{12}-(?=.)")
-HASHED_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 """Number of bytes of a file to read and hash at a time."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RANDOM_ID = secrets.token_hex(6)
@@ -98,11 +98,16 @@ def remove_tree(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Raises OSError."""
-    hasher = hashlib.sha256()
+    """Return the SHA-256 of a file in hexadecimal digits. Raises OSError."""
     with path.open("rb", buffering=0) as file:
-        while block := file.read(HASHED_BYTES):
-            hasher.update(block)
+        return hash_stream(file.read)
+
+
+def hash_stream(read: Callable[[int], bytes | None]) -> str:
+    """Return the SHA-256, in hexadecimal digits, of all bytes that `read` returns in chunks of at most a given size."""
+    hasher = hashlib.sha256()
+    while chunk := read(CHUNK_BYTES):
+        hasher.update(chunk)
     return hasher.hexdigest()
 
 

@@ -26,7 +26,7 @@ from batch_infer.store.files import (
     write_errors,
 )
 from batch_infer.store.folder import PinnedFolder
-from batch_infer.store.listing import hash_all, list_tree
+from batch_infer.store.listing import hash_files, list_tree
 from batch_infer.store.protocol import IMAGE_FOLDERS, FileDigest, StoreAddress, is_inside
 
 FSYNC_THREADS = 32
@@ -108,7 +108,7 @@ class LocalImages:
         return chain.from_iterable(list_tree(root, folder, needs_sizes=needs_sizes) for folder in IMAGE_FOLDERS)
 
     def hash_images(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
-        return hash_all(str(self.root), images)
+        return hash_files(str(self.root), images)
 
     def stage(self, name: str, content: bytes) -> None:
         target = self.root / name

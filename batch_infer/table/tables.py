@@ -139,11 +139,11 @@ class Tables:
         """Source of the ids in tables without an id column, or None if all readable tables have one."""
         return None if all("id" in table.fields for table in self._readable) else self._settings.id_from
 
-    def digest(self, rules: RowRules) -> str | None:
+    def compute_digest(self, rules: RowRules) -> str | None:
         """Return a digest of all that determines the rows: the bytes and names of the files, the settings and `rules`.
 
         Equal digests mean equal rows. Return None if the rows also depend on other files: on LoRAs that rows name, or
-        on the other files of a shared folder. Raises StorageError.
+        on the other files of a shared folder, or if a file cannot be read. Raises StorageError.
         """
         if self._find_lora is not None or self._shared_folder is not None:
             return None

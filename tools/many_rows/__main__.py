@@ -1,6 +1,7 @@
 """Measure the commands on an OUT with many rows: `python -m tools.many_rows FOLDER --rows 1000000`.
 
-The rows and their results are made up. Nothing is rendered, and unless --images is given, there are no image files.
+The rows and results are synthetic; only one image is rendered, to create run.json. Without --images, there are no other
+image files.
 If FOLDER is new, making OUT takes about three minutes per million rows. Each command runs in a process of its own, and
 its time and peak memory are printed. With --images, `verify` is compared with sha256sum over the same images.
 """

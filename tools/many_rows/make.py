@@ -60,7 +60,7 @@ def make_out(folder: Path, rows: int, *, images: bool) -> None:
                 manifest.compact(1)
                 print(f"\r{(number + 1) * COMMIT_ROWS:,} rows", end="", file=sys.stderr)
         manifest.compact(1)
-        digest = tables.digest(rules)
+        digest = tables.compute_digest(rules)
     counts = {"rows": rows, "images": rows, "ok": rows}
     survey = {"total": rows, "done": 0, "pending": rows, "tables_digest": digest, "tables_since": 1}
     record |= {"survey": {**survey, "finished_at": utc_now()}, "summary": {**record["summary"], **counts, "flagged": 0}}

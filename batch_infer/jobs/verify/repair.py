@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.carried import to_values
-from batch_infer.jobs.checksums import forget_root_digest
+from batch_infer.jobs.checksums import remove_root_digest
 from batch_infer.jobs.merge import make_results_schema
 from batch_infer.jobs.verify.image_records import ImageRecords
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields
@@ -36,7 +36,7 @@ def mark_failed(store: Store, record: Mapping[str, Any], parts: Sequence[StoredF
     with ManifestIndex(parts) as index:
         while batch := list(islice(faults, BATCH)):
             if not count:
-                forget_root_digest(store, record)
+                remove_root_digest(store, record)
             rows = list(_make_failed(batch, index, schema))
             with deferred(GRACE_SECONDS):
                 manifest.commit(rows, carried)

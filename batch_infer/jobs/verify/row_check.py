@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_infer.errors import ServiceError, UsageError
-from batch_infer.jobs.checksums import ChecksumReport
+from batch_infer.jobs.checksums import ChecksumCheck
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.merge import make_results_schema, read_all_results, read_results
 from batch_infer.jobs.run_json import (
@@ -49,7 +49,7 @@ class RowVerifier:
         self._store, self._record, self._settings, self._parts = store, record, settings, parts
         self._images, self._problems = images, problems
 
-    def check(self, checksums: ChecksumReport, tables: Tables | None) -> int | None:
+    def check(self, checksums: ChecksumCheck, tables: Tables | None) -> int | None:
         """Check that every row has a result and that results.parquet matches the manifest.
 
         Return the number of rows, or None if it is unknown.
@@ -130,7 +130,7 @@ class RowVerifier:
 def _are_unchanged(record: Mapping[str, Any], tables: Tables, rules: RowRules) -> bool:
     """Return whether the tables have the digest that the run recorded. False if either has none."""
     recorded = (record.get("survey") or {}).get("tables_digest")
-    return recorded is not None and tables.digest(rules) == recorded
+    return recorded is not None and tables.compute_digest(rules) == recorded
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_infer.errors import DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ChecksumReport, check_checksums
+from batch_infer.jobs.checksums import ChecksumCheck, check_checksums
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
@@ -174,7 +174,7 @@ class _Verifier:
         verification.sample, verification.rendered_again = sample, sample.rendered
         verification.counts = dict(sorted(self._problems.counts.items()))
 
-    def _check_parts(self, checksums: ChecksumReport) -> None:
+    def _check_parts(self, checksums: ChecksumCheck) -> None:
         """Read every part, and add the faults of parts and their checksums.
 
         A part whose SHA-256 matches has been read for that, so only some of its columns are read again. All pages of
