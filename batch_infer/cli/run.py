@@ -71,8 +71,8 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
         type=click.Choice(get_args(RetryStatus)),
         multiple=True,
         required=True,
-        help="Status of the rows to render. missing: the image file was deleted. damaged: the image file has another "
-        "size or SHA-256, which reads all images. Repeatable.",
+        help="Status of the rows to render. missing: the image file was deleted. damaged: the size or SHA-256 of "
+        "the image file differs from its result; finding these reads all images. Repeatable.",
     ),
     *unattended_options,
     json_option,
