@@ -198,6 +198,8 @@ def test_small_differences_are_allowed_only_if_versions_differ(out: Path) -> Non
     edit_run(out, claim_another_torch)
     outcome = sample(out)
     assert (outcome.problems, outcome.largest, outcome.equal_bytes) == ([], 2, IMAGES - 1)
+    edit(out, "a", fingerprint="f")
+    assert problems(sample(out)) == [("a", 0)], "the recorded cells are those of another request"
     assert outcome.psnr_min is not None
     assert outcome.psnr_min > 40
 

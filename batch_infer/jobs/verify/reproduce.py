@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StoppedError
@@ -18,6 +19,7 @@ from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct
+from batch_infer.jobs.verify.problems import Problem
 from batch_infer.jobs.verify.sample_run import (
     CELLS,
     make_sample_id,
@@ -48,16 +50,6 @@ _COMPARED_COLUMNS = (
 _NAMES = ("OUT", "the new image")
 
 
-class SampleProblem(JsonStruct):
-    """A result that rendering did not reproduce. `path` is that of its image in OUT."""
-
-    id: str
-    image_index: int
-    path: str
-    detail: str
-    kind: str = "not_reproduced"
-
-
 class Sample(JsonStruct):
     """Outcome of rendering a sample again.
 
@@ -74,7 +66,7 @@ class Sample(JsonStruct):
     largest: int | None = None
     psnr_min: float | None = None
     environment: dict[str, tuple[Any, Any]] = {}
-    problems: list[SampleProblem] = []
+    problems: list[Problem] = []
 
     def add(self, comparison: ImageComparison) -> None:
         self.equal_pixels += comparison.differs is False
@@ -178,8 +170,9 @@ class _SampleComparison:
                 if (detail := self._explain(row, new)) is not None:
                     if new.get("fingerprint") != row["fingerprint"]:
                         detail += "; the recorded cells do not match the fingerprint of the result"
-                    path = row["generated_image"]
-                    self._sample.problems.append(SampleProblem(row["id"], row["image_index"], path, detail))
+                    self._sample.problems.append(
+                        Problem("not_reproduced", row["id"], row["image_index"], row["generated_image"], detail)
+                    )
         return self._sample
 
     def _explain(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -198,7 +191,7 @@ class _SampleComparison:
         sample.add(comparison)
         if sample.environment:
             is_close = comparison.is_unreadable or (comparison.psnr is not None and comparison.psnr >= MIN_PSNR)
-            is_reproduced = comparison.differs is False or is_close
+            is_reproduced = comparison.differs is False or (is_close and _may_have_same_cells(row, new))
         else:  # another run may have used another --image-format
             has_same_format = _suffix(row["generated_image"]) == _suffix(new["generated_image"])
             is_unknown = comparison.differs is None and comparison.is_unreadable
@@ -207,6 +200,15 @@ class _SampleComparison:
             return None
         prefix = "its pixels have another hash than the recorded one, and " if comparison.is_unreadable else ""
         return f"{prefix}{comparison.detail}"
+
+
+def _may_have_same_cells(row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether a result has the fingerprint of its new version.
+
+    Also return True if it has a guidance value with more than six digits, which the manifest may have rounded.
+    """
+    values = [row[name] for name in ("guidance_scale", "guidance_rescale") if row[name] is not None]
+    return row["fingerprint"] == new["fingerprint"] or any(np.float32(f"{value:.6g}") != value for value in values)
 
 
 def _suffix(path: str) -> str:

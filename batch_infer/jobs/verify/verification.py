@@ -170,7 +170,7 @@ class _Verifier:
             sample = reproduce(self._store, self._record, index, images, progress, stop)
         for problem in sample.problems:
             key = problem.id, problem.image_index
-            self._problems.add("not_reproduced", problem.detail, key=key, path=problem.path)
+            self._problems.add(problem.kind, problem.detail, key=key, path=problem.path)
         verification.sample, verification.rendered_again = sample, sample.rendered
         verification.counts = dict(sorted(self._problems.counts.items()))
 
