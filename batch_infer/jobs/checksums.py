@@ -112,7 +112,8 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
 
     Without a root digest in run.json, an earlier version wrote OUT or a run has not ended, so only existing parts that
     differ are problems. At an endpoint and after a lost worker, other parts may have been added. With `public_key`, the
-    path of a key, a missing or invalid signature is a problem too. Raises StorageError, SettingsError.
+    path of a key, a missing or invalid signature is a problem too, and so is each file that the signature does not
+    cover, because run.json is not signed. Raises StorageError, SettingsError.
     """
     check, content = ChecksumCheck(), store.read(CHECKSUMS)
     root, recorded = record.get(ROOT_DIGEST), read_checksums(store)
@@ -120,18 +121,19 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
         check.problems += _check_signature(store, content, public_key)
     if root is not None:
         check.problems += _check_root(content, root, recorded)
-    has_all_parts = root is not None and bool(record["settings"]["table"]["tables"]) and not record.get("has_strays")
+    is_signed, is_strict = public_key is not None, root is not None or public_key is not None
+    may_have_others = not record["settings"]["table"]["tables"] or record.get("has_strays")
     files = [StoredFile(store, name) for name in recorded]
     for file, digest in zip(files, hash_files(files), strict=True):
         if digest == recorded[file.path]:
             check.matching.add(file.path)
-        elif isinstance(digest, str) and (root is not None or file.path not in RESULTS):
+        elif isinstance(digest, str) and (is_strict or file.path not in RESULTS):
             check.problems.append((file.path, f"its SHA-256 is {digest}, but {CHECKSUMS} lists {recorded[file.path]}"))
-        elif isinstance(digest, Unreadable) and (root is not None or not digest.is_missing):
+        elif isinstance(digest, Unreadable) and (is_strict or not digest.is_missing):
             check.problems.append((file.path, digest.reason))
     check.is_proof = root is not None and not check.problems
-    if content is not None and root is not None:
-        parts = [part.path for part in Manifest(store).parts()] if has_all_parts else []
+    if content is not None and is_strict:
+        parts = [part.path for part in Manifest(store).parts()] if is_signed or not may_have_others else []
         others = [name for name in RESULTS if store.exists(name)]
         unlisted = [name for name in (*parts, *others) if name not in recorded]
         check.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]

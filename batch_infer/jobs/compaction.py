@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from batch_infer.errors import StorageError
 from batch_infer.jobs.checksums import find_changed_parts, read_checksums
 from batch_infer.manifest import Manifest
+from batch_infer.store import Store
 
 COMPACTION_PARTS = 256
 """Number of new parts after which small parts are combined.
@@ -48,7 +49,7 @@ class Compaction:
         """
         self.wait()
         if len(self._manifest.parts()) > COMPACTION_PARTS:
-            self._compact(find_changed_parts(self._manifest.store))
+            self._compact(find_changed_parts)
 
     def wait(self) -> None:
         """Wait until the thread is idle."""
@@ -56,15 +57,16 @@ class Compaction:
             self._running.result()
 
     def close(self) -> None:
+        """Wait until the thread is idle, and end it, because the lock of OUT is released next."""
         self._thread.shutdown()
 
     def _compact_new_parts(self) -> None:
         """Combine the parts that SHA256SUMS does not list yet. Parts of earlier runs are left to `finish`."""
-        listed = read_checksums(self._manifest.store)
-        self._compact({name.rpartition("/")[2] for name in listed})
+        self._compact(lambda store: {name.rpartition("/")[2] for name in read_checksums(store)})
 
-    def _compact(self, excluded: Container[str]) -> None:
+    def _compact(self, find_excluded: Callable[[Store], Container[str]]) -> None:
         try:
+            excluded = find_excluded(self._manifest.store)
             removed = self._manifest.compact(self._first_active_run, excluded)
         except StorageError as error:
             log.warning("small manifest parts were not combined, which only makes later commands slower: %s", error)

@@ -104,6 +104,8 @@ class RunExecution:
         digest = self._job.tables.compute_digest(self._job.rules)
         if self._skip is is_finished and (finished := recognise_finished_run(self._job, digest)) is not None:
             scan, counts = finished
+            for notice in self._job.tables.notices:
+                log.warning("%s", notice)
             self._record_scan(scan, digest)
             return counts
         with self._folder.index() as index:
@@ -134,7 +136,9 @@ class RunExecution:
         return scan
 
     def _record_scan(self, scan: ScanResult, tables_digest: str | None) -> None:
-        """Add a finished scan of the tables to run.json."""
+        """Add a finished scan of the tables to run.json, with their digest unless they have changed in the meantime."""
+        if self._job.tables.changed_files():
+            tables_digest = None
         earlier = parse_record(self._job.earlier or {}).survey
         since = earlier.tables_since if earlier and earlier.tables_digest == tables_digest else self._job.number
         self._scan_record = ScanRecord(utc_now(), scan.total, tables_digest=tables_digest, tables_since=since)
@@ -173,6 +177,7 @@ class RunExecution:
         if report.lost_remote_worker:  # it may still be writing, so leave its files to the next run
             self._folder.update_record(has_strays=True)
         elif report.deaths:
+            self._compaction.wait()  # its temporary file is no leftover
             remove_leftovers(self._store)
         computes = [worker.compute for worker in report.worker_reports]
         if any(compute != self._job.compute for compute in computes):  # halved after running out of memory
@@ -276,6 +281,7 @@ class RunExecution:
                 "to merge only the results of the current tables",
                 ", ".join(changed),
             )
+            self._record_scan(scan, None)
             counts = merge_parts(self._store, tables.files, output, min_results)
             counts.remaining = remaining
             return counts

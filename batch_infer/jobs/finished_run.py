@@ -9,6 +9,7 @@ import msgspec
 
 from batch_infer.jobs.checksums import check_checksums
 from batch_infer.jobs.job import Job
+from batch_infer.jobs.out import RESULTS
 from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts
@@ -36,10 +37,9 @@ def recognise_finished_run(job: Job, tables_digest: str | None) -> tuple[ScanRes
     output = job.settings.output
     if output.sign_key is not None or output != replace(earlier.settings.output, sign_key=None):
         return None
-    report = check_checksums(job.store, job.earlier)
-    if not report.is_proof or not report.matching.issuperset(
-        f"results.{name}" for name in ("parquet", *output.results)
-    ):
+    check = check_checksums(job.store, job.earlier)
+    results = {f"results.{name}" for name in ("parquet", *output.results)}
+    if not check.is_proof or check.matching.intersection(RESULTS) != results:
         return None
     log.debug("the tables, the manifest and the results have not changed since the last run, so no rows are read")
     skipped = {name: count for name in ("ok", "flagged", "blocked") if (count := getattr(counts, name))}

@@ -15,7 +15,7 @@ from msgspec import structs
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.compute import choose_compute
-from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, parse_record
+from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, list_environments, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
@@ -163,6 +163,7 @@ def prepare(
         # `find_changes` needs all earlier rules, since any of these runs may have rendered an image.
         "earlier_rules": [msgspec.to_builtins(old) for old in dict.fromkeys(history.known_rules) if old != rules],
         "default_ids": tables.default_id_source or history.ids_from,
+        **list_environments(record, earlier, number),
     }
     return Job(settings, store, tables, card, compute, record, earlier, rules)
 

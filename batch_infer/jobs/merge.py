@@ -25,6 +25,7 @@ from batch_infer.jobs.run_json import (
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
+    without_tables_digest,
 )
 from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Counts
@@ -71,7 +72,7 @@ def merge_results(
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(store)  # but not for an endpoint, whose workers may be writing
             remove_root_digest(store, record)
-            counts = _merge_recorded(record, settings, store, output)
+            counts, are_recorded_tables = _merge_recorded(record, settings, store, output)
         except DamagedPartError as damage:
             if settings.table.tables:
                 raise
@@ -79,15 +80,22 @@ def merge_results(
                 f"{damage.part} is damaged ({damage.reason}): send its tables to the endpoint again with the same"
                 " output folder, which renders their rows again, or move the part away to merge without it"
             ) from damage
+        if not are_recorded_tables:
+            record = without_tables_digest(record)
         outdir.write_run(store, add_root_digest(store, add_counts(record, counts)))
         return counts, formats
 
 
-def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, store: Store, output: OutputSettings) -> Counts:
-    """Merge in the order of the run's tables, or the whole manifest if there are no tables that can be read again."""
+def _merge_recorded(
+    record: Mapping[str, Any], settings: RunSettings, store: Store, output: OutputSettings
+) -> tuple[Counts, bool]:
+    """Merge in the order of the run's tables, or the whole manifest if there are no tables that can be read again.
+
+    Also return whether the tables were read, and have the digest that the run recorded.
+    """
     rules = read_rules(record, store.location)
     if not settings.table.tables:  # an endpoint
-        return merge_parts(store, [], output)
+        return merge_parts(store, [], output), False
     try:
         refuse_unrepeatable_tables(record, store.location)
         tables = open_tables(settings)
@@ -98,12 +106,14 @@ def _merge_recorded(record: Mapping[str, Any], settings: RunSettings, store: Sto
             already_unreadable = record.get("unreadable_tables", ())
             errors = [error for name, error in tables.unreadable_files.items() if name not in already_unreadable]
             if not errors:
-                return merge_tables(tables, rules, parse_record(record).survey, store, output)
+                scan = parse_record(record).survey
+                counts = merge_tables(tables, rules, scan, store, output)
+                return counts, scan is not None and tables.compute_digest(rules) == scan.tables_digest
         reason = "; ".join(errors)
     log.warning("the tables of this run cannot be read, so all results in the manifest are merged (%s)", reason)
     counts = merge_parts(store, record.get("tables", ()), output)
     counts.remaining = max(0, count_scanned_results(record) - counts.results)
-    return counts
+    return counts, False
 
 
 def merge_tables(
@@ -135,12 +145,15 @@ def merge_tables(
 def _has_only_results_of(tables: Tables, rules: RowRules, scan: ScanRecord, index: ManifestIndex) -> bool:
     """Return whether the manifest contains only results of these tables, read by these rules.
 
-    Also return False if any result is failed or invalid, because its line number is only in the tables.
+    Also return False if results are missing, because only the tables have their rows, or if any result is failed or
+    invalid, because only the tables have its line number.
     """
     if scan.tables_digest is None or any(run_number(part) < scan.tables_since for part in index.parts.values()):
         return False
     statuses = index.count_statuses()
-    return not (statuses["failed"] or statuses["invalid"]) and tables.compute_digest(rules) == scan.tables_digest
+    if statuses["failed"] or statuses["invalid"] or statuses.total() != scan.total:
+        return False
+    return tables.compute_digest(rules) == scan.tables_digest
 
 
 def merge(

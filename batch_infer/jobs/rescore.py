@@ -28,6 +28,7 @@ from batch_infer.jobs.run_json import (
     read_rules,
     read_settings,
     refuse_unrepeatable_tables,
+    without_tables_digest,
 )
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
@@ -138,7 +139,7 @@ class _RescoreExecution:
             outdir.write_run(store, {**self._record, "rescoring": self._sources})
             retry_without_damaged_parts(lambda: self._check(rescorer, report, stop), on_damage)
         counts = retry_without_damaged_parts(self._merge, on_damage)
-        record = {name: value for name, value in self._record.items() if name != "rescoring"}
+        record = without_tables_digest({name: self._record[name] for name in self._record if name != "rescoring"})
         outdir.write_run(store, add_root_digest(store, {**add_counts(record, counts), "rescored_at": utc_now()}))
         return rescorer.counts, counts
 

@@ -9,10 +9,10 @@ from typing import Any
 from batch_infer import __version__
 from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import add_root_digest
+from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, set_aside
-from batch_infer.manifest import Manifest, ManifestIndex, read_part
+from batch_infer.manifest import Manifest, ManifestIndex, read_part, run_number
 from batch_infer.sinks import is_image_path, make_sink
 from batch_infer.store import IMAGE_FOLDERS, Store
 
@@ -30,7 +30,7 @@ class RunFolder:
         self.is_cleared = not (job.settings.overwrite and self.store.exists(outdir.RUN_JSON))
         self._stop = stop
         self._record: Mapping[str, Any] = job.record
-        self._earlier = job.earlier
+        self._earlier, self._number = job.earlier, job.number
 
     def index(self) -> ManifestIndex:
         """Return the index of the results from which the run continues: none until OUT is cleared.
@@ -52,7 +52,10 @@ class RunFolder:
         if self.is_cleared:
             remove_leftovers(self.store)
             if self._earlier is not None:
-                outdir.write_run(self.store, self._earlier)
+                record = dict(self._earlier)
+                if any(run_number(part) == self._number for part in self.manifest.parts()):
+                    record.pop(ROOT_DIGEST, None)  # SHA256SUMS lacks the invalid rows that this run committed
+                outdir.write_run(self.store, record)
             else:
                 self.store.remove([outdir.RUN_JSON])
 

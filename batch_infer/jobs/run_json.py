@@ -23,6 +23,8 @@ from batch_infer.table import RowRules, Tables, redact_url
 
 T = TypeVar("T")
 
+ENVIRONMENT = ("batch_infer", "compute", "versions")
+"""The keys of run.json on which, besides its identity, the bytes of images may depend."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 
 
@@ -166,6 +168,35 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: str) -> None:
     if tables := record.get("unrepeatable_tables"):
         names = ", ".join("standard input" if table == "-" else table for table in tables)
         raise SettingsError(f"{names}: {out}/run.json does not say how to read this again; name the TABLEs after OUT")
+
+
+def list_environments(record: Mapping[str, Any], earlier: Mapping[str, Any] | None, number: int) -> dict[str, Any]:
+    """Return the entry `environments` of run.json, or no entry if all runs in OUT had the same environment.
+
+    It lists the compute settings and versions of each run, with its number, that had others than the run before. The
+    images of earlier runs may depend on them.
+    """
+    current = {name: record.get(name) for name in ENVIRONMENT}
+    environments = list((earlier or {}).get("environments", ()))
+    if earlier and not environments:
+        first = {name: earlier.get(name) for name in ENVIRONMENT}
+        environments.append({"run_number": 0, **first})
+    if not environments or {**environments[-1], "run_number": 0} != {**current, "run_number": 0}:
+        environments.append({"run_number": number, **current})
+    return {"environments": environments} if len(environments) > 1 else {}
+
+
+def find_environment(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """Return the compute settings and versions of the run with this number, under their keys in run.json."""
+    environments = record.get("environments") or [record]
+    known = [environment for environment in environments if environment.get("run_number", 0) <= number]
+    return known[-1] if known else environments[0]
+
+
+def without_tables_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return run.json without the digest of the tables, because results.* were not merged from these tables."""
+    survey = record.get("survey")
+    return dict(record) if survey is None else {**record, "survey": {**survey, "tables_digest": None}}
 
 
 def ended_cleanly(record: Mapping[str, Any] | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ INSTALL = "--sign-key and --public-key need cryptography: pip install 'batch-inf
 
 
 def check_sign_key(path: str | None) -> None:
-    """Check that a private key can be used, unless `path` is None. Raises SettingsError."""
+    """Check that a private key can be used, unless `path` is None. Raises SettingsError.
+
+    The key stays in memory, so that a run can sign at its end even if the file is gone by then.
+    """
     if path is not None:
         _read_private_key(path)
 
@@ -52,6 +56,7 @@ def is_valid_signature(key: Ed25519PublicKey, content: bytes, signature: bytes) 
     return True
 
 
+@lru_cache(maxsize=1)
 def _read_private_key(path: str) -> Ed25519PrivateKey:
     try:
         from cryptography.exceptions import UnsupportedAlgorithm

@@ -23,7 +23,7 @@ COMPACTED_BYTES = 64 << 20
 _SmallPart: TypeAlias = tuple[StoredFile, Footer]
 
 
-def compact_parts(parts: Iterable[StoredFile], first_active_run: int) -> int:
+def compact_parts(parts: Iterable[StoredFile], first_active_run: int, large_parts: set[str]) -> int:
     """Combine small parts, and return the decrease in the number of parts.
 
     The caller holds the lock of OUT. Only parts of runs are combined: workers of an endpoint take no lock. From run
@@ -31,17 +31,20 @@ def compact_parts(parts: Iterable[StoredFile], first_active_run: int) -> int:
     Earlier runs are combined under the lowest of their numbers. Parts with different carried columns or commit clocks
     and parts that are damaged or in another format version stay as they are.
 
-    A part is removed after its rows are durable in another part. After a kill in between, some rows exist twice, which
-    the index ignores, and the next call removes the copies. Raises StorageError.
+    Add the names of parts with too many rows to `large_parts`. A part is removed after its rows are durable in another
+    part. After a kill in between, some rows exist twice, which the index ignores, and the next call removes the copies.
+    Raises StorageError.
     """
     removed_count = 0
-    for number, clock, small_parts in _group(parts, first_active_run):
+    for number, clock, small_parts in _group(parts, first_active_run, large_parts):
         for batch in _split(small_parts):
             removed_count += _combine(batch, number, clock)
     return removed_count
 
 
-def _group(parts: Iterable[StoredFile], first_active_run: int) -> Iterator[tuple[int, str, list[_SmallPart]]]:
+def _group(
+    parts: Iterable[StoredFile], first_active_run: int, large_parts: set[str]
+) -> Iterator[tuple[int, str, list[_SmallPart]]]:
     """Yield small parts that may be combined, in the order of their commits, with a run number and their clock."""
     groups: dict[tuple[int, str, pa.Schema], list[_SmallPart]] = defaultdict(list)
     for part in prefetch(parts):
@@ -52,7 +55,9 @@ def _group(parts: Iterable[StoredFile], first_active_run: int) -> Iterator[tuple
             footer = read_footer(part)
         except (DamagedPartError, NewerPartError):  # the command that reads its rows reports it
             continue
-        if footer is not None and footer.rows <= COMPACTED_ROWS // 2:
+        if footer is not None and footer.rows > COMPACTED_ROWS // 2:
+            large_parts.add(part.name)
+        elif footer is not None:
             key = number if number >= first_active_run else 0, footer.clock, footer.schema
             groups[key].append((part, footer))
     for (number, clock, _), small_parts in groups.items():
@@ -97,8 +102,9 @@ def _replace(sources: Sequence[_SmallPart], tables: Sequence[pa.Table], number: 
     keys = zip(*(table[name].to_pylist() for name in ("id", "image_index", "fingerprint", "attempt")), strict=True)
     first, _ = sources[0]
     combined = StoredFile(first.store, f"{first.path.rpartition('/')[0]}/{make_part_name(number, keys)}")
-    first.store.check()
-    write_part(combined, table, clock, max(footer.seconds for _, footer in sources))
+    if all(part.path != combined.path for part, _ in sources):  # otherwise it exists, and the others are copies
+        first.store.check()
+        write_part(combined, table, clock, max(footer.seconds for _, footer in sources))
     first.store.remove(part.path for part, _ in sources if part.path != combined.path)
     return len(sources) - 1
 

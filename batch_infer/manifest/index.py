@@ -50,7 +50,9 @@ _INSERT_MANY = _INSERT + ", (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)" * (ROWS_PER_STATEMEN
 _SELECT = (
     "SELECT c.status, c.fingerprint, c.attempt, c.path, c.place, c.source,"
     " CASE WHEN c.status = 'failed' THEN (SELECT count(DISTINCT f.attempt) FROM images AS f WHERE f.id = c.id AND"
-    " f.image_index = c.image_index AND f.fingerprint = c.fingerprint AND f.status = 'failed') ELSE 0 END"
+    " f.image_index = c.image_index AND f.fingerprint = c.fingerprint AND f.status = 'failed' AND f.attempt >"
+    " (SELECT coalesce(max(o.attempt), 0) FROM images AS o WHERE o.id = c.id AND o.image_index = c.image_index AND"
+    " o.status != 'failed')) ELSE 0 END"
 )
 # Two workers commit the same attempt if the first dies before it reports the row as finished. Of equal attempts, the
 # later one counts, because its image is the one on disk.
@@ -68,8 +70,8 @@ _IS_LATEST = (
 class CommittedImage:
     """Manifest entry for one image, which is row number `row` of the part named `part`.
 
-    `path` is None without an image file. `failures` is the number of failed attempts with this fingerprint, or 0 if the
-    latest attempt did not fail.
+    `path` is None without an image file. `failures` is the number of failed attempts with this fingerprint since the
+    last attempt that did not fail.
     """
 
     status: str
@@ -109,15 +111,17 @@ class ManifestIndex:
             self.close()
             raise
 
-    def add(self, parts: Iterable[Part], on_damage: Callable[[DamagedPartError], object] | None = None) -> bool:
-        """Index the parts that are not indexed yet, and return whether all of them still exist.
+    def add(self, parts: Iterable[Part], on_damage: Callable[[DamagedPartError], object] | None = None) -> set[str]:
+        """Index the parts that are not indexed yet, and return the names of those that do not exist.
 
-        A part that another process has removed or renamed is skipped. Each DamagedPartError is passed to `on_damage`,
-        or raised if `on_damage` is None. Raises NewerPartError, StorageError. After an error, the next call indexes the
-        remaining parts.
+        A part that another process has removed or renamed does not exist any more. Each DamagedPartError is passed to
+        `on_damage`, or raised if `on_damage` is None. Raises NewerPartError, StorageError. After an error, the next
+        call indexes the remaining parts.
         """
         new_parts = [part for part in map(to_stored_file, parts) if part.name not in self.parts]
-        removed_parts = set(new_parts)
+        missing_names = {part.name for part in new_parts}
+        if not new_parts:
+            return missing_names
         tables: list[tuple[StoredFile, pa.Table]] = []
         try:
             for part in prefetch(new_parts):
@@ -128,13 +132,13 @@ class ManifestIndex:
                         if on_damage is None:
                             raise
                         on_damage(error)
-                    removed_parts.remove(part)
+                    missing_names.remove(part.name)
                 if sum(len(table) for _, table in tables) >= INSERT_ROWS:
                     self._insert(tables)
         finally:
             self._insert(tables)
-            self._database.execute(_CREATE_INDEX)
-        return not removed_parts
+        self._database.execute(_CREATE_INDEX)
+        return missing_names
 
     def _insert(self, tables: list[tuple[StoredFile, pa.Table]]) -> None:
         """Insert the rows of parts, and empty the list."""

@@ -8,7 +8,7 @@ from time import monotonic
 
 import pyarrow as pa
 
-from batch_infer.errors import BatchInferError, DamagedPartError
+from batch_infer.errors import BatchInferError, DamagedPartError, StorageError
 from batch_infer.manifest.columns import to_table
 from batch_infer.manifest.compaction import compact_parts
 from batch_infer.manifest.index import ManifestIndex
@@ -25,6 +25,7 @@ class Manifest:
     def __init__(self, out: Out, run: int = 0) -> None:
         """`run` is the number of the run that commits parts, from 1 in each OUT, or 0 if the writer is not a run."""
         self.store, self._run = open_store(out), run
+        self._large_parts: set[str] = set()
 
     def commit(self, rows: Sequence[ResultRow], carried: pa.Schema) -> str:
         """Write rows as one part, and return its file name. Raises StorageError.
@@ -49,7 +50,9 @@ class Manifest:
 
         Parts with `excluded` names stay as they are. The caller holds the lock. Raises StorageError.
         """
-        return compact_parts((part for part in self.parts() if part.name not in excluded), first_active_run)
+        known = self._large_parts
+        parts = (part for part in self.parts() if part.name not in excluded and part.name not in known)
+        return compact_parts(parts, first_active_run, known)
 
     def schemas(self) -> Iterator[pa.Schema]:
         """Yield the carried columns of every part. Raises DamagedPartError, NewerPartError, StorageError."""
@@ -59,15 +62,21 @@ class Manifest:
         """Index the parts from run number `since_run` on.
 
         With `on_damage`, damaged parts are skipped and their errors are passed to it. Without it, raises
-        DamagedPartError. Raises NewerPartError, StorageError.
+        DamagedPartError. Raises NewerPartError, and StorageError, for example if the folder lists parts that do not
+        exist.
         """
-        index, tried = ManifestIndex(), set[str]()
+        index = ManifestIndex()
         try:
-            while new_parts := [part for part in self.parts(since_run) if part.name not in tried]:
-                tried.update(part.name for part in new_parts)
-                if index.add(new_parts, on_damage):
-                    break
-                # A run has compacted parts in the meantime, so list the parts again to find their rows.
+            parts = self.parts(since_run)
+            while missing_names := index.add(parts, on_damage):
+                # Another command has combined parts in the meantime, so the new list has parts with their rows.
+                tried = {part.name for part in parts}
+                parts = self.parts(since_run)
+                if all(part.name in tried for part in parts) and any(part.name in missing_names for part in parts):
+                    # A network file system lists the folder as it was, so parts with these rows are not known yet.
+                    raise StorageError(
+                        f"{self.store.locate(FOLDER)} lists parts that do not exist: run the same command again"
+                    )
         except BatchInferError:
             index.close()
             raise

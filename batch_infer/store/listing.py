@@ -44,7 +44,7 @@ def list_tree(root: str, folder: str, *, needs_sizes: bool) -> Iterator[tuple[st
                 elif (size := _read_size(entry)) is not None:
                     entries.append((entry.name, size))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(f"{root}/{folder}"):  # noqa: PTH114
             return
         raise StorageError(f"cannot read {root}/{folder}: {error.strerror}") from error
     entries.sort(key=itemgetter(0))  # with the slash, a folder's files sort as their paths do
@@ -79,7 +79,8 @@ def _hash_file(path: str, size: int) -> FileDigest | None:
         try:
             content = os.read(descriptor, min(size + 1, CHUNK_BYTES))
             digest, length = hashlib.sha256(content), len(content)
-            while length < size and (chunk := os.read(descriptor, min(size + 1 - length, CHUNK_BYTES))):
+            # A small file has ended, so only a large one is read again.
+            while CHUNK_BYTES <= length <= size and (chunk := os.read(descriptor, min(size + 1 - length, CHUNK_BYTES))):
                 digest.update(chunk)
                 length += len(chunk)
         finally:

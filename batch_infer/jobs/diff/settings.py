@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from batch_infer.jobs.run_json import format_identity
+from batch_infer.jobs.run_json import ENVIRONMENT, format_identity
 from batch_infer.jobs.scan import OPTIONS
 
 _IGNORED = frozenset(
@@ -76,12 +76,9 @@ def _compare_identities(record: Mapping[str, Any], other: Mapping[str, Any]) -> 
 def compare_environments(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the differences of the compute settings and versions on which the bytes of an image may depend."""
     ignored = {"compute.offload", "versions.python", "versions.pyarrow"}
-    differences = compare_records(_environment(record), _environment(other))
+    first, second = ({name: source.get(name) for name in ENVIRONMENT} for source in (record, other))
+    differences = compare_records(first, second)
     return {name: values for name, values in differences.items() if name not in ignored}
-
-
-def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in ("batch_infer", "compute", "versions")}
 
 
 def _flatten(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

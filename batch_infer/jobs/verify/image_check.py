@@ -18,10 +18,15 @@ BATCH = 512
 
 @dataclass(frozen=True, slots=True)
 class ImageCheckOptions:
-    """What to check. `is_quick` compares only sizes, and `may_be_active` ignores the temporary files of workers."""
+    """What to check.
+
+    `is_quick` compares only sizes, and `may_be_active` ignores the temporary files of workers. With
+    `has_unreadable_parts`, a file that no result names may be the image of a result in one of these parts.
+    """
 
     is_quick: bool = False
     may_be_active: bool = False
+    has_unreadable_parts: bool = False
 
 
 def check_images(
@@ -139,4 +144,6 @@ class _ImageVerifier:
         if (is_leftover and self._options.may_be_active) or self._records.is_expected(path):
             return
         detail = "a killed process left it; the next run removes it" if is_leftover else "no result names it"
+        if self._options.has_unreadable_parts:
+            detail += ", unless it is a result in a part that cannot be read"
         self._problems.add("orphan_image", detail, path=path)

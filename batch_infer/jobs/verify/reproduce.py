@@ -16,8 +16,9 @@ from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run import render_tables
-from batch_infer.jobs.run_json import find_lora_column
+from batch_infer.jobs.run_json import find_environment, find_lora_column
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.jobs.verify.problems import Problem
 from batch_infer.jobs.verify.sample_run import (
@@ -27,7 +28,7 @@ from batch_infer.jobs.verify.sample_run import (
     refuse_other_model,
     write_sample_table,
 )
-from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, read_part
+from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, read_part, run_number
 from batch_infer.sinks import make_sink
 from batch_infer.store import Store, open_store, prefetch, temporary_folder
 
@@ -42,11 +43,12 @@ STATUSES = ("ok", "flagged")
 """Statuses of results with an image."""
 _RECORDED_COLUMNS = (
     *("id", "image_index", *CELLS, "generated_image", "status", "sha256", "pixels_sha256", "image_bytes"),
-    "fingerprint",
+    *("fingerprint", "slots"),
 )
 _COMPARED_COLUMNS = (
-    *("id", "generated_image", "status", "error", "sha256", "pixels_sha256", "image_bytes", "fingerprint"),
+    *("id", "generated_image", "status", "error", "sha256", "pixels_sha256", "image_bytes", "fingerprint", "slots"),
 )
+_RUN_NUMBER = "run_number"
 _NAMES = ("OUT", "the new image")
 
 
@@ -55,9 +57,9 @@ class Sample(JsonStruct):
 
     `rendered` results were compared. `equal_bytes` and `equal_pixels` count those whose image has the recorded bytes or
     pixels. `largest` is the largest difference of a channel value and `psnr_min` the lowest PSNR in dB of the others,
-    or None if there are none. `environment` maps the device settings and versions that differ from those of run.json to
-    their values then and now. With any of them, an image is reproduced if its PSNR is at least MIN_PSNR, otherwise only
-    if its bytes are equal.
+    or None if there are none. `environment` maps the device settings and versions that differ from those of the run
+    that rendered an image to their values then and now. With any of them, an image is reproduced if
+    its PSNR is at least MIN_PSNR, otherwise only if its bytes are equal.
     """
 
     rendered: int = 0
@@ -84,12 +86,13 @@ def choose_sample(index: ManifestIndex, count: int, seed: int) -> list[Committed
     if count <= 0:
         return []
     chosen: list[tuple[int, str, int, CommittedImage]] = []  # a heap, whose first entry has the largest digest
-    columns = ("id", "image_index", "status", "generated_image")
+    columns = ("id", "image_index", "status", "generated_image", "error")
     for part in prefetch(index.parts.values()):
         table = read_part(part, columns)
-        for number, (name, image_index, status, path) in enumerate(_iterate_rows(table, columns)):
+        for number, (name, image_index, status, path, error) in enumerate(_iterate_rows(table, columns)):
             order = -_digest(seed, name, image_index)
-            if path is None or status not in STATUSES or (len(chosen) >= count and order <= chosen[0][0]):
+            is_original = path is not None and status in STATUSES and IMAGE_NOT_KEPT not in (error or "")
+            if not is_original or (len(chosen) >= count and order <= chosen[0][0]):
                 continue
             image = index.find((name, image_index))
             if image is not None and (image.part, image.row) == (part.name, number):  # else a later attempt counts
@@ -125,9 +128,7 @@ def reproduce(
         summary = render_tables(settings, progress, stop)
         if summary.unfinished:
             raise StoppedError("stopped before the sample was rendered. Run the same command again")
-        new_store = open_store(settings.out)
-        environment = compare_environments(record, outdir.read_existing_run(new_store))
-        return _SampleComparison(store, new_store, environment).compare(rows)
+        return _SampleComparison(store, record, open_store(settings.out)).compare(rows)
 
 
 def _digest(seed: int, name: str, image_index: int) -> int:
@@ -146,19 +147,21 @@ def _read_rows(
     schema = pa.schema([SCHEMA.field(name) for name in _RECORDED_COLUMNS])
     if lora_column is not None:
         schema = schema.append(pa.field(lora_column, pa.string()))
-    for _, group in groupby(images, lambda image: image.part):
+    for part, group in groupby(images, lambda image: image.part):
         try:
-            yield from index.read_results(list(group), schema).to_pylist()
+            rows = index.read_results(list(group), schema).to_pylist()
         except DamagedPartError:
             continue
+        yield from ({**row, _RUN_NUMBER: run_number(index.parts[part])} for row in rows)
 
 
 class _SampleComparison:
     """Compares results with their new versions. The manifest and the images of both are read."""
 
-    def __init__(self, store: Store, new_store: Store, environment: dict[str, tuple[Any, Any]]) -> None:
+    def __init__(self, store: Store, record: Mapping[str, Any], new_store: Store) -> None:
         self._sink, self._new_store, self._new_sink = make_sink(store), new_store, make_sink(new_store)
-        self._sample = Sample(environment=environment)
+        self._record, self._new_record = record, outdir.read_existing_run(new_store)
+        self._sample = Sample()
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> Sample:
         """Compare the recorded results with those in the new OUT. Raises StorageError."""
@@ -181,6 +184,7 @@ class _SampleComparison:
         if new.get("status") not in STATUSES:
             return f"rendering it again ends with {new.get('status')}: {new.get('error')}"
         sample.rendered += 1
+        may_differ = self._may_differ(row, new)
         if new["status"] != row["status"]:
             return f"its status is {row['status']}, and rendering it again gives {new['status']}"
         if new["sha256"] == row["sha256"]:
@@ -189,7 +193,7 @@ class _SampleComparison:
             return None
         comparison = compare_images(self._sink, row, self._new_sink, new, _NAMES)
         sample.add(comparison)
-        if sample.environment:
+        if may_differ:
             is_close = comparison.is_unreadable or (comparison.psnr is not None and comparison.psnr >= MIN_PSNR)
             is_reproduced = comparison.differs is False or (is_close and _may_have_same_cells(row, new))
         else:  # another run may have used another --image-format
@@ -200,6 +204,15 @@ class _SampleComparison:
             return None
         prefix = "its pixels have another hash than the recorded one, and " if comparison.is_unreadable else ""
         return f"{prefix}{comparison.detail}"
+
+    def _may_differ(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Return whether the bytes may differ, because the environment does or another number of slots was used."""
+        recorded = find_environment(self._record, row[_RUN_NUMBER] or self._record.get("run_number") or 0)
+        differences = compare_environments(recorded, self._new_record)
+        if row["slots"] != new["slots"]:
+            differences["slots"] = (row["slots"], new["slots"])
+        self._sample.environment.update(differences)
+        return bool(differences)
 
 
 def _may_have_same_cells(row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

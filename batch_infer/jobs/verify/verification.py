@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from batch_infer.errors import DamagedPartError, LockedError, NewerPartError, StorageError
+from batch_infer.errors import BatchInferError, DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ChecksumCheck, check_checksums
 from batch_infer.jobs.execution import Progress
@@ -107,9 +107,12 @@ def verify_run(
             if options.sample_size and progress is not None:
                 verifier.render_sample(verification, progress, stop)
             if options.marks_failed:
+                _refuse_without_images(store, verification)
                 verification.marked_count = mark_failed(store, record, verifier.parts, images)
         if not options.marks_failed:
             _refuse_while_active(store)
+            if outdir.read_run(store) != record:
+                raise LockedError(f"another command changed {store.location} in the meantime; run verify again")
     if verification.marked_count:
         _merge(unlocked_store)
     return verification
@@ -119,8 +122,17 @@ def _merge(store: Store) -> None:
     formats: list[ResultsFormat] = ["csv", "jsonl"]
     try:
         merge_results(store, tuple(name for name in formats if store.exists(f"results.{name}")), base64=False)
-    except (DamagedPartError, NewerPartError) as error:
+    except BatchInferError as error:
         log.warning("results.* are not updated: %s", error)
+
+
+def _refuse_without_images(store: Store, verification: Verification) -> None:
+    """Raise StorageError if results name images and none exists: their disk may not be mounted."""
+    if verification.images and verification.counts.get("missing_image") == verification.images:
+        raise StorageError(
+            f"none of the {verification.images:,} images of {store.location} exists, so --fix marks none: mount the "
+            "disk with the images, or render them again with `batch-infer retry --status missing`"
+        )
 
 
 def _refuse_while_active(store: Store) -> None:
@@ -151,7 +163,11 @@ class _Verifier:
             row_count = verifier.check(checksums, tables)
         committed_rows, image_count = self._images.count()
         is_endpoint = not self._settings.table.tables
-        checks = ImageCheckOptions(is_quick=self._options.is_quick, may_be_active=is_endpoint)
+        checks = ImageCheckOptions(
+            is_quick=self._options.is_quick,
+            may_be_active=is_endpoint,
+            has_unreadable_parts=len(self.parts) < len(Manifest(self._store).parts()),
+        )
         checked = check_images(
             self._images, self._store, self._problems, checks, lambda done: on_progress(done, image_count)
         )
