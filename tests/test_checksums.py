@@ -228,6 +228,45 @@ def test_a_signature(out: Path, finished: Path, keys: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("edit", [{"root_digest": None}, {"has_strays": True}], ids=str)
+def test_an_edited_run_json_does_not_weaken_the_signature(
+    out: Path, keys: tuple[Path, Path], edit: dict[str, Any]
+) -> None:
+    """run.json is not signed, so whoever adds a part can edit it too."""
+    private, public = keys
+    assert command("merge", out, "--sign-key", private).code == 0
+    assert verify(out, "--public-key", public).code == 0
+    forged = ResultRow(
+        id="a",
+        image_index=0,
+        prompt="a red circle",
+        status="blocked",
+        attempt=9,
+        finished_at=utc_now(),
+        source_file="t.csv",
+        source_row=0,
+        fingerprint="f",
+    )
+    part = Manifest(out, 1).commit([forged], NONE)
+    record = {**run_json(out), **edit}
+    (out / "run.json").write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+    faults = [problem["path"] for problem in json.loads(verify(out, "--public-key", public).stdout)["problems"]]
+    assert f"manifest/{part}" in faults
+
+
+def test_the_key_may_disappear_during_a_run(out: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    write = checksums.write_checksums
+
+    def remove_key_and_write(*arguments: Any) -> str:
+        private.unlink()
+        return write(*arguments)
+
+    with mock.patch("batch_infer.jobs.merge.write_checksums", remove_key_and_write):
+        assert command("merge", out, "--sign-key", private).code == 0
+    assert verify(out, "--public-key", public).code == 0
+
+
 def test_openssl_makes_keys_and_checks_signatures(out: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     private, public = tmp_path / "key.pem", tmp_path / "pub.pem"

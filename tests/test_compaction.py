@@ -202,6 +202,35 @@ def test_parts_that_disappear_while_they_are_indexed_are_found_in_others(tmp_pat
     assert len(opened) == 5, "two of the four parts were removed before they were read, and one was new"
 
 
+def test_a_list_of_parts_that_do_not_exist_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may list a folder as it was, without the part that has their rows now."""
+    for number in range(2):
+        commit(tmp_path, row(f"a{number}"))
+    parts = Manifest(tmp_path).parts()
+    Manifest(tmp_path).compact(1)
+    monkeypatch.setattr(Manifest, "parts", lambda *_: parts)
+    with pytest.raises(StorageError, match="lists parts that do not exist"):
+        Manifest(tmp_path).index()
+
+
+def test_copies_of_the_rows_of_a_part_are_removed(tmp_path: Path) -> None:
+    """The name of a part is a digest of its keys, so the part that combines it with copies has the same name."""
+    commit(tmp_path, row("a1"), row("a2"), at=1)
+    (whole,) = Manifest(tmp_path).parts()
+    before = (tmp_path / whole.path).read_bytes()
+    commit(tmp_path, row("a2"), at=2)
+    assert Manifest(tmp_path).compact(1) == 1
+    assert {part.name: (tmp_path / part.path).read_bytes() for part in Manifest(tmp_path).parts()} == {
+        whole.name: before
+    }
+
+
+def test_failures_count_since_the_last_success(tmp_path: Path) -> None:
+    for attempt, status in enumerate(("failed", "failed", "ok", "failed"), 1):
+        commit(tmp_path, row("a1", status=status, attempt=attempt))
+    assert [line["failures"] for line in read_all(tmp_path)] == [1]
+
+
 def test_a_full_disk_only_leaves_many_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(3):
         commit(tmp_path, row(f"a{number}"))

@@ -12,7 +12,7 @@ from unittest import mock
 import pyarrow.parquet as pq
 import pytest
 
-from batch_infer.table import Tables
+from batch_infer.table import RowRules, Tables
 from tests.runs import CommandResult, command, results, run
 from tests.tables import write_csv
 
@@ -124,6 +124,61 @@ def test_only_results_of_the_current_rows_are_merged(table: Path, out: Path) -> 
     assert len(results(out)) == 2
     merged: Any = json.loads(command("merge", out, "--json").stdout)
     assert (merged["rows"], len(results(out))) == (2, 2)
+
+
+def test_a_table_replaced_while_it_is_read_is_read_again(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run read the old rows, so its record must not claim that it read the new ones."""
+    compute = Tables.compute_digest
+
+    def replace_and_compute(tables: Tables, rules: RowRules) -> str | None:
+        if not replaced:
+            replaced.append(write_csv(table, [*ROWS, ["a red ring", "w"]]))
+        return compute(tables, rules)
+
+    replaced: list[Path] = []
+    monkeypatch.setattr(Tables, "compute_digest", replace_and_compute)
+    run(table, out)
+    assert replaced
+    again, reads = run_and_count(table, out)
+    assert (again.code, reads > 0, len(results(out))) == (0, True, 4)
+
+
+def test_results_merged_from_other_tables_are_merged_again(table: Path, out: Path) -> None:
+    run(table, out)
+    write_csv(table, [*ROWS[:-1], ["a blue square", "new"]])
+    run(table, out)
+    table.rename(table.with_suffix(".away"))
+    assert command("merge", out).code == 0, "all results in the manifest are merged, which has the old cells"
+    assert [row["topic"] for row in results(out)] == ["x", "y", "z"]
+    table.with_suffix(".away").rename(table)
+    run(table, out)
+    assert [row["topic"] for row in results(out)] == ["x", "y", "new"]
+
+
+def test_another_format_from_merge_is_noticed(table: Path, out: Path) -> None:
+    """The run removes the file, because its settings do not have it, so SHA256SUMS must lose it too."""
+    run(table, out)
+    assert command("merge", out, "--results", "csv").code == 0
+    assert (out / "results.csv").exists()
+    assert run_and_count(table, out)[1] > 0
+    assert not (out / "results.csv").exists()
+    assert command("verify", out).code == 0
+
+
+def test_a_merge_of_a_stopped_run_counts_all_rows(table: Path, out: Path) -> None:
+    run(table, out)
+    next((out / "manifest").glob("part-*")).unlink()
+    merged: Any = json.loads(command("merge", out, "--json").stdout)
+    assert (merged["rows"], merged["left"] > 0) == (3, True)
+
+
+def test_notices_are_logged_again(tmp_path: Path, out: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "Seed"], ["a red circle", "1"]])
+    assert "'Seed'" in run(table, out).stderr
+    again, reads = run_and_count(table, out)
+    assert (reads, "'Seed'" in again.stderr) == (0, True)
 
 
 def test_the_tables_may_be_touched(table: Path, out: Path) -> None:

@@ -243,6 +243,29 @@ def test_the_lora_of_each_row_is_used(tmp_path: Path, sd1_folder: Path) -> None:
     assert (len(outcome.problems), outcome.equal_bytes) == (1, 1)
 
 
+def test_each_image_is_compared_with_the_environment_of_its_run(table: Path, tmp_path: Path) -> None:
+    """A later run with another version, even one with nothing to do, does not change how an image was rendered."""
+    out = tmp_path / "out"
+    assert run(table, out, "--limit", "2").code == 0
+    edit_run(out, claim_another_torch)
+    assert run(table, out).code == 3
+    first, second = run_json(out)["environments"]
+    assert (first["versions"]["torch"], first["run_number"], second["run_number"]) == ("1.0", 0, 2)
+    change_pixels(out, "a", 2)
+    outcome = sample(out)
+    assert (outcome.problems, outcome.environment["versions.torch"][0]) == ([], "1.0")
+    assert run(table, out).code == 3
+    assert len(run_json(out)["environments"]) == 2
+
+
+def test_images_with_another_number_of_slots_may_differ(out: Path) -> None:
+    """The number is halved if a GPU runs out of memory."""
+    edit(out, "a", slots=2)
+    change_pixels(out, "a", 2)
+    outcome = sample(out)
+    assert (outcome.problems, outcome.environment) == ([], {"slots": (2, 8)})
+
+
 def test_a_stop_ends_it(out: Path) -> None:
     with pytest.raises(StoppedError):
         sample(out, stop=lambda: True)

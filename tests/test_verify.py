@@ -21,6 +21,7 @@ from batch_infer.jobs.verify import (
     problems,
     results_check,
     row_check,
+    verification,
     verify_run,
 )
 from batch_infer.manifest import Manifest
@@ -366,6 +367,33 @@ def test_a_sample_of_another_model_is_refused(out: Path) -> None:
     done = command("verify", out, "--sample", "1")
     assert (done.code, done.stdout) == (2, "")
     assert "was made with model" in done.stderr
+
+
+def test_fix_does_not_mark_all_images(out: Path, tmp_path: Path) -> None:
+    """Their disk may not be mounted."""
+    (out / "images").rename(tmp_path / "disk")
+    before = snapshot(out)
+    done = command("verify", out, "--fix")
+    assert (done.code, done.stdout) == (75, "")
+    assert "none of the 5 images" in done.stderr
+    (out / "images").symlink_to(tmp_path / "unmounted")
+    done = command("verify", out)
+    assert (done.code, "images: No such file" in done.stderr) == (75, True)
+    (out / "images").unlink()
+    assert snapshot(out) == before
+
+
+def test_a_run_that_ends_during_the_verification(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = verification.check_images
+
+    def change(*arguments: Any) -> int:
+        record = run_json(out)
+        (out / "run.json").write_text(json.dumps({**record, "run_number": record["run_number"] + 1}))
+        return check(*arguments)
+
+    monkeypatch.setattr(verification, "check_images", change)
+    done = command("verify", out)
+    assert (done.code, "changed" in done.stderr) == (75, True)
 
 
 def test_fix_without_faults_changes_nothing(out: Path) -> None:
