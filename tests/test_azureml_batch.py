@@ -538,7 +538,9 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         worker = MiniBatchScorer(replace(endpoint, settings=replace(endpoint.settings, safety=safety)))
         with pytest.raises(ServiceError, match="has not answered"):
             worker.score([file])
+        worker.close()
         service.script([])
+        worker = MiniBatchScorer(endpoint)  # with the usual timeout, which a slow machine keeps
         assert worker.score([file])["status"].to_pylist() == ["ok"] * 12
         worker.close()
 

@@ -94,7 +94,7 @@ def edit_run(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (out / "run.json").write_text(json.dumps(record))
 
 
-def problems(outcome: Sample) -> list[tuple[str, int]]:
+def problems(outcome: Sample) -> list[tuple[str | None, int | None]]:
     return [(problem.id, problem.image_index) for problem in outcome.problems]
 
 

@@ -18,6 +18,7 @@ from batch_infer.jobs.verify import (
     ImageRecords,
     VerifyOptions,
     find_damaged_images,
+    image_check,
     problems,
     results_check,
     row_check,
@@ -232,7 +233,7 @@ def test_a_damaged_part(out: Path) -> None:
     name = part.relative_to(out).as_posix()
     assert faults(out) == [("damaged_part", name), ("missing_row", "d"), ("missing_row", "e")]
     done = command("verify", out)
-    assert "renders missing rows, and those of parts that cannot be read, again" in done.stdout
+    assert "to render missing rows and the rows of unreadable parts" in done.stdout
 
 
 def test_a_part_of_a_newer_version(out: Path) -> None:
@@ -384,7 +385,7 @@ def test_fix_does_not_mark_all_images(out: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_during_the_verification(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = verification.check_images
+    check = image_check.check_images
 
     def change(*arguments: Any) -> int:
         record = run_json(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -176,7 +177,7 @@ def list_environments(record: Mapping[str, Any], earlier: Mapping[str, Any] | No
     It lists the compute settings and versions of each run, with its number, that had others than the run before. The
     images of earlier runs may depend on them.
     """
-    current = {name: record.get(name) for name in ENVIRONMENT}
+    current = json.loads(json.dumps({name: record.get(name) for name in ENVIRONMENT}))  # as run.json has it
     environments = list((earlier or {}).get("environments", ()))
     if earlier and not environments:
         first = {name: earlier.get(name) for name in ENVIRONMENT}
@@ -188,7 +189,7 @@ def list_environments(record: Mapping[str, Any], earlier: Mapping[str, Any] | No
 
 def find_environment(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     """Return the compute settings and versions of the run with this number, under their keys in run.json."""
-    environments = record.get("environments") or [record]
+    environments: list[Mapping[str, Any]] = record.get("environments") or [record]
     known = [environment for environment in environments if environment.get("run_number", 0) <= number]
     return known[-1] if known else environments[0]
 
