@@ -232,7 +232,7 @@ def test_a_signature(out: Path, finished: Path, keys: tuple[Path, Path], tmp_pat
 def test_an_edited_run_json_does_not_weaken_the_signature(
     out: Path, keys: tuple[Path, Path], edit: dict[str, Any]
 ) -> None:
-    """run.json is not signed, so whoever adds a part can edit it too."""
+    """run.json is not signed, so anyone who adds a part can edit it too."""
     private, public = keys
     assert command("merge", out, "--sign-key", private).code == 0
     assert verify(out, "--public-key", public).code == 0

@@ -7,6 +7,7 @@ line, for `bench`, and for endpoints. The workers of an endpoint share OUT witho
 from typing import TYPE_CHECKING
 
 from batch_infer.jobs.compute import choose_compute
+from batch_infer.jobs.description import LIBRARIES, check_identity
 from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
@@ -19,7 +20,6 @@ from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.results import shorten_float32, to_json
 from batch_infer.jobs.retry import retry_rows
 from batch_infer.jobs.run import join_run, render_tables
-from batch_infer.jobs.run_json import LIBRARIES, check_identity
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import Counts, Summary, Throughput

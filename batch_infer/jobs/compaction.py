@@ -21,7 +21,7 @@ log = logging.getLogger("batch_infer")
 
 
 class Compaction:
-    """Combines the parts that a run commits, on a thread of its own.
+    """Combines the parts that a run commits, on a separate thread.
 
     The caller holds the lock of OUT, and no other index of the manifest reads rows at the same time. Errors of the
     storage are logged as warnings, because many small parts are only slower.

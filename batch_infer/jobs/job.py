@@ -15,7 +15,8 @@ from msgspec import structs
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.compute import choose_compute
-from batch_infer.jobs.run_json import check_identity, describe_run, ended_cleanly, list_environments, parse_record
+from batch_infer.jobs.description import check_identity, describe_run, list_environments
+from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check

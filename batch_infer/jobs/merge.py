@@ -130,14 +130,10 @@ def merge_tables(
     same rules, all results in the manifest belong to their rows, so the tables are not read again, which takes most of
     the time.
     """
-    manifest = Manifest(store)
-    with manifest.index() as index:
+    with Manifest(store).index() as index:
         if scan is not None and _has_only_results_of(tables, rules, scan, index):
-            counts = _merge_index(
-                index, tables.files, pa.schema([*SCHEMA, *tables.carried]), store, output, min_results
-            )
-            counts.remaining = max(0, scan.total - counts.results)
-            return counts
+            schema = pa.schema([*SCHEMA, *tables.carried])
+            return _merge_index(index, tables.files, schema, store, output, min_results)
         items = tables.read_rows(rules, make_finished_check(index))
         return merge(items, index, tables.carried, store, output, min_results)
 

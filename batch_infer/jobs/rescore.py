@@ -16,6 +16,7 @@ from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
 from batch_infer.jobs.compaction import COMPACTION_PARTS
+from batch_infer.jobs.description import describe_safety
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
@@ -23,7 +24,6 @@ from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
     count_scanned_results,
-    describe_safety,
     ended_cleanly,
     read_rules,
     read_settings,

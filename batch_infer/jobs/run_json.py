@@ -1,32 +1,22 @@
-"""Describe a run in run.json, and parse run.json for later commands."""
+"""Parse run.json, and change it for later commands."""
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from batch_infer import __version__
 from batch_infer.errors import SettingsError, UsageError
 from batch_infer.jobs.summary import Counts
-from batch_infer.models import ModelCard
-from batch_infer.records import utc_now
-from batch_infer.settings import CATEGORIES, LORA_FIELD, Compute, OnFlagged, RunSettings, SafetySettings
-from batch_infer.table import RowRules, Tables, redact_url
+from batch_infer.settings import LORA_FIELD, Compute, OnFlagged, RunSettings
+from batch_infer.table import RowRules
 
 T = TypeVar("T")
-
-ENVIRONMENT = ("batch_infer", "compute", "versions")
-"""The keys of run.json on which, besides its identity, the bytes of images may depend."""
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow", "pillow", "numpy")
 
 
 class ScanRecord(msgspec.Struct, frozen=True, rename={"finished": "done", "skipped": "standing"}):
@@ -171,29 +161,6 @@ def refuse_unrepeatable_tables(record: Mapping[str, Any], out: str) -> None:
         raise SettingsError(f"{names}: {out}/run.json does not say how to read this again; name the TABLEs after OUT")
 
 
-def list_environments(record: Mapping[str, Any], earlier: Mapping[str, Any] | None, number: int) -> dict[str, Any]:
-    """Return the entry `environments` of run.json, or no entry if all runs in OUT had the same environment.
-
-    It lists the compute settings and versions of each run, with its number, that had others than the run before. The
-    images of earlier runs may depend on them.
-    """
-    current = json.loads(json.dumps({name: record.get(name) for name in ENVIRONMENT}))  # as run.json has it
-    environments = list((earlier or {}).get("environments", ()))
-    if earlier and not environments:
-        first = {name: earlier.get(name) for name in ENVIRONMENT}
-        environments.append({"run_number": 0, **first})
-    if not environments or {**environments[-1], "run_number": 0} != {**current, "run_number": 0}:
-        environments.append({"run_number": number, **current})
-    return {"environments": environments} if len(environments) > 1 else {}
-
-
-def find_environment(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    """Return the compute settings and versions of the run with this number, under their keys in run.json."""
-    environments: list[Mapping[str, Any]] = record.get("environments") or [record]
-    known = [environment for environment in environments if environment.get("run_number", 0) <= number]
-    return known[-1] if known else environments[0]
-
-
 def without_tables_digest(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return run.json without the digest of the tables, because results.* were not merged from these tables."""
     survey = record.get("survey")
@@ -210,93 +177,3 @@ def add_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
     return {**record, key: {**(summary or {}), **counts.as_dict()}}
-
-
-def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, tables: Tables | None) -> dict[str, Any]:
-    """Return run.json for the start of a run. `tables` is None for an endpoint, which receives them one at a time.
-
-    Later runs in OUT must have the same `identity`.
-    """
-    arguments = settings.table.tables
-    table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
-    return {
-        "batch_infer": __version__,
-        "started_at": utc_now(),
-        "finished_at": None,
-        "tables": tables.files if tables else [],
-        "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
-        "settings": msgspec.to_builtins(_without_transient(replace(settings, table=table)), enc_hook=str),
-        "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
-        "model": {
-            "name": card.name,
-            "path": card.path,
-            "revision": card.revision,
-            "family": card.family,
-            "fingerprint": card.fingerprint,
-            "loras": [
-                {"path": lora.path, "weight": lora.weight, "fingerprint": lora.fingerprint} for lora in card.loras
-            ],
-            **({"quantize": card.quantize} if card.quantize else {}),
-            **_describe_embeddings(card),
-        },
-        "scheduler": {"name": card.scheduler_name, "fingerprint": card.scheduler_fingerprint},
-        "identity": {
-            "model": card.fingerprint,
-            "scheduler": card.scheduler_fingerprint,
-            "dtype": compute.dtype,
-            "safety": describe_safety(settings.safety, card),
-        },
-        "compute": asdict(compute),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "survey": None,
-        "summary": None,
-    }
-
-
-def _describe_embeddings(card: ModelCard) -> dict[str, Any]:
-    """Return the entry of textual inversion embeddings, if there are any."""
-    embeddings = [
-        {"path": embedding.path, "token": embedding.token, "fingerprint": embedding.fingerprint}
-        for embedding in card.embeddings
-    ]
-    return {"embeddings": embeddings} if embeddings else {}
-
-
-def _without_transient(settings: RunSettings) -> RunSettings:
-    """Reset the options that apply to one command and not to those that continue it.
-
-    One is --sign-key: an OUT from elsewhere must not choose the key with which another command signs it.
-    """
-    output, compute = replace(settings.output, sign_key=None), replace(settings.compute, ray_address=None)
-    return replace(settings, rerender_changed=False, output=output, compute=compute)
-
-
-def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
-    """Describe the checkers and all settings that affect which images are flagged and how they are stored."""
-    checkers = [f"checker {card.checker_fingerprint}"] if safety.uses_checker(has_checker=card.has_checker) else []
-    if (service := safety.service) is not None:
-        levels = ", ".join(f"{name} {level}" for name, level in zip(CATEGORIES, service.thresholds, strict=True))
-        lists = "".join(f", blocklist {name}" for name in sorted(service.blocklists))
-        checkers.append(f"azure above {levels}{lists}")
-    return f"{' and '.join(checkers)}, on flagged {safety.policy}" if checkers else "none"
-
-
-def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: str) -> None:
-    """Raise SettingsError if the earlier run in OUT has another identity."""
-    for name, value in record["identity"].items():
-        if earlier.get("identity", {}).get(name) != value:
-            remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
-            raise SettingsError(
-                f"{out} was made with {name} {format_identity(earlier, name)}, and this run has {name} "
-                f"{format_identity(record, name)}: {remedy}give another --out, or start anew with --overwrite"
-            )
-
-
-def format_identity(record: Mapping[str, Any], name: str) -> str:
-    """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
-    value = str(record.get("identity", {}).get(name))
-    part = record.get(name)
-    if not isinstance(part, Mapping) or not part.get("name"):
-        return value
-    quantized = f" in {part['quantize']}" if part.get("quantize") else ""
-    return f"{part['name']}{quantized} ({value[:12]})"

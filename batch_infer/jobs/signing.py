@@ -17,7 +17,7 @@ INSTALL = "--sign-key and --public-key need cryptography: pip install 'batch-inf
 def check_sign_key(path: str | None) -> None:
     """Check that a private key can be used, unless `path` is None. Raises SettingsError.
 
-    The key stays in memory, so that a run can sign at its end even if the file is gone by then.
+    The key stays in memory, so that a run can sign at its end even if the file has been removed by then.
     """
     if path is not None:
         _read_private_key(path)

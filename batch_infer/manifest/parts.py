@@ -72,7 +72,7 @@ def read_part(part: Part, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_part_in_batches(part: Part, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield a part in tables of at most BATCH rows, with these result columns or with all columns of its own version.
+    """Yield a part in tables of at most BATCH rows, with these result columns, or all that its version has if None.
 
     A part may be too large for memory. Raises DamagedPartError, NewerPartError, StorageError.
     """

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from batch_infer.errors import TableError
 from batch_infer.store import temporary_database
-from batch_infer.table.base import find_encoding_error
+from batch_infer.table.base import find_encoding_error, make_default_id
+from batch_infer.table.columns import OpenTable
 from batch_infer.table.fields import MAX_TEXT_LENGTH, format_id
 from batch_infer.table.formats import get_stem, parse_name
 
@@ -116,3 +118,22 @@ def assign_stems(names: Iterable[str]) -> dict[str, str]:
             used.add(stem)
             stems[name] = stem
     return stems
+
+
+def reject_equal_ids(tables: list[OpenTable]) -> None:
+    """Raise TableError if rows of two files would have the same default ids."""
+    names: dict[str, list[str]] = {}
+    for table in tables:
+        names.setdefault(table.file.stem, []).append(table.file.name)
+    for table in tables:
+        same = names[table.file.stem]
+        if len(same) < 2 or "id" in table.fields:
+            continue
+        default_id = make_default_id(table.file.stem, 0)
+        message = f"{' and '.join(same)} would give their rows the same ids ({default_id}, ...): "
+        if any(name.rpartition("#")[0] in same for name in same):
+            raise TableError(
+                f"{message}add an id column, use --id-from content, or save one under another name (#2 is a URL that "
+                "differs only in parts that may be secret and are not shown)"
+            )
+        raise TableError(f"{message}rename one, name the folder that holds them, or add an id column")

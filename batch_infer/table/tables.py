@@ -37,7 +37,7 @@ from batch_infer.table.columns import (
 )
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
-from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems
+from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems, reject_equal_ids
 from batch_infer.table.rows import (
     FindLora,
     HasFinalResult,
@@ -196,7 +196,7 @@ class Tables:
         if unreadable:
             raise TableError(" · ".join(str(file.error) for file in unreadable))
         if self._settings.id_from == "row":
-            _reject_equal_ids([table for table in tables if isinstance(table, OpenTable)])
+            reject_equal_ids([table for table in tables if isinstance(table, OpenTable)])
         return tables
 
     def _open_shared(self, files: list[TableFile], folder: SharedFolder) -> list[OpenTable | TableFile]:
@@ -273,25 +273,6 @@ class Tables:
         lora = read_lora(reader.read_lora(row), self._find_lora)
         cells = RowCells(name, source, fields, carried, too_large, ids.collides(name), stem_collides, lora)
         return cells, row.error or error
-
-
-def _reject_equal_ids(tables: list[OpenTable]) -> None:
-    """Raise TableError if rows of two files would have the same default ids."""
-    names: dict[str, list[str]] = {}
-    for table in tables:
-        names.setdefault(table.file.stem, []).append(table.file.name)
-    for table in tables:
-        same = names[table.file.stem]
-        if len(same) < 2 or "id" in table.fields:
-            continue
-        default_id = make_default_id(table.file.stem, 0)
-        message = f"{' and '.join(same)} would give their rows the same ids ({default_id}, ...): "
-        if any(name.rpartition("#")[0] in same for name in same):
-            raise TableError(
-                f"{message}add an id column, use --id-from content, or save one under another name (#2 is a URL that "
-                "differs only in parts that may be secret and are not shown)"
-            )
-        raise TableError(f"{message}rename one, name the folder that holds them, or add an id column")
 
 
 def _get_stamp(path: Path) -> tuple[int, int] | None:

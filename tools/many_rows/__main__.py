@@ -1,9 +1,9 @@
 """Measure the commands on an OUT with many rows: `python -m tools.many_rows FOLDER --rows 1000000`.
 
 The rows and results are synthetic; only one image is rendered, to create run.json. Without --images, there are no other
-image files.
-If FOLDER is new, making OUT takes about three minutes per million rows. Each command runs in a process of its own, and
-its time and peak memory are printed. With --images, `verify` is compared with sha256sum over the same images.
+image files. If FOLDER is new, creating OUT takes about three minutes per million rows. Each command runs in a separate
+process, and its time and peak memory are printed. With --images, `verify` is compared with sha256sum over the same
+images.
 """
 
 # Linux counts the memory of the parent at the start of a child as the child's, so this process imports nothing large.

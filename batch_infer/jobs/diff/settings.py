@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from batch_infer.jobs.run_json import ENVIRONMENT, format_identity
+from batch_infer.jobs.description import ENVIRONMENT, format_identity
 from batch_infer.jobs.scan import OPTIONS
 
 _IGNORED = frozenset(

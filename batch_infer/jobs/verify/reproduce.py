@@ -14,11 +14,12 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.description import find_environment
 from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run import render_tables
-from batch_infer.jobs.run_json import find_environment, find_lora_column
+from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.jobs.verify.problems import Problem
 from batch_infer.jobs.verify.sample_run import (

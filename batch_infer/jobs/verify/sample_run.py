@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from batch_infer.autotune import Probe
 from batch_infer.errors import SettingsError
+from batch_infer.jobs.description import describe_safety, format_identity
 from batch_infer.jobs.job import use_current_endpoint
-from batch_infer.jobs.run_json import describe_safety, format_identity, read_settings
+from batch_infer.jobs.run_json import read_settings
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import read_card
 from batch_infer.settings import LORA_FIELD, OutputSettings, RowDefaults, RunSettings, TableSettings
