@@ -202,6 +202,23 @@ def test_parts_that_disappear_while_they_are_indexed_are_found_in_others(tmp_pat
     assert len(opened) == 5, "two of the four parts were removed before they were read, and one was new"
 
 
+def test_a_listing_that_misses_a_new_part_and_those_it_replaces_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is not listed atomically."""
+    for number in range(4):
+        commit(tmp_path, row(f"a{number}"))
+    list_parts = Manifest.parts
+    before = list_parts(Manifest(tmp_path))
+    Manifest(tmp_path).compact(1)
+    commit(tmp_path, row("a4"))
+    (new,) = [part for part in list_parts(Manifest(tmp_path)) if len(read_part(part)) == 1]
+    listings = [[new], [*before[:1], new]]
+    monkeypatch.setattr(Manifest, "parts", lambda *given: listings.pop(0) if listings else list_parts(*given))
+    with Manifest(tmp_path).index() as index:
+        assert index.count_rows() == (5, 0)
+
+
 def test_a_list_of_parts_that_do_not_exist_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system may list a folder as it was, without the part that has their rows now."""
     for number in range(2):

@@ -21,7 +21,7 @@ def test_the_error_names_a_full_temporary_folder(
     database = temporary_database()
     database.execute("CREATE TABLE ids (id TEXT)")
     database.execute("PRAGMA max_page_count = 10")
-    insert, rows = "INSERT INTO ids VALUES (?)", [("x" * 1000,)] * 100
+    insert, rows = "INSERT INTO ids VALUES (?)", [("x" * 10_000,)] * 100
     sentence = f"cannot write a temporary database in {tmp_path}: database or disk is full; .* or set TMPDIR"
     with pytest.raises(StorageError, match=sentence):
         database.executemany(insert, rows) if together else [database.execute(insert, row) for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from batch_infer.errors import BatchInferError, DamagedPartError
 from batch_infer.manifest.columns import SCHEMA, cast_table
 from batch_infer.manifest.parts import Part, read_part
-from batch_infer.store import StoredFile, prefetch, temporary_database, to_stored_file, unless_removed
+from batch_infer.store import StoredFile, insert_rows, prefetch, temporary_database, to_stored_file, unless_removed
 
 CACHED_BYTES = 64 << 20
 """Maximum total size in bytes of cached parts, except that the last part read is kept even if it is larger.
@@ -28,10 +28,6 @@ With fewer rows, converting the columns to Python costs more than inserting them
 """
 FETCH_ROWS = 1024
 """Number of rows to fetch from the database together, because each call has a cost."""
-SQLITE_CACHE_KIB = 64 << 10
-"""Memory in KiB that SQLite uses for its pages and for sorting keys."""
-SQLITE_PAGE_BYTES = 1 << 15
-"""Size of SQLite's pages. With its default of 4 KiB, inserting rows takes nearly twice as long."""
 _COLUMNS = (
     *("id", "image_index", "attempt", "finished_at", "status", "fingerprint", "generated_image"),
     *("source_file", "source_row"),
@@ -43,10 +39,6 @@ _CREATE = (
 )
 # Appending all rows and sorting the keys afterwards takes about half as long as keeping them in order.
 _CREATE_INDEX = "CREATE INDEX IF NOT EXISTS keys ON images (id, image_index, attempt, finished_at)"
-_INSERT = "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-ROWS_PER_STATEMENT = 16
-"""Number of rows that one statement inserts, which takes half as long as one statement per row."""
-_INSERT_MANY = _INSERT + ", (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)" * (ROWS_PER_STATEMENT - 1)
 _SELECT = (
     "SELECT c.status, c.fingerprint, c.attempt, c.path, c.place, c.source,"
     " CASE WHEN c.status = 'failed' THEN (SELECT count(DISTINCT f.attempt) FROM images AS f WHERE f.id = c.id AND"
@@ -102,8 +94,6 @@ class ManifestIndex:
         self._cached_bytes = 0
         self._database = temporary_database()
         try:
-            self._database.execute(f"PRAGMA page_size = {SQLITE_PAGE_BYTES}")
-            self._database.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KIB}")
             for statement in _CREATE:
                 self._database.execute(statement)
             self.add(parts, on_damage)
@@ -160,11 +150,7 @@ class ManifestIndex:
         )
         values = {name: table[name].to_pylist() for name in _COLUMNS}
         values["source_file"] = [self._source_files[name] for name in values["source_file"]]
-        rows = zip(*values.values(), chain.from_iterable(places), strict=True)
-        cells = chain.from_iterable(islice(rows, len(table) // ROWS_PER_STATEMENT * ROWS_PER_STATEMENT))
-        # Group the cells into one tuple per statement.
-        self._database.executemany(_INSERT_MANY, zip(*[cells] * _INSERT_MANY.count("?"), strict=True))
-        self._database.executemany(_INSERT, rows)
+        insert_rows(self._database, "images", [*values.values(), list(chain.from_iterable(places))])
         for part, _ in tables:
             self.parts[part.name] = part
             self._part_names.append(part.name)

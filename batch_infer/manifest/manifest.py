@@ -67,16 +67,17 @@ class Manifest:
         """
         index = ManifestIndex()
         try:
-            parts = self.parts(since_run)
-            while missing_names := index.add(parts, on_damage):
-                # Another command has combined parts in the meantime, so the new list has parts with their rows.
-                tried = {part.name for part in parts}
-                parts = self.parts(since_run)
-                if all(part.name in tried for part in parts) and any(part.name in missing_names for part in parts):
-                    # A network file system lists the folder as it was, so parts with these rows are not known yet.
-                    raise StorageError(
-                        f"{self.store.locate(FOLDER)} lists parts that do not exist: run the same command again"
-                    )
+            tried, missing_names = set[str](), set[str]()
+            # If another command combines parts meanwhile, a listing may have neither a new part nor those it replaces,
+            # because folders are not listed atomically. The next listing has the new part.
+            while not tried.issuperset(parts := {part.name: part for part in self.parts(since_run)}):
+                missing_names |= index.add([part for name, part in parts.items() if name not in tried], on_damage)
+                tried.update(parts)
+            if not missing_names.isdisjoint(parts):
+                # A network file system lists the folder as it was, so parts with these rows are not known yet.
+                raise StorageError(
+                    f"{self.store.locate(FOLDER)} lists parts that do not exist: run the same command again"
+                )
         except BatchInferError:
             index.close()
             raise

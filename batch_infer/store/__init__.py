@@ -48,6 +48,7 @@ from batch_infer.store.protocol import (
 )
 from batch_infer.store.temporary import (
     create_temporary,
+    insert_rows,
     open_temporary_text,
     temporary_database,
     temporary_file_errors,
@@ -85,6 +86,7 @@ __all__ = [
     "is_inside",
     "is_refusal",
     "is_service_error",
+    "insert_rows",
     "is_temporary",
     "is_url",
     "list_names",

@@ -7,14 +7,23 @@ import io
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TextIO, TypeVar
 
 from batch_infer.errors import StorageError
 
 BUFFER_SIZE = 1 << 16
+SQLITE_CACHE_KIB = 64 << 10
+"""Memory in KiB that SQLite uses for its pages and for sorting keys."""
+SQLITE_PAGE_BYTES = 1 << 15
+"""Size of SQLite's pages. With its default of 4 KiB, inserting millions of rows takes nearly twice as long."""
+SQLITE_SORTING_THREADS = 2
+"""Number of threads that help SQLite sort the keys of an index."""
+ROWS_PER_STATEMENT = 16
+"""Number of rows that one statement inserts, which takes half as long as one statement per row."""
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors that only writing can raise."""
 _DATABASE_ERRORS = ("full", "disk I/O error", "unable to open database file", "malformed", "not a database")
@@ -81,9 +90,27 @@ def temporary_database() -> sqlite3.Connection:
     Statements raise StorageError if the temporary folder is full or broken.
     """
     database = sqlite3.connect("", factory=_Database)
-    database.execute("PRAGMA synchronous = OFF")
-    database.execute("PRAGMA journal_mode = OFF")
+    for name, value in (
+        ("page_size", SQLITE_PAGE_BYTES),
+        ("cache_size", -SQLITE_CACHE_KIB),
+        ("threads", SQLITE_SORTING_THREADS),
+        ("synchronous", "OFF"),
+        ("journal_mode", "OFF"),
+    ):
+        database.execute(f"PRAGMA {name} = {value}")
     return database
+
+
+def insert_rows(database: sqlite3.Connection, table: str, columns: Sequence[Sequence[Any]]) -> None:
+    """Insert the rows of these columns, which have equal lengths, into a table with these columns only."""
+    rows = zip(*columns, strict=True)
+    row = f"({', '.join('?' * len(columns))})"
+    insert = f"INSERT INTO {table} VALUES {row}"
+    cells = chain.from_iterable(islice(rows, len(columns[0]) // ROWS_PER_STATEMENT * ROWS_PER_STATEMENT))
+    # Group the cells into one tuple per statement.
+    statements = zip(*[cells] * (len(columns) * ROWS_PER_STATEMENT), strict=True)
+    database.executemany(insert + f", {row}" * (ROWS_PER_STATEMENT - 1), statements)
+    database.executemany(insert, rows)
 
 
 def _raising_storage_error(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

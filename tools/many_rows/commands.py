@@ -12,6 +12,6 @@ RUN = (
 PLAN = tuple("plan" if word == "run" else word for word in RUN)
 OPEN_INDEX = (
     *(sys.executable, "-c"),
-    "from batch_infer.manifest import Manifest; index = Manifest('out').index(); print(index.count_statuses())",
+    "from batch_infer.manifest import Manifest; index = Manifest('out').index()",
 )
 HASH = ("sh", "-c", f"find {OUT}/images -type f -print0 | xargs -0 sha256sum")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import repeat
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from batch_infer.store import temporary_database
+from batch_infer.store import insert_rows, temporary_database
 
 Key = tuple[str, int]
 """Id and image index of a result."""
@@ -82,10 +81,7 @@ class ImageRecords:
         columns = [column.to_pylist() for column in table.columns]
         if self._parts[-1:] != [part]:
             self._parts.append(part)
-        numbers = repeat(len(self._parts) - 1, len(table))
-        self._database.executemany(
-            "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", zip(*columns, numbers, strict=True)
-        )
+        insert_rows(self._database, "images", [*columns, [len(self._parts) - 1] * len(table)])
 
     def finish(self) -> None:
         """Keep only the latest result of each image, and find those that a part repeats, once all parts are added."""

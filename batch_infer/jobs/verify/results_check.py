@@ -18,7 +18,7 @@ from batch_infer.errors import StorageError, first_line
 from batch_infer.jobs.verify.image_records import Key
 from batch_infer.jobs.verify.problems import Problems
 from batch_infer.records import RESULT_COLUMNS
-from batch_infer.store import Store, temporary_database, temporary_file_errors, temporary_folder
+from batch_infer.store import Store, insert_rows, temporary_database, temporary_file_errors, temporary_folder
 
 RESULTS_PARQUET = "results.parquet"
 BATCH = 2048
@@ -161,9 +161,8 @@ class _ResultsComparison:
         self._database.execute("CREATE TABLE actual (id, image_index, row)")
         start = 0
         for batch in file.iter_batches(BATCH, columns=["id", "image_index"]):
-            keys = zip(batch["id"].to_pylist(), batch["image_index"].to_pylist(), strict=True)
-            rows = ((*key, start + row) for row, key in enumerate(keys))
-            self._database.executemany("INSERT INTO actual VALUES (?, ?, ?)", rows)
+            keys = batch["id"].to_pylist(), batch["image_index"].to_pylist()
+            insert_rows(self._database, "actual", [*keys, range(start, start + len(batch))])
             start += len(batch)
         self._database.execute("CREATE INDEX key ON actual (id, image_index, row)")
         self._database.execute("CREATE TABLE expected (id, image_index, PRIMARY KEY (id, image_index)) WITHOUT ROWID")
