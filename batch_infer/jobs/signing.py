@@ -39,9 +39,9 @@ def read_public_key(path: str) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(_read(path, "--public-key"))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SettingsError(f"--public-key {path}: no public key in PEM form ({first_line(error)})") from error
+        raise SettingsError(f"--public-key {path} is not a public key in PEM format ({first_line(error)})") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise SettingsError(f"--public-key {path}: not an Ed25519 key")
+        raise SettingsError(f"--public-key {path} is not an Ed25519 key")
     return key
 
 
@@ -67,12 +67,12 @@ def _read_private_key(path: str) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(_read(path, "--sign-key"), password=None)
     except TypeError as error:
-        raise SettingsError(f"--sign-key {path}: the key is encrypted; give one without a passphrase") from error
+        raise SettingsError(f"--sign-key {path} is encrypted: give a key without a passphrase") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SettingsError(f"--sign-key {path}: no private key in PEM form ({first_line(error)})") from error
+        raise SettingsError(f"--sign-key {path} is not a private key in PEM format ({first_line(error)})") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(
-            f"--sign-key {path}: not an Ed25519 key; make one with `openssl genpkey -algorithm ed25519`"
+            f"--sign-key {path} is not an Ed25519 key: create one with `openssl genpkey -algorithm ed25519`"
         )
     return key
 

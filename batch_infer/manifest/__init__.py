@@ -5,13 +5,14 @@ each (id, image_index), the highest attempt counts and, among equal attempts, th
 """
 
 from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
-from batch_infer.manifest.index import CommittedImage, ManifestIndex
+from batch_infer.manifest.index import IS_LATEST, CommittedImage, ManifestIndex
 from batch_infer.manifest.manifest import FOLDER, Manifest
 from batch_infer.manifest.parts import commit_time, read_carried_fields, read_part, read_part_in_batches, run_number
 
 __all__ = [
     "CommittedImage",
     "FOLDER",
+    "IS_LATEST",
     "Manifest",
     "ManifestIndex",
     "SCHEMA",

@@ -52,10 +52,11 @@ _FIND = (
     f"{_SELECT} FROM images AS c WHERE c.id = ? AND c.image_index = ?"
     " ORDER BY c.attempt DESC, c.finished_at DESC, c.rowid DESC LIMIT 1"
 )
-_IS_LATEST = (
+IS_LATEST = (
     "NOT EXISTS (SELECT 1 FROM images AS later WHERE later.id = c.id AND later.image_index = c.image_index AND"
     " (later.attempt, later.finished_at, later.rowid) > (c.attempt, c.finished_at, c.rowid))"
 )
+"""SQL condition that the row `c` of a table `images` is the latest result of its image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class ManifestIndex:
         """Return the committed images at these paths, by path. Reads the whole index."""
         self._database.execute("DELETE FROM paths")
         self._database.executemany("INSERT OR IGNORE INTO paths VALUES (?)", ((path,) for path in paths))
-        condition = f"c.path IN (SELECT name FROM paths) AND {_IS_LATEST}"
+        condition = f"c.path IN (SELECT name FROM paths) AND {IS_LATEST}"
         rows = self._database.execute(f"{_SELECT} FROM images AS c WHERE {condition}")
         return {row[3]: self._to_image(row) for row in rows}
 
@@ -183,7 +184,7 @@ class ManifestIndex:
             return []
         # Only runs that render need this index.
         self._database.execute("CREATE INDEX IF NOT EXISTS lower_ids ON images (lower(id)) WHERE id != lower(id)")
-        select = f"SELECT c.id, c.path FROM images AS c WHERE {_IS_LATEST} AND c.id != ?1 AND c.path IS NOT NULL AND"
+        select = f"SELECT c.id, c.path FROM images AS c WHERE {IS_LATEST} AND c.id != ?1 AND c.path IS NOT NULL AND"
         similar = self._database.execute(
             f"{select} c.id = lower(?1) UNION ALL {select} lower(c.id) = lower(?1) AND c.id != lower(c.id)", (name,)
         )
@@ -201,7 +202,7 @@ class ManifestIndex:
             ((source, ranks[name]) for name, source in self._source_files.items()),
         )
         rows = self._database.execute(
-            f"{_SELECT} FROM images AS c JOIN source_ranks USING (source) WHERE {_IS_LATEST}"
+            f"{_SELECT} FROM images AS c JOIN source_ranks USING (source) WHERE {IS_LATEST}"
             " ORDER BY rank, c.source_row, c.id, c.image_index"
         )
         for batch in iter(lambda: rows.fetchmany(FETCH_ROWS), []):
@@ -209,13 +210,13 @@ class ManifestIndex:
 
     def count_rows(self) -> tuple[int, int]:
         """Return the number of table rows, and the number of rows that are invalid or have a failed image."""
-        bad = f"SELECT max(status IN ('failed', 'invalid')) AS bad FROM images AS c WHERE {_IS_LATEST} GROUP BY id"
+        bad = f"SELECT max(status IN ('failed', 'invalid')) AS bad FROM images AS c WHERE {IS_LATEST} GROUP BY id"
         rows, bad_rows = self._database.execute(f"SELECT count(*), coalesce(sum(bad), 0) FROM ({bad})").fetchone()
         return rows, bad_rows
 
     def count_statuses(self) -> Counter[str]:
         """Count images by status."""
-        select = f"SELECT status, count(*) FROM images AS c WHERE {_IS_LATEST} GROUP BY status"
+        select = f"SELECT status, count(*) FROM images AS c WHERE {IS_LATEST} GROUP BY status"
         return Counter(dict(self._database.execute(select)))
 
     def read_results(self, images: Sequence[CommittedImage], schema: pa.Schema = SCHEMA) -> pa.Table:
