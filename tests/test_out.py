@@ -99,7 +99,8 @@ def test_run_json_is_read_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
 def test_a_damaged_run_json_is_named_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue .*, or start anew in another --out"):
+    sentence = r"run.json .*; restore it from a copy, or remove it to continue .*, or start anew in another --out"
+    with pytest.raises(UsageError, match=sentence):
         outdir.read_run(LocalStore(tmp_path))
 
 

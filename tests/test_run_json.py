@@ -245,5 +245,5 @@ def test_contradictory_settings_in_run_json_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, '{"identity": ' + "9" * 5_000 + "}"])
 def test_unparsable_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UsageError, match=r"run.json .*; remove it to continue"):
+    with pytest.raises(UsageError, match=r"run.json .*, or remove it to continue"):
         outdir.read_run(LocalStore(tmp_path))

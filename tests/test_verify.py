@@ -97,17 +97,24 @@ def snapshot(out: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def get_root(out: Path) -> str:
+    return str(json.loads((out / "run.json").read_text("utf-8"))["root_digest"])
+
+
 def test_a_finished_run_has_no_problems(out: Path) -> None:
     before = snapshot(out)
     report = verify(out, code=0)
     assert report == {
         **{"rows": 5, "images": 5, "checked": 5, "rendered_again": 0},
-        **{"problems": [], "counts": {}},
+        **{"problems": [], "counts": {}, "statuses": {"ok": 5}, "root_digest": get_root(out)},
     }
     assert verify(out, "--quick", code=0)["checked"] == 0
     assert snapshot(out) == before
     done = command("verify", out)
-    assert (done.code, done.stdout) == (0, "5 rows · 5 images · 5 read · no problems\n")
+    assert (done.code, done.stdout) == (
+        0,
+        f"5 rows · 5 ok · 5 images · 5 read · no problems\nroot digest {get_root(out)}\n",
+    )
     assert command("verify", out, "-q").stdout == ""
 
 
@@ -233,7 +240,10 @@ def test_a_damaged_part(out: Path) -> None:
     name = part.relative_to(out).as_posix()
     assert faults(out) == [("damaged_part", name), ("missing_row", "d"), ("missing_row", "e")]
     done = command("verify", out)
-    assert "to render missing rows and the rows of unreadable parts" in done.stdout
+    assert done.stdout.splitlines()[-2:] == [
+        "Restore damaged parts from a copy; docs/verify.md says what to do without one.",
+        "Run `batch-infer run` with the same tables and options to render missing rows.",
+    ]
 
 
 def test_a_part_of_a_newer_version(out: Path) -> None:
@@ -251,7 +261,43 @@ def test_a_part_of_a_newer_version(out: Path) -> None:
 def test_a_cell_edited_in_a_part(out: Path) -> None:
     part = part_of(out, "d")
     edit(part, lambda table: set_cell(table, "prompt", "d", "a blue square"))
-    assert faults(out) == [("damaged_part", part.relative_to(out).as_posix()), ("results_differ", "d")]
+    assert faults(out) == [("damaged_part", part.relative_to(out).as_posix())], "results.parquet is intact"
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_merge_does_not_replace_the_only_copy_of_a_changed_part(out: Path, is_removed: bool) -> None:
+    part, before = part_of(out, "d"), (out / "results.parquet").read_bytes()
+    if is_removed:
+        part.unlink()
+    else:
+        edit(part, lambda table: set_cell(table, "prompt", "d", "a blue square"))
+    problems = faults(out)
+    done = command("merge", out)
+    assert done.code == 2
+    assert f"{part} is {'missing' if is_removed else 'not the file that'}" in done.stderr
+    assert ((out / "results.parquet").read_bytes(), faults(out)) == (before, problems)
+    (out / "manifest" / "SHA256SUMS").unlink()
+    assert command("merge", out).code == 0
+    assert verify(out, code=3 if is_removed else 0)["counts"] == ({"missing_row": 2} if is_removed else {})
+
+
+@pytest.mark.parametrize(
+    ("damage", "remedy"),
+    [
+        (lambda out: image_of(out, "c").unlink(), "retry {} --status missing"),
+        (lambda out: image_of(out, "c").write_bytes(b"no image"), "retry {} --status damaged"),
+        (lambda out: (out / "images" / "x.png").write_bytes(b"x"), "Remove orphan images"),
+        (lambda out: edit(out / "results.parquet", lambda table: table.slice(1)), "merge {}"),
+    ],
+)
+def test_each_problem_names_its_remedy(out: Path, damage: Callable[[Path], object], remedy: str) -> None:
+    damage(out)
+    assert remedy.format(out) in command("verify", out).stdout.splitlines()[-1]
+
+
+def test_seed_without_sample_is_refused(out: Path) -> None:
+    done = command("verify", out, "--seed", "1")
+    assert (done.code, "--seed has no effect without --sample" in done.stderr) == (2, True)
 
 
 def test_a_row_doubled_in_a_part(out: Path) -> None:
@@ -339,7 +385,11 @@ def test_a_sample_is_rendered_again(out: Path) -> None:
         **{"largest": None, "psnr_min": None, "environment": {}},
     }
     lines = command("verify", out, "--sample", "9", "--seed", "1", "--quick").stdout.splitlines()
-    assert lines == ["5 rows · 5 images · 0 read · no problems", "5 images rendered again: 5 with equal bytes"]
+    assert lines == [
+        "5 rows · 5 ok · 5 images · 0 read · no problems",
+        f"root digest {get_root(out)}",
+        "5 images rendered again: 5 with equal bytes",
+    ]
 
 
 @pytest.mark.usefixtures("probe_here")

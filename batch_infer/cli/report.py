@@ -37,7 +37,8 @@ def stoppable(time_limit: float | None = None, *, hint: str = RESUME) -> Iterato
 
     `hint` says what is kept and what to do next. Raises StoppedError if the stop interrupted the context.
     """
-    stopping = "stopping; finished images are being committed (press Ctrl-C again to stop at once)"
+    committing = "; finished images are being committed" if hint == RESUME else ""
+    stopping = f"stopping{committing} (press Ctrl-C again to stop at once)"
     log_stop, log_stop_error = partial(stop_log.warning, stopping), partial(log_error, code=StoppedError.exit_code)
     stop = Stopper(time_limit, hint, log_stop=log_stop, log_error=log_stop_error, remove_files=remove_unfinished)
     try:

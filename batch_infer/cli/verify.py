@@ -30,6 +30,17 @@ from batch_infer.cli.report import (
 if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
 
+_REMEDIES = {
+    "damaged_part": "Restore damaged parts from a copy; docs/verify.md says what to do without one.",
+    "missing_row": "Run `batch-infer run` with the same tables and options to render missing rows.",
+    "results_differ": "Run `batch-infer merge {out}` to write results.* again.",
+    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again.",
+    "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
+    "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
+    "orphan_image": "Remove orphan images if you do not need them: no result names them.",
+}
+"""What to do about the kinds of problems."""
+
 
 @command(
     out_argument,
@@ -54,7 +65,7 @@ if TYPE_CHECKING:
         metavar="N",
         help="Also render N images again with the model and the settings of the run, and compare them.",
     ),
-    option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the random choice of --sample."),
+    option("--seed", type=click.IntRange(min=0), help="Seed of the random choice of --sample.  [default: 0]"),
     check_time_limit_option,
     json_option,
     progress_option,
@@ -67,7 +78,7 @@ def verify(
     public_key: str | None,
     fix: bool,
     sample: int | None,
-    seed: int,
+    seed: int | None,
     time_limit: float | None,
     as_json: bool,
     no_progress: bool,
@@ -86,6 +97,8 @@ def verify(
     Exit codes: 0 no problems; 2 usage or settings, or OUT contains no run; 3 problems, even if --fix marked them; 75
     stopped by a signal or --time-limit, or another command is using OUT.
     """
+    if seed is not None and sample is None:
+        raise click.UsageError("--seed has no effect without --sample")
     hint = "the verification is incomplete. Run the same command again"
     shown = not (quiet or no_progress)
     with stoppable(time_limit, hint=hint) as stop, closing(CheckProgress("image", "checked", shown=shown)) as progress:
@@ -97,7 +110,7 @@ def verify(
             public_key=public_key,
             marks_failed=fix,
             sample_size=sample or 0,
-            sample_seed=seed,
+            sample_seed=seed or 0,
         )
         result = verify_run(out, options, progress, make_progress(shown=shown), stop)
     code = CHECK_FAILED if result.counts else 0
@@ -108,14 +121,18 @@ def verify(
 
 def _lines(result: Verification, out: str) -> Iterator[str]:
     counts = [f"{count:,} {kind}" for kind, count in result.counts.items()]
+    statuses = ", ".join(f"{count:,} {status}" for status, count in result.statuses.items())
     yield " · ".join(
         [
             format_count(result.rows, "row"),
+            statuses or "no results",
             format_count(result.images, "image"),
             f"{result.checked:,} read",
             *(counts or ["no problems"]),
         ]
     )
+    if result.root_digest is not None:
+        yield f"root digest {result.root_digest}" + (", signed with this key" if result.is_signed else "")
     yield from (f"  {_format_problem(problem)}" for problem in result.problems[:MAX_PRINTED])
     if more := sum(result.counts.values()) - len(result.problems[:MAX_PRINTED]):
         yield f"  and {more:,} more; --json lists more of them"
@@ -126,8 +143,24 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
             f"{format_count(result.marked_count, 'result')} marked as failed. Run `batch-infer run` or "
             f"`batch-infer retry {out} --status failed` to render them again."
         )
-    if "missing_row" in result.counts:
-        yield "Run `batch-infer run` to render missing rows and the rows of unreadable parts."
+    elif "failed" in result.statuses:
+        yield f"Run `batch-infer retry {out} --status failed` to render failed rows again."
+    yield from _find_remedies(result, out)
+
+
+def _find_remedies(result: Verification, out: str) -> Iterator[str]:
+    # Repeated and missing rows need another remedy in results.* than in the manifest.
+    kinds = result.counts.keys() - {"missing_row", "duplicate_row"}
+    for problem in result.problems:
+        if problem.kind in ("missing_row", "duplicate_row"):
+            in_results = problem.path is not None and problem.path.startswith("results.")
+            in_part = problem.path is not None and not in_results
+            kinds.add("results_differ" if in_results else "damaged_part" if in_part else problem.kind)
+    if result.marked_count:
+        kinds -= {"missing_image", "truncated_image", "wrong_image"}
+    if "damaged_part" in kinds:
+        kinds.discard("results_differ")  # a merge would write the rows of damaged parts
+    yield from dict.fromkeys(remedy.format(out=out) for kind, remedy in _REMEDIES.items() if kind in kinds)
 
 
 def _sample_lines(sample: Sample) -> Iterator[str]:

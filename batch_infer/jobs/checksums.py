@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from batch_infer.errors import StorageError
+from batch_infer.errors import StorageError, UsageError
 from batch_infer.jobs.out import RESULTS, write_run
 from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
 from batch_infer.manifest import FOLDER, Manifest, run_number
@@ -95,16 +95,44 @@ def find_changed_parts(store: Store) -> set[str]:
     return {part.name for part, digest in zip(parts, hash_files(parts), strict=True) if digest != recorded[part.path]}
 
 
+def refuse_changed_parts(store: Store, record: Mapping[str, Any]) -> None:
+    """Raise UsageError if a part that SHA256SUMS lists is missing or has another SHA-256.
+
+    results.* may be the only copy of its rows. Without a root digest in run.json, a run has not ended and may have
+    combined parts, so only its parts tell what is committed. Parts of endpoints may be written again.
+    """
+    listed = [name for name in read_checksums(store) if name not in RESULTS and run_number(StoredFile(store, name))]
+    if ROOT_DIGEST not in record or not listed:
+        return
+    parts = {part.path: part.name for part in Manifest(store).parts()}
+    changed = find_changed_parts(store)
+    for name in listed:
+        if name in parts and parts[name] not in changed:
+            continue
+        reason = "is missing" if name not in parts else f"is not the file that {CHECKSUMS} lists"
+        raise UsageError(
+            f"{store.locate(name)} {reason}, and results.* may be the only copy of its rows: restore it from a copy, or"
+            f" {'' if name not in parts else 'remove it and '}run the tables again, which renders its rows. To merge "
+            f"the manifest as it is, remove {store.locate(CHECKSUMS)}"
+        )
+
+
 @dataclass(slots=True)
 class ChecksumCheck:
     """Result of `check_checksums`. `problems` are (path, reason), and `matching` the files with the listed digest.
 
     `is_proof` is whether run.json names the root digest, it is that of SHA256SUMS, and all listed files match.
+    `has_intact_results` is whether this holds for the files except some parts, so that results.parquet is right where
+    it differs from the parts. `has_root` is whether the root digest is that of SHA256SUMS, and `is_signed` whether its
+    signature is valid.
     """
 
     problems: list[tuple[str, str]] = field(default_factory=list)
     matching: set[str] = field(default_factory=set)
     is_proof: bool = False
+    has_intact_results: bool = False
+    has_root: bool = False
+    is_signed: bool = False
 
 
 def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | None = None) -> ChecksumCheck:
@@ -132,6 +160,10 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
         elif isinstance(digest, Unreadable) and (is_strict or not digest.is_missing):
             check.problems.append((file.path, digest.reason))
     check.is_proof = root is not None and not check.problems
+    bad_paths = {path for path, _ in check.problems}
+    check.has_root = root is not None and CHECKSUMS not in bad_paths
+    check.is_signed = is_signed and SIGNATURE not in bad_paths
+    check.has_intact_results = root is not None and bool(bad_paths) and bad_paths <= recorded.keys() - set(RESULTS)
     if content is not None and is_strict:
         parts = [part.path for part in Manifest(store).parts()] if is_signed or not may_have_others else []
         others = [name for name in RESULTS if store.exists(name)]

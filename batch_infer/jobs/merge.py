@@ -12,7 +12,7 @@ import pyarrow as pa
 from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import add_root_digest, remove_root_digest, write_checksums
+from batch_infer.jobs.checksums import add_root_digest, refuse_changed_parts, remove_root_digest, write_checksums
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
@@ -54,7 +54,8 @@ def merge_results(
 
     If OUT has a run.json, store the counts and the root digest in it. With `sign_key`, the path of a private key, sign
     the checksums. Raises LockedError, StorageError, ServiceError, and UsageError, for example if OUT contains nothing
-    to merge, no format supports base64, or the key cannot be used.
+    to merge, parts have disappeared or changed since the last merge, no format supports base64, or the key cannot be
+    used.
     """
     check_sign_key(sign_key)
     unlocked_store = open_store(to_absolute(out))
@@ -65,6 +66,7 @@ def merge_results(
             return merge_parts(store, [], OutputSettings(results=results, base64=base64, sign_key=sign_key)), results
         record = outdir.read_existing_run(store)
         outdir.refuse_while_rescoring(store.location, record)
+        refuse_changed_parts(store, record)
         settings = read_settings(record, store.location)
         formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64, sign_key=sign_key)

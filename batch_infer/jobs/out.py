@@ -15,7 +15,7 @@ FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 RUN_JSON = "run.json"
 OWN_NAMES = (*FOLDERS, *RESULTS, RUN_JSON)
-_REMEDY = "remove it to continue from the manifest, or start anew in another --out"
+_REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
 """Key that run.json contains from when --overwrite begins to remove the old files of OUT until all are removed."""
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batch_infer.errors import SettingsError, first_line
+from batch_infer.errors import SettingsError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -39,7 +39,10 @@ def read_public_key(path: str) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(_read(path, "--public-key"))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SettingsError(f"--public-key {path} is not a public key in PEM format ({first_line(error)})") from error
+        raise SettingsError(
+            f"--public-key {path} is not a public key in PEM format; `openssl pkey -pubout` extracts it from a private "
+            "key"
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
         raise SettingsError(f"--public-key {path} is not an Ed25519 key")
     return key
@@ -69,7 +72,7 @@ def _read_private_key(path: str) -> Ed25519PrivateKey:
     except TypeError as error:
         raise SettingsError(f"--sign-key {path} is encrypted: give a key without a passphrase") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise SettingsError(f"--sign-key {path} is not a private key in PEM format ({first_line(error)})") from error
+        raise SettingsError(f"--sign-key {path} is not a private key in PEM format") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(
             f"--sign-key {path} is not an Ed25519 key: create one with `openssl genpkey -algorithm ed25519`"

@@ -108,6 +108,11 @@ class ImageRecords:
         rows, images = self._database.execute("SELECT count(DISTINCT id), count(path) FROM images").fetchone()
         return rows, images
 
+    def count_statuses(self) -> dict[str, int]:
+        """Return the number of results by status, the most frequent first."""
+        select = "SELECT status, count(*) AS number FROM images GROUP BY status ORDER BY number DESC, status"
+        return dict(self._database.execute(select).fetchall())
+
     def add_missing(self, key: Key, paths: Iterable[str]) -> None:
         """Record a row without a result, and the paths that its image may have."""
         self._database.execute("INSERT OR IGNORE INTO missing VALUES (?, ?)", key)

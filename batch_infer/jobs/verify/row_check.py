@@ -61,10 +61,12 @@ class RowVerifier:
         before = self._problems.counts.copy()
         rows = None
         with ManifestIndex(self._parts) as index:
-            if tables is not None:
+            if tables is not None and checksums.has_intact_results:
+                rows = self._find_missing_rows(self._read_items(index, tables), index)
+            elif tables is not None:
                 rows = self._compare_with_tables(index, tables)
             else:
-                self._compare_with_manifest(index, is_proven=checksums.is_proof)
+                self._compare_with_manifest(index, is_proven=checksums.is_proof or checksums.has_intact_results)
         reasons = [reason for path, reason in checksums.problems if path == RESULTS_PARQUET]
         if reasons and self._problems.counts == before:  # otherwise the rows that differ say more
             self._problems.add("results_differ", reasons[0], path=RESULTS_PARQUET)
@@ -75,20 +77,16 @@ class RowVerifier:
 
     def _compare_with_tables(self, index: ManifestIndex, tables: Tables) -> int:
         """Check that each row of the tables has a result in the manifest and results.parquet. Return their number."""
-        rules = read_rules(self._record, self._store.location)
         schema, counts, rows = pa.schema([*SCHEMA, *tables.carried]), Counts(), None
-
-        def read_items() -> Iterator[Item]:
-            return tables.read_rows(rules, make_finished_check(index))
 
         def read_expected() -> Iterator[pa.Table]:
             nonlocal counts
             counts = Counts()
-            return read_results(read_items(), index, tables.carried, counts)
+            return read_results(self._read_items(index, tables), index, tables.carried, counts)
 
         def find_missing() -> None:
             nonlocal rows
-            rows = self._find_missing_rows(read_items(), index)
+            rows = self._find_missing_rows(self._read_items(index, tables), index)
 
         is_equal = check_results(self._store, schema, read_expected, self._problems, find_missing)
         if is_equal and not counts.remaining:
@@ -96,6 +94,9 @@ class RowVerifier:
         if rows is None:
             find_missing()
         return rows or 0
+
+    def _read_items(self, index: ManifestIndex, tables: Tables) -> Iterator[Item]:
+        return tables.read_rows(read_rules(self._record, self._store.location), make_finished_check(index))
 
     def _find_missing_rows(self, items: Iterator[Item], index: ManifestIndex) -> int:
         """Add each item that has no result with its fingerprint. Return the number of rows."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_infer.errors import BatchInferError, DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ChecksumCheck, check_checksums
+from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
@@ -51,12 +51,14 @@ class VerifyOptions:
 class Verification(JsonStruct):
     """What `verify` found. `counts` counts all problems by kind, and `problems` lists the first of them.
 
-    `images` is the number of images that results name, `checked` that of images whose bytes were read, and
-    `rendered_again` that of images that were rendered again to compare them, which `sample` describes. `marked_count`
-    is the number of results that were marked as failed.
+    `statuses` counts results by status. `images` is the number of images that results name, `checked` that of images
+    whose bytes were read, and `rendered_again` that of images that were rendered again to compare them, which `sample`
+    describes. `marked_count` is the number of results that were marked as failed. `root_digest` is that of run.json, or
+    None if SHA256SUMS has another one, and `is_signed` is whether the public key's signature of SHA256SUMS is valid.
     """
 
     rows: int = 0
+    statuses: dict[str, int] = {}
     images: int = 0
     checked: int = 0
     rendered_again: int = 0
@@ -64,11 +66,13 @@ class Verification(JsonStruct):
     counts: dict[str, int] = {}
     marked_count: int = 0
     sample: Sample | None = None
+    root_digest: str | None = None
+    is_signed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the keys of --json, which has `sample` only if images were rendered again."""
         values = super().as_dict()
-        del values["marked_count"]
+        del values["marked_count"], values["is_signed"]
         if self.sample is None:
             del values["sample"]
         else:
@@ -177,6 +181,9 @@ class _Verifier:
             checked=checked,
             problems=self._problems.listed,
             counts=dict(sorted(self._problems.counts.items())),
+            statuses=self._images.count_statuses(),
+            root_digest=self._record.get(ROOT_DIGEST) if checksums.has_root else None,
+            is_signed=checksums.is_signed,
         )
 
     def render_sample(self, verification: Verification, progress: Progress, stop: Callable[[], bool]) -> None:
