@@ -209,12 +209,11 @@ def test_a_listing_that_misses_a_new_part_and_those_it_replaces_is_repeated(
     for number in range(4):
         commit(tmp_path, row(f"a{number}"))
     list_parts = Manifest.parts
-    before = list_parts(Manifest(tmp_path))
     Manifest(tmp_path).compact(1)
     commit(tmp_path, row("a4"))
     (new,) = [part for part in list_parts(Manifest(tmp_path)) if len(read_part(part)) == 1]
-    listings = [[new], [*before[:1], new]]
-    monkeypatch.setattr(Manifest, "parts", lambda *given: listings.pop(0) if listings else list_parts(*given))
+    first = iter([[new]])
+    monkeypatch.setattr(Manifest, "parts", lambda *given: next(first, None) or list_parts(*given))
     with Manifest(tmp_path).index() as index:
         assert index.count_rows() == (5, 0)
 

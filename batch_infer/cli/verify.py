@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
 
 _REMEDIES = {
-    "damaged_part": "Restore damaged parts from a copy; docs/verify.md says what to do without one.",
+    "damaged_part": "See docs/verify.md about damaged_part first: other commands may replace results.*, which may be "
+    "the only copy of some rows.",
     "missing_row": "Run `batch-infer run` with the same tables and options to render missing rows.",
     "results_differ": "Run `batch-infer merge {out}` to write results.* again.",
     "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again.",
     "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
     "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
-    "orphan_image": "Remove orphan images if you do not need them: no result names them.",
+    "orphan_image": "Orphan images belong to no result in the manifest: remove them if you do not need them.",
 }
 """What to do about the kinds of problems."""
 
@@ -143,8 +144,6 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
             f"{format_count(result.marked_count, 'result')} marked as failed. Run `batch-infer run` or "
             f"`batch-infer retry {out} --status failed` to render them again."
         )
-    elif "failed" in result.statuses:
-        yield f"Run `batch-infer retry {out} --status failed` to render failed rows again."
     yield from _find_remedies(result, out)
 
 
@@ -156,10 +155,13 @@ def _find_remedies(result: Verification, out: str) -> Iterator[str]:
             in_results = problem.path is not None and problem.path.startswith("results.")
             in_part = problem.path is not None and not in_results
             kinds.add("results_differ" if in_results else "damaged_part" if in_part else problem.kind)
-    if result.marked_count:
-        kinds -= {"missing_image", "truncated_image", "wrong_image"}
     if "damaged_part" in kinds:
-        kinds.discard("results_differ")  # a merge would write the rows of damaged parts
+        yield _REMEDIES["damaged_part"]
+        return
+    if result.marked_count:
+        kinds -= {"missing_image", "truncated_image", "wrong_image", "results_differ"}
+    elif "failed" in result.statuses:
+        yield f"Run `batch-infer retry {out} --status failed` to render failed rows again."
     yield from dict.fromkeys(remedy.format(out=out) for kind, remedy in _REMEDIES.items() if kind in kinds)
 
 

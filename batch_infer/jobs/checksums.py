@@ -27,6 +27,8 @@ SIGNATURE = f"{CHECKSUMS}.sig"
 ROOT_DIGEST = "root_digest"
 """Key of run.json for the SHA-256 of SHA256SUMS."""
 READING_THREADS = 8
+MAX_NAMED = 3
+"""Maximum number of parts that an error names."""
 _LINE = re.compile(r"([0-9a-f]{64})  (manifest/part-[^/]+\.parquet|results\.(?:parquet|csv|jsonl))")
 """A line that this module writes. An edited file must not name files outside OUT."""
 _MISSING = "it is missing"
@@ -104,16 +106,20 @@ def refuse_changed_parts(store: Store, record: Mapping[str, Any]) -> None:
     listed = [name for name in read_checksums(store) if name not in RESULTS and run_number(StoredFile(store, name))]
     if ROOT_DIGEST not in record or not listed:
         return
-    parts = {part.path: part.name for part in Manifest(store).parts()}
-    changed = find_changed_parts(store)
-    for name in listed:
-        if name in parts and parts[name] not in changed:
-            continue
-        reason = "is missing" if name not in parts else f"is not the file that {CHECKSUMS} lists"
+    existing = {part.path for part in Manifest(store).parts()}
+    changed = {f"{FOLDER}/{name}" for name in find_changed_parts(store)}
+    reasons = [
+        f"{name} {'has changed' if name in existing else 'is missing'}"
+        for name in listed
+        if name not in existing or name in changed
+    ]
+    if reasons:
+        more = f" and {len(reasons) - MAX_NAMED:,} more" if len(reasons) > MAX_NAMED else ""
         raise UsageError(
-            f"{store.locate(name)} {reason}, and results.* may be the only copy of its rows: restore it from a copy, or"
-            f" {'' if name not in parts else 'remove it and '}run the tables again, which renders its rows. To merge "
-            f"the manifest as it is, remove {store.locate(CHECKSUMS)}"
+            f"parts of {store.location} differ from {CHECKSUMS} ({', '.join(reasons[:MAX_NAMED])}{more}), and results.*"
+            " may be the only copy of their rows: restore these parts from a copy, or remove those that have changed "
+            "and run the tables again to render their rows. To merge the manifest as it is, remove "
+            f"{store.locate(CHECKSUMS)}"
         )
 
 
@@ -122,8 +128,8 @@ class ChecksumCheck:
     """Result of `check_checksums`. `problems` are (path, reason), and `matching` the files with the listed digest.
 
     `is_proof` is whether run.json names the root digest, it is that of SHA256SUMS, and all listed files match.
-    `has_intact_results` is whether this holds for the files except some parts, so that results.parquet is right where
-    it differs from the parts. `has_root` is whether the root digest is that of SHA256SUMS, and `is_signed` whether its
+    `has_intact_results` is whether this holds except for some listed parts, so that results.parquet is right where it
+    differs from the parts. `has_root` is whether the root digest is that of SHA256SUMS, and `is_signed` whether its
     signature is valid.
     """
 
@@ -163,11 +169,13 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
     bad_paths = {path for path, _ in check.problems}
     check.has_root = root is not None and CHECKSUMS not in bad_paths
     check.is_signed = is_signed and SIGNATURE not in bad_paths
-    check.has_intact_results = root is not None and bool(bad_paths) and bad_paths <= recorded.keys() - set(RESULTS)
     if content is not None and is_strict:
-        parts = [part.path for part in Manifest(store).parts()] if is_signed or not may_have_others else []
-        others = [name for name in RESULTS if store.exists(name)]
-        unlisted = [name for name in (*parts, *others) if name not in recorded]
+        unlisted_parts = [part.path for part in Manifest(store).parts() if part.path not in recorded]
+        has_only_bad_parts = bool(bad_paths) and bad_paths <= recorded.keys() - set(RESULTS)
+        check.has_intact_results = root is not None and has_only_bad_parts and not unlisted_parts
+        unlisted = [name for name in RESULTS if name not in recorded and store.exists(name)]
+        if is_signed or not may_have_others:
+            unlisted += unlisted_parts
         check.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]
         check.is_proof = check.is_proof and not unlisted
     return check

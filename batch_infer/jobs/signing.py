@@ -70,7 +70,7 @@ def _read_private_key(path: str) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(_read(path, "--sign-key"), password=None)
     except TypeError as error:
-        raise SettingsError(f"--sign-key {path} is encrypted: give a key without a passphrase") from error
+        raise SettingsError(f"--sign-key {path} is encrypted: use a key without a passphrase") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingsError(f"--sign-key {path} is not a private key in PEM format") from error
     if not isinstance(key, Ed25519PrivateKey):

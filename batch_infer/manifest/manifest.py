@@ -68,12 +68,18 @@ class Manifest:
         index = ManifestIndex()
         try:
             tried, missing_names = set[str](), set[str]()
-            # If another command combines parts meanwhile, a listing may have neither a new part nor those it replaces,
-            # because folders are not listed atomically. The next listing has the new part.
-            while not tried.issuperset(parts := {part.name: part for part in self.parts(since_run)}):
-                missing_names |= index.add([part for name, part in parts.items() if name not in tried], on_damage)
-                tried.update(parts)
-            if not missing_names.isdisjoint(parts):
+            previous: set[str] | None = None
+            while True:
+                parts = self.parts(since_run)
+                names = {part.name for part in parts}
+                missing_names |= index.add([part for part in parts if part.name not in tried], on_damage)
+                tried |= names
+                # If another command combines parts meanwhile, a listing may have neither a new part nor those that it
+                # replaces, because folders are not listed atomically. The next listing then has the new part.
+                if previous is not None and previous <= names:
+                    break
+                previous = names
+            if not missing_names.isdisjoint(names):
                 # A network file system lists the folder as it was, so parts with these rows are not known yet.
                 raise StorageError(
                     f"{self.store.locate(FOLDER)} lists parts that do not exist: run the same command again"

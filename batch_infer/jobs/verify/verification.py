@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_infer.errors import BatchInferError, DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums
+from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums, refuse_changed_parts
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
@@ -54,7 +54,8 @@ class Verification(JsonStruct):
     `statuses` counts results by status. `images` is the number of images that results name, `checked` that of images
     whose bytes were read, and `rendered_again` that of images that were rendered again to compare them, which `sample`
     describes. `marked_count` is the number of results that were marked as failed. `root_digest` is that of run.json, or
-    None if SHA256SUMS has another one, and `is_signed` is whether the public key's signature of SHA256SUMS is valid.
+    None if SHA256SUMS has another one or results were marked. `is_signed` is whether the public key's signature of
+    SHA256SUMS is valid.
     """
 
     rows: int = 0
@@ -112,7 +113,10 @@ def verify_run(
                 verifier.render_sample(verification, progress, stop)
             if options.marks_failed:
                 _refuse_without_images(store, verification)
+                refuse_changed_parts(store, record)
                 verification.marked_count = mark_failed(store, record, verifier.parts, images)
+                if verification.marked_count:
+                    verification.root_digest = None
         if not options.marks_failed:
             _refuse_while_active(store)
             if outdir.read_run(store) != record:
