@@ -19,7 +19,7 @@ from typing import Any
 from batch_infer.errors import StorageError, UsageError
 from batch_infer.jobs.out import RESULTS, write_run
 from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
-from batch_infer.manifest import FOLDER, Manifest, run_number
+from batch_infer.manifest import FOLDER, Manifest, read_part, run_number
 from batch_infer.store import Store, StoredFile, hash_stream, prefetch
 
 CHECKSUMS = f"{FOLDER}/SHA256SUMS"
@@ -101,13 +101,16 @@ def refuse_changed_parts(store: Store, record: Mapping[str, Any]) -> None:
     """Raise UsageError if a part that SHA256SUMS lists is missing or has another SHA-256.
 
     results.* may be the only copy of its rows. Without a root digest in run.json, a run has not ended and may have
-    combined parts, so only its parts tell what is committed. Parts of endpoints may be written again.
+    combined parts, so only its parts tell what is committed. Parts of endpoints may be written again. Raises
+    DamagedPartError for a part that cannot be read, because the next run sets it aside, and StorageError.
     """
     listed = [name for name in read_checksums(store) if name not in RESULTS and run_number(StoredFile(store, name))]
     if ROOT_DIGEST not in record or not listed:
         return
     existing = {part.path for part in Manifest(store).parts()}
     changed = {f"{FOLDER}/{name}" for name in find_changed_parts(store)}
+    for name in changed:
+        read_part(StoredFile(store, name))
     reasons = [
         f"{name} {'has changed' if name in existing else 'is missing'}"
         for name in listed
