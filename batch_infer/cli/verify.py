@@ -151,10 +151,10 @@ def _find_remedies(result: Verification, out: str) -> Iterator[str]:
     # Repeated and missing rows need another remedy in results.* than in the manifest.
     kinds = result.counts.keys() - {"missing_row", "duplicate_row"}
     for problem in result.problems:
-        if problem.kind in ("missing_row", "duplicate_row"):
-            in_results = problem.path is not None and problem.path.startswith("results.")
-            in_part = problem.path is not None and not in_results
-            kinds.add("results_differ" if in_results else "damaged_part" if in_part else problem.kind)
+        if problem.path is None:
+            kinds.add(problem.kind)
+        elif problem.kind in ("missing_row", "duplicate_row"):
+            kinds.add("results_differ" if problem.path.startswith("results.") else "damaged_part")
     if "damaged_part" in kinds:
         yield _REMEDIES["damaged_part"]
         return

@@ -28,7 +28,8 @@ from batch_infer.models.loading import (
     load_network,
 )
 from batch_infer.models.offloading import offload_networks
-from batch_infer.models.pipeline_rules import build_pipeline, find_denoiser, find_guidance_argument, parameters_of
+from batch_infer.models.pipeline_arguments import CallArguments
+from batch_infer.models.pipeline_rules import build_pipeline, find_denoiser
 from batch_infer.models.quantization import quantize
 from batch_infer.models.schedulers import build_scheduler
 from batch_infer.models.textual_inversion import Embedding, expand_tokens
@@ -93,15 +94,12 @@ class AnyPipeline(RowLoraSwitch):
         self.feature_extractor: Any | None = None
         self.denoiser: torch.nn.Module | None = find_denoiser(pipeline)
         self._embeddings: Sequence[Embedding] = ()
-        self._guidance = find_guidance_argument(pipeline)
-        self._parameters = parameters_of(type(pipeline))
-        # Pipelines with an image processor return tensors, which are copied to the host in the background.
-        self._output_type = "pt" if hasattr(pipeline, "image_processor") else "np"
+        self._arguments = CallArguments(pipeline, rules)
         self._rules, self._cache = rules, EncoderCache()
         self._recorded: dict[object, Any] = {}
         """Results of networks by the shapes of their arguments, for `count_cost`."""
         disable_sampling(pipeline)
-        native, small = (partial(self._make_trial_arguments, divisor=divisor) for divisor in (1, SMALL_DIVISOR))
+        native, small = (partial(self._arguments.make_trial, divisor=divisor) for divisor in (1, SMALL_DIVISOR))
 
         def check(make_arguments: MakeTrialArguments) -> None:
             check_pipeline(pipeline, self.denoiser, lambda: make_arguments([TRIAL_TEXT], True), replaced_scheduler)
@@ -177,8 +175,7 @@ class AnyPipeline(RowLoraSwitch):
 
     def make_arguments(self, request: PromptRequest) -> dict[str, Any]:
         """Return the arguments of a row's call, in new objects because some pipelines modify them."""
-        seeds = [request.seed]
-        return self._make_arguments([request.prompt], request.negative_prompt, seeds, request.params)
+        return self._arguments.make([request.prompt], request.negative_prompt, [request.seed], request.params)
 
     def read_image(self, request: PromptRequest, result: Any, error: Exception | None) -> torch.Tensor:
         """Return the image of a row's call as a float32 tensor (3, H, W): 0 is black and 1 is white.
@@ -211,7 +208,7 @@ class AnyPipeline(RowLoraSwitch):
         sizes = self._rules.sizes
         params = replace(params, height=sizes.native_height, width=sizes.native_width)
         row_pipeline = copy_pipeline(self.pipeline, self.plan.device, host_timesteps=self.plan.host_timesteps)
-        arguments = self._make_arguments([TRIAL_TEXT], negative_prompt, [0], params)
+        arguments = self._arguments.make([TRIAL_TEXT], negative_prompt, [0], params)
         try:
             calls = record_pipeline(row_pipeline, self.plan.networks, arguments, self._recorded)
         except REFUSALS as error:
@@ -240,7 +237,7 @@ class AnyPipeline(RowLoraSwitch):
         prompts, seeds = [TRIAL_TEXT], [0]
         try:
             count = self.count_rows(slots, params)
-            stacker.start([(index, self._make_arguments(prompts, None, seeds, params)) for index in range(count)])
+            stacker.start([(index, self._arguments.make(prompts, None, seeds, params)) for index in range(count)])
             stacker.admit()
             for row in stacker.take_ended():
                 raise self._refuse(row.error or ValueError("the call ended without a denoiser call"))
@@ -268,40 +265,6 @@ class AnyPipeline(RowLoraSwitch):
             (prompt,) = expand_tokens([request.prompt], self._embeddings)
             count = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         return Conditioning(({}, None), count, None)
-
-    def _make_trial_arguments(self, prompts: Sequence[str], guided: bool, divisor: int) -> dict[str, Any]:
-        """Return the arguments of a trial call with the model's defaults, for a fraction of its native side."""
-        rules, sizes = self._rules, self._rules.sizes
-        scale = (rules.guidance_scale if rules.guidance_scale > 1 else 2.0) if guided else 1.0
-        height, width = (
-            max(sizes.min_side, side // divisor // sizes.side_multiple * sizes.side_multiple)
-            for side in (sizes.native_height, sizes.native_width)
-        )
-        params = SamplingParams(height, width, rules.num_inference_steps, scale, 0.0, rules.embedded_guidance)
-        return self._make_arguments(prompts, None, range(len(prompts)), params)
-
-    def _make_arguments(
-        self, prompts: Sequence[str], negative: str | None, seeds: Sequence[int], params: SamplingParams
-    ) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "prompt": list(prompts),
-            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            "height": params.height,
-            "width": params.width,
-            "num_inference_steps": params.num_inference_steps,
-            "output_type": self._output_type,
-        }
-        if self._guidance:
-            arguments[self._guidance] = params.guidance_scale
-        if "clean_caption" in self._parameters:
-            arguments["clean_caption"] = False  # the default depends on whether beautifulsoup4 and ftfy are installed
-        if "guidance_rescale" in self._parameters:
-            arguments["guidance_rescale"] = params.guidance_rescale
-        if negative is not None:
-            arguments["negative_prompt"] = [negative] * len(prompts)
-        elif self._guidance == "true_cfg_scale" and params.uses_guidance:
-            arguments["negative_prompt"] = [" "] * len(prompts)  # otherwise the pipeline omits guidance
-        return arguments
 
 
 def _load(card: ModelCard, dtype: torch.dtype, network_type: Any, name: str) -> Any:
