@@ -18,6 +18,8 @@ from typing import Any
 from batch_infer.__main__ import main
 from batch_infer.chain import RenderedImage, UnrenderedRow
 from batch_infer.records import PromptRequest
+from batch_infer.sinks import CommitLimits
+from batch_infer.sinks.sharded import ShardedSink
 from batch_infer.worker import committing, loading
 from tests.dummies import meet
 
@@ -54,6 +56,7 @@ def pace() -> None:
 
     loading.load_chain = load_paced
     committing.COMMIT_ROWS = int(os.environ.get("PACE_ROWS", "1"))
+    ShardedSink.commit_limits = CommitLimits(committing.COMMIT_ROWS, committing.COMMIT_SECONDS)
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 CALLS = ("stat", "lstat", "open", "listdir", "scandir")
@@ -28,3 +29,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
     for name in CALLS:
         monkeypatch.setattr(os, name, failing(os, name))
     monkeypatch.setattr(io, "open", failing(io, "open"))
+
+
+def no_rows() -> pa.Table:
+    """Stand for the results of published images, which only sinks that write shards need."""
+    raise AssertionError("image files were published, but their rows were read")

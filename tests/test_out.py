@@ -27,6 +27,7 @@ from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import IMAGE_FOLDERS, LocalStore, open_store
 from batch_infer.store.folder import find_holder
 from tests.runs import run, run_json
+from tests.storage import no_rows
 from tests.tables import write_csv
 
 HOLDER = """
@@ -138,7 +139,7 @@ def link_images(out: Path, disk: Path) -> None:
 def commit_image(out: Path, name: str) -> Path:
     sink = FolderSink(out)
     stored = sink.write(f"images/t-00000/{name}-0.png", b"x")
-    sink.publish([stored.path])
+    sink.publish([stored.path], no_rows)
     (out / "manifest" / "part-1.parquet").unlink(missing_ok=True)
     row = ResultRow(id=name, image_index=0, prompt="x", generated_image=stored.path, status="ok", finished_at=utc_now(),
                     source_file="t.csv", source_row=0, fingerprint="f")  # fmt: skip

@@ -27,6 +27,7 @@ from batch_infer.sinks import Sink
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import LocalStore
 from tests.deaths import die_at
+from tests.storage import no_rows
 
 NONE = pa.schema([])
 END = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
@@ -48,7 +49,7 @@ def result(sink: FolderSink, name: str, content: bytes | None = b"pixels", **mor
 
 def commit(out: Path, *rows: ResultRow, at: float = NOW, run: int = 0) -> Path:
     """Commit rows at the time `at` of the machine's clock, and return the part."""
-    FolderSink(out).publish([row.generated_image for row in rows if row.generated_image])
+    FolderSink(out).publish([row.generated_image for row in rows if row.generated_image], no_rows)
     manifest = Manifest(out, run)
     with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: at):
         return out / "manifest" / manifest.commit(rows, NONE)
@@ -64,7 +65,7 @@ def commit_twice(out: Path) -> None:
     for attempt in (1, 2):
         rows = [result(sink, name, f"{name} {attempt}".encode(), attempt=attempt) for name in "abc"]
         rows.append(result(sink, "d", None, status="failed", error="why", attempt=attempt))
-        sink.publish([row.generated_image for row in rows if row.generated_image])
+        sink.publish([row.generated_image for row in rows if row.generated_image], no_rows)
         with mock.patch("batch_infer.manifest.manifest.monotonic", lambda: NOW):
             manifest.commit(rows, NONE)
         sink.remove(f"images/t-00000/old-{attempt}.png")
@@ -130,7 +131,7 @@ def test_an_uncommitted_image_is_replaced(tmp_path: Path, caplog: pytest.LogCapt
     """It is rendered again under the same name."""
     sink = FolderSink(tmp_path)
     commit(tmp_path, result(sink, "a"))
-    sink.publish([str(result(sink, "b", b"settled").generated_image)])
+    sink.publish([str(result(sink, "b", b"settled").generated_image)], no_rows)
     result(sink, "aa", b"written")
     with caplog.at_level(logging.WARNING):
         assert recover(tmp_path) == frozenset()
@@ -188,7 +189,7 @@ def test_the_image_of_the_last_attempt_is_checked(tmp_path: Path) -> None:
         row = result(sink, "a", f"{attempt}".encode(), attempt=attempt)
         Manifest(tmp_path).commit([row], NONE)
         if attempt == 3:
-            sink.publish([str(row.generated_image)])
+            sink.publish([str(row.generated_image)], no_rows)
     assert recover(tmp_path) == frozenset()
     (tmp_path / "images/t-00000/a-0.png").write_bytes(b"2")
     assert recover(tmp_path) == {("a", 0)}

@@ -22,6 +22,7 @@ from batch_infer.sinks import BACKUP_PREFIX
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import LocalStore, is_abandoned, unique_name
 from tests import runs
+from tests.storage import no_rows
 from tests.tables import write_csv
 
 OTHER = ("--steps", "3", "--rerender-changed")
@@ -138,7 +139,7 @@ def test_a_second_attempt_keeps_the_backup_of_the_committed_image(tmp_path: Path
     for content in (b"old", b"first", b"second"):
         path = sink.write("images/t-00000/a-0.png", content).path
         sink.back_up([path])
-        sink.publish([path])
+        sink.publish([path], no_rows)
     assert (tmp_path / FolderSink(tmp_path).backup_path(path)).read_bytes() == b"old"
     assert (tmp_path / path).read_bytes() == b"second"
 

@@ -1,4 +1,7 @@
-"""Test sinks: images are complete and only in OUT, and each has its own path. The first tests check all SINKS."""
+"""Test sinks: images are complete and only in OUT, and each has its own path. The first tests check all SINKS.
+
+They store flagged images, which are files in every sink. `test_shards.py` tests shards.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.sinks.sink import SINKS
 from batch_infer.store import IMAGE_FOLDERS, TEMPORARY_PREFIX, LocalStore
 from batch_infer.table.ids import Ids, find_colliding_stems
+from tests.storage import no_rows
 
 SAFE = ["a", "row-00000012", "a.b_c-d", "0", "_", "x" * 80, "prompts-2026.05"]
 relaxed = settings(deadline=None)
@@ -55,16 +59,16 @@ def sink_of(request: pytest.FixtureRequest) -> Callable[[Path], Sink]:
 
 def test_images_appear_when_they_are_published(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
     sink = sink_of(tmp_path)
-    path = sink.path_of(request("a"))
+    path = sink.path_of(request("a"), is_flagged=True)
     stored = sink.write(path, b"first")
     assert (stored.path, stored.sha256, stored.image_bytes) == (path, hashlib.sha256(b"first").hexdigest(), 5)
     assert (sink.has(path), sink.read(path)) == (False, None)
-    sink.publish([path])
+    sink.publish([path], no_rows)
     assert sink.has(path)
     assert (sink.read(path), sink.read(path, 5), sink.read(path, 4)) == (b"first", b"first", None)
     assert sink.write(path, b"second") != stored
     assert sink_of(tmp_path).read(path) == b"first", "until the second image is published"
-    sink.publish([path])
+    sink.publish([path], no_rows)
     assert sink_of(tmp_path).read(path) == b"second"
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / path], "no temporary file remains"
     sink.remove(path)
@@ -77,18 +81,19 @@ def test_a_replaced_image_is_backed_up_until_its_backup_is_removed(
 ) -> None:
     """Recovery recognises backups by name. A second replacement makes no backup, as the first was not committed."""
     sink = sink_of(tmp_path)
-    paths = [sink.path_of(request(name)) for name in "ab"]
+    paths = [sink.path_of(request(name), is_flagged=True) for name in "ab"]
     backups = [sink.backup_path(path) for path in paths]
     for path, backup in zip(paths, backups, strict=True):
         assert Path(backup).name.startswith(BACKUP_PREFIX)
         assert original_path(backup) == path
         sink.write(path, b"old")
-    sink.publish(paths)
+    sink.publish(paths, no_rows)
+    missing = [sink.path_of(request("missing", file=file), is_flagged=True) for file in ("t.csv", "other.csv")]
     for content in (b"new", b"newer"):
         for path in paths:
             sink.write(path, content)
-        sink.back_up([*paths, sink.path_of(request("missing")), sink.path_of(request("missing", file="other.csv"))])
-        sink.publish(paths)
+        sink.back_up([*paths, *missing])
+        sink.publish(paths, no_rows)
     assert [sink.read(path) for path in (*paths, *backups)] == [b"newer", b"newer", b"old", b"old"]
     sink.restore(backups[0])
     sink.remove(backups[1])
@@ -98,16 +103,20 @@ def test_a_replaced_image_is_backed_up_until_its_backup_is_removed(
 def test_every_image_has_its_own_path(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
     sink = sink_of(tmp_path)
     requests = [request(name, index=index, row=row) for name, row in (("a", 0), ("b", 5000)) for index in (0, 1)]
-    paths = [sink.path_of(request, quarantine=quarantine) for request in requests for quarantine in (False, True)]
+    paths = [
+        sink.path_of(request, is_flagged=True, quarantine=quarantine)
+        for request in requests
+        for quarantine in (False, True)
+    ]
     assert len(set(paths)) == 8
     assert {path.partition("/")[0] for path in paths} == set(IMAGE_FOLDERS)
     for number, path in enumerate(paths):
         image = requests[number // 2]
         assert path in sink.possible_paths(image)
-        assert sink.path_in(path, quarantine=True) == sink.path_of(image, quarantine=True)
-        assert sink.path_of(replace(image, replaces=path), quarantine=bool(number % 2)) == path
+        assert sink.path_in(path, quarantine=True) == sink.path_of(image, is_flagged=True, quarantine=True)
+        assert sink.path_of(replace(image, replaces=path), is_flagged=True, quarantine=bool(number % 2)) == path
         sink.write(path, path.encode())
-    sink.publish(paths)
+    sink.publish(paths, no_rows)
     assert [sink.read(path) for path in paths] == [path.encode() for path in paths]
     assert {path.rpartition("/")[0] for path in paths} <= set(sink.folders_of(["t.csv"]))
 
@@ -128,7 +137,7 @@ def test_paths_outside_out_are_missing(tmp_path: Path, sink_of: Callable[[Path],
 
 def test_publishing_a_missing_image_is_an_error(tmp_path: Path, sink_of: Callable[[Path], Sink]) -> None:
     with pytest.raises(StorageError, match="a.png"):
-        sink_of(tmp_path).publish(["images/a.png"])
+        sink_of(tmp_path).publish(["images/a.png"], no_rows)
 
 
 # The folder sink
@@ -340,7 +349,7 @@ def test_all_images_are_fsynced_before_the_first_rename_and_then_the_folders(
     made = [step for name in ("images", "t-00000", "t-00001") for step in (f"mkdir {name}", "sync folder")]
     assert steps == made
     steps.clear()
-    sink.publish(NAMES)
+    sink.publish(NAMES, no_rows)
     assert steps == ["sync"] * 6 + ["replace"] * 6 + ["sync folder"] * 2
 
 
@@ -362,7 +371,7 @@ def test_a_removed_folder_is_not_created_again(tmp_path: Path, place: str, remov
     remove(tmp_path / place)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(StorageError, match=GONE):
-        sink.publish(NAMES)
+        sink.publish(NAMES, no_rows)
     with pytest.raises(StorageError, match=GONE):
         sink.write("images/t-00000/new-0.png", b"x")
     with pytest.raises(StorageError, match=GONE):
@@ -405,7 +414,7 @@ def test_a_disk_error_while_publishing_names_the_image(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}/{NAMES[0]}: No space left on device"):
-        sink.publish(NAMES)
+        sink.publish(NAMES, no_rows)
     assert not [path for path in tmp_path.rglob("*.png") if not path.name.startswith(TEMPORARY_PREFIX)]
 
 

@@ -20,9 +20,8 @@ import pyarrow.compute as pc
 
 from batch_infer.azureml.deployment import read_deployment
 from batch_infer.azureml.mini_batch import MiniBatchScorer
-from batch_infer.carried import to_python_values
+from batch_infer.carried import shorten_float32, to_json, to_python_values
 from batch_infer.errors import SettingsError
-from batch_infer.jobs import shorten_float32, to_json
 from batch_infer.manifest import SCHEMA
 
 BLOCKED = "Blocked By Azure AI Content Safety"

@@ -121,6 +121,14 @@ job_options = (
     on_flagged_option,
     option("--require-safety", is_flag=True, help="Refuse to run if images would not be checked."),
     option("--image-format", type=click.Choice(get_args(s.ImageFormat)), default="png", help="Format of image files."),
+    option(
+        "--sink",
+        type=click.Choice(get_args(s.SinkName)),
+        default="folder",
+        help="How to store images. folder: one file each, in images/. webdataset: tar files in shards/, with JSON next "
+        "to each image. parquet: Parquet files in shards/, as Hugging Face's datasets stores images. Flagged images "
+        "are always files.",
+    ),
     *results_options,
     sign_key_option,
     option(
@@ -162,7 +170,9 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
             seed=options["seed"],
         ),
         safety=make_safety_settings(options),
-        output=s.OutputSettings(options["image_format"], options["results"], options["base64"], options["sign_key"]),
+        output=s.OutputSettings(
+            options["image_format"], options["results"], options["base64"], options["sign_key"], options["sink"]
+        ),
         compute=make_compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
         overwrite=options["overwrite"],

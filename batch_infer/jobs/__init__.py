@@ -17,7 +17,6 @@ from batch_infer.jobs.plan import Plan, make_plan
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
-from batch_infer.jobs.results import shorten_float32, to_json
 from batch_infer.jobs.retry import retry_rows
 from batch_infer.jobs.run import join_run, render_tables
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
@@ -72,7 +71,5 @@ __all__ = [
     "retry_without_damaged_parts",
     "scan_tables",
     "set_aside",
-    "shorten_float32",
-    "to_json",
     "verify_run",
 ]

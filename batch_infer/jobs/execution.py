@@ -22,7 +22,7 @@ from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_table
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
-from batch_infer.jobs.run_json import ScanRecord, parse_record
+from batch_infer.jobs.run_json import ScanRecord, ended_cleanly, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.manifest import ManifestIndex
@@ -84,6 +84,8 @@ class RunExecution:
         with closing(self._compaction):
             counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
         self._store.check()
+        if self._committed or not ended_cleanly(self._job.earlier):
+            self._folder.remove_unnamed_images()
         remove_other_results(self._store, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour
         summary.counts, summary.seconds = counts, time.monotonic() - started

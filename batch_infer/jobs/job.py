@@ -155,6 +155,7 @@ def prepare(
     parts = [] if settings.overwrite else Manifest(store).parts()
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
+        _check_sink(earlier, settings)
     history = parse_record(earlier or {})
     number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # use parts too: run.json may be missing
     record |= {
@@ -167,6 +168,16 @@ def prepare(
         **list_environments(record, earlier, number),
     }
     return Job(settings, store, tables, card, compute, record, earlier, rules)
+
+
+def _check_sink(earlier: Mapping[str, Any], settings: RunSettings) -> None:
+    """Raise SettingsError if the earlier run in OUT stored its images in another way."""
+    earlier_settings, sink = parse_record(earlier).settings, settings.output.sink
+    if earlier_settings and (earlier_sink := earlier_settings.output.sink) != sink:
+        raise SettingsError(
+            f"{settings.out} was made with --sink {earlier_sink}, and this run has --sink {sink}: give the same --sink "
+            "or another --out, or start anew with --overwrite"
+        )
 
 
 def resolve_run(

@@ -9,9 +9,10 @@ from typing import Any
 
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
+from batch_infer.sinks import SHARD_FOLDER
 from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_temporary, open_store
 
-FOLDERS = (*IMAGE_FOLDERS, "manifest", "logs")
+FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = ("results.parquet", "results.csv", "results.jsonl")
 RUN_JSON = "run.json"
 OWN_NAMES = (*FOLDERS, *RESULTS, RUN_JSON)

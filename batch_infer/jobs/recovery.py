@@ -17,7 +17,7 @@ import pyarrow as pa
 from batch_infer.errors import DamagedPartError, StorageError
 from batch_infer.jobs.out import FOLDERS
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
-from batch_infer.sinks import Sink, is_image_path, make_sink, original_path
+from batch_infer.sinks import SHARD_FOLDER, Sink, is_image_path, make_sink, original_path
 from batch_infer.store import Out, Store, StoredFile, is_temporary, marker_name, open_store, prefetch
 
 RECENT_SECONDS = 600.0
@@ -110,6 +110,18 @@ def restore_images(store: Store, backups: Sequence[str], index: ManifestIndex) -
             sink.restore(backup)
         else:
             sink.remove(backup)
+
+
+def remove_unnamed_images(store: Store) -> None:
+    """Remove from shards the images that no result names: replaced ones, and those of killed runs.
+
+    The caller holds the lock, no worker is writing, and the manifest lists all results. Raises StorageError,
+    DamagedPartError, NewerPartError.
+    """
+    sink = make_sink(store)
+    if sink.list_files(SHARD_FOLDER):
+        with Manifest(store).index() as index:
+            sink.remove_unnamed(index.iterate_shard_members())
 
 
 def set_aside(store: Store, damage: DamagedPartError) -> str:

@@ -19,7 +19,12 @@ from batch_infer.jobs.compaction import COMPACTION_PARTS
 from batch_infer.jobs.description import describe_safety
 from batch_infer.jobs.job import find_model, open_tables
 from batch_infer.jobs.merge import merge
-from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
+from batch_infer.jobs.recovery import (
+    remove_leftovers,
+    remove_unnamed_images,
+    retry_without_damaged_parts,
+    set_aside,
+)
 from batch_infer.jobs.rescorer import RescoreCounts, Rescorer, StoredResult
 from batch_infer.jobs.run_json import (
     add_counts,
@@ -202,4 +207,7 @@ class _RescoreExecution:
         tables = self._tables
         with Manifest(self._store).index() as index:
             items = tables.read_rows(self._rules, make_finished_check(index))
-            return merge(items, index, tables.carried, self._store, self._settings.output)
+            counts = merge(items, index, tables.carried, self._store, self._settings.output)
+        if not counts.remaining:  # the manifest lists all results
+            remove_unnamed_images(self._store)
+        return counts

@@ -76,7 +76,7 @@ class Rescorer:
     ) -> None:
         """Load the checker if one is used. Raises ModelError, SettingsError, StorageError."""
         self._settings, self._card = settings, card
-        self.sink = make_sink(store, settings.output.image_format)
+        self.sink = make_sink(store, settings.output.image_format, settings.output.sink)
         self._run = record.get("run_number") or 0
         self._manifest = Manifest(store, self._run)
         self._checker: ImageChecker | None = None
@@ -204,7 +204,12 @@ class Rescorer:
         """Store the image as the policy requires, unless it is stored that way. Return None if the policy drops it."""
         policy, row = self._settings.safety.policy, result.row
         pixels = images.apply_policy(original, policy) if is_flagged else original
-        path = self.sink.path_in(row.generated_image or "", quarantine=is_flagged and policy == "quarantine")
+        path = self.sink.path_after_rescore(
+            row.generated_image or "",
+            result.request,
+            is_flagged=is_flagged,
+            quarantine=is_flagged and policy == "quarantine",
+        )
         if pixels is None:
             return None
         if pixels is original and path == row.generated_image:

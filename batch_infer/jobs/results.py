@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
@@ -16,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch_infer.carried import to_python_values
+from batch_infer.carried import format_value, shorten_float32, to_json, to_python_values
 from batch_infer.settings import OutputSettings
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import Store, hash_file
@@ -93,11 +90,6 @@ def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, An
         yield row
 
 
-def shorten_float32(value: float | None) -> float | None:
-    """Round to 7 significant digits, because converting a float32 to double adds meaningless digits."""
-    return None if value is None else float(f"{value:.7g}")
-
-
 def _format_csv_cell(value: Any) -> Any:
     match value:
         case bool():
@@ -105,31 +97,6 @@ def _format_csv_cell(value: Any) -> Any:
         case Mapping() | list():
             return to_json(value)
         case datetime() | bytes():
-            return _to_text(value)
+            return format_value(value)
         case _:
             return value
-
-
-def to_json(value: Any) -> str:
-    """Format a value as JSON. NaN and infinity become null, and types that JSON lacks become text."""
-    return json.dumps(_replace_non_finite(value), ensure_ascii=False, allow_nan=False, default=_to_text)
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Replace NaN and infinity with None, as pandas does."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {name: _replace_non_finite(inner) for name, inner in value.items()}
-        case list() | tuple():
-            return [_replace_non_finite(inner) for inner in value]
-        case _:
-            return value
-
-
-def _to_text(value: Any) -> str:
-    """Format a value whose type JSON and CSV lack."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)

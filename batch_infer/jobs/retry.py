@@ -17,7 +17,7 @@ from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
 from batch_infer.settings import RetryStatus, RunSettings
-from batch_infer.sinks import make_sink
+from batch_infer.sinks import make_sink, parse_member
 from batch_infer.store import Out, Store, open_store
 
 log = logging.getLogger("batch_infer")
@@ -64,7 +64,7 @@ class _SkipOtherStatuses:
     def __init__(self, statuses: Collection[RetryStatus], store: Store) -> None:
         self._statuses, self._sink = statuses, make_sink(store)
         self._selected_row: str | None = None
-        self._folder, self._images = "", set[str]()
+        self._folder, self._files = "", set[str]()
         self._store, self._faults = store, ImageRecords()
         self._is_checked = False
 
@@ -97,7 +97,8 @@ class _SkipOtherStatuses:
 
     def _is_missing(self, path: str) -> bool:
         """Return whether an image is missing. Lists each folder once, as long as the images are in table order."""
-        folder, _, name = path.rpartition("/")
+        member = parse_member(path)
+        folder, _, name = (path if member is None else member.shard).rpartition("/")
         if folder != self._folder:
-            self._folder, self._images = folder, self._sink.list_images(folder)
-        return name not in self._images
+            self._folder, self._files = folder, self._sink.list_files(folder)
+        return name not in self._files

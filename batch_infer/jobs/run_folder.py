@@ -11,7 +11,7 @@ from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
 from batch_infer.jobs.job import Job
-from batch_infer.jobs.recovery import remove_leftovers, set_aside
+from batch_infer.jobs.recovery import remove_leftovers, remove_unnamed_images, set_aside
 from batch_infer.manifest import Manifest, ManifestIndex, read_part, run_number
 from batch_infer.sinks import is_image_path, make_sink
 from batch_infer.store import IMAGE_FOLDERS, Store
@@ -58,6 +58,14 @@ class RunFolder:
                 outdir.write_run(self.store, record)
             else:
                 self.store.remove([outdir.RUN_JSON])
+
+    def remove_unnamed_images(self) -> None:
+        """Remove the images from shards that no result names, once the manifest lists all results.
+
+        If a worker on another machine was lost, it may still be writing, so this is left to the next run.
+        """
+        if not self._record.get("has_strays"):
+            remove_unnamed_images(self.store)
 
     def clear(self) -> None:
         """For --overwrite, remove the old files. Raises StoppedError, StorageError, UsageError."""

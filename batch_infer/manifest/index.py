@@ -178,6 +178,12 @@ class ManifestIndex:
         rows = self._database.execute(f"{_SELECT} FROM images AS c WHERE {condition}")
         return {row[3]: self._to_image(row) for row in rows}
 
+    def iterate_shard_members(self) -> Iterator[str]:
+        """Yield the paths of all committed images in shards, sorted."""
+        condition = f"c.path >= 'shards/' AND c.path < 'shards0' AND {IS_LATEST}"
+        rows = self._database.execute(f"SELECT c.path FROM images AS c WHERE {condition} ORDER BY c.path")
+        return (path for (path,) in rows)
+
     def similar_ids(self, name: str) -> list[tuple[str, str]]:
         """Return (id, path) of each image file whose id differs from this id only by the case of ASCII letters."""
         if not self.parts:

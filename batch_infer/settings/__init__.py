@@ -30,6 +30,7 @@ from batch_infer.settings.run import (
     RetryStatus,
     RowDefaults,
     RunSettings,
+    SinkName,
     TableSettings,
 )
 from batch_infer.settings.safety import CATEGORIES, OnFlagged, SafetyMode, SafetySettings, ServiceSettings
@@ -63,6 +64,7 @@ __all__ = [
     "SafetySettings",
     "SchedulerSpec",
     "ServiceSettings",
+    "SinkName",
     "TableSettings",
     "parse_weight",
 ]

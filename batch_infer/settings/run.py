@@ -31,6 +31,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Offload = Literal["model", "sequential"]
 ResultsFormat = Literal["parquet", "csv", "jsonl"]
+SinkName = Literal["folder", "webdataset", "parquet"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing", "damaged"]
 """Statuses of the results that `retry` can render again.
 
@@ -59,6 +60,7 @@ class OutputSettings:
     base64: bool = False
     sign_key: str | None = None
     """Path of the private key that signs SHA256SUMS. run.json does not record it."""
+    sink: SinkName = "folder"
 
     def __post_init__(self) -> None:
         """Check that a format can contain base64 images if they are requested. Raises SettingsError."""

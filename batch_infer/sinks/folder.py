@@ -1,33 +1,39 @@
-"""Store images as files in OUT."""
+"""Store images as files in OUT, and read images from files and shards."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import PurePosixPath
+
+import pyarrow as pa
 
 from batch_infer.records import PromptRequest, Source, StoredImage
 from batch_infer.sinks.names import Collisions, ImageIndex, hashed_name, safe_name
-from batch_infer.store import IMAGE_FOLDERS, Out, is_inside, open_store, original_name, unique_name
+from batch_infer.sinks.parquet import ParquetFormat
+from batch_infer.sinks.shards import SHARD_FOLDER, CommitLimits, ShardReader, parse_member
+from batch_infer.sinks.webdataset import TarFormat
+from batch_infer.store import IMAGE_FOLDERS, FileDigest, Out, is_inside, open_store, original_name, unique_name
 
 ROWS_PER_FOLDER = 1000
 BACKUP_PREFIX = ".original-"
 
 
 class FolderSink:
-    """Stores images in OUT as images/STEM-NNNNN/ID-K.png, or as quarantine/STEM-NNNNN/ID-K.png if requested.
+    """Stores images in OUT as images/STEM-NNNNN/ID-K.png, or as quarantine/STEM-NNNNN/ID-K.png if requested."""
 
-    Ids keep their dots, although a webdataset key would end at the first dot.
-    """
+    commit_limits: CommitLimits | None = None
 
     def __init__(self, out: Out, suffix: str = "") -> None:
         self._store, self._suffix = open_store(out), suffix
+        self._shards = ShardReader(self._store, (TarFormat(), ParquetFormat()))
         self._case_sensitive: dict[str, bool] = {}
         self._case_lock = threading.Lock()
 
-    def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
+    def path_of(self, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False) -> str:
         """Return a path that no other image has, even if case is ignored, so that OUT can be copied to any file system.
 
         Only paths of tables that different workers of an Azure ML job read may differ by case alone.
@@ -44,6 +50,11 @@ class FolderSink:
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         return f"{IMAGE_FOLDERS[quarantine]}/{path.partition('/')[2]}"
+
+    def path_after_rescore(
+        self, path: str, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False
+    ) -> str:
+        return self.path_in(path, quarantine=quarantine)
 
     def folders_of(self, files: Iterable[str]) -> list[str]:
         stems = {Source(file, 0).stem for file in files}
@@ -90,10 +101,11 @@ class FolderSink:
         self._store.stage(path, content)
         return StoredImage(path, hashlib.sha256(content).hexdigest(), len(content))
 
-    def publish(self, paths: Iterable[str]) -> None:
+    def publish(self, paths: Iterable[str], make_rows: Callable[[], pa.Table]) -> Mapping[str, str]:
         if names := list(paths):
             self._store.check()
             self._store.publish(names)
+        return {}
 
     def back_up(self, paths: Iterable[str]) -> None:
         """Keep images under hidden names.
@@ -118,13 +130,46 @@ class FolderSink:
             self._store.remove(images)
 
     def has(self, path: str) -> bool:
+        if (member := parse_member(path)) is not None:
+            return member.image in self._shards.get_sizes(member.shard)
         return is_image_path(path) and self._store.has_image(path)
 
-    def list_images(self, folder: str) -> set[str]:
+    def list_files(self, folder: str) -> set[str]:
+        if folder == SHARD_FOLDER:
+            return {shard.rpartition("/")[2] for shard in self._shards.list_shards()}
         return self._store.list_images(folder) if is_image_path(f"{folder}/_") else set()
 
+    def list_images(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
+        yield from self._store.list_image_files(needs_sizes=needs_sizes)
+        yield from self._shards.list_members()
+
     def read(self, path: str, length: int | None = None) -> bytes | None:
+        if (member := parse_member(path)) is not None:
+            content = self._shards.read(member)
+            return content if content is not None and length in (None, len(content)) else None
         return self._store.read_image(path, length) if is_image_path(path) else None
+
+    def hash(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
+        digests = {path: self._hash_member(path) for path, _ in images if parse_member(path)}
+        files = [image for image in images if image[0] not in digests]
+        digests |= {path: digest for (path, _), digest in zip(files, self._store.hash_images(files), strict=True)}
+        return [digests[path] for path, _ in images]
+
+    def _hash_member(self, path: str) -> FileDigest | None:
+        content = self.read(path)
+        return None if content is None else FileDigest(hashlib.sha256(content).hexdigest(), len(content))
+
+    def remove_unnamed(self, paths: Iterable[str]) -> None:
+        named = set()
+        for shard, group in groupby(paths, lambda path: path.partition("#")[0]):
+            named.add(shard)
+            members = [member for path in group if (member := parse_member(path)) is not None]
+            if members and len(members) < members[0].count:
+                self._store.check()
+                self._shards.keep(shard, {member.image for member in members})
+        if unnamed := [shard for shard in self._shards.list_shards() if shard not in named]:
+            self._store.check()
+            self._store.remove(unnamed)
 
 
 def is_image_path(path: str) -> bool:

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import pyarrow as pa
+
 from batch_infer.records import PromptRequest, StoredImage
-from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat
+from batch_infer.settings import IMAGE_SUFFIXES, ImageFormat, SinkName
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.sinks.names import Collisions, ImageIndex
-from batch_infer.store import Out
+from batch_infer.sinks.parquet import ParquetFormat
+from batch_infer.sinks.sharded import ShardedSink
+from batch_infer.sinks.shards import CommitLimits
+from batch_infer.sinks.webdataset import TarFormat
+from batch_infer.store import FileDigest, Out
 
 
 class Sink(Protocol):
-    """Stores each image as a file in OUT. Paths of type str are relative to OUT.
+    """Stores images in OUT, and reads the images of every sink. Paths of type str are relative to OUT.
 
-    Images are in IMAGE_FOLDERS: in quarantine/ if `quarantine` is set, otherwise in images/. Paths elsewhere count as
-    missing. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
+    An image is a file in IMAGE_FOLDERS or part of a shard: `shards/NAME.tar#KEY.png`. Paths elsewhere count as missing.
+    Shards contain only images with status ok. Other images are in quarantine/ if `quarantine` is set, otherwise in
+    images/. The file name of a backup is a `store.unique_name` with BACKUP_PREFIX, so that recovery finds the backups
     of killed runs and their `original_path`. A crash loses no image if the steps are in this order: `write`, `back_up`
     the images to replace, `publish`, commit the manifest part, `remove` the backups. All methods may raise
     StorageError, for example if they cannot determine whether an image exists.
     """
 
-    def path_of(self, request: PromptRequest, *, quarantine: bool = False) -> str:
-        """Return the path for a request's image. Rendering an image again keeps its path."""
+    commit_limits: CommitLimits | None
+    """How many rows to commit together, or None for the default."""
+
+    def path_of(self, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False) -> str:
+        """Return the path for a request's image until `publish`. Rendering an image again keeps its file's path."""
 
     def possible_paths(self, request: PromptRequest) -> set[str]:
         """Return every path that this or an earlier version may have used only for this request's image."""
 
     def path_in(self, path: str, *, quarantine: bool) -> str:
         """Return an image's path, changed to be in quarantine/ if `quarantine` is set, otherwise in images/."""
+
+    def path_after_rescore(
+        self, path: str, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False
+    ) -> str:
+        """Return the path for a committed image after a new verdict, until `publish`. It is `path` if that can stay."""
 
     def folders_of(self, files: Iterable[str]) -> list[str]:
         """Return images/, quarantine/ and those of their subfolders that may contain images from these source files."""
@@ -40,10 +55,11 @@ class Sink(Protocol):
     def write(self, path: str, content: bytes) -> StoredImage:
         """Write an image under a temporary name."""
 
-    def publish(self, paths: Iterable[str]) -> None:
-        """Make written images durable under their final names, just before a manifest part lists them.
+    def publish(self, paths: Iterable[str], make_rows: Callable[[], pa.Table]) -> Mapping[str, str]:
+        """Make written images durable, just before a manifest part lists them. Return the new paths of moved images.
 
-        A run that ends between `write` and `publish` replaces no committed image.
+        `make_rows` returns the results of at least these images. A run that ends between `write` and `publish` replaces
+        no committed image.
         """
 
     def back_up(self, paths: Iterable[str]) -> None:
@@ -56,22 +72,35 @@ class Sink(Protocol):
         """Restore a backup. Any process may have written it and died before it committed the new image."""
 
     def remove(self, *paths: str) -> None:
-        """Remove those of these images that exist."""
+        """Remove those of these image files that exist. Images in shards stay until `remove_unnamed`."""
+
+    def remove_unnamed(self, paths: Iterable[str]) -> None:
+        """Remove all images from shards except these, which are sorted. No other process may write to OUT."""
 
     def has(self, path: str) -> bool:
         """Return whether an image exists at this path."""
 
-    def list_images(self, folder: str) -> set[str]:
-        """Return the file names of the images in a folder of OUT, which is that of an image's path."""
+    def list_files(self, folder: str) -> set[str]:
+        """Return the names of the image files, or of the shards, in a folder of OUT."""
+
+    def list_images(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
+        """Yield the path and size in bytes of all images, as `Store.list_image_files` does."""
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
         """Return an image's bytes, or None if it is missing or its size differs from `length`, if given."""
 
+    def hash(self, images: Sequence[tuple[str, int]]) -> list[FileDigest | None]:
+        """Return the digests of images that `list_images` yielded, as `Store.hash_images` does."""
 
-SINKS: dict[str, Callable[[Out, str], Sink]] = {"folder": FolderSink}
+
+SINKS: dict[SinkName, Callable[[Out, str], Sink]] = {
+    "folder": FolderSink,
+    "webdataset": lambda out, suffix: ShardedSink(TarFormat(), out, suffix),
+    "parquet": lambda out, suffix: ShardedSink(ParquetFormat(), out, suffix),
+}
 """Sinks by name. Each is created with OUT and the suffix of image files. `tests/test_sinks.py` tests all of them."""
 
 
-def make_sink(out: Out, image_format: ImageFormat = "png", name: str = "folder") -> Sink:
-    """Create a sink that stores images in OUT. Raises StorageError if OUT cannot be read."""
+def make_sink(out: Out, image_format: ImageFormat = "png", name: SinkName = "folder") -> Sink:
+    """Create a sink that stores images in OUT, and reads them wherever they are. Raises StorageError."""
     return SINKS[name](out, IMAGE_SUFFIXES[image_format])

@@ -136,6 +136,17 @@ class LocalImages:
                 os.replace(temporary_path(target), target)  # noqa: PTH105
         _fsync_parents(targets)
 
+    def read_staged(self, name: str) -> bytes:
+        path = temporary_path(self.root / name)
+        with read_errors(path):
+            return path.read_bytes()
+
+    def discard_staged(self, names: Iterable[str]) -> None:
+        for name in names:
+            path = temporary_path(self.root / name)
+            with write_errors(path):
+                path.unlink(missing_ok=True)
+
     def back_up(self, backups: Mapping[str, str]) -> None:
         """Rename images to their backups."""
         moved = []

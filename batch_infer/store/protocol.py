@@ -210,6 +210,14 @@ class Store(Protocol):
         """Make staged images durable under their names, replacing others."""
         ...
 
+    def read_staged(self, name: str) -> bytes:
+        """Return the bytes of a staged image."""
+        ...
+
+    def discard_staged(self, names: Iterable[str]) -> None:
+        """Remove staged images, which will not be published."""
+        ...
+
     def back_up(self, backups: Mapping[str, str]) -> None:
         """Keep images that `publish` will replace under other names. `backups` maps each image to its backup.
 

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from threading import Semaphore
 from typing import Generic, TypeVar
 
 import pyarrow as pa
 
 from batch_infer.errors import BatchInferError
-from batch_infer.manifest import Manifest
+from batch_infer.manifest import Manifest, to_table
 from batch_infer.records import PromptRequest, ResultRow
-from batch_infer.sinks import Sink, make_sink
+from batch_infer.sinks import CommitLimits, Sink, make_sink
 from batch_infer.store import open_store
 from batch_infer.worker.interface import WorkerSettings
 from batch_infer.worker.rows import make_row
@@ -43,8 +44,10 @@ def commit_images(
     *,
     written: Collection[str],
     previous: Collection[str],
-) -> None:
-    """Rename written images to their final paths, commit rows, and remove previous images that no row refers to.
+) -> list[ResultRow]:
+    """Move written images to their final paths, commit rows, and remove previous images that no row refers to.
+
+    Return the rows as they were committed.
 
     If a written image has the path of a previous image, the previous one is backed up until the rows are committed.
     After a kill, `jobs.recovery` restores the backups of images whose replacement was not committed. Raises
@@ -53,10 +56,13 @@ def commit_images(
     new_paths, row_paths = set(written), {row.generated_image for row in rows}
     replaced = [path for path in previous if path in new_paths]
     sink.back_up(replaced)
-    sink.publish(written)
-    if rows:
-        manifest.commit(rows, carried)
+    moved = sink.publish(written, lambda: to_table(rows, carried))
+    paths = [row.generated_image and moved.get(row.generated_image, row.generated_image) for row in rows]
+    committed = [replace(row, generated_image=path) for row, path in zip(rows, paths, strict=True)]
+    if committed:
+        manifest.commit(committed, carried)
     sink.remove(*(path for path in previous if path not in row_paths), *map(sink.backup_path, replaced))
+    return committed
 
 
 def commit_failed(
@@ -80,10 +86,12 @@ class Committer(Generic[Stored]):
     BatchInferError.
     """
 
-    def __init__(self, commit: Callable[[list[Stored]], None]) -> None:
-        self._commit = commit
+    def __init__(self, commit: Callable[[list[Stored]], None], limits: CommitLimits | None = None) -> None:
+        """`limits` overrides COMMIT_ROWS and COMMIT_SECONDS."""
+        self._commit, self._limits = commit, limits or CommitLimits(COMMIT_ROWS, COMMIT_SECONDS)
         self._queue: queue.SimpleQueue[Future[Stored] | None] = queue.SimpleQueue()
-        self._storing_limit, self._committing_limit = Semaphore(STORING_AHEAD), Semaphore(COMMITTING_AHEAD)
+        self._ahead = max(COMMITTING_AHEAD, 2 * self._limits.rows)
+        self._storing_limit, self._committing_limit = Semaphore(STORING_AHEAD), Semaphore(self._ahead)
         self._thread = ThreadPoolExecutor(1, "committing")
 
     def __enter__(self) -> Committer[Stored]:
@@ -113,7 +121,7 @@ class Committer(Generic[Stored]):
         try:
             while True:
                 timeout = None if deadline is None else deadline - time.monotonic()
-                if len(batch) >= COMMIT_ROWS or (timeout is not None and timeout <= 0):
+                if len(batch) >= self._limits.rows or (timeout is not None and timeout <= 0):
                     self._commit_batch(batch)
                     deadline = None
                 elif future is None:
@@ -122,11 +130,11 @@ class Committer(Generic[Stored]):
                             break
                 elif wait([future], timeout).done:
                     batch.append(future.result())
-                    deadline, future = deadline or time.monotonic() + COMMIT_SECONDS, None
+                    deadline, future = deadline or time.monotonic() + self._limits.seconds, None
             if batch:
                 self._commit_batch(batch)
         finally:  # `add` must not wait for a thread that has ended
-            self._committing_limit.release(COMMITTING_AHEAD)
+            self._committing_limit.release(self._ahead)
 
     def _commit_batch(self, batch: list[Stored]) -> None:
         self._commit(list(batch))

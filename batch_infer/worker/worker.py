@@ -48,7 +48,7 @@ class Worker:
         """Load the chain. Every result row has `name` as its `worker`. Raises the errors of `load`."""
         self._settings, self._name = settings, name
         store = open_store(settings.out)
-        self._sink = make_sink(store, settings.output.image_format)
+        self._sink = make_sink(store, settings.output.image_format, settings.output.sink)
         self._manifest = Manifest(store, settings.run)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
@@ -82,7 +82,7 @@ class Worker:
         """
         with (
             ThreadPoolExecutor(count_storing_threads(self._settings.compute), "storing") as pool,
-            Committer[StoredRow](lambda batch: self._commit(batch, on_commit)) as committer,
+            Committer[StoredRow](lambda batch: self._commit(batch, on_commit), self._sink.commit_limits) as committer,
         ):
             for outcome in self._chain.render(requests):
                 committer.add(partial(pool.submit, self._store, outcome))
@@ -117,7 +117,7 @@ class Worker:
             return None
         card, request = self._settings.card, outcome.request
         parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
-        path = self._sink.path_of(request, quarantine=flagged and policy == "quarantine")
+        path = self._sink.path_of(request, is_flagged=flagged, quarantine=flagged and policy == "quarantine")
         stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
@@ -125,8 +125,8 @@ class Worker:
         rows = [row for row, _ in batch]
         written = [row.generated_image for row in rows if row.generated_image]
         previous = [path for _, path in batch if path]
-        commit_images(self._sink, self._manifest, rows, self._settings.carried, written=written, previous=previous)
-        on_commit(rows)
+        carried = self._settings.carried
+        on_commit(commit_images(self._sink, self._manifest, rows, carried, written=written, previous=previous))
 
 
 def count_storing_threads(compute: Compute) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from batch_infer.carried import shorten_float32
 from batch_infer.errors import StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.diff.images import ImageComparison, compare_images
@@ -22,7 +23,6 @@ from batch_infer.jobs.diff.rows import (
     make_diff_schema,
 )
 from batch_infer.jobs.diff.settings import compare_records
-from batch_infer.jobs.results import shorten_float32
 from batch_infer.jobs.run_json import find_lora_column
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from batch_infer.jobs.verify.image_records import IMAGE_COLUMNS, ImageRecord, ImageRecords
 from batch_infer.jobs.verify.problems import Kind, Problems
 from batch_infer.manifest import Manifest, read_part_in_batches
-from batch_infer.sinks import is_image_path, original_path
+from batch_infer.sinks import is_image_path, make_sink, original_path, parse_member
 from batch_infer.store import NOT_A_FILE, Store, is_temporary, prefetch
 
 BATCH = 512
@@ -77,11 +77,11 @@ class _ImageVerifier:
     """Compares files with results, and adds what is wrong to the problems."""
 
     def __init__(self, records: ImageRecords, store: Store, problems: Problems, options: ImageCheckOptions) -> None:
-        self._records, self._store, self._problems, self._options = records, store, problems, options
+        self._records, self._sink, self._problems, self._options = records, make_sink(store), problems, options
 
     def iterate_present(self) -> Iterator[ImageRecord]:
         """Yield the images that have a file, of the right size if it is known, and add all others to the problems."""
-        files = self._store.list_image_files(needs_sizes=self._options.is_quick)
+        files = self._sink.list_images(needs_sizes=self._options.is_quick)
         file = next(files, None)
         path, size, exists = None, None, False
         for image in self._records.iterate_images():
@@ -100,7 +100,7 @@ class _ImageVerifier:
 
     def hash(self, images: list[ImageRecord]) -> int:
         """Compare the SHA-256 of images with their results, and return how many images were read."""
-        digests = self._store.hash_images([(image.path, image.byte_count or 0) for image in images])
+        digests = self._sink.hash([(image.path, image.byte_count or 0) for image in images])
         for image, digest in zip(images, digests, strict=True):
             if digest is None:
                 self._add("wrong_image", image, "it cannot be read")
@@ -116,8 +116,10 @@ class _ImageVerifier:
         is_known = expected is not None and expected >= 0
         if exists and is_known and size in (None, expected):
             return True
-        if not exists and not is_image_path(image.path):
-            self._add("missing_image", image, "its path is outside images/ and quarantine/")
+        if not exists and parse_member(image.path):
+            self._add("missing_image", image, "its shard is missing or damaged, or does not contain it")
+        elif not exists and not is_image_path(image.path):
+            self._add("missing_image", image, "its path is outside images/, quarantine/ and shards/")
         elif not exists:
             self._add("missing_image", image, "there is no such file")
         elif size == NOT_A_FILE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from batch_infer.store.objects.lease_object import LEASE, LEASE_SECONDS, LeaseOb
 from batch_infer.store.objects.listing import walk_sorted
 from batch_infer.store.objects.spool import collect_abandoned, make_log_name, upload_while_open
 from batch_infer.store.protocol import IMAGE_FOLDERS, FileDigest, PrivateFile, StoreAddress, is_inside
+from batch_infer.store.temporary import temporary_file_errors
 
 
 class ObjectStore(ObjectFiles):
@@ -84,6 +85,15 @@ class ObjectStore(ObjectFiles):
         path = self.spool.staged_path(name)
         self.put(path, name)
         path.unlink(missing_ok=True)
+
+    def read_staged(self, name: str) -> bytes:
+        with temporary_file_errors():
+            return self.spool.staged_path(name).read_bytes()
+
+    def discard_staged(self, names: Iterable[str]) -> None:
+        with temporary_file_errors():
+            for name in names:
+                self.spool.staged_path(name).unlink(missing_ok=True)
 
     def back_up(self, backups: Mapping[str, str]) -> None:
         self.run_all(self._back_up, backups.items())

@@ -1,0 +1,109 @@
+"""Store images in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+
+from batch_infer.records import BOOKKEEPING, PromptRequest, digest
+from batch_infer.sinks.folder import FolderSink
+from batch_infer.sinks.names import hashed_name, safe_name
+from batch_infer.sinks.shards import SHARD_FOLDER, CommitLimits, Sample, ShardFormat, parse_member
+from batch_infer.store import Out
+
+SHARD_BYTES = 256 << 20
+"""Size in bytes of its images at which a shard ends."""
+SHARD_ROWS = 1024
+"""Maximum number of images in a shard."""
+SHARD_SECONDS = 30.0
+"""Number of seconds after which rows are committed, with a shard of their images, even if there are few.
+
+If rows were committed as often as with image files, every two seconds, a slow model would write tiny shards.
+"""
+OMITTED_COLUMNS = BOOKKEEPING | {
+    *("generated_image", "status", "error", "nsfw_content_detected", "safety_checker", "safety_scores", "fingerprint")
+}
+"""Result columns that are not in shards, because a rescore or the next run may change them."""
+
+
+class ShardedSink(FolderSink):
+    """Stores images with status ok in shards. Flagged images and their replacements are files, as in a FolderSink.
+
+    Until its row is committed, the path of an image is `shards/KEY.png`. From then on, it is `SHARD#KEY.png`.
+    """
+
+    commit_limits: CommitLimits | None = CommitLimits(SHARD_ROWS, SHARD_SECONDS)
+
+    def __init__(self, shard_format: ShardFormat, out: Out, suffix: str = "") -> None:
+        super().__init__(out, suffix)
+        self._format = shard_format
+
+    def path_of(self, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False) -> str:
+        if is_flagged or quarantine:
+            return super().path_of(request, is_flagged=is_flagged, quarantine=quarantine)
+        return _staged_path(request, self._suffix)
+
+    def path_after_rescore(
+        self, path: str, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False
+    ) -> str:
+        is_member = parse_member(path) is not None
+        if not is_flagged:
+            return path if is_member else _staged_path(request, PurePosixPath(path).suffix)
+        if not is_member:
+            return self.path_in(path, quarantine=quarantine)
+        # Names that differ from all others, because the request was not compared with the committed images.
+        request = replace(request, id_collides=True, stem_collides=True)
+        return super().path_of(request, is_flagged=True, quarantine=quarantine)
+
+    def publish(self, paths: Iterable[str], make_rows: Callable[[], pa.Table]) -> Mapping[str, str]:
+        names = list(paths)
+        staged = [name for name in names if name.startswith(f"{SHARD_FOLDER}/")]
+        super().publish([name for name in names if not name.startswith(f"{SHARD_FOLDER}/")], make_rows)
+        new_paths: dict[str, str] = {}
+        if staged:
+            self._store.check()
+            rows = make_rows()
+            for group in _split(staged, rows):
+                new_paths |= self._write_shard(rows.take(group))
+            self._store.discard_staged(staged)
+        return new_paths
+
+    def _write_shard(self, rows: pa.Table) -> dict[str, str]:
+        """Write a shard with the staged images of these rows, and return their paths in it by their staged paths."""
+        staged = rows["generated_image"].to_pylist()
+        keys = zip(*(rows[name].to_pylist() for name in ("id", "image_index", "sha256")), strict=True)
+        shard = f"{SHARD_FOLDER}/{digest(list(map(list, keys)))}-{len(rows)}{self._format.suffix}"
+        names = [name.rpartition("/")[2] for name in staged]
+        samples = (
+            Sample(name, self._store.read_staged(path), row)
+            for row, (name, path) in enumerate(zip(names, staged, strict=True))
+        )
+        columns = [name for name in rows.column_names if name not in OMITTED_COLUMNS]
+        with self._store.write(shard) as temporary:
+            self._format.write(temporary, samples, rows.select(columns))
+        return {path: f"{shard}#{name}" for path, name in zip(staged, names, strict=True)}
+
+
+def _staged_path(request: PromptRequest, suffix: str) -> str:
+    """Return the path of an image until its row is committed. A WebDataset key ends at the first dot."""
+    name = hashed_name(request.id) if "." in request.id else safe_name(request.id, capitals=True)
+    return f"{SHARD_FOLDER}/{name}-{request.image_index}{suffix}"
+
+
+def _split(staged: list[str], rows: pa.Table) -> Iterator[list[int]]:
+    """Yield the numbers of the rows with these images, one shard after another."""
+    positions = {path: row for row, path in enumerate(rows["generated_image"].to_pylist())}
+    sizes = rows["image_bytes"].to_pylist()
+    group: list[int] = []
+    byte_count = 0
+    for path in staged:
+        group.append(positions[path])
+        byte_count += sizes[positions[path]]
+        if byte_count >= SHARD_BYTES:
+            yield group
+            group, byte_count = [], 0
+    if group:
+        yield group

@@ -1,0 +1,171 @@
+"""Read images from shards: files of OUT that contain the images of many rows, in a format that data loaders read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+import pyarrow as pa
+
+from batch_infer.errors import StorageError
+from batch_infer.store import Store
+
+SHARD_FOLDER = "shards"
+OPEN_SHARDS = 16
+"""Number of shards that stay open, because images in table order may alternate between shards."""
+_PATH = re.compile(r"(?P<shard>shards/[0-9a-f]+-(?P<count>[0-9]{1,9})(?P<suffix>\.[a-z]+))#(?P<image>[^/#\0]+)")
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CommitLimits:
+    """Maximum number of rows to commit together, and the number of seconds after which fewer rows are committed."""
+
+    rows: int
+    seconds: float
+
+
+class Sample(NamedTuple):
+    """An image for a shard: its file name there, its bytes, and the number of its row in a table."""
+
+    name: str
+    content: bytes
+    row: int
+
+
+class Shard(Protocol):
+    """An open shard. Methods raise ValueError, LookupError or OSError if it is damaged."""
+
+    sizes: Mapping[str, int]
+    """Size in bytes of each image by its name, as far as the shard can be read."""
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one of these images, or fewer if the shard is truncated."""
+        ...
+
+    def keep(self, names: Collection[str], path: Path) -> None:
+        """Write these images, with the columns of their rows, to a new shard."""
+        ...
+
+
+class ShardFormat(Protocol):
+    """A file format of shards. `suffix` is that of its files."""
+
+    suffix: str
+
+    def write(self, path: Path, samples: Iterable[Sample], rows: pa.Table) -> None:
+        """Write samples, with the columns of their rows, to a new file."""
+        ...
+
+    def open(self, file: pa.NativeFile) -> Shard:
+        """Open a shard. Raises ValueError, LookupError or OSError if it is damaged."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An image in a shard. Its path is `SHARD#IMAGE`. `count` is the number of images when the shard was written."""
+
+    shard: str
+    image: str
+    suffix: str
+    count: int
+
+
+def parse_member(path: str) -> Member | None:
+    """Return the member that a path names, which anyone may have edited, or None if the path names none."""
+    match = _PATH.fullmatch(path)
+    return match and Member(match["shard"], match["image"], match["suffix"], int(match["count"]))
+
+
+class ShardReader:
+    """Reads the shards of OUT. Methods raise StorageError, and may be called from several threads."""
+
+    def __init__(self, store: Store, formats: Sequence[ShardFormat]) -> None:
+        self._store, self._formats = store, {shard_format.suffix: shard_format for shard_format in formats}
+        self._open: OrderedDict[str, tuple[ExitStack, Shard | None]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def list_shards(self) -> list[str]:
+        """Return the sorted paths of the shards."""
+        paths = (f"{SHARD_FOLDER}/{name}" for name in self._store.list_folder(SHARD_FOLDER))
+        return [path for path in paths if parse_member(f"{path}#_")]
+
+    def list_members(self) -> Iterator[tuple[str, int]]:
+        """Yield the path and size in bytes of each image in the shards, sorted by path."""
+        for shard in self._store.prefetch(self.list_shards()):
+            sizes = self.get_sizes(shard)
+            yield from ((f"{shard}#{name}", sizes[name]) for name in sorted(sizes))
+
+    def get_sizes(self, shard: str) -> Mapping[str, int]:
+        """Return the size of each image in a shard by its name, as far as the shard exists and can be read."""
+        with self._lock:
+            opened = self._get(shard)
+            return {} if opened is None else opened.sizes
+
+    def read(self, member: Member) -> bytes | None:
+        """Return the bytes of an image, fewer if its shard is truncated, or None if it is missing or unreadable."""
+        with self._lock:
+            opened = self._get(member.shard)
+            if opened is None or member.image not in opened.sizes:
+                return None
+            return self._unless_damaged(member.shard, lambda: opened.read(member.image))
+
+    def keep(self, shard: str, images: Collection[str]) -> bool:
+        """Remove all images but these from a shard, atomically.
+
+        Return False without a change if the shard does not have all these images or cannot be read.
+        """
+        with self._lock:
+            opened = self._get(shard)
+            if opened is None or not opened.sizes.keys() >= set(images):
+                return False
+            if len(opened.sizes) == len(images):
+                return True
+            with self._store.write(shard) as path:
+                self._unless_damaged(shard, lambda: opened.keep(images, path))
+            self.close()
+            return True
+
+    def close(self) -> None:
+        """Close all shards, which are opened again when they are needed."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1][0].close()
+
+    def _get(self, shard: str) -> Shard | None:
+        """Open a shard, and close the one that was used least recently if too many are open."""
+        if shard not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)[1][0].close()
+            stack = ExitStack()
+            self._open[shard] = stack, self._unless_damaged(shard, lambda: self._open_shard(shard, stack))
+        self._open.move_to_end(shard)
+        return self._open[shard][1]
+
+    def _open_shard(self, shard: str, stack: ExitStack) -> Shard | None:
+        member = parse_member(f"{shard}#_")
+        if member is None or member.suffix not in self._formats or self._store.is_link(shard):
+            return None
+        file = stack.enter_context(self._store.open_file(shard))
+        return self._formats[member.suffix].open(file)
+
+    def _unless_damaged(self, shard: str, action: Callable[[], T]) -> T | None:
+        """Return the result of an action, or None if the shard is missing or damaged. Raises StorageError."""
+        try:
+            return action()
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            number = getattr(error, "errno", None)  # None for errors about the content
+            if number is None or number in _MISSING:
+                return None
+            raise StorageError(f"cannot read {self._store.locate(shard)}: {os.strerror(number)}") from error
