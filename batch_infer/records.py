@@ -193,8 +193,9 @@ class ResultRow:
     """One row of a manifest part and of results.*. The fields declare the result columns in order.
 
     The manifest derives its Arrow schema from the fields. A new column needs `metadata={"since": VERSION}` with the
-    next version of the manifest format. Two fields are not result columns: `line`, the source's line number, and
-    `carried`, whose cells are separate columns of results.*.
+    next version of the manifest format. A new type of a column needs `metadata={"retyped": VERSION}`, and the earlier
+    type in `manifest.columns`. Two fields are not result columns: `line`, the source's line number, and `carried`,
+    whose cells are separate columns of results.*.
     """
 
     id: str
@@ -215,7 +216,7 @@ class ResultRow:
     prompt_tokens: Int32 | None = None
     prompt_truncated: bool | None = None
     safety_checker: str | None = None
-    safety_scores: Mapping[str, float] | None = None
+    safety_scores: Mapping[str, float] | None = field(default=None, metadata={"retyped": 3})
     sha256: str | None = None
     pixels_sha256: str | None = field(default=None, metadata={"since": 2})
     image_bytes: int | None = None

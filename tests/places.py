@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.records import BOOKKEEPING
 from tests.object_servers import ObjectServer, serve_objects
+from tests.tables import to_rows
 
 OWN_FILES = (".lock", ".holder", ".lease")
 """Files of the lock, which may remain in OUT."""
@@ -54,7 +55,7 @@ class Place(ABC):
 
     def results(self) -> list[dict[str, Any]]:
         """Return the rows of results.parquet, without the columns in which two runs of the same work may differ."""
-        rows = pq.read_table(io.BytesIO(self.read("results.parquet"))).to_pylist(maps_as_pydicts="strict")
+        rows = to_rows(pq.read_table(io.BytesIO(self.read("results.parquet"))))
         return [{name: cell for name, cell in row.items() if name not in BOOKKEEPING} for row in rows]
 
     def unexpected_names(self) -> list[str]:

@@ -24,6 +24,7 @@ from PIL import Image
 from batch_infer.__main__ import main
 from batch_infer.images import hash_pixels
 from batch_infer.settings import ComputeSettings, ModelSettings, RowDefaults, RunSettings, SafetySettings, TableSettings
+from tests.tables import to_rows
 
 QUICK = ("--steps", "2", "--slots", "8", "--threads", "1", "--device", "cpu", "--on-flagged", "keep",
          "--num-processes", "0")  # fmt: skip
@@ -90,7 +91,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool], *, s
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    return list(pq.read_table(out / "results.parquet").to_pylist(maps_as_pydicts="strict"))
+    return to_rows(pq.read_table(out / "results.parquet"))
 
 
 def run_json(out: Path) -> dict[str, Any]:

@@ -143,3 +143,12 @@ def comparable_rows(requests: Iterable[PromptRequest]) -> list[tuple[Any, ...]]:
         )
         for request in requests
     ]
+
+
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Return the rows of results, of any version, with safety scores by category."""
+    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
+    for row in rows:
+        if isinstance(scores := row.get("safety_scores"), list):
+            row["safety_scores"] = {score["category"]: score["score"] for score in scores}
+    return rows

@@ -20,7 +20,7 @@ from batch_infer.records import BOOKKEEPING, Source, digest
 from batch_infer.table.columns import MAX_CARRIED_BYTES
 from batch_infer.table.rows import RowCells, make_invalid
 from tests.runs import CommandResult, Key, assert_whole, command, images, results, run_json
-from tests.tables import write_csv
+from tests.tables import to_rows, write_csv
 
 DATA = Path(__file__).parent / "data" / "earlier_version"
 COMPUTE = ("--slots", "8", "--threads", "1", "--device", "cpu", "--num-processes", "0")
@@ -66,7 +66,7 @@ def read_parts(out: Path) -> dict[Key, dict[str, Any]]:
     """Return the rows of all manifest parts in OUT by key, after checking that no key occurs twice."""
     rows: dict[Key, dict[str, Any]] = {}
     for part in (out / "manifest").glob("part-*.parquet"):
-        for row in pq.read_table(part).to_pylist(maps_as_pydicts="strict"):
+        for row in to_rows(pq.read_table(part)):
             assert rows.setdefault((row["id"], row["image_index"]), row) is row
     return rows
 

@@ -105,6 +105,7 @@ EXCEPTIONS = {
     "jobs.out": {"temporary.write_bytes"},  # a temporary file of the store
     "jobs.results": {"path.open"},  # a temporary file of the store
     "jobs.run_json": {"(folder / model.name).exists"},
+    "sinks.webdataset": {"tarfile.open"},  # a temporary file of the store, or a file that the store has opened
     "worker.interface": {"Path('/proc/self/status').read_text"},
 }
 """The expressions that reach a disk in modules that also use OUT. They reach OUT only through its store."""

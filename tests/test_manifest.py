@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batch_infer.errors import DamagedPartError, NewerPartError, StorageError
-from batch_infer.manifest import SCHEMA, Manifest, read_part, to_table
+from batch_infer.manifest import EARLIER_TYPES, SCHEMA, Manifest, read_part, to_table
 from batch_infer.manifest.columns import SINCE, VERSION
 from batch_infer.manifest.parts import write_part
 from batch_infer.records import BOOKKEEPING, PromptRequest, ResultRow, SamplingParams, Source, digest, utc_now
 from batch_infer.sinks.names import Collisions
+from tests.tables import to_rows
 
 NONE = pa.schema([])
 COLUMNS = [
@@ -54,7 +55,10 @@ def test_the_schema_has_the_documented_columns_and_types() -> None:
     assert types["image_index"] == types["prompt_tokens"] == types["attempt"] == "int32"
     assert types["seed"] == types["image_bytes"] == types["source_row"] == "int64"
     assert types["nsfw_content_detected"] == types["prompt_truncated"] == "bool"
-    assert types["safety_scores"].startswith("map<string, float")
+    assert (
+        types["safety_scores"].startswith("list<")
+        and "struct<category: string, score: float>" in types["safety_scores"]
+    )
     assert types["finished_at"] == "timestamp[us, tz=UTC]"
 
 
@@ -71,7 +75,7 @@ def test_rows_round_trip(tmp_path: Path) -> None:
     bare = row("ü 🎨", prompt=None, status="failed", generated_image=None)
     Manifest(tmp_path).commit([full, bare], NONE)
     (part,) = Manifest(tmp_path).parts()
-    first, second = pq.read_table(str(part)).to_pylist(maps_as_pydicts="strict")
+    first, second = to_rows(pq.read_table(str(part)))
     assert first == {name: getattr(full, name) for name in COLUMNS}
     assert second == {name: getattr(bare, name) for name in COLUMNS}
 
@@ -272,6 +276,11 @@ def test_a_part_with_other_columns_is_damaged(tmp_path: Path, change: str) -> No
 def as_version_1(part: Path, extra: dict[str, Any] | None = None) -> None:
     """Rewrite a part in version 1 of the format, with the carried columns `extra`."""
     table = pq.read_table(part).drop_columns(list(SINCE))
+    for name, earlier_type in EARLIER_TYPES.items():
+        scores = [
+            None if cell is None else {c["category"]: c["score"] for c in cell} for cell in table[name].to_pylist()
+        ]
+        table = table.set_column(table.column_names.index(name), name, pa.array(scores, earlier_type))
     for name, values in (extra or {}).items():
         table = table.append_column(name, pa.array(values))
     mark = digest(table.column_names)
@@ -291,6 +300,20 @@ def test_newer_columns_of_a_part_from_an_earlier_version_are_null(tmp_path: Path
         {"id": "a", "sha256": "00", "pixels_sha256": None},
         {"id": "b", "sha256": "02", "pixels_sha256": "03"},
     ]
+
+
+def test_safety_scores_of_a_part_from_an_earlier_version_are_converted(tmp_path: Path) -> None:
+    manifest, scores = Manifest(tmp_path), {"Hate": 2.0, "Violence": 0.0}
+    old = (tmp_path / "manifest") / manifest.commit([row("a", safety_scores=scores), row("b"), row("c")], NONE)
+    as_version_1(old)
+    assert pa.types.is_map(pq.read_schema(old).field("safety_scores").type)
+    table = read_part(old)
+    assert table.schema == SCHEMA
+    assert [cells["safety_scores"] for cells in to_rows(table)] == [scores, None, None]
+    with pytest.raises(DamagedPartError, match="safety_scores has the type"):
+        table = table.drop_columns(list(SINCE))
+        pq.write_table(table.replace_schema_metadata(pq.read_schema(old).metadata), old)
+        read_part(old)
 
 
 def test_a_carried_column_that_later_became_a_result_column_is_still_carried(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.loras import as_peft, make_layers
 from tests.oracle import load_pipeline
 from tests.rendering import copy_folder
 from tests.runs import images, results, run, run_json
-from tests.tables import write_csv
+from tests.tables import to_rows, write_csv
 
 ROWS = [
     ["id", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "num_images_per_prompt"],
@@ -69,7 +69,7 @@ def edit(out: Path, name: str, image_index: int = 0, **changes: Any) -> None:
     """Rewrite the parts of OUT with one result changed."""
     for part in Manifest(out).parts():
         table = read_part(part)
-        rows = [ResultRow(**row) for row in table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")]
+        rows = [ResultRow(**row) for row in to_rows(table.select(SCHEMA.names))]
         rows = [replace(row, **changes) if row.key == (name, image_index) else row for row in rows]
         (out / "manifest" / part.name).unlink()
         Manifest(out, 1).commit(rows, table.drop_columns(SCHEMA.names).schema)
@@ -80,7 +80,7 @@ def edit_carried(out: Path, name: str, values: list[Any]) -> None:
     parts = Manifest(out).parts()
     table = pa.concat_tables(map(read_part, parts)).sort_by("source_row")
     carried = table.drop_columns(SCHEMA.names).schema
-    rows = table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")
+    rows = to_rows(table.select(SCHEMA.names))
     for part in parts:
         (out / "manifest" / part.name).unlink()
     Manifest(out, 1).commit(
@@ -285,7 +285,7 @@ def test_the_sample_depends_on_the_seed_and_not_on_the_parts(out: Path) -> None:
     assert choose(1, 7) < choose(2, 7) < choose(3, 7)
     (part, *_) = Manifest(out).parts()
     table = read_part(part)
-    rows = [ResultRow(**row) for row in table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")]
+    rows = [ResultRow(**row) for row in to_rows(table.select(SCHEMA.names))]
     for row in rows:  # attempts that were replaced, and later ones, in parts of their own
         Manifest(out, 1).commit([replace(row, attempt=0)], table.drop_columns(SCHEMA.names).schema)
         Manifest(out, 2).commit([replace(row, attempt=2)], table.drop_columns(SCHEMA.names).schema)

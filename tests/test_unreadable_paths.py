@@ -16,7 +16,7 @@ from batch_infer.jobs import recovery, run_folder
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import LocalStore, unique_name
 from batch_infer.store.files import is_folder, is_link, path_exists
-from tests.storage import fail_at
+from tests.storage import fail_at, no_rows
 
 MARKER = ".begun-elsewhere-1-0123456789ab-x"
 """A marker of a process on another machine, which may have died."""
@@ -73,7 +73,7 @@ def test_images_are_kept_if_their_folder_is_unreadable(
     (tmp_path / "run.json").write_text('{"identity": {}}')
     (tmp_path / name).mkdir()
     image = FolderSink(tmp_path).write(f"{name}/t-00000/a.png", b"x")
-    FolderSink(tmp_path).publish([image.path])
+    FolderSink(tmp_path).publish([image.path], no_rows)
     with monkeypatch.context() as patch:
         fail_at(patch, tmp_path / name, errno.EACCES)
         with pytest.raises(StorageError, match=f"cannot read {tmp_path / name}"):

@@ -109,5 +109,5 @@ def _select_full(results: pa.Table) -> pa.Table:
     return results.set_column(index, "safety_scores", pa.array(scores, pa.string()))
 
 
-def _format_scores(scores: list[tuple[str, float]] | None) -> str | None:
-    return None if scores is None else to_json({name: shorten_float32(score) for name, score in scores})
+def _format_scores(scores: list[dict[str, Any]] | None) -> str | None:
+    return None if scores is None else to_json({score["category"]: shorten_float32(score["score"]) for score in scores})

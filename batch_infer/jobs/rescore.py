@@ -36,7 +36,7 @@ from batch_infer.jobs.run_json import (
     without_tables_digest,
 )
 from batch_infer.jobs.summary import Counts
-from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex
+from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex, to_arguments
 from batch_infer.models import ModelCard
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
@@ -188,7 +188,7 @@ class _RescoreExecution:
                 policies = {item.fingerprint: policy for item, policy in zip(old, self._sources.values(), strict=True)}
                 if committed.fingerprint in policies:
                     matches.append((new, committed, policies[committed.fingerprint]))
-            rows = index.read_results([committed for _, committed, _ in matches]).to_pylist(maps_as_pydicts="strict")
+            rows = to_arguments(index.read_results([committed for _, committed, _ in matches]))
             for (new, _, policy), row in zip(matches, rows, strict=True):
                 yield StoredResult(new, ResultRow(**row, carried=new.carried), policy)
 

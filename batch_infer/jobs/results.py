@@ -85,8 +85,8 @@ def _iterate_rows(table: pa.Table, images: Sink | None) -> Iterator[dict[str, An
                 log.warning("%s is missing or not an image of this run, so it is omitted", path)
         for name in ("guidance_scale", "guidance_rescale", "seconds"):
             row[name] = shorten_float32(row[name])
-        if row["safety_scores"] is not None:
-            row["safety_scores"] = {name: shorten_float32(score) for name, score in row["safety_scores"]}
+        if (scores := row["safety_scores"]) is not None:
+            row["safety_scores"] = {score["category"]: shorten_float32(score["score"]) for score in scores}
         yield row
 
 

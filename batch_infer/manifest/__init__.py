@@ -4,13 +4,14 @@ A part is written after its images. A row that is rendered again is added to a l
 each (id, image_index), the highest attempt counts and, among equal attempts, the one that finished last.
 """
 
-from batch_infer.manifest.columns import SCHEMA, cast_table, to_table
+from batch_infer.manifest.columns import EARLIER_TYPES, SCHEMA, cast_table, to_arguments, to_table
 from batch_infer.manifest.index import IS_LATEST, CommittedImage, ManifestIndex
 from batch_infer.manifest.manifest import FOLDER, Manifest
 from batch_infer.manifest.parts import commit_time, read_carried_fields, read_part, read_part_in_batches, run_number
 
 __all__ = [
     "CommittedImage",
+    "EARLIER_TYPES",
     "FOLDER",
     "IS_LATEST",
     "Manifest",
@@ -22,5 +23,6 @@ __all__ = [
     "read_part",
     "read_part_in_batches",
     "run_number",
+    "to_arguments",
     "to_table",
 ]

@@ -20,7 +20,8 @@ _ARROW_TYPES: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float32(),
     datetime: pa.timestamp("us", "UTC"),
-    Mapping[str, float]: pa.map_(pa.string(), pa.float32()),
+    # Not a map, which Hugging Face's datasets cannot read.
+    Mapping[str, float]: pa.list_(pa.struct([("category", pa.string()), ("score", pa.float32())])),
 }
 
 
@@ -37,15 +38,41 @@ SCHEMA = pa.schema([(column.name, _arrow_type(_HINTS[column.name])) for column i
 """Result columns in order. In a part, the carried columns come after these."""
 SINCE = {column.name: column.metadata["since"] for column in RESULT_COLUMNS if "since" in column.metadata}
 """The format version that added each result column. Columns of version 1 are omitted."""
-VERSION = max(SINCE.values(), default=1)
+EARLIER_TYPES: dict[str, pa.DataType] = {"safety_scores": pa.map_(pa.string(), pa.float32())}
+"""The earlier type of each result column whose type has changed."""
+RETYPED = {column.name: column.metadata["retyped"] for column in RESULT_COLUMNS if "retyped" in column.metadata}
+"""The format version that changed the type of each of these columns."""
+VERSION = max(1, *SINCE.values(), *RETYPED.values())
 """Format version of new parts. Every part since version 2 records its version."""
 
 
 def to_table(rows: Sequence[ResultRow], carried: pa.Schema) -> pa.Table:
     """Convert rows to an Arrow table of the result columns, followed by the carried columns."""
-    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SCHEMA]
+    columns = [pa.array([_to_value(getattr(row, field.name)) for row in rows], field.type) for field in SCHEMA]
     columns += [to_array([row.carried.get(field.name) for row in rows], field.type) for field in carried]
     return pa.table(columns, schema=pa.schema([*SCHEMA, *carried]))
+
+
+def _to_value(value: Any) -> Any:
+    """Return the value of a ResultRow as Arrow stores it."""
+    if not isinstance(value, Mapping):
+        return value
+    return [{"category": category, "score": score} for category, score in value.items()]
+
+
+def to_arguments(table: pa.Table) -> list[dict[str, Any]]:
+    """Return the result columns of each row as arguments of ResultRow. The table may have any of these columns."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for row in rows:
+        if (scores := row.get("safety_scores")) is not None:
+            row["safety_scores"] = {score["category"]: score["score"] for score in scores}
+    return rows
+
+
+def field_at(name: str, version: int) -> pa.Field:
+    """Return a result column as parts of a format version have it."""
+    field = SCHEMA.field(name)
+    return field.with_type(EARLIER_TYPES[name]) if version < RETYPED.get(name, 1) else field
 
 
 def cast_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -72,9 +99,22 @@ def _name_in(schema: pa.Schema, name: str) -> str:
 def _cast(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     if column.type == target:
         return column
+    if EARLIER_TYPES["safety_scores"] in (column.type, target):
+        return _convert_scores(column, target)
     convert = make_converter(to_result_type(column.type), target) or (lambda value: value)
     values = [None if value is None else convert(value) for value in to_values(column)]
     return pa.chunked_array([to_array(values, target)])
+
+
+def _convert_scores(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
+    """Convert safety scores from their earlier type or to it."""
+    values = column.to_pylist()
+    if column.type == EARLIER_TYPES["safety_scores"]:
+        values = [None if scores is None else [dict(zip(("category", "score"), pair, strict=True)) for pair in scores]
+                  for scores in values]  # fmt: skip
+    else:
+        values = [None if scores is None else [tuple(score.values()) for score in scores] for scores in values]
+    return pa.chunked_array([pa.array(values, target)])
 
 
 def upgrade_table(table: pa.Table, names: Sequence[str], version: int) -> pa.Table:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batch_infer.errors import DamagedPartError, NewerPartError, StorageError, first_line
-from batch_infer.manifest.columns import SCHEMA, SINCE, VERSION, upgrade_table
+from batch_infer.manifest.columns import RETYPED, SCHEMA, SINCE, VERSION, field_at, upgrade_table
 from batch_infer.records import digest
 from batch_infer.store import StoredFile, to_stored_file
 
@@ -65,28 +65,30 @@ def read_part(part: Part, columns: Sequence[str] | None = None) -> pa.Table:
     names = SCHEMA.names if columns is None else list(columns)
     with open_part(part) as (file, version):
         available = [name for name in names if SINCE.get(name, 1) <= version]
-        _check_columns(part, file.schema_arrow, available)
+        _check_columns(part, file.schema_arrow, available, version)
         table = file.read(None if columns is None else available, use_threads=False)
         table.validate(full=True)
-    return table if len(available) == len(names) else upgrade_table(table, names, version)
+    is_current = len(available) == len(names) and all(RETYPED.get(name, 1) <= version for name in names)
+    return table if is_current else upgrade_table(table, names, version)
 
 
 def read_part_in_batches(part: Part, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Yield a part in tables of at most BATCH rows, with these result columns, or all that its version has if None.
 
+    Values have the types of that version.
     A part may be too large for memory. Raises DamagedPartError, NewerPartError, StorageError.
     """
     with open_part(part) as (file, version):
         names = list(columns or SCHEMA.names)
-        _check_columns(part, file.schema_arrow, [name for name in names if SINCE.get(name, 1) <= version])
+        _check_columns(part, file.schema_arrow, [name for name in names if SINCE.get(name, 1) <= version], version)
         for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
             batch.validate(full=True)
             yield pa.Table.from_batches([batch])
 
 
-def _check_columns(part: Part, schema: pa.Schema, names: Sequence[str]) -> None:
-    """Raise DamagedPartError unless a part has these result columns."""
-    for field in (SCHEMA.field(name) for name in names):
+def _check_columns(part: Part, schema: pa.Schema, names: Sequence[str], version: int) -> None:
+    """Raise DamagedPartError unless a part has these result columns, with the types of its format version."""
+    for field in (field_at(name, version) for name in names):
         if field.name not in schema.names:
             raise DamagedPartError(str(part), f"it has no column {field.name}")
         actual = schema.field(field.name)

@@ -33,7 +33,7 @@ class ParquetFormat:
         rows = rows.rename_columns(names)
         _write(path, (_make_table(group, rows) for group in _split(samples)), rows.schema)
 
-    def open(self, file: pa.NativeFile) -> ParquetShard:
+    def load(self, file: pa.NativeFile) -> ParquetShard:
         return ParquetShard(file)
 
 

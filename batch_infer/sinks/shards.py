@@ -67,8 +67,8 @@ class ShardFormat(Protocol):
         """Write samples, with the columns of their rows, to a new file."""
         ...
 
-    def open(self, file: pa.NativeFile) -> Shard:
-        """Open a shard. Raises ValueError, LookupError or OSError if it is damaged."""
+    def load(self, file: pa.NativeFile) -> Shard:
+        """Read the list of images in a shard. Raises ValueError, LookupError or OSError if it is damaged."""
         ...
 
 
@@ -158,7 +158,7 @@ class ShardReader:
         if member is None or member.suffix not in self._formats or self._store.is_link(shard):
             return None
         file = stack.enter_context(self._store.open_file(shard))
-        return self._formats[member.suffix].open(file)
+        return self._formats[member.suffix].load(file)
 
     def _unless_damaged(self, shard: str, action: Callable[[], T]) -> T | None:
         """Return the result of an action, or None if the shard is missing or damaged. Raises StorageError."""

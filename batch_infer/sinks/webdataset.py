@@ -32,7 +32,7 @@ class TarFormat:
                 _add(tar, name, content)
                 _add(tar, _metadata_name(name), metadata.encode())
 
-    def open(self, file: pa.NativeFile) -> TarShard:
+    def load(self, file: pa.NativeFile) -> TarShard:
         return TarShard(file)
 
 

@@ -238,7 +238,7 @@ def _format_value(value: Any) -> str:
     """Return a cell as a short text."""
     if isinstance(value, float):
         value = shorten_float32(value)
-    elif isinstance(value, list):  # a map
-        value = {key: shorten_float32(item) for key, item in value}
+    elif isinstance(value, list):  # safety scores
+        value = {score["category"]: shorten_float32(score["score"]) for score in value}
     text = repr(value)
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"

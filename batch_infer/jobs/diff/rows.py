@@ -133,7 +133,7 @@ def _is_unequal(first: pa.ChunkedArray, second: pa.ChunkedArray) -> np.ndarray:
     """Return which values differ. A null equals only a null."""
     if first.equals(second):
         return np.zeros(len(first), bool)
-    if pa.types.is_map(first.type):  # Arrow cannot compare these; as texts, two NaN are equal
+    if pa.types.is_list(first.type):  # Arrow cannot compare these; as texts, two NaN are equal
         pairs = zip(first.to_pylist(), second.to_pylist(), strict=True)
         return np.array([str(value) != str(other) for value, other in pairs], bool)
     differs = pc.fill_null(pc.not_equal(first, second), False)

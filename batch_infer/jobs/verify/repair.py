@@ -13,7 +13,7 @@ from batch_infer.carried import to_values
 from batch_infer.jobs.checksums import remove_root_digest
 from batch_infer.jobs.merge import make_results_schema
 from batch_infer.jobs.verify.image_records import ImageRecords
-from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields
+from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, read_carried_fields, to_arguments
 from batch_infer.records import ResultRow, Verdict, utc_now
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.store import Store, StoredFile
@@ -51,7 +51,7 @@ def _make_failed(
     matches = [(index.find((name, number)), f"{kind}: {detail}") for name, number, kind, detail in faults]
     known = [(committed, detail) for committed, detail in matches if committed is not None]
     table = index.read_results([committed for committed, _ in known], schema)
-    rows = table.select(SCHEMA.names).to_pylist(maps_as_pydicts="strict")
+    rows = to_arguments(table.select(SCHEMA.names))
     names = [name for name in schema.names if name not in SCHEMA.names]
     cells = zip(*(to_values(table[name]) for name in names), strict=True) if names else [()] * len(rows)
     for row, row_cells, (_, detail) in zip(rows, cells, known, strict=True):

@@ -17,6 +17,7 @@ from batch_infer.carried import to_values
 from batch_infer.errors import StorageError, first_line
 from batch_infer.jobs.verify.image_records import Key
 from batch_infer.jobs.verify.problems import Problems
+from batch_infer.manifest import EARLIER_TYPES, cast_table
 from batch_infer.records import RESULT_COLUMNS
 from batch_infer.store import Store, insert_rows, temporary_database, temporary_file_errors, temporary_folder
 
@@ -51,6 +52,9 @@ def check_results(
         with store.open_file(RESULTS_PARQUET) as stream, pq.ParquetFile(stream) as file:
             names = file.schema_arrow.names
             schema = pa.schema([column for column in schema if column.name in names or column.name not in _ADDED])
+            for name, earlier_type in EARLIER_TYPES.items():
+                if name in names and file.schema_arrow.field(name).type == earlier_type:
+                    schema = schema.set(schema.get_field_index(name), pa.field(name, earlier_type))
             columns = _round_trip(schema.empty_table()).schema
             if not file.schema_arrow.equals(columns):
                 problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS_PARQUET)
@@ -78,7 +82,7 @@ def _round_trip(table: pa.Table) -> pa.Table:
 
 
 def _convert_to_stored(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    selected = (table.select(schema.names) for table in tables)
+    selected = (cast_table(table.select(schema.names), schema) for table in tables)
     return selected if _round_trip(schema.empty_table()).schema.equals(schema) else map(_round_trip, selected)
 
 
