@@ -47,7 +47,7 @@ class Place(ABC):
         return [name for name in names if not folders or name.startswith(tuple(f"{folder}/" for folder in folders))]
 
     def images(self) -> dict[str, bytes]:
-        return {name: self.read(name) for name in self.names("images", "quarantine")}
+        return {name: self.read(name) for name in self.names("images", "quarantine", "shards")}
 
     def parts(self) -> int:
         """Return the number of manifest parts."""
@@ -60,7 +60,8 @@ class Place(ABC):
 
     def unexpected_names(self) -> list[str]:
         """Return names other than those that a finished run leaves, for example of temporary files."""
-        images = {row["generated_image"] for row in self.results()}
+        paths = (row["generated_image"] for row in self.results())
+        images = {path.partition("#")[0] for path in paths if path}  # an image in a shard is SHARD#NAME
         return [
             name
             for name in self.names()

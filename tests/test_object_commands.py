@@ -83,6 +83,24 @@ def test_commands_do_the_same_as_in_a_local_folder(table: Path, places: tuple[Pl
     command_both(places, "merge", "--results", "csv")
 
 
+@pytest.mark.parametrize("sink", ["webdataset", "parquet"])
+def test_shards_are_the_same_as_in_a_local_folder(table: Path, places: tuple[Place, Place], sink: str) -> None:
+    """A changed row and a flagged image leave their shard, which is rewritten."""
+    options = ("--sink", sink, "--steps", "8", "--safety", "none")
+    run_both(table, places, *options)
+    (before,) = places[0].names("shards")
+    content = places[0].read(before)
+    write_table(table, "a blue cross", *PROMPTS[1:])
+    run_both(table, places, *options)
+    command_both(places, "verify")
+    command_both(places, "rescore", "--safety", "checker", "--on-flagged", "quarantine")
+    assert places[0].names("quarantine")
+    assert places[0].read(before) != content
+    for name in places[0].names("shards"):
+        assert places[0].read(name) == places[1].read(name)
+    command_both(places, "verify")
+
+
 @pytest.mark.usefixtures("probe_here")
 def test_changed_rows_replace_their_images(table: Path, places: tuple[Place, Place]) -> None:
     run_both(table, places)
