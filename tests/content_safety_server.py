@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 KEY = "0123456789abcdef0123456789abcdef"
-API_VERSION = "2023-10-01"
+API_VERSION = "2024-09-01"
 ROUTES: dict[str, Literal["text", "image"]] = {
     "/contentsafety/text:analyze": "text",
     "/contentsafety/image:analyze": "image",
@@ -87,6 +87,7 @@ class ReceivedRequest:
     client: tuple[str, int]
     body: Any
     headers: Mapping[str, str]
+    api_version: str | None = None
 
     @property
     def content(self) -> Any:
@@ -120,6 +121,8 @@ class Rules:
     faults: Faults = ()
     key: str | None = KEY
     token: str | None = None
+    api_version: str = API_VERSION
+    """Requests with another version get the response of the service, 404."""
     latency: float = 0.0
     together: int = 1
 
@@ -197,22 +200,23 @@ class Exchange(BaseHTTPRequestHandler):
         if url.path not in ROUTES:
             self._send(404, {"error": {"code": "404", "message": "Resource not found"}})
             return
+        (version,) = parse_qs(url.query).get("api-version") or (None,)
         request = ReceivedRequest(
-            ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers)
+            ROUTES[url.path], time.monotonic(), self.client_address, _json(raw), dict(self.headers), version
         )
         fault = self.server.record(request) or Fault()
         self.server.together.wait(300)
         if self.server.closing.wait(max(fault.hang, self.server.rules.latency)) or fault.reset:
             self._reset()
             return
-        code, answer = self._answer(request, url.query) if fault.status == 200 else _error(fault.status)
+        code, answer = self._answer(request) if fault.status == 200 else _error(fault.status)
         body = fault.body if fault.body is not None else fault.alter(answer) if code == 200 else answer
         self._send(code, body, fault.headers)
 
-    def _answer(self, request: ReceivedRequest, query: str) -> tuple[int, dict[str, Any]]:
+    def _answer(self, request: ReceivedRequest) -> tuple[int, dict[str, Any]]:
         rules = self.server.rules
         try:
-            _check_caller(self.headers, query, rules)
+            _check_caller(request, rules)
             _check_body(request.body)
             return 200, _analyze_text(request.body, rules) if request.kind == "text" else _analyze_image(request, rules)
         except ErrorResponse as error:
@@ -248,13 +252,13 @@ def _error(status: int) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"code": codes.get(status, str(status)), "message": f"instructed to answer {status}"}}
 
 
-def _check_caller(headers: Any, query: str, rules: Rules) -> None:
-    bearer = headers.get("Authorization", "")
-    if rules.token is not None and bearer == f"Bearer {rules.token}":
-        return
-    if rules.key is None or headers.get("Ocp-Apim-Subscription-Key") != rules.key:
+def _check_caller(request: ReceivedRequest, rules: Rules) -> None:
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    has_token = rules.token is not None and headers.get("authorization") == f"Bearer {rules.token}"
+    has_key = rules.key is not None and headers.get("ocp-apim-subscription-key") == rules.key
+    if not (has_token or has_key):
         raise ErrorResponse(401, "401", "Access denied due to invalid subscription key or wrong API endpoint.")
-    if parse_qs(query).get("api-version") != [API_VERSION]:
+    if request.api_version != rules.api_version:
         raise ErrorResponse(404, "404", "Resource not found")
 
 

@@ -417,7 +417,7 @@ def test_a_refused_row_fails_at_once_with_the_message_of_the_service() -> None:
         (status(401), "refuses the key in CONTENT_SAFETY_KEY"),
         (status(403), "refuses the key in CONTENT_SAFETY_KEY"),
         (status(404), "see CONTENT_SAFETY_ENDPOINT"),
-        (Fault(307, {"Location": "/contentsafety/text:analyze?api-version=2023-10-01"}), "see CONTENT_SAFETY_ENDPOINT"),
+        (Fault(307, {"Location": "/contentsafety/text:analyze?api-version=2024-09-01"}), "see CONTENT_SAFETY_ENDPOINT"),
     ],
     ids=["401", "403", "404", "307"],
 )
@@ -426,6 +426,31 @@ def test_wrong_settings_are_an_error_at_once(fault: Fault, words: str) -> None:
         serving(faults=lambda request: fault) as service,
         gate_to(service) as gate,
         pytest.raises(SettingsError, match=words),
+    ):
+        gate.check_prompt("a red square")
+    assert len(service.requests) == 1
+
+
+def test_requests_name_the_version_of_the_api() -> None:
+    """The SDK's own default, 2023-10-01, is one that the service no longer supports."""
+    with serving() as service, gate_to(service) as gate:
+        gate.check_prompt("a red square")
+        gate.check_image(GREY)
+    assert [request.api_version for request in service.requests] == ["2024-09-01"] * 2
+    with serving(api_version="2024-09-15-preview") as service:
+        with gate_to(service, api_version="2024-09-15-preview") as gate:
+            assert gate.check_prompt("a red square").nsfw is False
+        with gate_to(service) as gate, pytest.raises(SettingsError, match="not found.*CONTENT_SAFETY_API_VERSION"):
+            gate.check_prompt("a red square")
+
+
+def test_a_response_that_refuses_the_version_is_a_settings_error() -> None:
+    error = {"code": "UnsupportedApiVersion", "message": "The api-version '2020-01-01' is not supported."}
+    fault = Fault(400, body=json.dumps({"error": error}).encode())
+    with (
+        serving(faults=lambda request: fault) as service,
+        gate_to(service, api_version="2020-01-01") as gate,
+        pytest.raises(SettingsError, match="see CONTENT_SAFETY_API_VERSION"),
     ):
         gate.check_prompt("a red square")
     assert len(service.requests) == 1

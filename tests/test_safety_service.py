@@ -266,6 +266,39 @@ def test_missing_settings_are_reported_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("version", ["2024-9-1", "latest", "2024-09-01-beta", "2024-09-01&x=1"])
+def test_a_malformed_api_version_is_reported_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setenv("CONTENT_SAFETY_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("CONTENT_SAFETY_API_VERSION", version)
+    done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out", "--safety", "azure")
+    assert done.code == 2 and f"CONTENT_SAFETY_API_VERSION={version}: expected YYYY-MM-DD" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_another_api_version_is_in_run_json_and_it_does_not_change_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`retry` takes the version from the environment, like the endpoint."""
+    out, preview = tmp_path / "out", "2024-09-15-preview"
+    with serving() as service:
+        use(monkeypatch, service, API_VERSION="2024-09-01")
+        assert runs.run(table(tmp_path, PROMPTS[:1]), out, "--safety", "azure", *runs.QUICK).code == 0
+    assert "api_version" not in runs.run_json(out)["settings"]["safety"]["service"]
+    with serving(api_version=preview) as service:
+        use(monkeypatch, service, API_VERSION=preview)
+        done = runs.run(table(tmp_path, PROMPTS[:2]), out, "--safety", "azure", *runs.QUICK)
+        assert (done.code, service.texts) == (0, ["an axe"]), done.stderr
+        assert runs.run_json(out)["settings"]["safety"]["service"]["api_version"] == preview
+    with serving() as service:
+        use(monkeypatch, service, API_VERSION="")
+        next(iter(out.glob("images/*/*.png"))).unlink()
+        done = runs.command("retry", out, "--status", "missing")
+        assert (done.code, set(service.statuses)) == (0, {200}), done.stderr
+    assert "api_version" not in runs.run_json(out)["settings"]["safety"]["service"]
+
+
 def test_a_missing_endpoint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONTENT_SAFETY_ENDPOINT", raising=False)
     done = runs.run(table(tmp_path, PROMPTS), tmp_path / "out")

@@ -24,7 +24,10 @@ from batch_infer.cli.options import (
 )
 from batch_infer.errors import SettingsError
 
-SERVICE_VARIABLES = ("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD", "CONTENT_SAFETY_BLOCKLISTS")
+SERVICE_VARIABLES = (
+    *("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD"),
+    *("CONTENT_SAFETY_BLOCKLISTS", "CONTENT_SAFETY_API_VERSION"),
+)
 """Variables that have no effect without CONTENT_SAFETY_ENDPOINT."""
 
 job_options = (

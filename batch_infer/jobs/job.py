@@ -81,13 +81,16 @@ def _absolute(path: Path) -> Path:
 
 
 def use_current_endpoint(settings: RunSettings) -> RunSettings:
-    """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError."""
+    """Take the safety endpoint from the environment: OUT must not decide where a key is sent. Raises SettingsError.
+
+    Its API version is taken too, since another endpoint may support other versions.
+    """
     if settings.safety.service is None:
         return settings
     current = ServiceSettings.from_environment(os.environ)
     if current is None:
         raise SettingsError("the run used a safety service, but CONTENT_SAFETY_ENDPOINT is not set")
-    service = structs.replace(settings.safety.service, endpoint=current.endpoint)
+    service = structs.replace(settings.safety.service, endpoint=current.endpoint, api_version=current.api_version)
     return replace(settings, safety=replace(settings.safety, service=service))
 
 

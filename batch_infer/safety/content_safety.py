@@ -23,7 +23,7 @@ from batch_infer.errors import FailedRowError, SettingsError, first_line
 from batch_infer.records import Verdict
 from batch_infer.safety import payloads
 from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswerError
-from batch_infer.settings import CATEGORIES, ServiceSettings
+from batch_infer.settings import CATEGORIES, DEFAULT_API_VERSION, ServiceSettings
 
 if TYPE_CHECKING:
     from azure.core.credentials import AzureKeyCredential
@@ -71,6 +71,7 @@ class ContentSafety:
         self._client = ContentSafetyClient(
             settings.endpoint.rstrip("/"),
             self._credential,
+            api_version=settings.api_version or DEFAULT_API_VERSION,
             transport=transport,
             retry_total=0,
             permit_redirects=False,
@@ -148,8 +149,11 @@ class ContentSafety:
             return SettingsError(f"{service} refuses the {credential} ({reason})")
         if self._settings.blocklists and "blocklist" in reason.lower():
             return SettingsError(f"{service} refuses the blocklists ({reason}): see CONTENT_SAFETY_BLOCKLISTS")
+        if re.search("api-?version", reason, re.IGNORECASE):
+            return SettingsError(f"{service} refuses the version of its API ({reason}): see CONTENT_SAFETY_API_VERSION")
         if status < 400 or status == HTTPStatus.NOT_FOUND:
-            return SettingsError(f"{service} is not found ({reason}): see CONTENT_SAFETY_ENDPOINT")
+            variables = "CONTENT_SAFETY_ENDPOINT and CONTENT_SAFETY_API_VERSION"
+            return SettingsError(f"{service} is not found ({reason}): see {variables}")
         return FailedRowError(f"{SERVICE} refuses this row's {kind} ({reason})")
 
 

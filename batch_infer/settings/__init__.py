@@ -33,13 +33,21 @@ from batch_infer.settings.run import (
     SinkName,
     TableSettings,
 )
-from batch_infer.settings.safety import CATEGORIES, OnFlagged, SafetyMode, SafetySettings, ServiceSettings
+from batch_infer.settings.safety import (
+    CATEGORIES,
+    DEFAULT_API_VERSION,
+    OnFlagged,
+    SafetyMode,
+    SafetySettings,
+    ServiceSettings,
+)
 
 __all__ = [
     "BatchShape",
     "CATEGORIES",
     "Compute",
     "ComputeSettings",
+    "DEFAULT_API_VERSION",
     "Device",
     "EmbeddingSpec",
     "EngineName",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
-from msgspec import structs
+from msgspec import UNSET, UnsetType, structs
 
 from batch_infer.errors import SettingsError
 
@@ -16,6 +16,10 @@ SafetyMode = Literal["auto", "checker", "azure", "checker,azure", "none"]
 OnFlagged = Literal["blank", "keep", "blur", "quarantine", "drop"]
 _ENDPOINT = re.compile(r"https://[^/\s@?#]+/?|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?/?")
 """http is allowed only for this machine, because the key must not leave it without TLS."""
+_API_VERSION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(-preview)?")
+DEFAULT_API_VERSION = "2024-09-01"
+"""Oldest version that the service supports since March 2025, and its only stable one:
+https://learn.microsoft.com/azure/ai-services/content-safety/whats-new#october-2024."""
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 """Categories of Azure AI Content Safety. Severities are 0, 2, 4 or 6."""
 
@@ -38,6 +42,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
 
     The key in run.json is `patience`.
     """
+    api_version: str | UnsetType = UNSET
+    """Version of the service's API. UNSET means DEFAULT_API_VERSION, and run.json then has no such key."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServiceSettings | None:
@@ -55,7 +61,17 @@ class ServiceSettings(msgspec.Struct, frozen=True, rename={"timeout_seconds": "p
         rate = environment.get("CONTENT_SAFETY_REQUESTS_PER_SECOND", "").strip() or "100"
         if not re.fullmatch(r"\d+(\.\d+)?", rate) or not float(rate):
             raise SettingsError(f"CONTENT_SAFETY_REQUESTS_PER_SECOND={rate}: expected a number, such as 100")
-        return cls(endpoint, thresholds, tuple(name.strip() for name in blocklists if name.strip()), float(rate))
+        names = tuple(name.strip() for name in blocklists if name.strip())
+        version = _parse_api_version(environment.get("CONTENT_SAFETY_API_VERSION", ""))
+        return cls(endpoint, thresholds, names, float(rate), api_version=version)
+
+
+def _parse_api_version(text: str) -> str | UnsetType:
+    """Return the version, or UNSET for the default version. Raises SettingsError."""
+    version = text.strip() or DEFAULT_API_VERSION
+    if not _API_VERSION.fullmatch(version):
+        raise SettingsError(f"CONTENT_SAFETY_API_VERSION={text}: expected YYYY-MM-DD or YYYY-MM-DD-preview")
+    return UNSET if version == DEFAULT_API_VERSION else version
 
 
 def _parse_thresholds(text: str) -> tuple[int, ...]:
