@@ -19,6 +19,7 @@ import pytest
 
 from batch_infer.jobs import merge as merging
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.checksums import find_results
 from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest
@@ -193,7 +194,8 @@ def test_formats_no_longer_requested_are_removed(tmp_path: Path) -> None:
     """They would become stale."""
     merge(tmp_path, [], results=("csv", "jsonl"))
     merge(tmp_path, [], results=("jsonl",))
-    remove_other_results(LocalStore(tmp_path), OutputSettings(results=("jsonl",)))
+    store = LocalStore(tmp_path)
+    remove_other_results(store, find_results(store), OutputSettings(results=("jsonl",)))
     assert sorted(path.name for path in tmp_path.glob("results.*")) == ["results.jsonl", "results.parquet"]
 
 

@@ -193,9 +193,14 @@ results_options = (
         "--results",
         type=click.Choice(get_args(s.ResultsFormat)),
         multiple=True,
-        help="Additional formats of the results; results.parquet is always written. Repeatable.",
+        help="Additional formats of the results; results.parquet is always written. openai writes output.jsonl and "
+        "error.jsonl, the files of OpenAI's Batch API. Repeatable.",
     ),
-    option("--base64", is_flag=True, help="In results.csv and .jsonl, embed images in base64 as generated_image."),
+    option(
+        "--base64",
+        is_flag=True,
+        help="Embed images in base64: in results.csv and .jsonl as generated_image, in output.jsonl as b64_json.",
+    ),
 )
 
 sign_key_option = option(

@@ -15,6 +15,7 @@ import click
 
 from batch_infer.cli.logs import log, log_error, stop_log
 from batch_infer.errors import StoppedError
+from batch_infer.settings import ResultsFormat, list_results_files
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
 from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
@@ -88,7 +89,7 @@ def print_lines(lines: Iterable[str]) -> None:
         click.echo(escape_controls(line))
 
 
-def summary_lines(summary: Summary, out: str, formats: Sequence[str]) -> Iterator[str]:
+def summary_lines(summary: Summary, out: str, formats: Sequence[ResultsFormat]) -> Iterator[str]:
     """Yield the lines of the summary that `run` and `retry` print."""
     counts = summary.counts
     yield format_counts(counts)
@@ -125,9 +126,9 @@ def format_counts(counts: Counts) -> str:
     return " · ".join(parts)
 
 
-def format_results(out: str, formats: Sequence[str]) -> str:
+def format_results(out: str, formats: Sequence[ResultsFormat]) -> str:
     """Format the paths of the results files."""
-    return f"results  {', '.join(f'{out}/results.{name}' for name in dict.fromkeys(('parquet', *formats)))}"
+    return f"results  {', '.join(f'{out}/{name}' for name in list_results_files(formats))}"
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from batch_infer.errors import StorageError, UsageError
+from batch_infer.errors import SettingsError, StorageError, UsageError
 from batch_infer.jobs.out import RESULTS, write_run
 from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
 from batch_infer.manifest import FOLDER, Manifest, read_part, run_number
+from batch_infer.settings import SHARED_NAMES, ResultsFormat, list_results_files
 from batch_infer.store import Store, StoredFile, hash_stream, prefetch
 
 CHECKSUMS = f"{FOLDER}/SHA256SUMS"
@@ -29,7 +30,7 @@ ROOT_DIGEST = "root_digest"
 READING_THREADS = 8
 MAX_NAMED = 3
 """Maximum number of parts that an error names."""
-_LINE = re.compile(r"([0-9a-f]{64})  (manifest/part-[^/]+\.parquet|results\.(?:parquet|csv|jsonl))")
+_LINE = re.compile(rf"([0-9a-f]{{64}})  (manifest/part-[^/]+\.parquet|{'|'.join(map(re.escape, RESULTS))})")
 """A line that this module writes. An edited file must not name files outside OUT."""
 _MISSING = "it is missing"
 
@@ -85,6 +86,22 @@ def remove_root_digest(store: Store, record: Mapping[str, Any]) -> None:
 def read_checksums(store: Store) -> dict[str, str]:
     """Return the digest of each file that SHA256SUMS lists, without malformed lines. Empty without SHA256SUMS."""
     return {match[2]: match[1] for line in _split(store.read(CHECKSUMS)) if (match := _LINE.fullmatch(line))}
+
+
+def find_results(store: Store) -> list[str]:
+    """Return the names of the results files in OUT, without files of other programs. Raises StorageError."""
+    listed = read_checksums(store)
+    return [name for name in RESULTS if (name in listed or name not in SHARED_NAMES) and store.exists(name)]
+
+
+def refuse_foreign_results(store: Store, formats: Iterable[ResultsFormat]) -> None:
+    """Raise SettingsError if results in these formats would replace another program's files. Raises StorageError."""
+    for name in set(list_results_files(formats)) & set(SHARED_NAMES):
+        if name not in read_checksums(store) and store.exists(name):
+            raise SettingsError(
+                f"{store.locate(name)} is not listed in {CHECKSUMS}, so it may belong to another program, and "
+                "--results openai would replace it: move it away"
+            )
 
 
 def find_changed_parts(store: Store) -> set[str]:
@@ -176,7 +193,7 @@ def check_checksums(store: Store, record: Mapping[str, Any], public_key: str | N
         unlisted_parts = [part.path for part in Manifest(store).parts() if part.path not in recorded]
         has_only_bad_parts = bool(bad_paths) and bad_paths <= recorded.keys() - set(RESULTS)
         check.has_intact_results = root is not None and has_only_bad_parts and not unlisted_parts
-        unlisted = [name for name in RESULTS if name not in recorded and store.exists(name)]
+        unlisted = [name for name in find_results(store) if name not in recorded]
         if is_signed or not may_have_others:
             unlisted += unlisted_parts
         check.problems += [(name, f"{CHECKSUMS} does not list it") for name in unlisted]

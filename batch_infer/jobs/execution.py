@@ -13,6 +13,7 @@ from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
 from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
+from batch_infer.jobs.checksums import find_results
 from batch_infer.jobs.compaction import Compaction
 from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
@@ -81,12 +82,13 @@ class RunExecution:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
+        old_results = find_results(self._store)
         with closing(self._compaction):
             counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
         self._store.check()
         if self._committed or not ended_cleanly(self._job.earlier):
             self._folder.remove_unnamed_images()
-        remove_other_results(self._store, self._job.settings.output)
+        remove_other_results(self._store, old_results, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour
         summary.counts, summary.seconds = counts, time.monotonic() - started
         summary.cost = None if price is None else round(price * summary.seconds / 3600, 4)

@@ -13,6 +13,7 @@ from batch_infer.jobs.out import RESULTS
 from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts
+from batch_infer.settings import list_results_files
 
 log = logging.getLogger("batch_infer")
 
@@ -38,8 +39,7 @@ def recognise_finished_run(job: Job, tables_digest: str | None) -> tuple[ScanRes
     if output.sign_key is not None or output != replace(earlier.settings.output, sign_key=None):
         return None
     check = check_checksums(job.store, job.earlier)
-    results = {f"results.{name}" for name in ("parquet", *output.results)}
-    if not check.is_proof or check.matching.intersection(RESULTS) != results:
+    if not check.is_proof or check.matching.intersection(RESULTS) != set(list_results_files(output.results)):
         return None
     log.debug("the tables, the manifest and the results have not changed since the last run, so no rows are read")
     skipped = {name: count for name in ("ok", "flagged", "blocked") if (count := getattr(counts, name))}

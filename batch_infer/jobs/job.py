@@ -14,6 +14,7 @@ from msgspec import structs
 
 from batch_infer.errors import SettingsError
 from batch_infer.jobs import out as outdir
+from batch_infer.jobs.checksums import refuse_foreign_results
 from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.description import check_identity, describe_run, list_environments
 from batch_infer.jobs.run_json import ended_cleanly, parse_record
@@ -148,6 +149,9 @@ def prepare(
     if existing and existing.get(outdir.CLEARING):
         settings = replace(settings, overwrite=True)
     outdir.refuse_foreign_files(store, tables.locations, existing)
+    written = parse_record(existing or {}).settings
+    if not written or "openai" not in written.output.results:
+        refuse_foreign_results(store, settings.output.results)
     if settings.overwrite:
         outdir.refuse_to_clear(store)
     earlier = None if settings.overwrite else existing

@@ -12,8 +12,15 @@ import pyarrow as pa
 from batch_infer.carried import find_common_type, make_result_names, to_array, to_result_type
 from batch_infer.errors import DamagedPartError, ServiceError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import add_root_digest, refuse_changed_parts, remove_root_digest, write_checksums
+from batch_infer.jobs.checksums import (
+    add_root_digest,
+    refuse_changed_parts,
+    refuse_foreign_results,
+    remove_root_digest,
+    write_checksums,
+)
 from batch_infer.jobs.job import open_tables
+from batch_infer.jobs.openai_results import find_partial_rows
 from batch_infer.jobs.recovery import remove_leftovers
 from batch_infer.jobs.results import write_results
 from batch_infer.jobs.run_json import (
@@ -63,12 +70,15 @@ def merge_results(
         raise UsageError(f"nothing to merge: {unlocked_store.location} has neither a run.json nor a manifest")
     with outdir.locked(unlocked_store) as store:
         if outdir.read_run(store) is None:
+            refuse_foreign_results(store, results)
             return merge_parts(store, [], OutputSettings(results=results, base64=base64, sign_key=sign_key)), results
         record = outdir.read_existing_run(store)
         outdir.refuse_while_rescoring(store.location, record)
         refuse_changed_parts(store, record)
         settings = read_settings(record, store.location)
         formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
+        if "openai" not in settings.output.results:
+            refuse_foreign_results(store, results)
         output = OutputSettings(results=formats, base64=base64 or settings.output.base64, sign_key=sign_key)
         try:
             if not ended_cleanly(record) and settings.table.tables:
@@ -167,10 +177,19 @@ def merge(
     Also write SHA256SUMS. Raises StorageError, DamagedPartError, the errors of reading `items`, and MissingResultsError
     if there are fewer than `min_results` results. In the last case, results.* stay unchanged.
     """
-    counts = Counts()
+    counts, partial_rows = Counts(), set[str]()
+    if "openai" in output.results:
+        items = find_partial_rows(items, lambda item: _find_current(item, index) is not None, partial_rows)
     tables = _require_results(read_results(items, index, carried, counts), counts, min_results)
-    write_checksums(store, write_results(tables, pa.schema([*SCHEMA, *carried]), store, output), output.sign_key)
+    digests = write_results(tables, pa.schema([*SCHEMA, *carried]), store, output, partial_rows)
+    write_checksums(store, digests, output.sign_key)
     return counts
+
+
+def _find_current(item: Item, index: ManifestIndex) -> CommittedImage | None:
+    """Return the committed result of an item whose row has not changed since, or None."""
+    committed = index.find(item.key)
+    return committed if committed is not None and committed.fingerprint == item.fingerprint else None
 
 
 def merge_parts(store: Store, tables: Sequence[str], output: OutputSettings, min_results: int = 0) -> Counts:
@@ -251,11 +270,7 @@ def read_results(items: Iterable[Item], index: ManifestIndex, carried: pa.Schema
     """
     ids, bad_ids = set[str](), set[str]()
     for batch in split_batches(items, BATCH, BATCH_BYTES):
-        matches = [
-            (item, committed)
-            for item in batch
-            if (committed := index.find(item.key)) is not None and committed.fingerprint == item.fingerprint
-        ]
+        matches = [(item, committed) for item in batch if (committed := _find_current(item, index)) is not None]
         previous_ids, ids = ids, {item.id for item in batch}
         # A row's images may be in several batches, so a bad row is remembered until its last batch.
         previous_bad_ids = bad_ids & ids

@@ -9,13 +9,14 @@ from typing import Any
 
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
+from batch_infer.settings import RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
 from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_temporary, open_store
 
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
-RESULTS = ("results.parquet", "results.csv", "results.jsonl")
+RESULTS = tuple(name for names in RESULTS_FILES.values() for name in names)
 RUN_JSON = "run.json"
-OWN_NAMES = (*FOLDERS, *RESULTS, RUN_JSON)
+OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
 """Key that run.json contains from when --overwrite begins to remove the old files of OUT until all are removed."""
@@ -26,7 +27,7 @@ def locked(out: Out) -> Iterator[Store]:
     """Lock OUT, creating it if missing, and yield the store to write with.
 
     Remove from OUT, but not from its subfolders, the temporary files of dead processes on this machine and all
-    temporary results.* files, which only the lock holder writes. An OSError for a path in OUT becomes StorageError.
+    temporary results files, which only the lock holder writes. An OSError for a path in OUT becomes StorageError.
     Raises LockedError, SettingsError, StorageError.
     """
     with open_store(out).locked() as store:
@@ -105,8 +106,8 @@ def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[s
             )
     has_parts = any(name.startswith("part-") for name in store.list_folder("manifest"))
     if (earlier is None or "identity" not in earlier) and not has_parts:
-        for name in RESULTS:
-            if store.exists(name):
+        for name in OWN_NAMES:
+            if name in RESULTS and store.exists(name):
                 raise SettingsError(f"{store.locate(name)} was not written by batch-infer: give another --out")
 
 

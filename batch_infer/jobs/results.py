@@ -1,10 +1,10 @@
-"""Write results.parquet, results.csv and results.jsonl."""
+"""Write results.parquet, results.csv and results.jsonl, and have `openai_results` write its two files."""
 
 from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_infer.carried import format_value, shorten_float32, to_json, to_python_values
-from batch_infer.settings import OutputSettings
+from batch_infer.jobs.openai_results import BatchFiles
+from batch_infer.settings import RESULTS_FILES, OutputSettings, ResultsFormat, list_results_files
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import Store, hash_file
 
@@ -22,20 +23,28 @@ log = logging.getLogger("batch_infer")
 
 
 def write_results(
-    tables: Iterable[pa.Table], schema: pa.Schema, store: Store, output: OutputSettings
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    store: Store,
+    output: OutputSettings,
+    partial_rows: Collection[str] = (),
 ) -> dict[str, str]:
     """Write tables of this schema to results.parquet and the requested formats. Raises StorageError.
 
-    Return the SHA-256 of each file by its name, computed before the file is published.
+    Return the SHA-256 of each file by its name, computed before the file is published. `partial_rows` contains the ids
+    of rows that lack results; reading `tables` may add ids.
     """
     images = make_sink(store) if output.base64 else None
     digests: dict[str, str] = {}
     with ExitStack() as stack:
-        writers = []
-        for name in dict.fromkeys(("parquet", *output.results)):
-            temporary = stack.enter_context(store.write(f"results.{name}"))
-            stack.push(_make_hasher(digests, f"results.{name}", temporary))  # runs once the writer is closed
-            writers.append(_open_writer(stack, temporary, name, schema, images))
+        paths = {}
+        for name in list_results_files(output.results):
+            paths[name] = stack.enter_context(store.write(name))
+            stack.push(_make_hasher(digests, name, paths[name]))  # runs once the writers are closed
+        writers = [
+            _open_writer(stack, [paths[file] for file in RESULTS_FILES[name]], name, schema, images, partial_rows)
+            for name in dict.fromkeys(("parquet", *output.results))
+        ]
         for table in tables:
             for write in writers:
                 write(table)
@@ -52,22 +61,31 @@ def _make_hasher(digests: dict[str, str], name: str, path: Path) -> Callable[...
     return add_digest
 
 
-def remove_other_results(store: Store, output: OutputSettings) -> None:
-    """Remove results in formats that are no longer requested."""
-    store.remove(f"results.{name}" for name in {"csv", "jsonl"} - set(output.results))
+def remove_other_results(store: Store, names: Iterable[str], output: OutputSettings) -> None:
+    """Remove those of these results files whose formats are no longer requested."""
+    store.remove(set(names) - set(list_results_files(output.results)))
 
 
 def _open_writer(
-    stack: ExitStack, path: Path, name: str, schema: pa.Schema, images: Sink | None
+    stack: ExitStack,
+    paths: Sequence[Path],
+    name: ResultsFormat,
+    schema: pa.Schema,
+    images: Sink | None,
+    partial_rows: Collection[str],
 ) -> Callable[[pa.Table], object]:
-    """Return a function that appends a table to a file in format `name`.
+    """Return a function that appends a table to the files of format `name`.
 
-    With `images`, CSV and JSON contain images in base64.
+    With `images`, text formats contain images in base64.
     """
     if name == "parquet":
-        parquet = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+        parquet = stack.enter_context(pq.ParquetWriter(paths[0], schema, compression="zstd"))
         return lambda table: parquet.write_table(table)
-    stream = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+    streams = [stack.enter_context(path.open("w", encoding="utf-8", newline="")) for path in paths]
+    stream = streams[0]
+    if name == "openai":
+        files = stack.enter_context(BatchFiles(*streams, partial_rows=partial_rows, embeds_images=images is not None))
+        return lambda table: files.write(_iterate_rows(table, images))
     if name == "jsonl":
         return lambda table: stream.writelines(f"{to_json(row)}\n" for row in _iterate_rows(table, images))
     writer = csv.writer(stream)

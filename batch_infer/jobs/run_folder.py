@@ -9,10 +9,11 @@ from typing import Any
 from batch_infer import __version__
 from batch_infer.errors import DamagedPartError, StoppedError, UsageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
+from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest, find_results
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, remove_unnamed_images, set_aside
 from batch_infer.manifest import Manifest, ManifestIndex, read_part, run_number
+from batch_infer.settings import SHARED_NAMES
 from batch_infer.sinks import is_image_path, make_sink
 from batch_infer.store import IMAGE_FOLDERS, Store
 
@@ -91,12 +92,13 @@ def clear(store: Store, stop: Callable[[], bool] = lambda: False) -> None:
     outdir.refuse_to_clear(store)
     if not store.exists(outdir.RUN_JSON):
         return
+    shared = [name for name in find_results(store) if name in SHARED_NAMES]  # before SHA256SUMS is removed
     outdir.write_run(store, {"batch_infer": __version__, "identity": {}, outdir.CLEARING: True})
     linked = [name for name in IMAGE_FOLDERS if store.is_link(name)]
     if linked:
         _remove_named_images(store)
     names = [name for name in outdir.OWN_NAMES if name not in ("manifest", "logs", outdir.RUN_JSON, *linked)]
-    for name in ("manifest", *names):
+    for name in (*shared, "manifest", *names):
         try:
             store.remove_folder(name, stop)
         except StoppedError as error:

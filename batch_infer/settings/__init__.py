@@ -16,6 +16,8 @@ from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
     LORA_FIELD,
+    RESULTS_FILES,
+    SHARED_NAMES,
     BatchShape,
     Compute,
     ComputeSettings,
@@ -32,6 +34,7 @@ from batch_infer.settings.run import (
     RunSettings,
     SinkName,
     TableSettings,
+    list_results_files,
 )
 from batch_infer.settings.safety import (
     CATEGORIES,
@@ -63,10 +66,12 @@ __all__ = [
     "OnFlagged",
     "OutputSettings",
     "Quantization",
+    "RESULTS_FILES",
     "ResultsFormat",
     "RetryStatus",
     "RowDefaults",
     "RunSettings",
+    "SHARED_NAMES",
     "SHORT_NAMES",
     "SafetyMode",
     "SafetySettings",
@@ -74,5 +79,6 @@ __all__ = [
     "ServiceSettings",
     "SinkName",
     "TableSettings",
+    "list_results_files",
     "parse_weight",
 ]

@@ -30,13 +30,28 @@ IdSource = Literal["row", "content"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Offload = Literal["model", "sequential"]
-ResultsFormat = Literal["parquet", "csv", "jsonl"]
+ResultsFormat = Literal["parquet", "csv", "jsonl", "openai"]
+RESULTS_FILES: dict[ResultsFormat, tuple[str, ...]] = {
+    "parquet": ("results.parquet",),
+    "csv": ("results.csv",),
+    "jsonl": ("results.jsonl",),
+    "openai": ("output.jsonl", "error.jsonl"),
+}
+"""Names of the files of each format of the results, in OUT."""
+SHARED_NAMES = RESULTS_FILES["openai"]
+"""Names that other programs use too. Such a file counts as a results file only if SHA256SUMS or run.json says so."""
 SinkName = Literal["folder", "webdataset", "parquet"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing", "damaged"]
 """Statuses of the results that `retry` can render again.
 
 `missing` selects results whose image file does not exist, and `damaged` those whose file has another size or SHA-256.
 """
+
+
+def list_results_files(formats: Iterable[ResultsFormat]) -> tuple[str, ...]:
+    """Return the names of the results files of a run with these formats. results.parquet is always one of them."""
+    every_format: tuple[ResultsFormat, ...] = ("parquet", *formats)
+    return tuple(name for results_format in dict.fromkeys(every_format) for name in RESULTS_FILES[results_format])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +79,11 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         """Check that a format can contain base64 images if they are requested. Raises SettingsError."""
-        if self.base64 and not {"csv", "jsonl"} & set(self.results):
-            raise SettingsError("--base64 needs results.csv or results.jsonl: add --results csv or --results jsonl")
+        if self.base64 and not {"csv", "jsonl", "openai"} & set(self.results):
+            raise SettingsError(
+                "--base64 needs results.csv, results.jsonl or output.jsonl: add --results csv or --results jsonl, or "
+                "--results openai"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_infer.errors import BatchInferError, DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums, refuse_changed_parts
+from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums, find_results, refuse_changed_parts
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.merge import merge_results
 from batch_infer.jobs.run_json import read_settings
@@ -24,7 +24,7 @@ from batch_infer.jobs.verify.reproduce import Sample, choose_sample, reproduce
 from batch_infer.jobs.verify.results_check import RESULTS_PARQUET
 from batch_infer.jobs.verify.row_check import RowVerifier, open_recorded_tables
 from batch_infer.manifest import Manifest, ManifestIndex, read_part_in_batches
-from batch_infer.settings import ResultsFormat
+from batch_infer.settings import RESULTS_FILES
 from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
 
 log = logging.getLogger("batch_infer")
@@ -127,9 +127,10 @@ def verify_run(
 
 
 def _merge(store: Store) -> None:
-    formats: list[ResultsFormat] = ["csv", "jsonl"]
     try:
-        merge_results(store, tuple(name for name in formats if store.exists(f"results.{name}")), base64=False)
+        existing = set(find_results(store))
+        formats = tuple(name for name, files in RESULTS_FILES.items() if existing.issuperset(files))
+        merge_results(store, formats, base64=False)
     except BatchInferError as error:
         log.warning("results.* are not updated: %s", error)
 
