@@ -14,6 +14,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 
+from batch_infer.jobs.out import RESULTS
 from batch_infer.records import BOOKKEEPING
 from tests.object_servers import ObjectServer, serve_objects
 from tests.tables import to_rows
@@ -68,7 +69,7 @@ class Place(ABC):
             if name not in images
             and not (name.startswith("manifest/part-") and name.endswith(".parquet"))
             and not (name.startswith("logs/") and name.endswith(".log"))
-            and name not in ("run.json", "results.parquet", "results.csv", "results.jsonl", "manifest/SHA256SUMS")
+            and name not in ("run.json", *RESULTS, "manifest/SHA256SUMS")
         ]
 
 

@@ -59,7 +59,7 @@ def write_batch(path: Path, requests: Sequence[dict[str, Any]]) -> Path:
 
 
 def test_a_batch_file_becomes_the_files_of_the_batch_api(tmp_path: Path) -> None:
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"model": "m", "prompt": "a red circle", "n": 2, "size": "64x64"},
         {"prompt": "a blue square", "size": "63x64"},
         {"prompt": "a small grüner\u2028star"},

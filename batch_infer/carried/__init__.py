@@ -7,6 +7,7 @@ own types such as datetime.
 
 from batch_infer.carried.common_types import find_common_type, make_converter, make_result_names
 from batch_infer.carried.json_text import format_value, shorten_float32, to_json
+from batch_infer.carried.portable import to_portable, to_portable_type
 from batch_infer.carried.result_types import convert_items, to_result_type
 from batch_infer.carried.text import Convert, JsonNumber, make_python_reader, to_python_values, to_text
 from batch_infer.carried.values import estimate_bytes, to_array, to_result_array, to_values
@@ -24,6 +25,8 @@ __all__ = [
     "shorten_float32",
     "to_array",
     "to_json",
+    "to_portable",
+    "to_portable_type",
     "to_python_values",
     "to_result_array",
     "to_result_type",

@@ -13,7 +13,7 @@ from batch_infer.jobs.out import RESULTS
 from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Counts
-from batch_infer.settings import list_results_files
+from batch_infer.settings import METADATA
 
 log = logging.getLogger("batch_infer")
 
@@ -39,7 +39,9 @@ def recognise_finished_run(job: Job, tables_digest: str | None) -> tuple[ScanRes
     if output.sign_key is not None or output != replace(earlier.settings.output, sign_key=None):
         return None
     check = check_checksums(job.store, job.earlier)
-    if not check.is_proof or check.matching.intersection(RESULTS) != set(list_results_files(output.results)):
+    results = check.matching.intersection(RESULTS)
+    # An earlier version wrote no metadata.parquet, and that of another program is kept.
+    if not check.is_proof or results - {METADATA} != set(output.results_files) - {METADATA}:
         return None
     log.debug("the tables, the manifest and the results have not changed since the last run, so no rows are read")
     skipped = {name: count for name in ("ok", "flagged", "blocked") if (count := getattr(counts, name))}

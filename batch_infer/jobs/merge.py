@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -79,7 +80,7 @@ def merge_results(
         formats = tuple(dict.fromkeys((*settings.output.results, *results)))  # or the others would become stale
         if "openai" not in settings.output.results:
             refuse_foreign_results(store, results)
-        output = OutputSettings(results=formats, base64=base64 or settings.output.base64, sign_key=sign_key)
+        output = replace(settings.output, results=formats, base64=base64 or settings.output.base64, sign_key=sign_key)
         try:
             if not ended_cleanly(record) and settings.table.tables:
                 remove_leftovers(store)  # but not for an endpoint, whose workers may be writing

@@ -9,12 +9,12 @@ from typing import Any
 
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
-from batch_infer.settings import RESULTS_FILES, SHARED_NAMES
+from batch_infer.settings import METADATA, RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
 from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_temporary, open_store
 
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
-RESULTS = tuple(name for names in RESULTS_FILES.values() for name in names)
+RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_infer.carried import format_value, shorten_float32, to_json, to_python_values
+from batch_infer.jobs.image_folder import ImageFolderWriter, may_replace_metadata
 from batch_infer.jobs.openai_results import BatchFiles
-from batch_infer.settings import RESULTS_FILES, OutputSettings, ResultsFormat, list_results_files
+from batch_infer.settings import METADATA, RESULTS_FILES, OutputSettings, ResultsFormat
 from batch_infer.sinks import Sink, make_sink
 from batch_infer.store import Store, hash_file
 
@@ -38,13 +39,17 @@ def write_results(
     digests: dict[str, str] = {}
     with ExitStack() as stack:
         paths = {}
-        for name in list_results_files(output.results):
+        for name in output.results_files:
+            if name == METADATA and not may_replace_metadata(store):
+                continue
             paths[name] = stack.enter_context(store.write(name))
             stack.push(_make_hasher(digests, name, paths[name]))  # runs once the writers are closed
         writers = [
             _open_writer(stack, [paths[file] for file in RESULTS_FILES[name]], name, schema, images, partial_rows)
             for name in dict.fromkeys(("parquet", *output.results))
         ]
+        if METADATA in paths:
+            writers.append(stack.enter_context(ImageFolderWriter(paths[METADATA], schema)).write)
         for table in tables:
             for write in writers:
                 write(table)
@@ -63,7 +68,7 @@ def _make_hasher(digests: dict[str, str], name: str, path: Path) -> Callable[...
 
 def remove_other_results(store: Store, names: Iterable[str], output: OutputSettings) -> None:
     """Remove those of these results files whose formats are no longer requested."""
-    store.remove(set(names) - set(list_results_files(output.results)))
+    store.remove(set(names) - set(output.results_files))
 
 
 def _open_writer(

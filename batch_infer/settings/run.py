@@ -38,7 +38,9 @@ RESULTS_FILES: dict[ResultsFormat, tuple[str, ...]] = {
     "openai": ("output.jsonl", "error.jsonl"),
 }
 """Names of the files of each format of the results, in OUT."""
-SHARED_NAMES = RESULTS_FILES["openai"]
+METADATA = "metadata.parquet"
+"""Name of the file, written beside images/, that describes images to Hugging Face's datasets."""
+SHARED_NAMES = (*RESULTS_FILES["openai"], METADATA)
 """Names that other programs use too. Such a file counts as a results file only if SHA256SUMS or run.json says so."""
 SinkName = Literal["folder", "webdataset", "parquet"]
 RetryStatus = Literal["failed", "flagged", "blocked", "invalid", "missing", "damaged"]
@@ -76,6 +78,11 @@ class OutputSettings:
     sign_key: str | None = None
     """Path of the private key that signs SHA256SUMS. run.json does not record it."""
     sink: SinkName = "folder"
+
+    @property
+    def results_files(self) -> tuple[str, ...]:
+        """Names of the files that merging writes."""
+        return (*list_results_files(self.results), *([METADATA] if self.sink == "folder" else []))
 
     def __post_init__(self) -> None:
         """Check that a format can contain base64 images if they are requested. Raises SettingsError."""

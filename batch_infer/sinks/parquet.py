@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batch_infer.carried import to_portable
 from batch_infer.sinks.shards import Sample
 
 IMAGE = "image"
@@ -30,7 +31,7 @@ class ParquetFormat:
 
     def write(self, path: Path, samples: Iterable[Sample], rows: pa.Table) -> None:
         names = [f"input_{name}" if name == IMAGE else name for name in rows.column_names]
-        rows = rows.rename_columns(names)
+        rows = to_portable(rows.rename_columns(names))
         _write(path, (_make_table(group, rows) for group in _split(samples)), rows.schema)
 
     def load(self, file: pa.NativeFile) -> ParquetShard:
