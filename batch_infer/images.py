@@ -72,20 +72,26 @@ def _quote(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
 
 
-def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
-    """Encode an image (H, W, 3) uint8 as a file that also contains its parameters, shortened if too long, and XMP."""
+def encode(pixels: np.ndarray, image_format: ImageFormat, parameters: str | None, *, has_mark: bool = True) -> bytes:
+    """Encode an image (H, W, 3) uint8 as a file that also contains its parameters, shortened if too long, and XMP.
+
+    `parameters` is None if the file must not contain them. XMP is the mark of a generated image.
+    """
     image, stream = Image.fromarray(pixels), io.BytesIO()
-    parameters = _shorten(parameters, MAX_TEXT_LENGTH)
     if image_format == "png":
         text = PngInfo()
-        text.add_text("parameters", parameters)  # as iTXt if it is not Latin-1
-        text.add_itxt("XML:com.adobe.xmp", XMP)
+        if parameters is not None:
+            text.add_text("parameters", _shorten(parameters, MAX_TEXT_LENGTH))  # as iTXt if it is not Latin-1
+        if has_mark:
+            text.add_itxt("XML:com.adobe.xmp", XMP)
         image.save(stream, image_format, pnginfo=text, compress_level=PNG_LEVEL)
     else:
-        exif = Image.Exif()
-        comment = _shorten(parameters, MAX_EXIF_LENGTH).encode("utf-16-be", "replace")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
-        image.save(stream, image_format, quality=QUALITY[image_format], xmp=XMP.encode(), exif=exif)
+        metadata: dict[str, Any] = {"xmp": XMP.encode()} if has_mark else {}
+        if parameters is not None:
+            metadata["exif"] = exif = Image.Exif()
+            comment = _shorten(parameters, MAX_EXIF_LENGTH).encode("utf-16-be", "replace")
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
+        image.save(stream, image_format, quality=QUALITY[image_format], **metadata)
     return stream.getvalue()
 
 

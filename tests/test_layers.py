@@ -25,7 +25,7 @@ LAYERS = (
     {"store"},
     {"images", "accelerator"},
     {"diffusion", "stacking"},
-    {"models", "safety", "table", "planning", "manifest", "sinks"},
+    {"models", "safety", "table", "planning", "manifest", "sinks", "provenance"},
     {"chain"},
     {"worker"},
     {"autotune"},
@@ -59,6 +59,8 @@ EXTRAS = {
     "bitsandbytes": ("quantize", "batch_infer.models.quantization"),
     "s3fs": ("s3", "batch_infer.store.objects.s3"),
     "cryptography": ("sign", "batch_infer.jobs.signing"),
+    "c2pa": ("provenance", "batch_infer.provenance.c2pa"),
+    "wmforge": ("provenance", "batch_infer.provenance.watermark"),
 }
 """Optional libraries, with the extra that installs them and the modules that import them.
 
@@ -67,6 +69,7 @@ The libraries called azure are several: adlfs, of the extra abfss, installs thos
 DISTRIBUTIONS = {
     **{"PIL": "pillow", "huggingface_hub": "huggingface-hub"},
     **{"pyrate_limiter": "pyrate-limiter", "azureml_inference_server_http": "azureml-inference-server-http"},
+    **{"c2pa": "c2pa-python"},
     **{"prometheus_client": "prometheus-client", "pythonjsonlogger": "python-json-logger"},
 }
 """Distributions whose name differs from that of their module."""
@@ -96,6 +99,7 @@ REACHES_DISK = {
     "images": "the bytes of an image in memory",
     "jobs.export_mlflow": "the exported model",
     "jobs.signing": "the keys of signatures",
+    "provenance.c2pa": "the certificates and the key of signatures in images",
     "__main__": "the standard streams",
 }
 """Packages and modules that reach a disk, and what they read or write there."""

@@ -137,8 +137,10 @@ def test_every_option_is_a_setting() -> None:
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
             *("--price-per-hour", "2.5", "--rerender-changed", "--sign-key", "k.pem"),
+            *("--provenance", "c2pa,iptc", "--c2pa-cert", "c.pem", "--c2pa-key", "s.pem", "--no-prompt-metadata"),
         )
     )
+    signer = {"certificates": "c.pem", "private_key": "s.pem"}
     assert settings == {
         "table": {
             **{"tables": ("t.csv",), "columns": {"prompt": "caption", "height": ""}, "limit": 3, "folder": Path()},
@@ -169,7 +171,8 @@ def test_every_option_is_a_setting() -> None:
             "seed": 9,
         },
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True, "service": None},
-        "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True, "sign_key": "k.pem"},
+        "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True, "sign_key": "k.pem"}
+        | {"provenance": {"marks": ("iptc", "c2pa"), "prompt_metadata": False, "signer": signer}},
         "compute": {
             "slots": 6,
             "threads": 2,

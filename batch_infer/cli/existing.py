@@ -9,6 +9,7 @@ import click
 
 from batch_infer.cli.logs import log
 from batch_infer.cli.options import (
+    c2pa_options,
     command,
     json_option,
     moved_tables_argument,
@@ -28,7 +29,7 @@ from batch_infer.cli.report import (
     stoppable,
 )
 from batch_infer.cli.settings import make_safety_settings
-from batch_infer.settings import ResultsFormat
+from batch_infer.settings import ResultsFormat, make_signer
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, RescoreCounts, RunStatus
@@ -114,6 +115,7 @@ def merge(
         help="Check with the model's own checker, with Azure AI Content Safety, or with both.",
     ),
     on_flagged_option,
+    *c2pa_options,
     json_option,
 )
 def rescore(*, out: str, tables: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
@@ -138,7 +140,8 @@ def rescore(*, out: str, tables: tuple[str, ...], as_json: bool, quiet: bool, **
         from batch_infer.jobs import rescore_images
 
         safety = make_safety_settings({**options, "require_safety": True})
-        result, counts = rescore_images(out, tables, safety, log_progress, stop)
+        signer = make_signer(options["c2pa_cert"], options["c2pa_key"])
+        result, counts = rescore_images(out, tables, safety, log_progress, stop, signer)
     code = CHECK_FAILED if result.failed else 0
     if code or not quiet:
         data = {**result.as_dict(), "counts": counts.as_dict()} if as_json else None

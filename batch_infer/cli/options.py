@@ -211,6 +211,22 @@ sign_key_option = option(
     "`verify --public-key`. Needs pip install 'batch-infer[sign]'.",
 )
 
+c2pa_options = (
+    option(
+        "--c2pa-cert",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Certificate of --provenance c2pa and those that certify it, in one PEM file, the signer's first.",
+    ),
+    option(
+        "--c2pa-key",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help="Private key of --c2pa-cert: a PEM file without a passphrase. run.json records neither file, so `retry` "
+        "and `rescore` need both options again.",
+    ),
+)
+
 on_flagged_option = option(
     "--on-flagged",
     type=click.Choice(get_args(s.OnFlagged)),

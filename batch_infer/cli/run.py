@@ -10,6 +10,7 @@ import click
 
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import (
+    c2pa_options,
     command,
     json_option,
     moved_tables_argument,
@@ -22,7 +23,7 @@ from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import CHECK_FAILED, log_time_limit, print_result, stoppable, summary_lines
 from batch_infer.cli.settings import job_options, make_run_settings
 from batch_infer.errors import StoppedError
-from batch_infer.settings import RetryStatus
+from batch_infer.settings import RetryStatus, make_signer
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Summary
@@ -74,6 +75,7 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
         help="Status of the rows to render. missing: the image file was deleted. damaged: the size or SHA-256 of "
         "the image file differs from its result; finding these reads all images. Repeatable.",
     ),
+    *c2pa_options,
     *unattended_options,
     json_option,
     progress_option,
@@ -97,9 +99,10 @@ def retry(
     """
 
     def render(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings]:
+        signer = make_signer(options["c2pa_cert"], options["c2pa_key"])
         from batch_infer.jobs import retry_rows
 
-        return retry_rows(out, statuses, tables, progress, stop)
+        return retry_rows(out, statuses, tables, progress, stop, signer)
 
     return _execute(render, Metrics(metrics_file, out), time_limit, options, is_retry=True)
 

@@ -13,6 +13,7 @@ from batch_infer.cli.options import (
     NONNEGATIVE,
     POSITIVE,
     SemicolonList,
+    c2pa_options,
     model_options,
     on_flagged_option,
     option,
@@ -132,6 +133,22 @@ job_options = (
         "to each image. parquet: Parquet files in shards/, as Hugging Face's datasets stores images. Flagged images "
         "are always files.",
     ),
+    option(
+        "--provenance",
+        default="iptc",
+        metavar="MARK,...",
+        help="Marks that say that an image is generated. iptc: metadata. c2pa: Content Credentials, signed with "
+        "--c2pa-cert and --c2pa-key. watermark: an invisible mark in the pixels, for images from 256x256. none: no "
+        "mark. c2pa and watermark need pip install 'batch-infer[provenance]'.",
+    ),
+    *c2pa_options,
+    option(
+        "--prompt-metadata/--no-prompt-metadata",
+        "prompt_metadata",
+        envvar="BATCH_INFER_PROMPT_METADATA",
+        default=True,
+        help="Write the prompts and parameters of an image into its file, as text or Exif.",
+    ),
     *results_options,
     sign_key_option,
     option(
@@ -174,7 +191,12 @@ def make_run_settings(options: Mapping[str, Any]) -> s.RunSettings:
         ),
         safety=make_safety_settings(options),
         output=s.OutputSettings(
-            options["image_format"], options["results"], options["base64"], options["sign_key"], options["sink"]
+            options["image_format"],
+            options["results"],
+            options["base64"],
+            options["sign_key"],
+            options["sink"],
+            _make_provenance_settings(options),
         ),
         compute=make_compute_settings(options),
         max_failed=s.FailureBudget.parse(options["max_failed"]),
@@ -212,6 +234,14 @@ def make_model_settings(options: Mapping[str, Any]) -> s.ModelSettings:
         options["lora_folder"],
         tuple(map(s.EmbeddingSpec.parse, options["embeddings"])),
     )
+
+
+def _make_provenance_settings(options: Mapping[str, Any]) -> s.ProvenanceSettings:
+    """Return the settings of the marks in image files. Raises SettingsError."""
+    marks, signer = s.parse_marks(options["provenance"]), s.make_signer(options["c2pa_cert"], options["c2pa_key"])
+    if signer is not None and "c2pa" not in marks:
+        raise SettingsError("--c2pa-cert and --c2pa-key need --provenance c2pa or a list that contains it")
+    return s.ProvenanceSettings(marks, options["prompt_metadata"], signer)
 
 
 def make_safety_settings(options: Mapping[str, Any]) -> s.SafetySettings:

@@ -14,8 +14,9 @@ import msgspec
 from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
+from batch_infer.provenance import describe_watermark
 from batch_infer.records import utc_now
-from batch_infer.settings import CATEGORIES, Compute, RunSettings, SafetySettings
+from batch_infer.settings import CATEGORIES, Compute, OutputSettings, ProvenanceSettings, RunSettings, SafetySettings
 from batch_infer.table import Tables, redact_url
 
 ENVIRONMENT = ("batch_infer", "compute", "versions")
@@ -36,7 +37,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "finished_at": None,
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
-        "settings": msgspec.to_builtins(_without_transient(replace(settings, table=table)), enc_hook=str),
+        "settings": _describe_settings(replace(settings, table=table)),
         "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
         "model": {
             "name": card.name,
@@ -56,6 +57,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "scheduler": card.scheduler_fingerprint,
             "dtype": compute.dtype,
             "safety": describe_safety(settings.safety, card),
+            **describe_watermark(settings.output.provenance),
         },
         "compute": asdict(compute),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -73,13 +75,26 @@ def _describe_embeddings(card: ModelCard) -> dict[str, Any]:
     return {"embeddings": embeddings} if embeddings else {}
 
 
+def _describe_settings(settings: RunSettings) -> dict[str, Any]:
+    """Return the settings that continue a run. Those of marks are left out if they are the defaults."""
+    described: dict[str, Any] = msgspec.to_builtins(_without_transient(settings), enc_hook=str)
+    if settings.output.provenance == ProvenanceSettings():
+        del described["output"]["provenance"]
+    return described
+
+
 def _without_transient(settings: RunSettings) -> RunSettings:
     """Reset the options that apply to one command and not to those that continue it.
 
-    One is --sign-key: an OUT from elsewhere must not choose the key with which another command signs it.
+    Some name keys: an OUT from elsewhere must not choose the key with which another command signs it or its images.
     """
-    output, compute = replace(settings.output, sign_key=None), replace(settings.compute, ray_address=None)
-    return replace(settings, rerender_changed=False, output=output, compute=compute)
+    compute = replace(settings.compute, ray_address=None)
+    return replace(settings, rerender_changed=False, output=without_keys(settings.output), compute=compute)
+
+
+def without_keys(output: OutputSettings) -> OutputSettings:
+    """Return the settings without the paths of keys, as run.json records them."""
+    return replace(output, sign_key=None, provenance=replace(output.provenance, signer=None))
 
 
 def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
@@ -94,8 +109,9 @@ def describe_safety(safety: SafetySettings, card: ModelCard) -> str:
 
 def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: str) -> None:
     """Raise SettingsError if the earlier run in OUT has another identity."""
-    for name, value in record["identity"].items():
-        if earlier.get("identity", {}).get(name) != value:
+    identity, earlier_identity = record["identity"], earlier.get("identity", {})
+    for name in dict.fromkeys((*identity, *earlier_identity)):
+        if earlier_identity.get(name) != identity.get(name):
             remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
             raise SettingsError(
                 f"{out} was made with {name} {format_identity(earlier, name)}, and this run has {name} "
@@ -105,7 +121,7 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: s
 
 def format_identity(record: Mapping[str, Any], name: str) -> str:
     """Return a name with the start of its fingerprint, or only the fingerprint if there is no name."""
-    value = str(record.get("identity", {}).get(name))
+    value = str(record.get("identity", {}).get(name, "none"))
     part = record.get(name)
     if not isinstance(part, Mapping) or not part.get("name"):
         return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import msgspec
 
 from batch_infer.jobs.checksums import check_checksums
+from batch_infer.jobs.description import without_keys
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.out import RESULTS
 from batch_infer.jobs.run_json import ended_cleanly, parse_record
@@ -36,7 +36,7 @@ def recognise_finished_run(job: Job, tables_digest: str | None) -> tuple[ScanRes
     if counts.remaining or counts.failed or counts.invalid or counts.results != earlier.survey.total:
         return None
     output = job.settings.output
-    if output.sign_key is not None or output != replace(earlier.settings.output, sign_key=None):
+    if output.sign_key is not None or without_keys(output) != without_keys(earlier.settings.output):
         return None
     check = check_checksums(job.store, job.earlier)
     results = check.matching.intersection(RESULTS)

@@ -21,8 +21,9 @@ from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
+from batch_infer.provenance import Marker, restrict_sizes
 from batch_infer.records import digest
-from batch_infer.settings import Compute, Device, RowDefaults, RunSettings, ServiceSettings
+from batch_infer.settings import C2paSigner, Compute, Device, RowDefaults, RunSettings, ServiceSettings
 from batch_infer.store import Store, is_url, refuse_unprintable
 from batch_infer.table import RowRules, Tables
 
@@ -60,17 +61,28 @@ class Job:
 
 
 def make_paths_absolute(settings: RunSettings) -> RunSettings:
-    """Make OUT, unless it is a URL, and the folder of the tables absolute. Raises SettingsError.
+    """Make OUT, unless it is a URL, the folder of the tables and the signer's files absolute. Raises SettingsError.
 
-    Arrow would read a relative path with a colon as a URI.
+    Arrow would read a relative path with a colon as a URI. Workers on a Ray cluster have other working folders.
     """
     try:
         table = replace(settings.table, folder=settings.table.folder.absolute())
         out = settings.out if is_url(settings.out) else str(_absolute(Path(settings.out)))
+        if (signer := settings.output.provenance.signer) is not None:
+            paths = (str(_absolute(Path(path))) for path in (signer.certificates, signer.private_key))
+            settings = use_signer(settings, C2paSigner(*paths))
     except FileNotFoundError as error:
         raise SettingsError("the working folder was deleted; change to one that exists") from error
     refuse_unprintable(out)
     return replace(settings, out=out, table=table)
+
+
+def use_signer(settings: RunSettings, signer: C2paSigner | None) -> RunSettings:
+    """Return recorded settings with the signer, which run.json does not record, if the run signs its images."""
+    provenance = settings.output.provenance
+    if "c2pa" not in provenance.marks:
+        return settings
+    return replace(settings, output=replace(settings.output, provenance=replace(provenance, signer=signer)))
 
 
 def _absolute(path: Path) -> Path:
@@ -203,11 +215,14 @@ def resolve_run(
     settings = replace(settings, safety=settings.safety.with_policy_of(earlier_safety))
     compute = choose_compute(settings, device, earlier, card)
     record = describe_run(settings, card, compute, tables)
+    provenance = settings.output.provenance
+    Marker(provenance, card.name, card.fingerprint)  # refuses what it cannot use, before any image is rendered
     model_defaults = RowDefaults(card.num_inference_steps, card.guidance_scale, card.guidance_rescale)
     native_size = {"height": card.sizes.native_height, "width": card.sizes.native_width}
     requested = {name: value for name, value in asdict(settings.defaults).items() if value is not None}
     defaults = replace(model_defaults, **{**native_size, **requested})
     fingerprint = digest(record["identity"])
-    rules = RowRules(defaults, card.sizes, fingerprint, card.embedded_guidance, card.unsupported_fields)
+    sizes = restrict_sizes(provenance, card.sizes)
+    rules = RowRules(defaults, sizes, fingerprint, card.embedded_guidance, card.unsupported_fields)
     rules.validate()
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules

@@ -17,7 +17,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest
 from batch_infer.jobs.compaction import COMPACTION_PARTS
 from batch_infer.jobs.description import describe_safety
-from batch_infer.jobs.job import find_model, open_tables
+from batch_infer.jobs.job import find_model, open_tables, use_signer
 from batch_infer.jobs.merge import merge
 from batch_infer.jobs.recovery import (
     remove_leftovers,
@@ -40,7 +40,7 @@ from batch_infer.manifest import CommittedImage, Manifest, ManifestIndex, to_arg
 from batch_infer.models import ModelCard
 from batch_infer.planning import Item, make_finished_check
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow, digest, utc_now
-from batch_infer.settings import OnFlagged, RunSettings, SafetySettings
+from batch_infer.settings import C2paSigner, OnFlagged, RunSettings, SafetySettings
 from batch_infer.stopping import GRACE_SECONDS, deferred
 from batch_infer.store import Out, Store, open_store, to_absolute
 from batch_infer.table import Tables
@@ -63,14 +63,15 @@ def rescore_images(
     safety: SafetySettings,
     report: Callable[[RescoreCounts], None],
     stop: Callable[[], bool] = lambda: False,
+    signer: C2paSigner | None = None,
 ) -> tuple[RescoreCounts, Counts]:
     """Check the stored images of OUT with the checkers in `safety`, and merge.
 
     `tables` replaces the run's tables unless it is empty. If `safety` has no policy for flagged images, the run's
     policy applies. If the policy discards originals, a warning is logged before the first check. Until the rescore
     finishes, run.json marks it as unfinished, and `run` without --overwrite, `retry` and `merge` refuse OUT. A call
-    with the same arguments continues it. `report` receives the counts after each batch. Raises UsageError,
-    LockedError, ServiceError, StorageError, StoppedError.
+    with the same arguments continues it. `report` receives the counts after each batch. `signer` signs new image files
+    if the run signs its images. Raises UsageError, LockedError, ServiceError, StorageError, StoppedError.
     """
     unlocked_store = open_store(to_absolute(out))
     settings = _read_settings(outdir.read_existing_run(unlocked_store), unlocked_store.location, tables, safety)
@@ -81,7 +82,7 @@ def rescore_images(
         with outdir.locked(unlocked_store) as store:
             record = outdir.read_existing_run(store)  # it may have changed before OUT was locked
             settings = _read_settings(record, store.location, tables, safety)
-            execution = _RescoreExecution(record, settings, store, opened_tables, card)
+            execution = _RescoreExecution(record, use_signer(settings, signer), store, opened_tables, card)
             if tables:
                 execution.refuse_missing_tables()
             return execution.execute(report, stop)

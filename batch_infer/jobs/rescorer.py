@@ -18,6 +18,7 @@ from batch_infer.jobs.recovery import read_intact
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import CommittedImage, Manifest
 from batch_infer.models import ModelCard
+from batch_infer.provenance import Marker
 from batch_infer.records import PromptRequest, ResultRow, StoredImage, Verdict, utc_now
 from batch_infer.safety import Gate, ImageChecker, make_gate
 from batch_infer.settings import OnFlagged, RunSettings
@@ -76,6 +77,7 @@ class Rescorer:
     ) -> None:
         """Load the checker if one is used. Raises ModelError, SettingsError, StorageError."""
         self._settings, self._card = settings, card
+        self._marker = Marker(settings.output.provenance, card.name, card.fingerprint)
         self.sink = make_sink(store, settings.output.image_format, settings.output.sink)
         self._run = record.get("run_number") or 0
         self._manifest = Manifest(store, self._run)
@@ -203,7 +205,7 @@ class Rescorer:
     ) -> StoredImage | None:
         """Store the image as the policy requires, unless it is stored that way. Return None if the policy drops it."""
         policy, row = self._settings.safety.policy, result.row
-        pixels = images.apply_policy(original, policy) if is_flagged else original
+        pixels = self._marker.replace_flagged(original, policy) if is_flagged else original
         path = self.sink.path_after_rescore(
             row.generated_image or "",
             result.request,
@@ -220,7 +222,7 @@ class Rescorer:
         parameters = images.format_parameters(result.request, self._card.scheduler_name, self._card.fingerprint)
         # Keep the format because the file name stays. A later run may have used another --image-format.
         image_format = images.FORMAT_BY_SUFFIX.get(Path(path).suffix, self._settings.output.image_format)
-        stored = self.sink.write(path, images.encode(pixels, image_format, parameters))
+        stored = self.sink.write(path, self._marker.encode(pixels, image_format, parameters))
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _fail(self, result: StoredResult, error: str) -> None:

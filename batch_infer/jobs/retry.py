@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
-from batch_infer.jobs.job import use_current_endpoint
+from batch_infer.jobs.job import use_current_endpoint, use_signer
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry
 from batch_infer.records import ResultRow
-from batch_infer.settings import RetryStatus, RunSettings
+from batch_infer.settings import C2paSigner, RetryStatus, RunSettings
 from batch_infer.sinks import make_sink, parse_member
 from batch_infer.store import Out, Store, open_store
 
@@ -29,16 +29,18 @@ def retry_rows(
     tables: Sequence[str],
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    signer: C2paSigner | None = None,
 ) -> tuple[Summary, RunSettings]:
     """Render rows with these statuses again with the settings of the last run in OUT, and merge.
 
     `tables` replaces that run's tables unless it is empty. The safety service's endpoint comes from the environment.
-    Each row gets one more attempt, no matter how often it failed. Rows without a result are left to `run`. Raises
-    BatchInferError, for example UsageError if OUT contains no run.
+    `signer` signs the images if the run signs them. Each row gets one more attempt, no matter how often it failed. Rows
+    without a result are left to `run`. Raises BatchInferError, for example UsageError if OUT contains no run.
     """
     store = open_store(out)
     record = outdir.read_existing_run(store)
     settings = use_current_endpoint(read_settings(record, store.location, tables))
+    settings = use_signer(settings, signer)
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)

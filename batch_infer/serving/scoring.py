@@ -6,13 +6,12 @@ import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from batch_infer import images
 from batch_infer.chain import RenderedImage, UnrenderedRow
 from batch_infer.errors import TableError
 from batch_infer.records import PromptRequest, ResultRow
 from batch_infer.serving.service import NO_TIMEOUT, Client, Deployment, Service
+from batch_infer.settings import OnFlagged
 from batch_infer.table import parse_rows
 from batch_infer.worker import explain_flag
 
@@ -56,15 +55,14 @@ def _to_object(outcome: RenderedImage | UnrenderedRow, deployment: Deployment) -
     if isinstance(outcome, UnrenderedRow):
         return _without_image(request.prompt, nsfw, outcome.error)
     settings, card = deployment.settings, deployment.card
-    pixels: np.ndarray | None = outcome.pixels
-    if nsfw:
-        policy = settings.safety.policy
-        # A service stores no images, so it has no quarantine.
-        pixels = images.apply_policy(outcome.pixels, "drop" if policy == "quarantine" else policy)
+    policy: OnFlagged | None = settings.safety.policy if nsfw else None
+    # A service stores no images, so it has no quarantine.
+    pixels = deployment.marker.mark_pixels(outcome.pixels, "drop" if policy == "quarantine" else policy)
     if pixels is None:
         return _without_image(request.prompt, nsfw, explain_flag(outcome.verdict))
     parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
-    file = base64.b64encode(images.encode(pixels, settings.output.image_format, parameters)).decode("ascii")
+    content = deployment.marker.encode(pixels, settings.output.image_format, parameters)
+    file = base64.b64encode(content).decode("ascii")
     return {"prompt": request.prompt, "generated_image": file, "nsfw_content_detected": nsfw}
 
 

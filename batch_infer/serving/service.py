@@ -17,6 +17,7 @@ from msgspec import structs
 from batch_infer.chain import RowOutcome
 from batch_infer.errors import RetryableError, StoppedError
 from batch_infer.models import LoraFolder, ModelCard
+from batch_infer.provenance import Marker
 from batch_infer.records import PromptRequest
 from batch_infer.serving.request_queue import RequestQueue, Submission
 from batch_infer.settings import Compute, RunSettings
@@ -78,9 +79,16 @@ class Deployment:
         folder = self.settings.model.lora_folder
         return _open_lora_folder(folder).find if folder else None
 
+    @property
+    def marker(self) -> Marker:
+        """The marker of image files. Raises SettingsError."""
+        return _make_marker(self.settings.output.provenance, self.card.name, self.card.fingerprint)
+
 
 _open_lora_folder = lru_cache(LoraFolder)
 """Opens a folder once per process, because its files are hashed."""
+_make_marker = lru_cache(Marker)
+"""Makes a marker once per process, because it reads the key of signatures."""
 
 
 class Service:

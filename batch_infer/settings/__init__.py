@@ -12,6 +12,7 @@ from batch_infer.settings.model import (
     SchedulerSpec,
     parse_weight,
 )
+from batch_infer.settings.provenance import NO_MARKS, C2paSigner, Mark, ProvenanceSettings, make_signer, parse_marks
 from batch_infer.settings.run import (
     FIELDS,
     IMAGE_SUFFIXES,
@@ -48,6 +49,7 @@ from batch_infer.settings.safety import (
 
 __all__ = [
     "BatchShape",
+    "C2paSigner",
     "CATEGORIES",
     "Compute",
     "ComputeSettings",
@@ -63,10 +65,13 @@ __all__ = [
     "ImageFormat",
     "LoraSpec",
     "METADATA",
+    "Mark",
     "ModelSettings",
+    "NO_MARKS",
     "Offload",
     "OnFlagged",
     "OutputSettings",
+    "ProvenanceSettings",
     "Quantization",
     "RESULTS_FILES",
     "ResultsFormat",
@@ -82,5 +87,7 @@ __all__ = [
     "SinkName",
     "TableSettings",
     "list_results_files",
+    "make_signer",
+    "parse_marks",
     "parse_weight",
 ]

@@ -12,6 +12,7 @@ import msgspec
 
 from batch_infer.errors import SettingsError
 from batch_infer.settings.model import ModelSettings
+from batch_infer.settings.provenance import ProvenanceSettings
 from batch_infer.settings.safety import SafetySettings
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -78,6 +79,7 @@ class OutputSettings:
     sign_key: str | None = None
     """Path of the private key that signs SHA256SUMS. run.json does not record it."""
     sink: SinkName = "folder"
+    provenance: ProvenanceSettings = ProvenanceSettings()
 
     @property
     def results_files(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from batch_infer.chain import Chain, RenderedImage, RowOutcome, UnrenderedRow
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
 from batch_infer.peak_flops import peak_tflops
+from batch_infer.provenance import Marker
 from batch_infer.records import PromptRequest, ResultRow, Status, StoredImage
 from batch_infer.settings import BatchShape, Compute, SafetySettings
 from batch_infer.sinks import make_sink
@@ -50,6 +51,7 @@ class Worker:
         store = open_store(settings.out)
         self._sink = make_sink(store, settings.output.image_format, settings.output.sink)
         self._manifest = Manifest(store, settings.run)
+        self._marker = Marker(settings.output.provenance, settings.card.name, settings.card.fingerprint)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
 
     def report(self, *, final: bool = False) -> WorkerReport:
@@ -112,13 +114,14 @@ class Worker:
     def _write(self, outcome: RenderedImage, *, flagged: bool) -> StoredImage | None:
         """Write an image, after applying the policy to a flagged one. Returns None if the policy stores no image."""
         policy = self._settings.safety.policy
-        pixels = images.apply_policy(outcome.pixels, policy) if flagged else outcome.pixels
+        pixels = self._marker.mark_pixels(outcome.pixels, policy if flagged else None)
         if pixels is None:
             return None
         card, request = self._settings.card, outcome.request
         parameters = images.format_parameters(request, card.scheduler_name, card.fingerprint)
         path = self._sink.path_of(request, is_flagged=flagged, quarantine=flagged and policy == "quarantine")
-        stored = self._sink.write(path, images.encode(pixels, self._settings.output.image_format, parameters))
+        content = self._marker.encode(pixels, self._settings.output.image_format, parameters)
+        stored = self._sink.write(path, content)
         return replace(stored, pixels_sha256=images.hash_pixels(pixels))
 
     def _commit(self, batch: list[StoredRow], on_commit: Callable[[Sequence[ResultRow]], None]) -> None:

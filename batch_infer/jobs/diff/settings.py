@@ -36,6 +36,8 @@ _OPTION_NAMES = {
     "settings.safety.on_flagged": "--on-flagged",
     "settings.safety.required": "--require-safety",
     "settings.output.image_format": "--image-format",
+    "settings.output.provenance.marks": "--provenance",
+    "settings.output.provenance.prompt_metadata": "--prompt-metadata",
     "settings.output.results": "--results",
     "settings.output.base64": "--base64",
     "settings.compute.slots": "--slots",

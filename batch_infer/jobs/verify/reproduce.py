@@ -17,6 +17,7 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.description import find_environment
 from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.recovery import read_intact
 from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import find_lora_column
@@ -30,6 +31,7 @@ from batch_infer.jobs.verify.sample_run import (
     write_sample_table,
 )
 from batch_infer.manifest import SCHEMA, CommittedImage, Manifest, ManifestIndex, read_part, run_number
+from batch_infer.provenance import is_signed
 from batch_infer.sinks import make_sink
 from batch_infer.store import Store, open_store, prefetch, temporary_folder
 
@@ -197,14 +199,25 @@ class _SampleComparison:
         if may_differ:
             is_close = comparison.is_unreadable or (comparison.psnr is not None and comparison.psnr >= MIN_PSNR)
             is_reproduced = comparison.differs is False or (is_close and _may_have_same_cells(row, new))
-        else:  # another run may have used another --image-format
-            has_same_format = _suffix(row["generated_image"]) == _suffix(new["generated_image"])
+        else:
             is_unknown = comparison.differs is None and comparison.is_unreadable
-            is_reproduced = is_unknown or (comparison.differs is False and not has_same_format)
+            is_reproduced = is_unknown or (comparison.differs is False and self._may_have_other_bytes(row, new))
         if is_reproduced:
             return None
         prefix = "its pixels have another hash than the recorded one, and " if comparison.is_unreadable else ""
         return f"{prefix}{comparison.detail}"
+
+    def _may_have_other_bytes(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Return whether the file of an image with equal pixels may differ. Raises StorageError.
+
+        Another run may have used another --image-format, and a C2PA signature has other bytes each time. A missing or
+        damaged file is another problem.
+        """
+        path = row["generated_image"]
+        if _suffix(path) != _suffix(new["generated_image"]):
+            return True
+        content = read_intact(self._sink, path, row["sha256"], row["image_bytes"])
+        return content is None or is_signed(content)
 
     def _may_differ(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Return whether the bytes may differ, because the environment does or another number of slots was used."""

@@ -18,7 +18,7 @@ from batch_infer.jobs.job import use_current_endpoint
 from batch_infer.jobs.run_json import read_settings
 from batch_infer.manifest import SCHEMA
 from batch_infer.models import read_card
-from batch_infer.settings import LORA_FIELD, OutputSettings, RowDefaults, RunSettings, TableSettings
+from batch_infer.settings import LORA_FIELD, OutputSettings, ProvenanceSettings, RowDefaults, RunSettings, TableSettings
 from batch_infer.store import temporary_file_errors
 
 CELLS = ("prompt", "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale",
@@ -39,9 +39,14 @@ def make_sample_settings(record: Mapping[str, Any], out: str, folder: Path) -> R
         table=TableSettings((str(folder / "sample.parquet"),), folder=folder),
         model=model,
         defaults=RowDefaults(),  # all cells are recorded
-        output=OutputSettings(settings.output.image_format),
+        output=OutputSettings(settings.output.image_format, provenance=_without_signature(settings.output.provenance)),
         compute=replace(settings.compute, slots=None, threads=None, compiled=None, processes=processes, engine="local"),
     )
+
+
+def _without_signature(provenance: ProvenanceSettings) -> ProvenanceSettings:
+    """Return the settings without the mark that needs a key. A signature changes no pixels."""
+    return replace(provenance, marks=tuple(mark for mark in provenance.marks if mark != "c2pa"))
 
 
 def refuse_other_model(out: str, record: Mapping[str, Any], settings: RunSettings) -> None:

@@ -1,0 +1,129 @@
+"""Sign image files with a C2PA manifest, the Content Credentials of https://spec.c2pa.org, by the library c2pa-python.
+
+Timestamp authorities are not asked, so signing needs no network.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batch_infer import __version__, images
+from batch_infer.errors import SettingsError
+from batch_infer.settings import C2paSigner, ImageFormat
+
+if TYPE_CHECKING:
+    import c2pa
+
+INSTALL = "--provenance c2pa needs c2pa-python: pip install 'batch-infer[provenance]'"
+ALGORITHMS = ("es256", "ed25519", "es384", "es512", "ps256")
+"""Signature algorithms of C2PA, one for each kind of key. RSA keys sign with PS256."""
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_SETTINGS = {
+    "builder": {"thumbnail": {"enabled": False}},
+    # Every new signature is checked, which takes under a millisecond. Whether readers trust it is up to them.
+    "verify": {"verify_after_sign": True, "verify_trust": False},
+}
+_AGENT = {"name": "batch-infer", "version": __version__}
+_HEADER = b"jumdc2pa"
+"""Start of the description box of a C2PA manifest store, with the first bytes of its UUID."""
+
+
+def is_signed(content: bytes) -> bool:
+    """Return whether an image file contains a C2PA manifest. Its signature is not checked."""
+    return _HEADER in content
+
+
+class Signer:
+    """Signs image files. Threads can share a signer."""
+
+    def __init__(self, files: C2paSigner) -> None:
+        """Read the certificates and the key, and sign a test image. Raises SettingsError.
+
+        The key stays in memory, so that a run can sign until its end even if the file has been removed by then.
+        """
+        self._context = _load(files)
+
+    def sign(self, content: bytes, image_format: ImageFormat, manifest: Mapping[str, Any]) -> bytes:
+        """Return the file with this manifest. Raises SettingsError, for example if a certificate has expired."""
+        import c2pa
+
+        try:
+            return _sign(self._context, content, image_format, manifest)
+        except c2pa.C2paError as error:
+            raise SettingsError(f"an image cannot be signed with --c2pa-cert and --c2pa-key: {error}") from error
+
+
+def make_manifest(model: str, fingerprint: str, *, has_watermark: bool) -> dict[str, Any]:
+    """Return the manifest of an image that a model has generated, as c2pa-python reads it."""
+    created = {
+        "action": "c2pa.created",
+        "digitalSourceType": SOURCE_TYPE,
+        "softwareAgent": _AGENT,
+        "parameters": {"model": model, "model_hash": fingerprint},
+    }
+    watermarked = {"action": "c2pa.watermarked.unbound", "softwareAgent": _AGENT}
+    actions = [created, *([watermarked] if has_watermark else [])]
+    return {
+        "claim_generator_info": [_AGENT],
+        "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}],
+    }
+
+
+@lru_cache(maxsize=1)
+def _load(files: C2paSigner) -> c2pa.Context:
+    """Return c2pa-python's context with the signer of these files, after signing a test image. Raises SettingsError."""
+    try:
+        import c2pa
+    except ImportError as error:
+        raise SettingsError(INSTALL) from error
+    certificates, key = _read(files.certificates, "--c2pa-cert"), _read(files.private_key, "--c2pa-key")
+    if b"-----BEGIN CERTIFICATE-----" not in certificates:
+        raise SettingsError(f"--c2pa-cert {files.certificates} is not a certificate in PEM format")
+    _check_key(key, files.private_key)
+    test, reasons = images.encode(np.zeros((16, 16, 3), np.uint8), "png", None), []
+    for algorithm in ALGORITHMS:
+        try:
+            signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(algorithm, certificates, key, None))
+            context = c2pa.Context.from_dict(_SETTINGS, signer)
+            _sign(context, test, "png", make_manifest("", "", has_watermark=False))
+        except c2pa.C2paError as error:
+            reasons.append(str(error).removeprefix("Signature: "))
+        else:
+            return context
+    others = [reason for reason in reasons if "private key" not in reason]  # keys of other algorithms
+    raise SettingsError(
+        f"--c2pa-cert {files.certificates} and --c2pa-key {files.private_key} cannot sign: {(others or reasons)[0]}"
+    )
+
+
+def _check_key(content: bytes, path: str) -> None:
+    """Raise SettingsError unless this is an unencrypted private key in PKCS #8, the only form that c2pa reads."""
+    if b"ENCRYPTED" in content:
+        raise SettingsError(f"--c2pa-key {path} is encrypted: use a key without a passphrase")
+    if b"-----BEGIN PRIVATE KEY-----" in content:
+        return
+    if b"PRIVATE KEY-----" in content:
+        raise SettingsError(f"--c2pa-key {path} is not in PKCS #8: convert it with `openssl pkcs8 -topk8 -nocrypt`")
+    raise SettingsError(f"--c2pa-key {path} is not a private key in PEM format")
+
+
+def _sign(context: c2pa.Context, content: bytes, image_format: ImageFormat, manifest: Mapping[str, Any]) -> bytes:
+    """Return the signed file. Raises C2paError."""
+    import c2pa
+
+    signed = io.BytesIO()
+    c2pa.Builder(dict(manifest), context).sign(f"image/{image_format}", io.BytesIO(content), signed)
+    return signed.getvalue()
+
+
+def _read(path: str, option: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{option} {path}: {error.strerror or error}") from error

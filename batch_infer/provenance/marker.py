@@ -1,0 +1,79 @@
+"""Mark the image files of a run as generated."""
+
+from __future__ import annotations
+
+import numpy as np
+from msgspec import structs
+
+from batch_infer import images
+from batch_infer.errors import SettingsError
+from batch_infer.provenance.c2pa import Signer, make_manifest
+from batch_infer.provenance.watermark import MIN_SIDE, VERSION, add_watermark, check_library
+from batch_infer.records import SizeRules
+from batch_infer.settings import ImageFormat, OnFlagged, ProvenanceSettings
+
+
+class Marker:
+    """Makes image files with the marks of a run. Threads can share a marker."""
+
+    def __init__(self, settings: ProvenanceSettings, model: str, fingerprint: str) -> None:
+        """Load the libraries and the key that the marks need. Raises SettingsError.
+
+        `model` and `fingerprint` are the model's name and fingerprint, which only the C2PA manifest contains.
+        """
+        self._settings = settings
+        self._has_watermark = "watermark" in settings.marks
+        if self._has_watermark:
+            check_library()
+        self._signer: Signer | None = None
+        if "c2pa" in settings.marks:
+            if settings.signer is None:
+                raise SettingsError(
+                    "--provenance c2pa needs --c2pa-cert FILE and --c2pa-key FILE; run.json does not record them, so "
+                    "give them to each command that writes images"
+                )
+            self._signer = Signer(settings.signer)
+        self._manifest = make_manifest(model, fingerprint, has_watermark=self._has_watermark)
+
+    def mark_pixels(self, pixels: np.ndarray, on_flagged: OnFlagged | None = None) -> np.ndarray | None:
+        """Return the pixels (H, W, 3) uint8 to store for a rendered image, or None to store no image.
+
+        `on_flagged` is the policy if the image is flagged, and None otherwise. The policy receives the pixels with the
+        watermark, as when a stored image is flagged later.
+        """
+        marked = add_watermark(pixels) if self._has_watermark else pixels
+        return marked if on_flagged is None else self.replace_flagged(marked, on_flagged)
+
+    def replace_flagged(self, marked: np.ndarray, on_flagged: OnFlagged) -> np.ndarray | None:
+        """Apply the policy to a flagged image with the run's watermark, and keep the watermark readable.
+
+        A black placeholder has none: it shows nothing generated.
+        """
+        pixels = images.apply_policy(marked, on_flagged)
+        if pixels is not None and on_flagged == "blur" and self._has_watermark:
+            return add_watermark(pixels)
+        return pixels
+
+    def encode(self, pixels: np.ndarray, image_format: ImageFormat, parameters: str) -> bytes:
+        """Encode pixels (H, W, 3) uint8 as an image file, and sign it. Raises SettingsError if it cannot be signed."""
+        text = parameters if self._settings.prompt_metadata else None
+        content = images.encode(pixels, image_format, text, has_mark="iptc" in self._settings.marks)
+        return content if self._signer is None else self._signer.sign(content, image_format, self._manifest)
+
+
+def describe_watermark(settings: ProvenanceSettings) -> dict[str, str]:
+    """Return the entry of a run's identity for the watermark, which changes every pixel, or no entry without it."""
+    return {"watermark": VERSION} if "watermark" in settings.marks else {}
+
+
+def restrict_sizes(settings: ProvenanceSettings, sizes: SizeRules) -> SizeRules:
+    """Return the sizes of images that a model can render and this run can mark. Raises SettingsError if none is."""
+    smallest = -(-MIN_SIDE // sizes.side_multiple) * sizes.side_multiple
+    if "watermark" not in settings.marks or sizes.min_side >= smallest:
+        return sizes
+    if sizes.max_side < smallest:
+        raise SettingsError(
+            f"--provenance watermark needs images of at least {smallest}x{smallest} pixels, and the model renders at "
+            f"most {sizes.max_side}: leave out watermark"
+        )
+    return structs.replace(sizes, min_side=smallest)

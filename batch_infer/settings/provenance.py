@@ -1,0 +1,58 @@
+"""Define the settings of the marks that say that an image is generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from batch_infer.errors import SettingsError
+
+Mark = Literal["iptc", "c2pa", "watermark"]
+NO_MARKS = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class C2paSigner:
+    """Paths of the PEM files that sign images: a chain of certificates, the signer's first, and its private key."""
+
+    certificates: str
+    private_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProvenanceSettings:
+    """The marks of every image file, and whether the file contains its prompts.
+
+    run.json does not record `signer`: an OUT from elsewhere must not choose the key with which another command signs.
+    """
+
+    marks: tuple[Mark, ...] = ("iptc",)
+    prompt_metadata: bool = True
+    signer: C2paSigner | None = None
+
+
+def parse_marks(text: str) -> tuple[Mark, ...]:
+    """Parse marks that are separated by commas, or `none`, and return them in the order of `Mark`.
+
+    Raises SettingsError.
+    """
+    names = {name.strip() for name in text.split(",")}
+    if names == {NO_MARKS}:
+        return ()
+    if unknown := sorted(names.difference(get_args(Mark))):
+        reason = "none stands alone" if unknown == [NO_MARKS] else f"{unknown[0]!r} is not a mark"
+        raise SettingsError(
+            f"--provenance {text}: {reason}; give {', '.join(get_args(Mark))}, several of them separated by commas, or "
+            f"{NO_MARKS}"
+        )
+    return tuple(mark for mark in get_args(Mark) if mark in names)
+
+
+def make_signer(certificates: str | None, private_key: str | None) -> C2paSigner | None:
+    """Return the signer that two options name, or None without both. Raises SettingsError if only one is given."""
+    if certificates is None and private_key is None:
+        return None
+    if certificates is None or private_key is None:
+        given, missing = ("--c2pa-cert", "--c2pa-key") if private_key is None else ("--c2pa-key", "--c2pa-cert")
+        raise SettingsError(f"{given} needs {missing}: a signature is made with a certificate and its private key")
+    return C2paSigner(certificates, private_key)
