@@ -103,7 +103,7 @@ def test_every_merge_updates_the_root_digest(out: Path, step: str) -> None:
     lines = content.decode().splitlines()
     names = [line.partition("  ")[2] for line in lines]
     parts = [part.path for part in Manifest(out).parts()]
-    formats = ["results.csv", *(["results.jsonl"] if step == "merge" else []), "results.parquet"]
+    formats = ["metadata.parquet", "results.csv", *(["results.jsonl"] if step == "merge" else []), "results.parquet"]
     assert names == sorted([*parts, *formats])
     for line in lines:
         digest, _, name = line.partition("  ")

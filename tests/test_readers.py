@@ -133,11 +133,17 @@ def test_polars_reads_results(finished: Path) -> None:
     assert_same_pixels(finished, frame.select("generated_image", "pixels_sha256").rows())
 
 
+def query(sql: str) -> list[tuple[Any, ...]]:
+    relation = duckdb.sql(sql)
+    assert relation is not None
+    return list(relation.fetchall())
+
+
 def test_duckdb_reads_results(finished: Path) -> None:
     columns = ("id", "image_index", "status", "seed", "nsfw_content_detected", "error", "tags")
-    relation = duckdb.sql(f"SELECT {', '.join(columns)} FROM '{finished}/results.parquet'")
-    assert relation.fetchall() == read_expected(finished, *columns)
-    highest = duckdb.sql(
+    rows = query(f"SELECT {', '.join(columns)} FROM '{finished}/results.parquet'")
+    assert rows == read_expected(finished, *columns)
+    highest = query(
         "SELECT id, max(s.score) FROM (SELECT id, unnest(safety_scores) AS s FROM"
         f" '{finished}/manifest/part-*.parquet') GROUP BY id"
     )
@@ -145,9 +151,9 @@ def test_duckdb_reads_results(finished: Path) -> None:
     for row in runs.results(finished):
         if row["safety_scores"]:
             expected[row["id"]] = max(*row["safety_scores"].values(), expected.get(row["id"], -1.0))
-    assert dict(highest.fetchall()) == expected
-    paths = duckdb.sql(f"SELECT generated_image, pixels_sha256 FROM '{finished}/results.parquet'")
-    assert_same_pixels(finished, paths.fetchall())
+    assert dict(highest) == expected
+    paths = query(f"SELECT generated_image, pixels_sha256 FROM '{finished}/results.parquet'")
+    assert_same_pixels(finished, paths)
 
 
 def assert_same_pixels(out: Path, images: Iterable[tuple[Any, Any]]) -> None:
