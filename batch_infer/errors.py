@@ -5,6 +5,8 @@ Any other uncaught exception is a bug and ends the command with a traceback and 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class if the message is empty."""
@@ -88,6 +90,16 @@ class ServiceError(RetryableError):
 
 class StoppedError(RetryableError):
     """SIGINT, SIGTERM, SIGHUP or the time limit stopped the command."""
+
+
+class TooManyFailedError(BatchInferError):
+    """A run has finished, but more rows failed or were invalid than allowed. Only `batch_infer.run` raises this.
+
+    `summary` is the `batch_infer.Summary` of the run, whose results are complete.
+    """
+
+    exit_code = 3
+    summary: Any = None
 
 
 class RowError(BatchInferError):

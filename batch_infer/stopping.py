@@ -203,6 +203,34 @@ class Stopper:
         os._exit(StoppedError.exit_code)
 
 
+class CallStopper(Stopper):
+    """A Stopper for a call from Python, which never ends the process and leaves its signals alone, except SIGINT.
+
+    SIGINT is handled only while it would raise KeyboardInterrupt, which excludes threads other than the main one and
+    programs with a handler of their own. A time limit does not interrupt the main thread.
+    """
+
+    def __init__(self, time_limit: float | None, hint: str, *, log_stop: Callable[[], object]) -> None:
+        super().__init__(time_limit, hint, log_stop=log_stop, log_error=lambda _: None, remove_files=lambda: None)
+
+    def __enter__(self) -> CallStopper:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and Stopper.active is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            Stopper.active = self
+            self._install(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if Stopper.active is self:
+            Stopper.active = None
+            signal.signal(signal.SIGINT, self._previous_handlers[signal.SIGINT])
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.reason not in (None, TIME_LIMIT)
+
+
 def _signal_name(number: int) -> str:
     name = signal.Signals(number).name
     return TIME_LIMIT if name == "SIGALRM" else name

@@ -165,15 +165,13 @@ else:
 
 @pytest.mark.promises
 @pytest.mark.parametrize("job", ["run", "plan"])
-def test_a_script_without_a_main_guard_is_refused_with_advice(tmp_path: Path, job: str) -> None:
+def test_a_script_needs_no_main_guard(tmp_path: Path, job: str) -> None:
     write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
     (tmp_path / "script.py").write_text(UNGUARDED)
     line = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), job]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("batch_infer.errors.SettingsError: the script that calls")
-    assert 'put the call under `if __name__ == "__main__":`' in done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.promises

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 LAYERS = (
     {"batch_infer", "errors", "lazy"},
-    {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "main_guard", "admission"},
+    {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "spawning", "admission"},
     {"store"},
     {"images", "accelerator"},
     {"diffusion", "stacking"},

@@ -13,12 +13,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
-from batch_infer import main_guard
 from batch_infer.autotune.cache import Plateau, Rates, load_calibration, save_calibration
 from batch_infer.autotune.calibration import (
     count_cost,
@@ -28,10 +26,11 @@ from batch_infer.autotune.calibration import (
     measure_rates,
 )
 from batch_infer.autotune.devices import detect_device, load_device, read_processor_name, save_device
-from batch_infer.errors import ModelError, RowError, SettingsError
+from batch_infer.errors import ModelError, RowError
 from batch_infer.models import ModelCard, SamplingRules, skip_quantization_libraries
 from batch_infer.records import PromptRequest, RowCost, digest
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
+from batch_infer.spawning import main_module_hidden
 from batch_infer.stopping import STOP_SIGNALS
 
 P = ParamSpec("P")
@@ -41,8 +40,7 @@ Result = TypeVar("Result")
 class Probe:
     """Measures in a separate process, which imports torch and is started by the first call that needs it.
 
-    Use it as a context manager, which ends the process. If the process dies, methods raise ModelError, or SettingsError
-    if the main script has no main guard.
+    Use it as a context manager, which ends the process. If the process dies, methods raise ModelError.
     """
 
     def __init__(self) -> None:
@@ -147,18 +145,15 @@ class Probe:
     def _call(self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Call a function in the process. The first call starts the process."""
         started = time.perf_counter()
-        processes: set[BaseProcess] = set()
         try:
             if self._pool is None:  # this counts as waiting, since it starts the resource tracker
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
-            future = self._pool.submit(function, *args, **kwargs)
-            processes = set(active_children()) - self._other_children
+            with main_module_hidden():  # the first call starts the process
+                future = self._pool.submit(function, *args, **kwargs)
             return future.result()
         except BrokenProcessPool as error:
             if self._pool is not None:
-                self._pool.shutdown()  # the exit code of the process may be unknown until it is joined
-            if main_guard.EXIT_CODE in [process.exitcode for process in processes]:
-                raise SettingsError(main_guard.ADVICE) from error
+                self._pool.shutdown()
             raise ModelError("the process that measures the model has died: is there enough memory?") from error
         finally:
             self.seconds_waited += time.perf_counter() - started

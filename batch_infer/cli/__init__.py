@@ -4,14 +4,26 @@ Slow libraries are imported only when a command runs, so that --help is fast.
 """
 
 from batch_infer.cli.config import detect_log_format, with_suggestion
+from batch_infer.cli.keywords import make_settings
 from batch_infer.cli.logs import is_json, log_error, restore_stderr, set_up_logging
 from batch_infer.cli.main import commands, settings_from_environment
+from batch_infer.cli.metrics import Metrics
+from batch_infer.cli.options import parse_duration, parse_out
+from batch_infer.cli.progress import CheckProgress, ProgressBar, ProgressGroup, find_bar_type
 
 __all__ = [
+    "CheckProgress",
+    "Metrics",
+    "ProgressBar",
+    "ProgressGroup",
     "commands",
     "detect_log_format",
+    "find_bar_type",
     "is_json",
     "log_error",
+    "make_settings",
+    "parse_duration",
+    "parse_out",
     "restore_stderr",
     "set_up_logging",
     "settings_from_environment",

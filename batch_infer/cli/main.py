@@ -13,6 +13,7 @@ from batch_infer.cli.bench import bench
 from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.diff import diff
 from batch_infer.cli.existing import merge, rescore, status
+from batch_infer.cli.export_recipe import export_recipe
 from batch_infer.cli.plan import plan
 from batch_infer.cli.run import retry, run
 from batch_infer.cli.settings import make_run_settings
@@ -27,7 +28,8 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-for command in (run, plan, status, retry, rescore, merge, verify, diff, bench, azureml_simulate, export_mlflow):
+existing = (status, retry, rescore, merge, verify, diff, export_recipe)
+for command in (run, plan, *existing, bench, azureml_simulate, export_mlflow):
     commands.add_command(command)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from batch_infer.cli.logs import is_json, log
 
@@ -32,20 +33,32 @@ def make_progress(*, shown: bool) -> Progress:
     return ProgressBar() if shows_bar() else ProgressLog()
 
 
+def find_bar_type() -> type[tqdm[Any]]:
+    """Return the bar of tqdm.auto: a widget in Jupyter if ipywidgets is installed, otherwise text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)  # which recommends ipywidgets
+        from tqdm.auto import tqdm as auto_tqdm
+    return auto_tqdm
+
+
 class CheckProgress:
     """Shows how many items a command has checked: as a bar on a terminal, otherwise as log lines."""
 
-    def __init__(self, noun: str, verb: str, *, shown: bool) -> None:
-        """`noun` names an item, and `verb` says what was done with it: `image`, `checked`."""
+    def __init__(self, noun: str, verb: str, *, shown: bool, bar_type: type[tqdm[Any]] | None = None) -> None:
+        """`noun` names an item, and `verb` says what was done with it: `image`, `checked`.
+
+        With `bar_type`, show a bar of this type even if stderr is not a terminal.
+        """
         self._noun, self._verb, self._shown, self._logged_at = noun, verb, shown, time.monotonic()
+        self._bar_type = bar_type or (tqdm if shows_bar() else None)
         self._bar: tqdm[Any] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` items are checked."""
         if not self._shown:
             return
-        if shows_bar():
-            self._bar = self._bar or tqdm(total=total, unit=f" {self._noun}s", dynamic_ncols=True)
+        if self._bar_type is not None:
+            self._bar = self._bar or self._bar_type(total=total, unit=f" {self._noun}s", dynamic_ncols=True)
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._logged_at >= LOG_INTERVAL:
             self._logged_at = time.monotonic()
@@ -127,12 +140,16 @@ class ProgressBar(ProgressCounts):
 
     _bar: tqdm[Any] | None = None
 
+    def __init__(self, bar_type: type[tqdm[Any]] = tqdm) -> None:
+        super().__init__()
+        self._bar_type = bar_type
+
     def start(self, scan: ScanResult) -> None:
         super().start(scan)
         if scan.pending:
             # Leave out tqdm's own rate and remaining time: they would include loading the model.
             layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
-            self._bar = tqdm(
+            self._bar = self._bar_type(
                 total=self.total, initial=self.done, dynamic_ncols=True, bar_format=layout, postfix=LOADING
             )
 

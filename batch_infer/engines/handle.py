@@ -20,7 +20,7 @@ from threading import Event, Thread
 
 import msgspec
 
-from batch_infer import errors, main_guard
+from batch_infer import errors
 from batch_infer.engines.messages import (
     MAX_MESSAGE_BYTES,
     FromWorker,
@@ -30,7 +30,8 @@ from batch_infer.engines.messages import (
     encode,
 )
 from batch_infer.engines.worker_process import WorkerSpec, leave_removed_folder, run_worker
-from batch_infer.errors import BatchInferError, ModelError, SettingsError
+from batch_infer.errors import BatchInferError, ModelError
+from batch_infer.spawning import main_module_hidden
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerReport
 
@@ -187,8 +188,6 @@ class WorkerHandle:
             if isinstance(known, type) and issubclass(known, BatchInferError):
                 return known.from_text(self.error.text)
             return WorkerCrashError(self.error.traceback)
-        if self._process is not None and self._process.exitcode == main_guard.EXIT_CODE:
-            return SettingsError(main_guard.ADVICE)
         if self.is_loaded:
             return WorkerCrashError(cause)
         return ModelError(
@@ -228,7 +227,7 @@ def start_worker(spec: WorkerSpec) -> WorkerHandle:
     leave_removed_folder()  # a worker may be replaced hours into the run, when the current folder may have been removed
     process = context.Process(target=run_worker, args=(worker_connection, spec), name=f"batch-infer worker {spec.rank}")
     # If the start were interrupted, the process could not read all of its arguments, and would print a traceback.
-    with _stop_signals_blocked(), deferred(START_SECONDS):
+    with _stop_signals_blocked(), deferred(START_SECONDS), main_module_hidden():
         process.start()
     worker_connection.close()  # otherwise the connection would stay open after the end of the process
     return WorkerHandle(spec.rank, connection, process)

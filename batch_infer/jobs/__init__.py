@@ -1,4 +1,4 @@
-"""Implement the commands run, plan, status, retry, merge, rescore, verify, diff and export-mlflow from start to finish.
+"""Implement the commands run, plan, status, retry, merge, rescore, verify, diff and the exports from start to finish.
 
 For each command, one function does the work and returns the values to print. The other functions are for the command
 line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
@@ -10,10 +10,12 @@ from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.description import LIBRARIES, check_identity
 from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.frame import read_frame
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
+from batch_infer.jobs.recipe import make_recipe
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
@@ -21,7 +23,7 @@ from batch_infer.jobs.retry import retry_rows
 from batch_infer.jobs.run import join_run, render_tables
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
-from batch_infer.jobs.summary import Counts, Summary, Throughput
+from batch_infer.jobs.summary import MAX_BAD_RESULTS, Counts, Summary, Throughput
 from batch_infer.jobs.verify import Problem, Sample, Verification, VerifyOptions, verify_run
 from batch_infer.lazy import import_on_use
 
@@ -35,6 +37,7 @@ __all__ = [
     "Diff",
     "Job",
     "LIBRARIES",
+    "MAX_BAD_RESULTS",
     "Plan",
     "Problem",
     "Progress",
@@ -56,8 +59,10 @@ __all__ = [
     "join_run",
     "make_paths_absolute",
     "make_plan",
+    "make_recipe",
     "make_results_schema",
     "merge_results",
+    "read_frame",
     "read_results",
     "read_run",
     "read_status",

@@ -17,7 +17,7 @@ from batch_infer.models import ModelCard
 from batch_infer.provenance import describe_watermark
 from batch_infer.records import utc_now
 from batch_infer.settings import CATEGORIES, Compute, OutputSettings, ProvenanceSettings, RunSettings, SafetySettings
-from batch_infer.table import Tables, redact_url
+from batch_infer.table import Tables, is_in_memory, redact_url
 
 ENVIRONMENT = ("batch_infer", "compute", "versions")
 """The keys of run.json on which, besides its identity, the bytes of images may depend."""
@@ -38,7 +38,7 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "tables": tables.files if tables else [],
         "unreadable_tables": sorted(tables.unreadable_files) if tables else [],
         "settings": _describe_settings(replace(settings, table=table)),
-        "unrepeatable_tables": [redact_url(name) for name in arguments if name == "-" or redact_url(name) != name],
+        "unrepeatable_tables": [redact_url(name) for name in arguments if _is_unrepeatable(name)],
         "model": {
             "name": card.name,
             "path": card.path,
@@ -64,6 +64,11 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
         "survey": None,
         "summary": None,
     }
+
+
+def _is_unrepeatable(argument: str) -> bool:
+    """Return whether run.json does not say how to read a table again: standard input, a table in memory, a secret."""
+    return argument == "-" or is_in_memory(argument) or redact_url(argument) != argument
 
 
 def _describe_embeddings(card: ModelCard) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.scan import ScanResult, find_changes
 from batch_infer.jobs.summary import JsonStruct
-from batch_infer.main_guard import end_unguarded_process
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import BatchingEstimator, is_finished, order_requests
@@ -77,9 +76,13 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     remarks: list[str] = []
     default_ids: IdSource | None = None
     measured_at: datetime | None = None
+    bad_results: list[str] = []
+    """The first invalid rows with their errors, for `batch_infer.plan`. --json has all."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
+        values = {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
+        del values["bad_results"]
+        return values
 
 
 def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
@@ -88,7 +91,6 @@ def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Pla
     Raises UsageError as `run` does, except for changed options: `refusal` is that error. Raises StorageError,
     ServiceError.
     """
-    end_unguarded_process()
     settings = make_paths_absolute(settings)
     store = open_store(settings.out)
     existing = outdir.read_run(store)

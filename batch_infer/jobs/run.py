@@ -18,7 +18,6 @@ from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Summary
-from batch_infer.main_guard import end_unguarded_process
 from batch_infer.models import ModelCard
 from batch_infer.planning import SkipRule, is_finished
 from batch_infer.settings import RunSettings
@@ -31,7 +30,6 @@ def render_tables(
     settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs unless --overwrite is given. Raises BatchInferError."""
-    end_unguarded_process()
     started = time.monotonic()
     settings = make_paths_absolute(settings)
     check_sign_key(settings.output.sign_key)

@@ -10,6 +10,7 @@ from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.checkpoint import read_card
 from batch_infer.models.families import load_latent_diffusion, load_solver
 from batch_infer.models.lora import LoraFolder
+from batch_infer.models.plain_diffusers import PlainImage, write_script
 from batch_infer.models.startup import prepare_imports, skip_quantization_libraries
 from batch_infer.models.tokens import TruncationCounter, load_token_counter
 
@@ -42,6 +43,7 @@ __all__ = [
     "LatentDiffusion",
     "LoraFolder",
     "ModelCard",
+    "PlainImage",
     "SamplingRules",
     "TruncationCounter",
     "build_architecture",
@@ -58,4 +60,5 @@ __all__ = [
     "optimize_networks",
     "read_card",
     "skip_quantization_libraries",
+    "write_script",
 ]

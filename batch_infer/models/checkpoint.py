@@ -39,7 +39,7 @@ def read_card(
     """
     if settings.scheduler:
         refuse_unknown_scheduler(settings.scheduler)
-    path, repository = _locate(settings)
+    path, repository = locate_checkpoint(settings)
     name = settings.name or DEMO_NAME
     index = read_object(path / "model_index.json", name)
     components = _choose_components(index, name)
@@ -57,7 +57,7 @@ def read_card(
     return _make_card(settings, path, path.name if repository else None, index, components, inspect)
 
 
-def _locate(settings: ModelSettings) -> tuple[Path, str | None]:
+def locate_checkpoint(settings: ModelSettings) -> tuple[Path, str | None]:
     """Return the model's folder, after converting a single file, and its Hub repository, if any. Raises ModelError."""
     path = DEMO_MODEL if settings.name is None else Path(settings.name).expanduser()
     if settings.revision and path.exists():

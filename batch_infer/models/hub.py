@@ -57,7 +57,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
         disable_progress_bars()
     with _hub_errors(name, revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from batch_infer.models.card import SamplingRules
-from batch_infer.models.pipeline_rules import find_guidance_argument, parameters_of
+from batch_infer.models.pipeline_rules import build_without_weights, find_guidance_argument, make_rules, parameters_of
 from batch_infer.records import SamplingParams
+
+WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None}
+"""Arguments of pipelines that leave out components which change images after they are made."""
+
+
+def describe_call(
+    path: Path, prompt: str, negative: str | None, params: SamplingParams
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return arguments that load a checkpoint's pipeline without parts that change its images, and those of its call.
+
+    Those of the call leave out the generator and the type of the output. Raises ModelError.
+    """
+    pipeline = build_without_weights(path)
+    rules = make_rules(pipeline)
+    params = replace(params, embedded_guidance=rules.embedded_guidance)
+    arguments = CallArguments(pipeline, rules).make([prompt], negative, [0], params)
+    call = {
+        name: value[0] if isinstance(value, list) else value
+        for name, value in arguments.items()
+        if name not in ("generator", "output_type")
+    }
+    parameters = inspect.signature(type(pipeline)).parameters
+    return {name: value for name, value in WITHOUT.items() if name in parameters}, call
 
 
 class CallArguments:

@@ -108,7 +108,7 @@ def build_pipeline(path: Path, load: Callable[[Any, str], Any]) -> Any:
 
 def inspect_pipeline(path: Path) -> SamplingRules:
     """Derive a checkpoint's sampling rules from its pipeline class and configs, without weights. Raises ModelError."""
-    pipeline = build_pipeline(path, partial(_build_without_weights, path))
+    pipeline = build_without_weights(path)
     with loading_errors(f"{path}: the configs of {type(pipeline).__name__}"):
         return make_rules(pipeline)
 
@@ -157,6 +157,11 @@ def find_guidance_argument(pipeline: Any) -> str | None:
 
 def _is_embedded(denoiser: Mapping[str, Any]) -> bool:
     return bool(denoiser.get("guidance_embeds")) or denoiser.get("time_cond_proj_dim") is not None
+
+
+def build_without_weights(path: Path) -> Any:
+    """Build a checkpoint's pipeline with networks that have no weights. Raises ModelError."""
+    return build_pipeline(path, partial(_build_without_weights, path))
 
 
 def _build_without_weights(path: Path, network_type: Any, name: str) -> Any | None:

@@ -57,7 +57,7 @@ class TableFile:
     stem: str
     format: str = ""
     compression: str = ""
-    origin: Literal["file", "url", "stdin"] = "file"
+    origin: Literal["file", "url", "stdin", "memory"] = "file"
     error: str | None = None
     is_named: bool = True
     url: str = field(default="", repr=False)

@@ -1,6 +1,6 @@
-"""Find the tables of TABLE arguments: files, folders, globs, URLs of these, and standard input.
+"""Find the tables of TABLE arguments: files, folders, globs, URLs of these, standard input, and tables in memory.
 
-Remote tables are downloaded, and standard input is copied.
+Remote tables are downloaded, and standard input is copied. Tables in memory are written to files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from batch_infer.errors import TableError
 from batch_infer.store import create_temporary, get_protocol, is_http, redact_url
 from batch_infer.table.base import Scratch, TableFile, format_error, raise_storage_error, replace_surrogates
 from batch_infer.table.formats import TABLE_SUFFIXES, detect_format, get_stem, parse_name
+from batch_infer.table.memory import find_in_memory, write_in_memory
 from batch_infer.table.selection import IgnoredFiles, TableFilter, find_outermost_folders
 from batch_infer.table.streams import BUFFER
 from batch_infer.table.urls import join_url, split_chain
@@ -72,6 +73,8 @@ def _expand(argument: str, folder: Path, scratch: Scratch, ignored: IgnoredFiles
     try:
         if argument == STDIN:
             return [_copy_stdin(scratch)]
+        if (data := find_in_memory(argument)) is not None:
+            return [write_in_memory(argument, data, scratch)]
         if get_protocol(argument) and not (folder / argument).exists():
             return _find_remote(argument, name, scratch, ignored)
         return _find_local(argument, folder, ignored)

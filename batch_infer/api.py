@@ -1,0 +1,295 @@
+"""Define the functions of `import batch_infer`, which do in Python what the commands of the same name do."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+
+import click
+
+from batch_infer import cli
+from batch_infer import settings as s
+from batch_infer.engines import read_rank_info
+from batch_infer.errors import SettingsError, StoppedError, TooManyFailedError
+from batch_infer.jobs import (
+    MAX_BAD_RESULTS,
+    Plan,
+    RunStatus,
+    Summary,
+    Verification,
+    VerifyOptions,
+    make_plan,
+    make_recipe,
+    read_frame,
+    read_status,
+    render_tables,
+    verify_run,
+)
+from batch_infer.records import ResultRow
+from batch_infer.stopping import TIME_LIMIT, CallStopper, StopRequested
+from batch_infer.table import in_memory_tables, make_in_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Plan",
+    "RunStatus",
+    "Summary",
+    "Verification",
+    "plan",
+    "recipe",
+    "results",
+    "run",
+    "status",
+    "verify",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Path: TypeAlias = "str | os.PathLike[str]"
+Table: TypeAlias = "Path | tuple[Path, ...] | list[str] | pd.DataFrame | Any"
+"""A TABLE of the command, several as a tuple, a list of prompts, or a data frame. See `make_in_memory`."""
+RESUME = "what was committed is kept: call the same function again to continue"
+log = logging.getLogger("batch_infer")
+
+for _name in ("batch_infer", "py.warnings"):  # otherwise Python prints their warnings to stderr
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
+
+def run(
+    table: Table,
+    *,
+    out: Path = "batch-infer-out",
+    column: Mapping[str, str] | Sequence[str] = (),
+    id_from: s.IdSource = "row",
+    limit: int | None = None,
+    model: Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    lora: Path | Sequence[Path] = (),
+    lora_folder: Path | None = None,
+    embedding: Path | Sequence[Path] = (),
+    long_prompts: bool = False,
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    quantize: s.Quantization | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    scheduler: str | None = None,
+    slots: int | Literal["auto"] | None = None,
+    threads: int | None = None,
+    compile: bool | None = None,
+    offload: s.Offload | None = None,
+    num_processes: int | None = None,
+    engine: s.EngineName = "local",
+    ray_address: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | None = None,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    safety: s.SafetyMode = "auto",
+    on_flagged: s.OnFlagged | None = None,
+    require_safety: bool = False,
+    image_format: s.ImageFormat = "png",
+    results: s.ResultsFormat | Sequence[s.ResultsFormat] = (),
+    base64: bool = False,
+    sign_key: Path | None = None,
+    max_failed: int | str = 0,
+    price_per_hour: float | None = None,
+    time_limit: float | str | None = None,
+    metrics_file: Path | None = None,
+    rerender_changed: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Render the prompts of a table into OUT, and return when every row has a result.
+
+    Arguments are the options of `batch-infer run` (`batch-infer run --help` describes them), and `progress` shows a
+    progress bar. Call the function again to continue: finished rows are skipped.
+
+    Raises UsageError for what must be changed first (SettingsError, TableError, ModelError, ...), RetryableError for
+    what may pass (LockedError, StorageError, ServiceError, StoppedError at the time limit), and TooManyFailedError at
+    the end if more rows failed or were invalid than `max_failed` allows. On Ctrl-C, finished images are committed and
+    results.* written before KeyboardInterrupt is raised. Pressed again, it is raised at once.
+    """
+    with _settings(table, locals()) as (settings, values):
+        metrics = cli.Metrics(values["metrics_file"], settings.out, settings.model.name or "demo")
+        listeners = [cli.ProgressBar(cli.find_bar_type())] if progress else []
+        with _stoppable(values["time_limit"], metrics) as stop:
+            summary = render_tables(settings, cli.ProgressGroup(*listeners, metrics), stop)
+            has_too_many = not settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows)
+            code = StoppedError.exit_code if summary.unfinished else TooManyFailedError.exit_code * has_too_many
+            metrics.conclude(summary, code)
+    if summary.unfinished:
+        reason = f"{TIME_LIMIT} was reached" if stop.reason == TIME_LIMIT else "stopped early"
+        raise StoppedError(f"{reason}, and {summary.unfinished:,} images are left; {RESUME}")
+    if has_too_many:
+        raise _too_many_failed(summary, settings.out)
+    return summary
+
+
+def _too_many_failed(summary: Summary, out: str) -> TooManyFailedError:
+    counts = summary.counts
+    error = TooManyFailedError(
+        f"{counts.bad_rows:,} of {counts.rows:,} rows failed or are invalid, which is more than max_failed allows; "
+        f"batch_infer.results({out!r}) has their errors, of which the first is {counts.bad_results[0]}"
+    )
+    error.summary = summary
+    return error
+
+
+def _takes_arguments_of(other: Callable[P, object]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Return a decorator that gives a function the arguments of another one, also for type checkers and help()."""
+    signature = inspect.signature(other)
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            bound = signature.bind(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
+
+        returned = inspect.signature(function).return_annotation
+        call.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@_takes_arguments_of(run)
+def plan(table: Table, **options: Any) -> Plan:
+    """Return what `run` with the same arguments would do, without rendering.
+
+    `time_limit`, `metrics_file` and `progress` have no effect. If `run` would refuse changed defaults, `refusal` is its
+    message. Raises the other errors that `run` raises before it renders.
+    """
+    with _settings(table, options) as (settings, _):
+        first_results: list[str] = []
+
+        def report(row: ResultRow) -> None:
+            if len(first_results) < MAX_BAD_RESULTS and row.image_index == 0:
+                first_results.append(f"{row.source} ({row.id}): {row.error}")
+
+        plan = make_plan(settings, report)
+    plan.bad_results = first_results
+    return plan
+
+
+def status(out: Path) -> RunStatus:
+    """Return the state and the progress of the run in OUT, which may be active. Raises UsageError, StorageError."""
+    return read_status(cli.parse_out(os.fspath(out)))
+
+
+def results(out: Path) -> pd.DataFrame:
+    """Return the results of OUT in table order, one row per image, as a DataFrame with Arrow types.
+
+    `generated_image` is an absolute path or a URL, or null without an image. Raises UsageError, StorageError.
+    """
+    return read_frame(cli.parse_out(os.fspath(out)))
+
+
+def verify(
+    out: Path,
+    table: Table | None = None,
+    *,
+    quick: bool = False,
+    public_key: Path | None = None,
+    fix: bool = False,
+    sample: int | None = None,
+    seed: int | None = None,
+    time_limit: float | str | None = None,
+    progress: bool = False,
+) -> Verification:
+    """Check that every row of OUT is accounted for and that every file is intact, and return the problems.
+
+    Arguments are the options of `batch-infer verify`; `table` replaces the tables of the run, if they were moved or in
+    memory. Raises UsageError, and RetryableError, for example at the time limit or if another command is using OUT.
+    """
+    if sample is not None and sample < 1:
+        raise SettingsError(f"sample={sample!r}: pass the number of images to render again")
+    tables, in_memory = ((), {}) if table is None else _name_tables(table)
+    options = VerifyOptions(
+        tables=tables,
+        is_quick=quick,
+        public_key=None if public_key is None else os.fspath(public_key),
+        marks_failed=fix,
+        sample_size=sample or 0,
+        sample_seed=seed or 0,
+    )
+    bar_type = cli.find_bar_type() if progress else None
+    group = cli.ProgressGroup(*([cli.ProgressBar(bar_type)] if bar_type else []))
+    with (
+        in_memory_tables(in_memory),
+        _stoppable(_parse_duration(time_limit)) as stop,
+        closing(cli.CheckProgress("image", "checked", shown=progress, bar_type=bar_type)) as check_progress,
+    ):
+        return verify_run(cli.parse_out(os.fspath(out)), options, check_progress, group, stop)
+
+
+def recipe(out: Path, id: str, image_index: int = 0) -> str:
+    """Return a script that makes an image of OUT again with plain diffusers.
+
+    `image_index` tells the images of a row apart. Raises UsageError, for example if OUT has no such image or plain
+    diffusers cannot make it, and StorageError.
+    """
+    return make_recipe(cli.parse_out(os.fspath(out)), id, image_index)
+
+
+@contextmanager
+def _settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s.RunSettings, dict[str, Any]]]:
+    """Yield the settings of a run, and the values of its options. Tables in memory can be read inside the context."""
+    if read_rank_info() is not None:
+        raise SettingsError("batch_infer.run does not run under a launcher: use the command `batch-infer run`")
+    arguments, tables = _name_tables(table)
+    with in_memory_tables(tables):
+        yield cli.make_settings(arguments, keywords)
+
+
+def _name_tables(table: Table) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the TABLE arguments, and the tables in memory by argument. Raises SettingsError, TableError."""
+    paths = table if isinstance(table, tuple) else (table,)
+    if all(isinstance(path, (str, os.PathLike)) for path in paths):
+        return tuple(os.fsdecode(path) for path in paths), {}
+    in_memory = None if isinstance(table, tuple) else make_in_memory(table)
+    if in_memory is None:
+        raise SettingsError(
+            f"cannot read a table from {type(table).__name__}: pass a path, a tuple of paths, a list of prompts, or a "
+            "DataFrame"
+        )
+    return (in_memory[0],), dict([in_memory])
+
+
+@contextmanager
+def _stoppable(
+    time_limit: float | None, metrics: AbstractContextManager[object] | None = None
+) -> Iterator[CallStopper]:
+    """Inside the context, let Ctrl-C stop the call cleanly. Raises KeyboardInterrupt afterwards."""
+    log_stop = functools.partial(log.warning, "stopping; finished images are being committed")
+    stop = CallStopper(time_limit, RESUME, log_stop=log_stop)
+    try:
+        with metrics or nullcontext():
+            try:
+                with stop:
+                    yield stop
+            except StopRequested:
+                raise stop.error() from None
+    except StoppedError as error:
+        if stop.is_interrupted:
+            raise KeyboardInterrupt(str(error)) from None
+        raise
+    if stop.is_interrupted:
+        raise KeyboardInterrupt(str(stop.error()))
+
+
+def _parse_duration(value: float | str | None) -> float | None:
+    try:
+        return None if value is None else cli.parse_duration(value)
+    except click.BadParameter as error:
+        raise SettingsError(f"time_limit: {error.message}") from error

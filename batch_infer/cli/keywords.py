@@ -1,0 +1,69 @@
+"""Turn the keyword arguments of `batch_infer.run` into settings, with the checks of the command's options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+
+from batch_infer.cli.run import run
+from batch_infer.cli.settings import make_run_settings
+from batch_infer.errors import SettingsError
+from batch_infer.settings import RunSettings
+
+
+def make_settings(tables: tuple[str, ...], keywords: Mapping[str, Any]) -> tuple[RunSettings, dict[str, Any]]:
+    """Return the settings of a run, and the values of all options under click's names. Raises SettingsError.
+
+    Keywords have the long names of the options, with underscores for hyphens. Neither BATCH_INFER_ variables nor
+    configuration files are read, but the variables of the content safety service are.
+    """
+    context = click.Context(run)
+    values: dict[str, Any] = {"tables": tables}
+    for name, option in options_by_keyword().items():
+        values[str(option.name)] = _convert(name, keywords.get(name), option, context)
+    return make_run_settings(values), values
+
+
+def options_by_keyword() -> dict[str, click.Option]:
+    """Return the options of `run` for which `batch_infer.run` has a keyword argument."""
+    names = {
+        next(opt for opt in option.opts if opt.startswith("--")).removeprefix("--").replace("-", "_"): option
+        for option in run.params
+        if isinstance(option, click.Option)
+    }
+    shell_only = ("config", "json", "no_progress", "quiet", "verbose", "log_format")
+    return {name: option for name, option in names.items() if name not in shell_only}
+
+
+def _convert(name: str, value: Any, option: click.Option, context: click.Context) -> Any:
+    """Convert and check a value as if it were given on the command line. None is the option's default."""
+    if value is None:
+        default = option.get_default(context)  # click has an object of its own for no default
+        has_default = isinstance(default, (str, int, float))
+        return option.type_cast_value(context, default) if has_default else () if option.multiple else None
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name}={value!r}: pass True or False")
+        return value
+    if isinstance(value, Mapping) and name == "column":
+        value = [f"{field}={column}" for field, column in value.items()]
+    is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
+    if not is_single and not option.multiple:
+        raise SettingsError(f"{name}={value!r}: pass one value")
+    texts = [_to_text(name, item) for item in ([value] if is_single else value)]
+    try:
+        return option.type_cast_value(context, texts if option.multiple else texts[0])
+    except click.BadParameter as error:
+        raise SettingsError(f"{name}={value!r}: {error.message}") from error
+
+
+def _to_text(name: str, value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value  # a NumPy number
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise SettingsError(f"{name}={value!r}: pass a string or a number")
+    return str(value)

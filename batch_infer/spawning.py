@@ -1,0 +1,32 @@
+"""Start processes that do not import the main script, so that it needs no main guard."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+_lock = Lock()
+_ORIGINS = ("__file__", "__spec__")
+"""Attributes of the main module by which multiprocessing tells a spawned process what to import as its main module."""
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Let processes that are spawned inside the context start without the main module of this process.
+
+    They would import it first. A script without `if __name__ == "__main__":` would then run again in each process, and
+    one read from standard input cannot be found. No process of batch-infer needs anything from the main module.
+    """
+    main = sys.modules["__main__"]
+    with _lock:
+        origins = {name: getattr(main, name) for name in _ORIGINS if hasattr(main, name)}
+        try:
+            main.__spec__ = None
+            if "__file__" in origins:
+                del main.__file__
+            yield
+        finally:
+            for name, value in origins.items():
+                setattr(main, name, value)
