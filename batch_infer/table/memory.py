@@ -52,7 +52,7 @@ def make_in_memory(data: object) -> tuple[str, InMemoryTable] | None:
         else:
             return None
     except (pa.ArrowException, ValueError) as error:
-        raise TableError(f"the dataframe cannot be read: {_explain(error)}") from error
+        raise TableError(f"the dataframe cannot be read: {_explain(error)}; give each column one type") from error
     return IN_MEMORY["dataframe"], _without_views(table).replace_schema_metadata(None)
 
 

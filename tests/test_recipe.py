@@ -1,0 +1,163 @@
+"""A recipe is executed, and makes the image that the run stored: at most 1 of 255 apart."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.loras import as_peft, make_layers
+from tests.oracle import load_pipeline
+from tests.pipelines import SAVE_FUNCTIONS, save_sd3
+from tests.rendering import max_difference
+from tests.runs import CommandResult, command, results, run
+from tests.tables import write_csv
+
+PROMPTS = ("a red circle", 'it\'s a "blue" square', "a green star\nand a hat", "", "ein grünes Quadrat, 緑の四角")
+COLUMNS = ["id", "prompt", "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale",
+           "guidance_rescale", "num_images_per_prompt"]  # fmt: skip
+
+
+def make_rows(count: int, seed: int, *fixed: str, steps: tuple[int, int] = (2, 6)) -> list[list[str]]:
+    """Return random rows. The cells of `fixed` columns are empty."""
+    draw = random.Random(seed)
+    rows = [COLUMNS]
+    for number in range(count):
+        cells = {
+            "id": f"row {number}",
+            "prompt": draw.choice(PROMPTS[:3]),
+            "negative_prompt": draw.choice(["", "", "blurry", "a dog"]),
+            "seed": draw.choice(["", str(draw.randrange(2**40))]),
+            "height": draw.choice(["", "64", "80"]),
+            "width": draw.choice(["", "48", "64"]),
+            "num_inference_steps": str(draw.randint(*steps)),
+            "guidance_scale": draw.choice(["", "1", "3.5", "7.123456"]),
+            "guidance_rescale": draw.choice(["", "", "0.4"]),
+            "num_images_per_prompt": draw.choice(["", "", "2"]),
+        }
+        rows.append(["" if name in fixed else cells[name] for name in COLUMNS])
+    return rows
+
+
+def render(tmp_path: Path, rows: list[list[str]], model: Path | None, *options: str | Path) -> Path:
+    """Run a table, and return OUT."""
+    chosen = () if model is None else ("--model", model)
+    result = run(write_csv(tmp_path / "t.csv", rows), tmp_path / "out", *chosen, "--guidance-scale", "4.5", *options)
+    assert result.code == 0, result.stderr
+    return tmp_path / "out"
+
+
+def export(out: Path, row: Mapping[str, Any], *options: str) -> CommandResult:
+    return command("export-recipe", out, row["id"], "--image-index", str(row["image_index"]), *options)
+
+
+def execute(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Run a recipe in a folder, and return the image that it saves."""
+    folder.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(recipe, "recipe.py", "exec"), {})
+    (file,) = folder.glob("*.png")
+    image = np.asarray(Image.open(file))
+    file.unlink()
+    return image
+
+
+def check_all(out: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Execute the recipe of every result, and compare its image with the stored one. Return how many were compared."""
+    rows = results(out)
+    for row in rows:
+        exported = export(out, row)
+        assert exported.code == 0, exported.stderr
+        image = execute(exported.stdout, folder, monkeypatch)
+        stored = np.asarray(Image.open(out / row["generated_image"]))
+        assert image.shape == stored.shape
+        assert max_difference(image, stored) <= 1, exported.stdout
+    return len(rows)
+
+
+def save_lora(model: Path, path: Path, *networks: str) -> Path:
+    layers = make_layers(load_pipeline(model), *networks)
+    save_file({name: tensor.clone() for name, tensor in as_peft(layers).items()}, path)
+    return path
+
+
+def test_sd1_with_a_lora_an_embedding_and_scheduler_options(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = save_lora(sd1_folder, tmp_path / "style.safetensors", "unet", "text_encoder")
+    width = load_pipeline(sd1_folder).text_encoder.get_input_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    save_file({"emb_params": torch.randn(2, width, generator=generator)}, tmp_path / "toy.safetensors")
+    rows = make_rows(12, 1, steps=(3, 6))
+    rows[1][1] = "a toy next to a toy"
+    out = render(tmp_path, rows, sd1_folder, "--lora", f"{lora}:0.7", "--embedding", tmp_path / "toy.safetensors",
+                 "--scheduler", "UniPCMultistepScheduler:solver_order=3,use_karras_sigmas=true")  # fmt: skip
+    assert check_all(out, tmp_path / "again", monkeypatch) >= 12
+
+
+def test_rows_with_their_own_loras(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loras").mkdir()
+    both = save_lora(sd1_folder, tmp_path / "base.safetensors", "unet")
+    save_lora(sd1_folder, tmp_path / "loras" / "text.safetensors", "text_encoder")
+    rows = [["id", "prompt", "lora"], ["a", "a red circle", "text:0.5"], ["b", "a red circle", ""]]
+    out = render(tmp_path, rows, sd1_folder, "--lora", both, "--lora-folder", tmp_path / "loras")
+    assert check_all(out, tmp_path / "again", monkeypatch) == 2
+    (first, second) = results(out)
+    assert "text.safetensors" in export(out, first).stdout
+    assert "text.safetensors" not in export(out, second).stdout
+
+
+@pytest.mark.parametrize("scheduler", [None, "euler a"])
+def test_sdxl(sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str | None) -> None:
+    options = ("--scheduler", scheduler) if scheduler else ()
+    out = render(tmp_path, make_rows(6, 2, "height", "width"), sdxl_folder, *options)
+    assert check_all(out, tmp_path / "again", monkeypatch) >= 6
+
+
+def test_sd2(sd2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_all(render(tmp_path, make_rows(4, 3), sd2_folder), tmp_path / "again", monkeypatch) >= 4
+
+
+def test_latent_consistency(lcm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(3, 4, "negative_prompt", "guidance_rescale")
+    assert check_all(render(tmp_path, rows, lcm_folder), tmp_path / "again", monkeypatch) >= 3
+
+
+def test_stable_diffusion_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_sd3(tmp_path / "sd3")
+    out = render(tmp_path, make_rows(3, 5, "guidance_rescale", "height", "width"), model)
+    assert check_all(out, tmp_path / "again", monkeypatch) >= 3
+
+
+def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = render(tmp_path, make_rows(4, 6, steps=(5, 9)), None)
+    assert check_all(out, tmp_path / "again", monkeypatch) >= 4
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "z_image"])
+def test_other_pipelines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SAVE_FUNCTIONS[name](tmp_path / name)
+    fixed = ("negative_prompt", "guidance_rescale", "height", "width")
+    out = render(tmp_path, make_rows(2, 7, *fixed), model)
+    assert check_all(out, tmp_path / "again", monkeypatch) >= 2
+
+
+def test_half_precision_is_near(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers rounds to bfloat16 after each step and draws other noise, so the script passes the initial noise."""
+    out = render(tmp_path, [["prompt"], ["a red circle"]], sd1_folder, "--dtype", "bfloat16", "--steps", "4")
+    (row,) = results(out)
+    recipe = export(out, row).stdout
+    again = execute(recipe, tmp_path / "again", monkeypatch)
+    stored = np.asarray(Image.open(out / row["generated_image"])).astype(float)
+    other = execute(re.sub(r"    latents=.*\n", "", recipe), tmp_path / "again", monkeypatch)
+    near, far = (np.abs(image - stored).mean() for image in (again, other))
+    assert near < far / 4
