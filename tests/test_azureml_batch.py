@@ -551,6 +551,7 @@ def test_a_safety_outage_raises_and_a_retry_continues(
         ({"BATCH_INFER_STEPS": "many"}, "'many' is not a valid integer"),
         ({"BATCH_INFER_SLOTS": "auto"}, "BATCH_INFER_SLOTS=auto: use a number"),
         ({"BATCH_INFER_OVERWRITE": "true"}, "BATCH_INFER_OVERWRITE is set"),
+        ({"BATCH_INFER_SINK": "webdataset"}, "BATCH_INFER_SINK is set"),
         ({"BATCH_INFER_PREDICTIONS": "five"}, "BATCH_INFER_PREDICTIONS=five: use full or card"),
         ({"BATCH_INFER_SAFETY": "azure"}, "CONTENT_SAFETY_ENDPOINT is not set"),
         ({"AZUREML_BI_OUTPUT_PATH": ""}, "AZUREML_BI_OUTPUT_PATH is not set"),

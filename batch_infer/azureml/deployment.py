@@ -86,6 +86,7 @@ def _adapt_settings(settings: RunSettings, *, is_only_worker: bool) -> RunSettin
         "BATCH_INFER_OVERWRITE": settings.overwrite,
         "BATCH_INFER_LIMIT": settings.table.limit,
         "BATCH_INFER_ID_FROM": settings.table.id_from != "row",
+        "BATCH_INFER_SINK": settings.output.sink != "folder",
     }
     if names := [name for name, value in unsupported.items() if value]:
         raise SettingsError(
