@@ -21,6 +21,8 @@ MAX_ATTEMPTS = 3
 """Maximum number of attempts that `run` makes for a failing row."""
 
 COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+_FORMAT_SUFFIX = re.compile(r"(?<!^)(\.prompts\.txt|\.[^.]+)\Z", re.IGNORECASE)
+"""Suffix of the format. Unlike PurePosixPath.stem, it also matches the two parts of `.prompts.txt`."""
 _DUPLICATE_SUFFIX = re.compile(r"#\d+$")
 """Suffix that distinguishes tables with the same name, as in `t.csv#2`. No table's own name ends this way."""
 
@@ -99,7 +101,8 @@ class Source:
     def stem(self) -> str:
         """File name without its folder, and without the suffixes for duplicates (`#2`), compression and format."""
         path = PurePosixPath(_DUPLICATE_SUFFIX.sub("", self.file))
-        return (path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path).stem
+        name = path.stem if path.suffix.lower() in COMPRESSION_SUFFIXES else path.name
+        return _FORMAT_SUFFIX.sub("", name) or name
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ RenderFunction: TypeAlias = "Callable[[ProgressGroup, Stopper], tuple[Summary, R
 def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) -> int:
     """Render the prompts of TABLE... into OUT.
 
-    TABLE is a file (.csv, .tsv, .parquet, .pq, .parq, .jsonl, .ndjson, .json, .txt, each also .gz, .bz2, .xz or
-    .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
+    TABLE is a file (.csv, .tsv, .parquet, .pq, .parq, .jsonl, .ndjson, .json, .txt, .prompts.txt, each also .gz, .bz2,
+    .xz or .zst), a folder of them, a glob in quotes, a URL (s3://, https://, ...), or - for standard input. The column
     `prompt` is required; id, negative_prompt, seed, height, width, num_inference_steps, guidance_scale,
     guidance_rescale, num_images_per_prompt and, with --lora-folder, lora are optional, and all other columns are
     carried through to the results.

@@ -194,7 +194,7 @@ def map_fields(
     Raises TableError if the prompt column or a column named by the user is missing, or if a field has two columns with
     the same name.
     """
-    if file.format == ".txt":
+    if file.format in (".txt", ".prompts.txt"):
         columns = {**columns, "prompt": "prompt"}
     fields = {}
     for field in names_of_fields:
@@ -236,6 +236,9 @@ def describe_columns(tables: Sequence[OpenTable], columns: Mapping[str, str]) ->
             pairs = [f"another {old!r} is carried as {new!r}" for new, old in list(renamed.items())[:MAX_SHOWN_COLUMNS]]
             more = f" and {len(renamed) - MAX_SHOWN_COLUMNS:,} more" if len(renamed) > MAX_SHOWN_COLUMNS else ""
             yield f"{table.file.name} has columns with the same name: {', '.join(pairs)}{more}"
+        options = [f"--{name}" for name in table.carried if name in table.reader.schema.names]
+        if table.file.format == ".prompts.txt" and options:
+            yield f"{table.file.name}: options without effect, whose values are carried: {', '.join(options)}"
     yield from _describe_near_fields(tables, columns)
     overlaps = [
         (table.file.name, name) for table in tables for name in table.path_columns if name in table.reader.schema.names

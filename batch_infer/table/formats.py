@@ -23,6 +23,7 @@ from batch_infer.table.delimited import open_delimited
 from batch_infer.table.json import open_json
 from batch_infer.table.jsonl import open_jsonl
 from batch_infer.table.parquet import open_parquet
+from batch_infer.table.prompt_lines import open_prompt_lines
 from batch_infer.table.streams import COMPRESSIONS, MAGIC_BYTES, MAX_ROW_SIZE, UTF_8_MARK, open_decompressed
 from batch_infer.table.text import open_plain_text
 
@@ -36,6 +37,7 @@ FORMATS: dict[str, Callable[[TableFile, str, Scratch], Reader]] = {
     ".ndjson": open_jsonl,
     ".json": open_json,
     ".txt": open_plain_text,
+    ".prompts.txt": open_prompt_lines,
 }
 """Functions that open a file, by its suffix. They also take the name of the prompt column and a temporary folder."""
 
@@ -46,7 +48,7 @@ def _join(suffixes: list[str]) -> str:
 
 TABLE_SUFFIXES = f"{_join(list(FORMATS))}, also with {_join(list(COMPRESSIONS))} after it"
 _FORMAT, _COMPRESSION = ("|".join(map(re.escape, suffixes)) for suffixes in (FORMATS, COMPRESSIONS))
-_NAME = re.compile(f"(?P<stem>.*[^/])(?P<format>{_FORMAT})(?P<compression>{_COMPRESSION})?", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(f"(?P<stem>.*?[^/])(?P<format>{_FORMAT})(?P<compression>{_COMPRESSION})?", re.IGNORECASE | re.DOTALL)
 
 
 def parse_name(relative: str) -> tuple[str, str, str] | None:

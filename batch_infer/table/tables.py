@@ -38,6 +38,7 @@ from batch_infer.table.columns import (
 from batch_infer.table.files import find_files, number_names
 from batch_infer.table.formats import open_reader, parse_name
 from batch_infer.table.ids import Ids, assign_stems, find_colliding_stems, reject_equal_ids
+from batch_infer.table.prompt_syntax import find_foreign_syntax
 from batch_infer.table.rows import (
     FindLora,
     HasFinalResult,
@@ -177,6 +178,8 @@ class Tables:
             if error is not None:
                 yield make_invalid(cells, error), [None for _ in others]
                 continue
+            for notice in find_foreign_syntax(cells.fields.get("prompt")):
+                notices.add(notice, cells.source)
             other_items = [
                 {item.image_index: item for item in make_requests(cells, other, has_final_result)} for other in others
             ]

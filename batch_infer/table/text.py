@@ -17,7 +17,7 @@ NOT_A_PROMPT = re.compile(r"^\s*(#|//)|(^|\s)--[A-Za-z][\w-]*([\s=]|$)|\s-[A-Za-
 (`--ar 16:9`) and InvokeAI (`-s50`)."""
 LOOKS_LIKE_OPTIONS = (
     "lines of .txt files that look like comments or options and are rendered word for word "
-    "(to set parameters for a row, use the columns of a .csv file)"
+    "(to set parameters for a row, use the columns of a .csv file, or name the file .prompts.txt)"
 )
 
 
