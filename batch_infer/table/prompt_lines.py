@@ -33,22 +33,13 @@ COUNT_OPTIONS = ("n_iter", "batch_size")
 """Options of the web UI whose product is the number of images. There too, image k has seed + k."""
 CARRIED_OPTIONS = frozenset(
     {
-        # sd-scripts, for samples during training
-        *("ss", "cn", "ctr", "rcfg", "fs", "f", "g", "i", "ci"),
-        # sd-scripts, gen_img
-        *("t", "nl", "c", "am", "ow", "oh", "nw", "nh", "ct", "cl", "glt", "glr", "gls", "gle"),
-        *("ds_d_1", "ds_t_1", "ds_d_2", "ds_t_2", "ds_r"),
+        # sd-scripts: samples during training, then gen_img with SDXL's sizes, deep shrink and gradual latent
+        *("ss", "cn", "ctr", "rcfg", "fs", "g", "i"),
+        *("t", "nl", "c", "am", "ow", "oh", "nw", "nh", "ct", "cl", "dsd1", "dst1", "dsd2", "dst2", "dsr"),
+        *("glt", "glr", "gle", "gls", "glsn", "glus"),
         # the web UI
-        *("sd_model", "outpath_samples", "outpath_grids", "prompt_for_display", "styles"),
-        *(
-            "subseed",
-            "subseed_strength",
-            "seed_resize_from_h",
-            "seed_resize_from_w",
-            "sampler_index",
-            "sampler_name",
-            "scheduler",
-        ),
+        *("sd_model", "outpath_samples", "outpath_grids", "prompt_for_display", "styles", "sampler_name"),
+        *("subseed", "subseed_strength", "seed_resize_from_h", "seed_resize_from_w", "sampler_index"),
         *("restore_faces", "tiling", "do_not_save_samples", "do_not_save_grid"),
     }
 )
