@@ -38,7 +38,7 @@ def list_outputs(notebook: Any, name: str, kind: str) -> list[str]:
 
 @pytest.mark.promises
 def test_the_notebook_renders_and_shows_images(kernel: str, tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not stored in the repository"
     client = NotebookClient(notebook, kernel_name=kernel, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
