@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,6 @@ from batch_infer.errors import BatchInferError, ModelError, SettingsError, Stora
 from batch_infer.manifest import Manifest
 from tests import dummies
 from tests.engine_runs import EngineRun
-from tests.tables import write_csv
 
 
 @pytest.mark.promises
@@ -144,34 +141,6 @@ def test_a_storage_error_ends_the_run(tmp_path: Path) -> None:
 def test_a_missing_device_is_refused_before_anything_is_rendered() -> None:
     with LocalEngine("cuda", 1) as engine, pytest.raises(SettingsError, match="torch finds no CUDA device"):
         engine.detect_device()
-
-
-UNGUARDED = """
-import sys
-from pathlib import Path
-from batch_infer.jobs import make_plan, render_tables
-from batch_infer.models import DEMO_MODEL
-from batch_infer.cli.progress import make_progress
-from batch_infer.settings import ComputeSettings, ModelSettings, RunSettings, TableSettings
-folder = Path(sys.argv[1])
-settings = RunSettings(TableSettings((str(folder / "t.csv"),)), str(folder / "out"), model=ModelSettings(device="cpu"),
-                       compute=ComputeSettings(processes=1))
-if sys.argv[2] == "run":
-    render_tables(settings, make_progress(shown=False))
-else:
-    make_plan(settings, print)
-"""
-
-
-@pytest.mark.promises
-@pytest.mark.parametrize("job", ["run", "plan"])
-def test_a_script_needs_no_main_guard(tmp_path: Path, job: str) -> None:
-    write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]])
-    (tmp_path / "script.py").write_text(UNGUARDED)
-    line = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), job]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.promises

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import batch_infer
+from batch_infer.errors import ModelError, UsageError
+from batch_infer.models import PlainImage, write_script
+from batch_infer.records import SamplingParams
+from batch_infer.settings import ModelSettings
 from tests.loras import as_peft, make_layers
 from tests.oracle import load_pipeline
 from tests.pipelines import SAVE_FUNCTIONS, save_sd3
@@ -74,6 +81,9 @@ def execute(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.nd
 def check_all(out: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Execute the recipe of every result, and compare its image with the stored one. Return how many were compared."""
     rows = results(out)
+    first = export(out, rows[0]).stdout
+    other = execute(first.replace(f"seed({rows[0]['seed']})", "seed(12345)"), folder, monkeypatch)
+    assert max_difference(other, np.asarray(Image.open(out / rows[0]["generated_image"]))) > 2, "any image would do"
     for row in rows:
         exported = export(out, row)
         assert exported.code == 0, exported.stderr
@@ -161,3 +171,66 @@ def test_half_precision_is_near(sd1_folder: Path, tmp_path: Path, monkeypatch: p
     other = execute(re.sub(r"    latents=.*\n", "", recipe), tmp_path / "again", monkeypatch)
     near, far = (np.abs(image - stored).mean() for image in (again, other))
     assert near < far / 4
+
+
+def test_the_function_and_json_have_the_same_script(sd1_folder: Path, tmp_path: Path) -> None:
+    out = render(tmp_path, [["id", "prompt"], ["a b", "it's \u202e \x1b[31m red"]], sd1_folder)
+    (row,) = results(out)
+    printed = export(out, row).stdout
+    assert printed == batch_infer.recipe(out, "a b")
+    assert printed.isascii() or "\u202e" not in printed
+    assert "\x1b" not in printed
+    data = json.loads(export(out, row, "--json").stdout)
+    assert data == {"id": "a b", "image_index": 0, "recipe": printed}
+
+
+def test_a_row_without_an_image_has_no_recipe(sd1_folder: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["id", "prompt"], ["a", "a red circle"], ["b", ""]])
+    assert run(table, tmp_path / "out", "--model", sd1_folder).code == 3
+    for name, index, text in (
+        ("b", 0, "image 0 of 'b' has no image: it is invalid (the prompt is empty)"),
+        ("c", 0, "has no result with the id 'c' and image index 0"),
+        ("a", 1, "has no result with the id 'a' and image index 1"),
+    ):
+        exported = command("export-recipe", tmp_path / "out", name, "--image-index", str(index))
+        assert (exported.code, exported.stdout) == (2, "")
+        assert text in exported.stderr
+        with pytest.raises(UsageError, match=re.escape(text)):
+            batch_infer.recipe(tmp_path / "out", name, index)
+    assert "contains no run" in command("export-recipe", tmp_path / "none", "a").stderr
+
+
+def test_images_that_need_more_than_diffusers_are_refused(decidiffusion_folder: Path, tmp_path: Path) -> None:
+    out = render(tmp_path, [["id", "prompt"], ["a", "a red circle"]], decidiffusion_folder)
+    exported = command("export-recipe", out, "a")
+    assert exported.code == 2
+    assert "plain diffusers cannot make this image: diffusers has no DeciDiffusionPipeline" in exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"long_prompts": True}, "--long-prompts"),
+        ({"quantize": "int8"}, "quantized by --quantize int8"),
+        ({"name": "/nowhere/model"}, "/nowhere/model is neither"),
+    ],
+)
+def test_settings_that_a_script_cannot_express(
+    sd1_folder: Path, tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    params = SamplingParams(64, 64, 2, 7.5, 0.0)
+    model = replace(ModelSettings(name=str(sd1_folder)), **changes)
+    image = PlainImage(model, "stable_diffusion", "cpu", "float32", (), "a", None, 1, params, "a.png")
+    with pytest.raises(ModelError, match=re.escape(text)):
+        write_script(image)
+
+
+def test_stable_diffusion_3_has_no_guidance_rescale_in_diffusers(tmp_path: Path) -> None:
+    model = ModelSettings(name=str(save_sd3(tmp_path / "sd3")))
+    params = SamplingParams(64, 64, 2, 7.5, 0.4)
+    image = PlainImage(model, "stable_diffusion_3", "cuda", "float32", (), "a", None, 1, params, "a.png")
+    with pytest.raises(ModelError, match="does not support guidance_rescale"):
+        write_script(image)
+    script = write_script(replace(image, params=replace(params, guidance_rescale=0.0)))
+    assert "pipe.to('cuda')\n" in script
+    assert "torch.backends.cudnn.allow_tf32 = False\n" in script

@@ -16,7 +16,7 @@ from batch_infer.models.untrusted import read_object
 from batch_infer.records import SamplingParams
 from batch_infer.settings import LoraSpec, ModelSettings
 
-WITHOUT = {
+WITHOUT: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "LatentConsistencyModelPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
@@ -99,9 +99,8 @@ def _inspect(image: PlainImage, folder: Path, name: str) -> _Pipeline:
     if image.family == ANY_PIPELINE:
         from batch_infer.models.pipeline_arguments import describe_call  # imports torch
 
-        without, arguments = describe_call(folder, image.prompt, image.negative_prompt, params)
-        has_one = name.startswith("Kandinsky5")
-        return _Pipeline(name, without, arguments, ".image[0]" if has_one else ".images[0]")
+        without, call = describe_call(folder, image.prompt, image.negative_prompt, params)
+        return _Pipeline(name, without, call, ".image[0]" if name.startswith("Kandinsky5") else ".images[0]")
     arguments: dict[str, Any] = {"prompt": image.prompt}
     if image.negative_prompt is not None:
         arguments["negative_prompt"] = image.negative_prompt
