@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from batch_infer.carried import shorten_float32
 from batch_infer.errors import RowError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.description import find_environment
-from batch_infer.jobs.results import shorten_float32
 from batch_infer.jobs.run_json import find_lora_column, parse_record, read_settings
 from batch_infer.manifest import SCHEMA, Manifest, run_number
 from batch_infer.models import LoraFolder, PlainImage, write_script
@@ -109,4 +109,6 @@ def _comment(store: Store, record: Mapping[str, Any], row: Mapping[str, Any]) ->
     versions = record.get("versions", {})
     libraries = " and ".join(f"{name} {versions[name]}" for name in ("diffusers", "torch") if name in versions)
     lines = [f"{_describe(row)} of {store.location!r}, rendered with {libraries or 'unknown versions'}"]
+    if "watermark" in record["identity"]:
+        lines.append("The stored image also has an invisible watermark, which changes its pixels.")
     return "".join(f"# {line}\n" for line in lines)
