@@ -21,7 +21,7 @@ from batch_infer.jobs.run_json import ended_cleanly, parse_record
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, run_number
 from batch_infer.models import LoraFolder, ModelCard, SamplingRules, read_card
 from batch_infer.planning import Item, make_finished_check
-from batch_infer.provenance import Marker, restrict_sizes
+from batch_infer.provenance import check_marks, restrict_sizes
 from batch_infer.records import digest
 from batch_infer.settings import C2paSigner, Compute, Device, RowDefaults, RunSettings, ServiceSettings
 from batch_infer.store import Store, is_url, refuse_unprintable
@@ -216,13 +216,13 @@ def resolve_run(
     compute = choose_compute(settings, device, earlier, card)
     record = describe_run(settings, card, compute, tables)
     provenance = settings.output.provenance
-    Marker(provenance, card.name, card.fingerprint)  # refuses what it cannot use, before any image is rendered
+    check_marks(provenance)
     model_defaults = RowDefaults(card.num_inference_steps, card.guidance_scale, card.guidance_rescale)
     native_size = {"height": card.sizes.native_height, "width": card.sizes.native_width}
     requested = {name: value for name, value in asdict(settings.defaults).items() if value is not None}
     defaults = replace(model_defaults, **{**native_size, **requested})
     fingerprint = digest(record["identity"])
-    sizes = restrict_sizes(provenance, card.sizes)
+    sizes = restrict_sizes(provenance, card.sizes, defaults)
     rules = RowRules(defaults, sizes, fingerprint, card.embedded_guidance, card.unsupported_fields)
     rules.validate()
     return settings, compute, {**record, "rules": msgspec.to_builtins(rules)}, rules

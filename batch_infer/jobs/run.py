@@ -20,6 +20,7 @@ from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Summary
 from batch_infer.models import ModelCard
 from batch_infer.planning import SkipRule, is_finished
+from batch_infer.provenance import check_marks
 from batch_infer.settings import RunSettings
 from batch_infer.store import Store, log_handler, open_store
 
@@ -33,6 +34,7 @@ def render_tables(
     started = time.monotonic()
     settings = make_paths_absolute(settings)
     check_sign_key(settings.output.sign_key)
+    check_marks(settings.output.provenance)
     rank = _read_rank(settings)
     if rank is not None and rank.rank:
         raise SettingsError("this command does not run under a launcher: start it once, by itself")

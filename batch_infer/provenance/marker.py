@@ -10,7 +10,7 @@ from batch_infer.errors import SettingsError
 from batch_infer.provenance.c2pa import Signer, make_manifest
 from batch_infer.provenance.watermark import MIN_SIDE, VERSION, add_watermark, check_library
 from batch_infer.records import SizeRules
-from batch_infer.settings import ImageFormat, OnFlagged, ProvenanceSettings
+from batch_infer.settings import ImageFormat, OnFlagged, ProvenanceSettings, RowDefaults
 
 
 class Marker:
@@ -66,14 +66,22 @@ def describe_watermark(settings: ProvenanceSettings) -> dict[str, str]:
     return {"watermark": VERSION} if "watermark" in settings.marks else {}
 
 
-def restrict_sizes(settings: ProvenanceSettings, sizes: SizeRules) -> SizeRules:
-    """Return the sizes of images that a model can render and this run can mark. Raises SettingsError if none is."""
+def check_marks(settings: ProvenanceSettings) -> None:
+    """Raise SettingsError if images cannot be marked: a library or a file of the signer is missing or unusable."""
+    Marker(settings, "", "")
+
+
+def restrict_sizes(settings: ProvenanceSettings, sizes: SizeRules, defaults: RowDefaults) -> SizeRules:
+    """Return the sizes of images that a model can render and this run can mark.
+
+    Raises SettingsError if the default size is none of them.
+    """
     smallest = -(-MIN_SIDE // sizes.side_multiple) * sizes.side_multiple
     if "watermark" not in settings.marks or sizes.min_side >= smallest:
         return sizes
-    if sizes.max_side < smallest:
+    if min(defaults.height or 0, defaults.width or 0) < smallest:
         raise SettingsError(
-            f"--provenance watermark needs images of at least {smallest}x{smallest} pixels, and the model renders at "
-            f"most {sizes.max_side}: leave out watermark"
+            f"--provenance watermark needs images of at least {smallest}x{smallest} pixels, and the default size is "
+            f"{defaults.width}x{defaults.height}: give --height and --width, or leave out watermark"
         )
     return structs.replace(sizes, min_side=smallest)

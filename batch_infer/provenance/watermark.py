@@ -91,7 +91,8 @@ def _read_blocks(pixels: np.ndarray) -> np.ndarray:
     """
     luma = Image.fromarray(pixels.astype(np.float32) @ _LUMA)
     approximation = 2 * np.asarray(luma.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
-    return approximation.reshape(_BLOCKS, _BLOCK, _BLOCKS, _BLOCK).swapaxes(1, 2).reshape(-1, _BLOCK, _BLOCK)
+    rows: np.ndarray = approximation.reshape(_BLOCKS, _BLOCK, _BLOCKS, _BLOCK).swapaxes(1, 2)
+    return rows.reshape(_BITS, _BLOCK, _BLOCK)
 
 
 @cache

@@ -20,7 +20,7 @@ from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run import render_tables
-from batch_infer.jobs.run_json import find_lora_column
+from batch_infer.jobs.run_json import find_lora_column, read_settings
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.jobs.verify.problems import Problem
 from batch_infer.jobs.verify.sample_run import (
@@ -164,6 +164,7 @@ class _SampleComparison:
     def __init__(self, store: Store, record: Mapping[str, Any], new_store: Store) -> None:
         self._sink, self._new_store, self._new_sink = make_sink(store), new_store, make_sink(new_store)
         self._record, self._new_record = record, outdir.read_existing_run(new_store)
+        self._signs_images = "c2pa" in read_settings(record, store.location).output.provenance.marks
         self._sample = Sample()
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> Sample:
@@ -210,14 +211,13 @@ class _SampleComparison:
     def _may_have_other_bytes(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Return whether the file of an image with equal pixels may differ. Raises StorageError.
 
-        Another run may have used another --image-format, and a C2PA signature has other bytes each time. A missing or
-        damaged file is another problem.
+        Another run may have used another --image-format, and a C2PA signature has other bytes each time.
         """
         path = row["generated_image"]
         if _suffix(path) != _suffix(new["generated_image"]):
             return True
         content = read_intact(self._sink, path, row["sha256"], row["image_bytes"])
-        return content is None or is_signed(content)
+        return self._signs_images if content is None else is_signed(content)
 
     def _may_differ(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Return whether the bytes may differ, because the environment does or another number of slots was used."""

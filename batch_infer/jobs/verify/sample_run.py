@@ -38,7 +38,7 @@ def make_sample_settings(record: Mapping[str, Any], out: str, folder: Path) -> R
         out=str(folder / "out"),
         table=TableSettings((str(folder / "sample.parquet"),), folder=folder),
         model=model,
-        defaults=RowDefaults(),  # all cells are recorded
+        defaults=RowDefaults(height=settings.defaults.height, width=settings.defaults.width),  # all cells are recorded
         output=OutputSettings(settings.output.image_format, provenance=_without_signature(settings.output.provenance)),
         compute=replace(settings.compute, slots=None, threads=None, compiled=None, processes=processes, engine="local"),
     )
