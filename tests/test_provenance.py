@@ -41,7 +41,7 @@ FLAGGED = Verdict(nsfw=True)
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [["id", "prompt", "seed"], ["a", PROMPT, 1], ["b", PROMPT, 1]]
+    rows: list[list[Any]] = [["id", "prompt", "seed"], ["a", PROMPT, 1], ["b", PROMPT, 1]]
     return write_csv(tmp_path_factory.mktemp("tables") / "t.csv", rows)
 
 
@@ -419,7 +419,7 @@ def test_images_too_small_for_the_watermark_are_refused(tmp_path: Path, table: P
     assert done.code == 2
     assert "--provenance watermark needs images of at least 256x256 pixels" in done.stderr
     assert not (tmp_path / "out" / "run.json").exists()
-    rows = [["prompt", "height"], [PROMPT, 128], [PROMPT, MIN_SIDE]]
+    rows: list[list[Any]] = [["prompt", "height"], [PROMPT, 128], [PROMPT, MIN_SIDE]]
     done = run(write_csv(tmp_path / "t.csv", rows), tmp_path / "out", *WATERMARKED)
     assert done.code == 3
     invalid, valid = results(tmp_path / "out")
