@@ -153,7 +153,9 @@ def test_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert check_all(out, tmp_path / "again", monkeypatch) >= 4
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux", "z_image"])
+@pytest.mark.parametrize(
+    "name", ["pixart", *(pytest.param(name, marks=pytest.mark.promises) for name in ("flux", "z_image"))]
+)
 def test_other_pipelines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = SAVE_FUNCTIONS[name](tmp_path / name)
     fixed = ("negative_prompt", "guidance_rescale", "height", "width")
