@@ -136,7 +136,7 @@ def test_every_option_is_a_setting() -> None:
             *("--height", "72", "--width", "80", "--negative-prompt", "n", "--images-per-prompt", "2", "--seed", "9"),
             *("--safety", "checker", "--on-flagged", "drop", "--require-safety", "--image-format", "webp"),
             *("--results", "csv", "--results", "jsonl", "--base64", "--max-failed", "1%", "--overwrite"),
-            *("--price-per-hour", "2.5", "--rerender-changed", "--sign-key", "k.pem"),
+            *("--price-per-hour", "2.5", "--rerender-changed", "--sign-key", "k.pem", "--sink", "parquet"),
             *("--provenance", "c2pa,iptc", "--c2pa-cert", "c.pem", "--c2pa-key", "s.pem", "--no-prompt-metadata"),
         )
     )
@@ -171,7 +171,13 @@ def test_every_option_is_a_setting() -> None:
             "seed": 9,
         },
         "safety": {"mode": "checker", "on_flagged": "drop", "required": True, "service": None},
-        "output": {"image_format": "webp", "results": ("csv", "jsonl"), "base64": True, "sign_key": "k.pem"}
+        "output": {
+            "image_format": "webp",
+            "results": ("csv", "jsonl"),
+            "base64": True,
+            "sign_key": "k.pem",
+            "sink": "parquet",
+        }
         | {"provenance": {"marks": ("iptc", "c2pa"), "prompt_metadata": False, "signer": signer}},
         "compute": {
             "slots": 6,

@@ -20,7 +20,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from batch_infer.images import decode, hash_pixels
-from batch_infer.manifest import Manifest
+from batch_infer.manifest import Manifest, run_number
 from batch_infer.records import Verdict
 from batch_infer.safety.checker import StableDiffusionChecker
 from batch_infer.settings import SinkName
@@ -283,11 +283,95 @@ def test_a_shard_that_cannot_be_read_is_rendered_again(out: Path, table: Path, s
     problems = json.loads(runs.command("verify", out, "--json").stdout)["problems"]
     assert {problem["kind"] for problem in problems} == {"missing_image"}
     assert len(problems) == len(ROWS) - len(FLAGGED)
-    statuses = ("--status", "missing") if damage == "removed" else ("--status", "missing", "--status", "damaged")
-    done = runs.command("retry", out, *statuses, "--json")
+    done = runs.command("retry", out, "--status", "missing", "--json")
     assert json.loads(done.stdout)["rendered"] == len(problems), done.stderr
     assert pixels(out) == before
     assert_consistent(out)
+
+
+@every_sharded_sink
+def test_an_image_that_is_replaced_leaves_a_damaged_shard_as_it_is(
+    out: Path, table: Path, sink: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The intact images of the shard must not be lost with the damaged one."""
+    monkeypatch.setattr("batch_infer.sinks.parquet.ROW_GROUP_BYTES", 1)
+    out = tmp_path / "small groups"
+    render(table, out, sink)
+    (shard,) = shards(out)
+    images = {row["id"]: row["generated_image"] for row in runs.results(out) if row["id"] not in FLAGGED}
+    contents = {name: make_sink(out).read(path) for name, path in images.items()}
+    damaged = bytearray(shard.read_bytes())
+    victim = contents["Row.1"]
+    assert victim is not None
+    if sink == "parquet":  # a page checksum differs
+        damaged[damaged.index(victim) + 20] ^= 1
+    else:  # the file is truncated in its last image
+        name, victim = max(contents.items(), key=lambda item: damaged.index(item[1] or b""))
+        damaged = damaged[: damaged.index(victim or b"") + 20]
+    shard.write_bytes(damaged)
+    rows = [[name, "a grey triangle" if name == "row.1" else prompt, tag] for name, prompt, tag in ROWS]
+    changed = write_csv(tmp_path / "t.csv", [["id", "prompt", "tag"], *rows])
+    render(changed, out, sink)
+    readable = {name for name, path in images.items() if make_sink(out).read(path) == contents[name]}
+    assert len(readable) >= len(images) - 1
+    assert shard.read_bytes() == damaged
+
+
+@every_sharded_sink
+def test_a_linked_folder_of_shards_is_not_part_of_out(out: Path, table: Path, sink: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (out / "shards").rename(elsewhere)
+    (elsewhere / f"ffff-1{SUFFIXES[sink]}").write_bytes(b"precious")
+    (out / "shards").symlink_to(elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    assert {problem["kind"] for problem in json.loads(runs.command("verify", out, "--json").stdout)["problems"]} == {
+        "missing_image"
+    }
+    assert "is a link" in render(table, out, sink, code=2)["error"]
+    runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+
+
+@every_sharded_sink
+def test_a_late_listing_of_the_manifest_removes_no_shard(out: Path, sink: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may show a retry's shard, but not yet its part, and the old results suffice for merging."""
+    shards(out)[0].unlink()
+    listed = Manifest.parts
+
+    def list_old(manifest: Manifest, since_run: int = 0) -> Any:
+        return [part for part in listed(manifest, since_run) if run_number(part) < 2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "parts", list_old)
+        runs.command("retry", out, "--status", "missing")
+    assert runs.command("merge", out).code == 0
+    assert_consistent(out)
+
+
+@every_sharded_sink
+def test_shards_in_a_folder_of_tables_are_not_read(table: Path, tmp_path: Path, sink: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(table, folder)
+    for rendered in (len(ROWS), 0):
+        assert render(folder, folder / "out", sink)["rendered"] == rendered
+    assert render(folder, tmp_path / "other", sink)["rendered"] == len(ROWS)
+
+
+def test_ids_that_differ_by_case_have_different_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch_infer.store.local_images.is_case_sensitive", lambda folder: False)
+    table = write_csv(tmp_path / "t.csv", [["id", "prompt"], ["a", "a red circle"], ["A", "a blue square"]])
+    render(table, tmp_path / "out", "webdataset", "--safety", "none")
+    names = {path.partition("#")[2].lower() for path in members(tmp_path / "out")}
+    assert len(names) == 2
+    assert_consistent(tmp_path / "out")
+
+
+def test_a_carried_column_named_image_does_not_hide_the_image(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["id", "prompt", "image", "input_image"], ["a", "a red circle", "x", "y"]])
+    render(table, tmp_path / "out", "parquet", "--safety", "none")
+    ((_, (image, row)),) = read_samples(tmp_path / "out", "parquet")
+    assert (image.size, row["input_input_image"], row["input_image"]) == ((64, 64), "x", "y")
 
 
 @every_sharded_sink

@@ -7,7 +7,7 @@ own types such as datetime.
 
 from batch_infer.carried.common_types import find_common_type, make_converter, make_result_names
 from batch_infer.carried.json_text import format_value, shorten_float32, to_json
-from batch_infer.carried.portable import to_portable, to_portable_type
+from batch_infer.carried.portable import rename_reserved, to_portable, to_portable_type
 from batch_infer.carried.result_types import convert_items, to_result_type
 from batch_infer.carried.text import Convert, JsonNumber, make_python_reader, to_python_values, to_text
 from batch_infer.carried.values import estimate_bytes, to_array, to_result_array, to_values
@@ -22,6 +22,7 @@ __all__ = [
     "make_converter",
     "make_python_reader",
     "make_result_names",
+    "rename_reserved",
     "shorten_float32",
     "to_array",
     "to_json",

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pyarrow as pa
+from pyarrow import types
 
 from batch_infer.carried.text import to_text
 from batch_infer.carried.values import to_values
 
 
+def rename_reserved(names: Sequence[str], reserved: Mapping[str, str]) -> list[str]:
+    """Return column names in which those that `reserved` maps have new names, which no other column has."""
+    renamed: list[str] = []
+    for name in names:
+        new_name = reserved.get(name, name)
+        while new_name in renamed or (new_name != name and new_name in names):
+            new_name = f"input_{new_name}"
+        renamed.append(new_name)
+    return renamed
+
+
 def to_portable_type(dtype: pa.DataType) -> pa.DataType:
     """Return a type that Hugging Face's datasets reads, which is text for maps, extension types and dictionaries."""
-    is_portable = not any(word in str(dtype) for word in ("map<", "extension<", "dictionary<"))
-    return dtype if is_portable else pa.string()
+    return dtype if _is_portable(dtype) else pa.string()
+
+
+def _is_portable(dtype: pa.DataType) -> bool:
+    if types.is_map(dtype) or types.is_dictionary(dtype) or isinstance(dtype, pa.BaseExtensionType):
+        return False
+    return all(_is_portable(dtype.field(position).type) for position in range(dtype.num_fields))
 
 
 def to_portable(table: pa.Table) -> pa.Table:

@@ -87,7 +87,7 @@ class RunExecution:
             counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
         self._store.check()
         if self._committed or not ended_cleanly(self._job.earlier):
-            self._folder.remove_unnamed_images()
+            self._folder.remove_unnamed_images(counts)
         remove_other_results(self._store, old_results, self._job.settings.output)
         summary, price = self._summary, self._job.settings.price_per_hour
         summary.counts, summary.seconds = counts, time.monotonic() - started
@@ -223,6 +223,7 @@ class RunExecution:
         if self._throughput is not None:
             self._throughput.add(rows)
         self._compaction.count_part()
+        self._folder.count_shards(rows)
         for row in rows:
             self._bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
         self._progress.committed(rows)

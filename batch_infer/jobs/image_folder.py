@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.carried import to_portable, to_portable_type
+from batch_infer.carried import rename_reserved, to_portable, to_portable_type
 from batch_infer.settings import METADATA
 from batch_infer.store import Store
 
@@ -29,17 +29,13 @@ log = logging.getLogger("batch_infer")
 class ImageFolderWriter:
     """Writes the results of images that are not flagged, with `file_name` instead of `generated_image`.
 
-    Flagged images are left out: whatever --on-flagged says, a black or unsafe image is no training data. Other columns
-    keep their names, unless `datasets` would take them for images.
+    Flagged images are left out, whatever --on-flagged says: a black or unsafe image must not become training data.
+    Other columns keep their names, unless `datasets` would take them for images.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._names: list[str] = []
-        for column in schema.names:
-            name = "file_name" if column == "generated_image" else _rename(column)
-            while name in self._names or (name != column and name in schema.names):
-                name = f"input_{name}"
-            self._names.append(name)
+        reserved = {name: _rename(name) for name in schema.names} | {"generated_image": "file_name"}
+        self._names = rename_reserved(schema.names, reserved)
         fields = [
             pa.field(name, to_portable_type(column.type)) for name, column in zip(self._names, schema, strict=True)
         ]

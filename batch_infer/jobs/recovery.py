@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StorageError
 from batch_infer.jobs.out import FOLDERS
+from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import SCHEMA, Manifest, ManifestIndex, commit_time, read_part
-from batch_infer.sinks import SHARD_FOLDER, Sink, is_image_path, make_sink, original_path
+from batch_infer.sinks import Sink, is_image_path, make_sink, original_path
 from batch_infer.store import Out, Store, StoredFile, is_temporary, marker_name, open_store, prefetch
 
 RECENT_SECONDS = 600.0
@@ -112,16 +113,18 @@ def restore_images(store: Store, backups: Sequence[str], index: ManifestIndex) -
             sink.remove(backup)
 
 
-def remove_unnamed_images(store: Store) -> None:
+def remove_unnamed_images(store: Store, record: Mapping[str, Any], counts: Counts, committed: Collection[str]) -> None:
     """Remove from shards the images that no result names: replaced ones, and those of killed runs.
 
-    The caller holds the lock, no worker is writing, and the manifest lists all results. Raises StorageError,
+    This is left to a later command if rows have no result yet, since their parts may only be moved away, or if a worker
+    on another machine was lost, since it may still be writing. `record` is run.json, `counts` are those of the merge,
+    and `committed` are the shards that this command committed. The caller holds the lock. Raises StorageError,
     DamagedPartError, NewerPartError.
     """
     sink = make_sink(store)
-    if sink.list_files(SHARD_FOLDER):
+    if not record.get("has_strays") and not counts.remaining and sink.list_shards():
         with Manifest(store).index() as index:
-            sink.remove_unnamed(index.iterate_shard_members())
+            sink.remove_unnamed(index.iterate_shard_members(), committed)
 
 
 def set_aside(store: Store, damage: DamagedPartError) -> str:
@@ -155,7 +158,7 @@ def is_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None)
 
 
 def read_intact(sink: Sink, path: str, sha256: str | None, byte_count: int | None) -> bytes | None:
-    """Return the bytes of an image, or None if it is missing, damaged or outside images/ and quarantine/.
+    """Return the bytes of an image, or None if it is missing, damaged or outside images/, quarantine/ and shards/.
 
     Raises StorageError if it cannot be read for another reason.
     """

@@ -209,6 +209,5 @@ class _RescoreExecution:
         with Manifest(self._store).index() as index:
             items = tables.read_rows(self._rules, make_finished_check(index))
             counts = merge(items, index, tables.carried, self._store, self._settings.output)
-        if not counts.remaining:  # the manifest lists all results
-            remove_unnamed_images(self._store)
+        remove_unnamed_images(self._store, self._record, counts, committed=())
         return counts

@@ -99,8 +99,9 @@ class _SkipOtherStatuses:
 
     def _is_missing(self, path: str) -> bool:
         """Return whether an image is missing. Lists each folder once, as long as the images are in table order."""
-        member = parse_member(path)
-        folder, _, name = (path if member is None else member.shard).rpartition("/")
+        if parse_member(path):
+            return not self._sink.has(path)
+        folder, _, name = path.rpartition("/")
         if folder != self._folder:
             self._folder, self._files = folder, self._sink.list_files(folder)
         return name not in self._files

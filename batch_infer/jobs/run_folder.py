@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest, find_results
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, remove_unnamed_images, set_aside
+from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest, ManifestIndex, read_part, run_number
+from batch_infer.records import ResultRow
 from batch_infer.settings import SHARED_NAMES
-from batch_infer.sinks import is_image_path, make_sink
+from batch_infer.sinks import is_image_path, make_sink, parse_member
 from batch_infer.store import IMAGE_FOLDERS, Store
 
 
@@ -30,6 +32,7 @@ class RunFolder:
         self.store, self.manifest = job.store, Manifest(job.store)
         self.is_cleared = not (job.settings.overwrite and self.store.exists(outdir.RUN_JSON))
         self._stop = stop
+        self._shards = set[str]()
         self._record: Mapping[str, Any] = job.record
         self._earlier, self._number = job.earlier, job.number
 
@@ -60,13 +63,14 @@ class RunFolder:
             else:
                 self.store.remove([outdir.RUN_JSON])
 
-    def remove_unnamed_images(self) -> None:
-        """Remove the images from shards that no result names, once the manifest lists all results.
+    def count_shards(self, rows: Sequence[ResultRow]) -> None:
+        """Remember the shards of rows that were committed."""
+        members = (parse_member(row.generated_image or "") for row in rows)
+        self._shards.update(member.shard for member in members if member is not None)
 
-        If a worker on another machine was lost, it may still be writing, so this is left to the next run.
-        """
-        if not self._record.get("has_strays"):
-            remove_unnamed_images(self.store)
+    def remove_unnamed_images(self, counts: Counts) -> None:
+        """Remove the images from shards that no result names, after a merge with these counts."""
+        remove_unnamed_images(self.store, self._record, counts, self._shards)
 
     def clear(self) -> None:
         """For --overwrite, remove the old files. Raises StoppedError, StorageError, UsageError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import PurePosixPath
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from batch_infer.records import PromptRequest, Source, StoredImage
 from batch_infer.sinks.names import Collisions, ImageIndex, hashed_name, safe_name
 from batch_infer.sinks.parquet import ParquetFormat
-from batch_infer.sinks.shards import SHARD_FOLDER, CommitLimits, ShardReader, parse_member
+from batch_infer.sinks.shards import CommitLimits, ShardReader, parse_member
 from batch_infer.sinks.webdataset import TarFormat
 from batch_infer.store import IMAGE_FOLDERS, FileDigest, Out, is_inside, open_store, original_name, unique_name
 
@@ -134,9 +134,10 @@ class FolderSink:
             return member.image in self._shards.get_sizes(member.shard)
         return is_image_path(path) and self._store.has_image(path)
 
+    def list_shards(self) -> list[str]:
+        return self._shards.list_shards()
+
     def list_files(self, folder: str) -> set[str]:
-        if folder == SHARD_FOLDER:
-            return {shard.rpartition("/")[2] for shard in self._shards.list_shards()}
         return self._store.list_images(folder) if is_image_path(f"{folder}/_") else set()
 
     def list_images(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
@@ -145,7 +146,7 @@ class FolderSink:
 
     def read(self, path: str, length: int | None = None) -> bytes | None:
         if (member := parse_member(path)) is not None:
-            content = self._shards.read(member)
+            content = self._shards.read(member, length)
             return content if content is not None and length in (None, len(content)) else None
         return self._store.read_image(path, length) if is_image_path(path) else None
 
@@ -159,15 +160,16 @@ class FolderSink:
         content = self.read(path)
         return None if content is None else FileDigest(hashlib.sha256(content).hexdigest(), len(content))
 
-    def remove_unnamed(self, paths: Iterable[str]) -> None:
-        named = set()
+    def remove_unnamed(self, paths: Iterable[str], committed: Collection[str] = ()) -> None:
+        named = set[str]()
         for shard, group in groupby(paths, lambda path: path.partition("#")[0]):
             named.add(shard)
             members = [member for path in group if (member := parse_member(path)) is not None]
             if members and len(members) < members[0].count:
                 self._store.check()
                 self._shards.keep(shard, {member.image for member in members})
-        if unnamed := [shard for shard in self._shards.list_shards() if shard not in named]:
+        unnamed = [shard for shard in self._shards.list_shards() if shard not in named]
+        if unnamed and named.issuperset(committed):
             self._store.check()
             self._store.remove(unnamed)
 

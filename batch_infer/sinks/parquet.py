@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batch_infer.carried import to_portable
+from batch_infer.carried import rename_reserved, to_portable
 from batch_infer.sinks.shards import Sample
 
 IMAGE = "image"
 _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = {"huggingface": json.dumps({"info": {"features": {IMAGE: {"_type": "Image"}}}})}
 ROW_GROUP_BYTES = 8 << 20
-"""Size in bytes of its images at which a row group ends. Reading one image reads its row group."""
+"""Total size in bytes of images at which a row group is complete. Reading one image reads its row group."""
 
 
 class ParquetFormat:
@@ -30,8 +30,7 @@ class ParquetFormat:
     suffix = ".parquet"
 
     def write(self, path: Path, samples: Iterable[Sample], rows: pa.Table) -> None:
-        names = [f"input_{name}" if name == IMAGE else name for name in rows.column_names]
-        rows = to_portable(rows.rename_columns(names))
+        rows = to_portable(rows.rename_columns(rename_reserved(rows.column_names, {IMAGE: f"input_{IMAGE}"})))
         _write(path, (_make_table(group, rows) for group in _split(samples)), rows.schema)
 
     def load(self, file: pa.NativeFile) -> ParquetShard:
@@ -44,18 +43,19 @@ class ParquetShard:
     def __init__(self, file: pa.NativeFile) -> None:
         self._file = pq.ParquetFile(file, page_checksum_verification=True)
         self._group: tuple[int, pa.Table] | None = None
-        self._places: dict[str, tuple[int, int]] = {}
+        self._locations: dict[str, tuple[int, int]] = {}
         """Row group and row of each image."""
         sizes: dict[str, int] = {}
         for number in range(self._file.num_row_groups):
             table = self._file.read_row_group(number, columns=[f"{IMAGE}.path", "image_bytes"])
             names = pc.struct_field(table[IMAGE], "path").to_pylist()
-            self._places |= {name: (number, row) for row, name in enumerate(names)}
-            sizes |= dict(zip(names, table["image_bytes"].to_pylist(), strict=True))
+            for row, (name, size) in enumerate(zip(names, table["image_bytes"].to_pylist(), strict=True)):
+                if isinstance(name, str) and isinstance(size, int):
+                    self._locations[name], sizes[name] = (number, row), size
         self.sizes: Mapping[str, int] = sizes
 
     def read(self, name: str) -> bytes:
-        number, row = self._places[name]
+        number, row = self._locations[name]
         if self._group is None or self._group[0] != number:
             self._group = number, self._file.read_row_group(number, columns=[f"{IMAGE}.bytes"])
         return bytes(self._group[1][IMAGE][row]["bytes"].as_py() or b"")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from batch_infer.errors import StorageError
 from batch_infer.records import BOOKKEEPING, PromptRequest, digest
 from batch_infer.sinks.folder import FolderSink
-from batch_infer.sinks.names import hashed_name, safe_name
 from batch_infer.sinks.shards import SHARD_FOLDER, CommitLimits, Sample, ShardFormat, parse_member
 from batch_infer.store import Out
 
 SHARD_BYTES = 256 << 20
-"""Size in bytes of its images at which a shard ends."""
+"""Total size in bytes of images at which a shard is complete."""
 SHARD_ROWS = 1024
 """Maximum number of images in a shard."""
 SHARD_SECONDS = 30.0
@@ -24,7 +25,8 @@ SHARD_SECONDS = 30.0
 If rows were committed as often as with image files, every two seconds, a slow model would write tiny shards.
 """
 OMITTED_COLUMNS = BOOKKEEPING | {
-    *("generated_image", "status", "error", "nsfw_content_detected", "safety_checker", "safety_scores", "fingerprint")
+    *("generated_image", "status", "error", "nsfw_content_detected", "safety_checker", "safety_scores", "fingerprint"),
+    *("source_file", "source_row"),
 }
 """Result columns that are not in shards, because a rescore or the next run may change them."""
 
@@ -44,19 +46,23 @@ class ShardedSink(FolderSink):
     def path_of(self, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False) -> str:
         if is_flagged or quarantine:
             return super().path_of(request, is_flagged=is_flagged, quarantine=quarantine)
-        return _staged_path(request, self._suffix)
+        return self._staged_path(request, self._suffix)
+
+    def possible_paths(self, request: PromptRequest) -> set[str]:
+        return super().possible_paths(request) | {
+            super(ShardedSink, self).path_of(_with_unique_names(request), is_flagged=True, quarantine=quarantine)
+            for quarantine in (False, True)
+        }
 
     def path_after_rescore(
         self, path: str, request: PromptRequest, *, is_flagged: bool = False, quarantine: bool = False
     ) -> str:
         is_member = parse_member(path) is not None
         if not is_flagged:
-            return path if is_member else _staged_path(request, PurePosixPath(path).suffix)
+            return path if is_member else self._staged_path(request, PurePosixPath(path).suffix)
         if not is_member:
             return self.path_in(path, quarantine=quarantine)
-        # Names that differ from all others, because the request was not compared with the committed images.
-        request = replace(request, id_collides=True, stem_collides=True)
-        return super().path_of(request, is_flagged=True, quarantine=quarantine)
+        return super().path_of(_with_unique_names(request), is_flagged=True, quarantine=quarantine)
 
     def publish(self, paths: Iterable[str], make_rows: Callable[[], pa.Table]) -> Mapping[str, str]:
         names = list(paths)
@@ -73,12 +79,12 @@ class ShardedSink(FolderSink):
 
     def _write_shard(self, rows: pa.Table) -> dict[str, str]:
         """Write a shard with the staged images of these rows, and return their paths in it by their staged paths."""
-        staged = rows["generated_image"].to_pylist()
-        keys = zip(*(rows[name].to_pylist() for name in ("id", "image_index", "sha256")), strict=True)
+        staged, hashes = rows["generated_image"].to_pylist(), rows["sha256"].to_pylist()
+        keys = zip(rows["id"].to_pylist(), rows["image_index"].to_pylist(), hashes, strict=True)
         shard = f"{SHARD_FOLDER}/{digest(list(map(list, keys)))}-{len(rows)}{self._format.suffix}"
         names = [name.rpartition("/")[2] for name in staged]
         samples = (
-            Sample(name, self._store.read_staged(path), row)
+            Sample(name, self._read_staged(path, hashes[row]), row)
             for row, (name, path) in enumerate(zip(names, staged, strict=True))
         )
         columns = [name for name in rows.column_names if name not in OMITTED_COLUMNS]
@@ -86,15 +92,26 @@ class ShardedSink(FolderSink):
             self._format.write(temporary, samples, rows.select(columns))
         return {path: f"{shard}#{name}" for path, name in zip(staged, names, strict=True)}
 
+    def _read_staged(self, path: str, sha256: str) -> bytes:
+        """Return the bytes of a staged image. Raises StorageError if another program has changed them."""
+        content = self._store.read_staged(path)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise StorageError(f"the temporary file for {self._store.locate(path)} has changed; run again")
+        return content
 
-def _staged_path(request: PromptRequest, suffix: str) -> str:
-    """Return the path of an image until its row is committed. A WebDataset key ends at the first dot."""
-    name = hashed_name(request.id) if "." in request.id else safe_name(request.id, capitals=True)
-    return f"{SHARD_FOLDER}/{name}-{request.image_index}{suffix}"
+    def _staged_path(self, request: PromptRequest, suffix: str) -> str:
+        """Return the path of an image until its row is committed. A WebDataset key ends at the first dot."""
+        name = self._name(SHARD_FOLDER, request.id, collides=request.id_collides or "." in request.id)
+        return f"{SHARD_FOLDER}/{name}-{request.image_index}{suffix}"
+
+
+def _with_unique_names(request: PromptRequest) -> PromptRequest:
+    """Return a request whose file has a name that no other image can have, without comparing it with other images."""
+    return replace(request, id_collides=True, stem_collides=True)
 
 
 def _split(staged: list[str], rows: pa.Table) -> Iterator[list[int]]:
-    """Yield the numbers of the rows with these images, one shard after another."""
+    """Yield the row numbers of each shard. `staged` are the paths of the images in `rows`."""
     positions = {path: row for row, path in enumerate(rows["generated_image"].to_pylist())}
     sizes = rows["image_bytes"].to_pylist()
     group: list[int] = []

@@ -19,10 +19,12 @@ from batch_infer.errors import StorageError
 from batch_infer.store import Store
 
 SHARD_FOLDER = "shards"
-OPEN_SHARDS = 16
+OPEN_SHARDS = 8
 """Number of shards that stay open, because images in table order may alternate between shards."""
 _PATH = re.compile(r"(?P<shard>shards/[0-9a-f]+-(?P<count>[0-9]{1,9})(?P<suffix>\.[a-z]+))#(?P<image>[^/#\0]+)")
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, pa.ArrowException)
+"""Exceptions that reading a damaged or edited shard raises. An OSError with an errno is not about the content."""
 
 T = TypeVar("T")
 
@@ -33,6 +35,10 @@ class CommitLimits:
 
     rows: int
     seconds: float
+
+
+class DamagedShardError(ValueError):
+    """A shard cannot be read, or not completely."""
 
 
 class Sample(NamedTuple):
@@ -93,17 +99,19 @@ class ShardReader:
 
     def __init__(self, store: Store, formats: Sequence[ShardFormat]) -> None:
         self._store, self._formats = store, {shard_format.suffix: shard_format for shard_format in formats}
-        self._open: OrderedDict[str, tuple[ExitStack, Shard | None]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[ExitStack, Shard]] = OrderedDict()
         self._lock = threading.RLock()
 
     def list_shards(self) -> list[str]:
-        """Return the sorted paths of the shards."""
+        """Return the sorted paths of the shards. A linked folder counts as empty, because it is not part of OUT."""
+        if self._store.is_link(SHARD_FOLDER):
+            return []
         paths = (f"{SHARD_FOLDER}/{name}" for name in self._store.list_folder(SHARD_FOLDER))
         return [path for path in paths if parse_member(f"{path}#_")]
 
     def list_members(self) -> Iterator[tuple[str, int]]:
         """Yield the path and size in bytes of each image in the shards, sorted by path."""
-        for shard in self._store.prefetch(self.list_shards()):
+        for shard in self.list_shards():  # without prefetching, since shards are large
             sizes = self.get_sizes(shard)
             yield from ((f"{shard}#{name}", sizes[name]) for name in sorted(sizes))
 
@@ -113,18 +121,26 @@ class ShardReader:
             opened = self._get(shard)
             return {} if opened is None else opened.sizes
 
-    def read(self, member: Member) -> bytes | None:
-        """Return the bytes of an image, fewer if its shard is truncated, or None if it is missing or unreadable."""
+    def read(self, member: Member, length: int | None = None) -> bytes | None:
+        """Return the bytes of an image, or fewer if its shard is truncated.
+
+        Return None if it is missing or unreadable, or if its size differs from `length`, if given.
+        """
         with self._lock:
             opened = self._get(member.shard)
-            if opened is None or member.image not in opened.sizes:
+            if opened is None or opened.sizes.get(member.image) is None:
                 return None
-            return self._unless_damaged(member.shard, lambda: opened.read(member.image))
+            if length not in (None, opened.sizes[member.image]):
+                return None
+            try:
+                return self._read(member.shard, lambda: opened.read(member.image))
+            except DamagedShardError:
+                return None
 
     def keep(self, shard: str, images: Collection[str]) -> bool:
         """Remove all images but these from a shard, atomically.
 
-        Return False without a change if the shard does not have all these images or cannot be read.
+        Return False without a change if the shard does not have all these images or one of them cannot be read.
         """
         with self._lock:
             opened = self._get(shard)
@@ -132,10 +148,26 @@ class ShardReader:
                 return False
             if len(opened.sizes) == len(images):
                 return True
-            with self._store.write(shard) as path:
-                self._unless_damaged(shard, lambda: opened.keep(images, path))
-            self.close()
+            try:
+                with self._store.write(shard) as path:
+                    self._copy(opened, shard, images, path)
+                    self.close()  # because Windows cannot replace an open file
+            except DamagedShardError:
+                return False
             return True
+
+    def _copy(self, opened: Shard, shard: str, images: Collection[str], path: Path) -> None:
+        """Write these images of a shard to a new file. Raises DamagedShardError, and OSError if the disk is full."""
+        try:
+            opened.keep(images, path)
+            with pa.memory_map(str(path)) as file:
+                sizes = self._get_format(shard).load(file).sizes
+        except _DAMAGE as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise DamagedShardError(str(error)) from error
+        if sizes != {name: opened.sizes[name] for name in images}:
+            raise DamagedShardError(f"{shard} is truncated")
 
     def close(self) -> None:
         """Close all shards, which are opened again when they are needed."""
@@ -144,28 +176,39 @@ class ShardReader:
                 self._open.popitem()[1][0].close()
 
     def _get(self, shard: str) -> Shard | None:
-        """Open a shard, and close the one that was used least recently if too many are open."""
+        """Open a shard, and close the one that was used least recently if too many are open.
+
+        Return None if it is missing or damaged.
+        """
         if shard not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1][0].close()
-            stack = ExitStack()
-            self._open[shard] = stack, self._unless_damaged(shard, lambda: self._open_shard(shard, stack))
+            with ExitStack() as stack:
+                try:
+                    opened = self._read(shard, lambda: self._open_shard(shard, stack))
+                except DamagedShardError:
+                    return None
+                self._open[shard] = stack.pop_all(), opened
         self._open.move_to_end(shard)
         return self._open[shard][1]
 
-    def _open_shard(self, shard: str, stack: ExitStack) -> Shard | None:
-        member = parse_member(f"{shard}#_")
-        if member is None or member.suffix not in self._formats or self._store.is_link(shard):
-            return None
-        file = stack.enter_context(self._store.open_file(shard))
-        return self._formats[member.suffix].load(file)
+    def _open_shard(self, shard: str, stack: ExitStack) -> Shard:
+        if self._store.is_link(SHARD_FOLDER) or self._store.is_link(shard):
+            raise DamagedShardError(f"{shard} is a link")
+        return self._get_format(shard).load(stack.enter_context(self._store.open_file(shard)))
 
-    def _unless_damaged(self, shard: str, action: Callable[[], T]) -> T | None:
-        """Return the result of an action, or None if the shard is missing or damaged. Raises StorageError."""
+    def _get_format(self, shard: str) -> ShardFormat:
+        member = parse_member(f"{shard}#_")
+        if member is None or member.suffix not in self._formats:
+            raise DamagedShardError(f"{shard} is not a shard")
+        return self._formats[member.suffix]
+
+    def _read(self, shard: str, action: Callable[[], T]) -> T:
+        """Return the result of an action that reads a shard. Raises StorageError, DamagedShardError."""
         try:
             return action()
-        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-            number = getattr(error, "errno", None)  # None for errors about the content
+        except _DAMAGE as error:
+            number = getattr(error, "errno", None)
             if number is None or number in _MISSING:
-                return None
+                raise DamagedShardError(str(error)) from error
             raise StorageError(f"cannot read {self._store.locate(shard)}: {os.strerror(number)}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import pyarrow as pa
@@ -74,14 +74,21 @@ class Sink(Protocol):
     def remove(self, *paths: str) -> None:
         """Remove those of these image files that exist. Images in shards stay until `remove_unnamed`."""
 
-    def remove_unnamed(self, paths: Iterable[str]) -> None:
-        """Remove all images from shards except these, which are sorted. No other process may write to OUT."""
+    def remove_unnamed(self, paths: Iterable[str], committed: Collection[str] = ()) -> None:
+        """Remove all images from shards except these, which are sorted. No other process may write to OUT.
+
+        `committed` are the shards that the caller has just committed. If `paths` lacks one of them, a network file
+        system lists the manifest as it was, so no shard is removed as a whole.
+        """
 
     def has(self, path: str) -> bool:
         """Return whether an image exists at this path."""
 
     def list_files(self, folder: str) -> set[str]:
-        """Return the names of the image files, or of the shards, in a folder of OUT."""
+        """Return the names of the image files in a folder of OUT."""
+
+    def list_shards(self) -> list[str]:
+        """Return the paths of the shards."""
 
     def list_images(self, *, needs_sizes: bool = True) -> Iterator[tuple[str, int | None]]:
         """Yield the path and size in bytes of all images, as `Store.list_image_files` does."""

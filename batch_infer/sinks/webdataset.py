@@ -1,7 +1,7 @@
 """Write and read tar shards by the conventions of WebDataset.
 
-All files of a sample have the same name up to the first dot, its key, and stand next to each other: KEY.png, or another
-image format, and KEY.json with the columns of its row. See https://github.com/webdataset/webdataset.
+All files of a sample have the same name up to the first dot, its key, and are adjacent: KEY.png, or another image
+format, and KEY.json with the columns of its row. See https://github.com/webdataset/webdataset.
 """
 
 from __future__ import annotations
@@ -41,35 +41,36 @@ class TarShard:
 
     def __init__(self, file: pa.NativeFile) -> None:
         self._file = file
-        self._places = _read_places(file)
+        self._end = file.size()
+        self._locations = _read_locations(file)
         self.sizes: Mapping[str, int] = {
-            name: size for name, (_, size) in self._places.items() if not name.endswith(_METADATA)
+            name: size for name, (_, size) in self._locations.items() if not name.endswith(_METADATA)
         }
 
     def read(self, name: str) -> bytes:
-        offset, size = self._places[name]
+        offset, size = self._locations[name]
         self._file.seek(offset)
-        return bytes(self._file.read(size))
+        return bytes(self._file.read(max(0, min(size, self._end - offset))))
 
     def keep(self, names: Collection[str], path: Path) -> None:
         kept = {other for name in names for other in (name, _metadata_name(name))}
         with tarfile.open(path, "w") as tar:
-            for name in self._places:
+            for name in self._locations:
                 if name in kept:
                     _add(tar, name, self.read(name))
 
 
-def _read_places(file: pa.NativeFile) -> dict[str, tuple[int, int]]:
+def _read_locations(file: pa.NativeFile) -> dict[str, tuple[int, int]]:
     """Return the offset and size of each file in a tar file by its name, up to the first damaged header."""
-    places: dict[str, tuple[int, int]] = {}
+    locations: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isreg():
-                    places[member.name] = member.offset_data, member.size
-    except tarfile.TarError:
+                    locations[member.name] = member.offset_data, member.size
+    except (tarfile.TarError, ValueError, RecursionError):
         pass
-    return places
+    return locations
 
 
 def _metadata_name(name: str) -> str:

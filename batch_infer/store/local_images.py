@@ -209,6 +209,8 @@ class LocalImages:
                     )
                 if folder.parent == self.root:
                     self._pin(folder)
+            elif is_link(folder):
+                raise StorageError(f"{folder} is a link; only images/ and quarantine/ may be: replace it with a folder")
             self._created_folders.add(folder)
 
     def _forget_folders(self) -> None:

@@ -119,6 +119,8 @@ class Store(Protocol):
     def open_file(self, name: str) -> AbstractContextManager[pa.NativeFile]:
         """Open a file for random access. A store may cache it, so it must be one that never changes.
 
+        A shard may only lose images that no result names. An older copy of it serves as well.
+
         Raises OSError if the file is missing or cannot be read.
         """
         ...

@@ -10,12 +10,13 @@ from glob import has_magic
 from pathlib import PurePosixPath
 
 from batch_infer.errors import TableError
-from batch_infer.settings import RESULTS_FILES
+from batch_infer.settings import METADATA, RESULTS_FILES
 from batch_infer.table.formats import TABLE_SUFFIXES, parse_name
 
 RESULTS = {
     *("run.json", *(name for names in RESULTS_FILES.values() for name in names)),
-    *("manifest", "images", "quarantine", "logs", "gallery"),
+    METADATA,
+    *("manifest", "images", "quarantine", "shards", "logs", "gallery"),
 }
 """Names of the files in OUT that look like tables, and of the folders in OUT that may contain such files."""
 _DOCUMENTATION = re.compile(
