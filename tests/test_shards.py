@@ -300,16 +300,16 @@ def test_an_image_that_is_replaced_leaves_a_damaged_shard_as_it_is(
     (shard,) = shards(out)
     images = {row["id"]: row["generated_image"] for row in runs.results(out) if row["id"] not in FLAGGED}
     contents = {name: make_sink(out).read(path) for name, path in images.items()}
-    damaged = bytearray(shard.read_bytes())
-    victim = contents["Row.1"]
-    assert victim is not None
-    if sink == "parquet":  # a page checksum differs
-        damaged[damaged.index(victim) + 20] ^= 1
-    else:  # the file is truncated in its last image
-        name, victim = max(contents.items(), key=lambda item: damaged.index(item[1] or b""))
-        damaged = damaged[: damaged.index(victim or b"") + 20]
+    content = shard.read_bytes()
+    *_, last = sorted(contents, key=lambda name: content.index(contents[name] or b""))
+    place = content.index(contents[last] or b"") + 20
+    # A page checksum of Parquet differs. The tar file ends in its last image.
+    damaged = (
+        content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] if sink == "parquet" else content[:place]
+    )
     shard.write_bytes(damaged)
-    rows = [[name, "a grey triangle" if name == "row.1" else prompt, tag] for name, prompt, tag in ROWS]
+    replaced = next(name for name in contents if name != last)
+    rows = [[name, "a grey triangle" if name == replaced else prompt, tag] for name, prompt, tag in ROWS]
     changed = write_csv(tmp_path / "t.csv", [["id", "prompt", "tag"], *rows])
     render(changed, out, sink)
     readable = {name for name, path in images.items() if make_sink(out).read(path) == contents[name]}

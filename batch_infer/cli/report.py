@@ -15,7 +15,7 @@ import click
 
 from batch_infer.cli.logs import log, log_error, stop_log
 from batch_infer.errors import StoppedError
-from batch_infer.settings import ResultsFormat, list_results_files
+from batch_infer.settings import ResultsFormat, SinkName, list_results_files
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
 from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
@@ -89,7 +89,9 @@ def print_lines(lines: Iterable[str]) -> None:
         click.echo(escape_controls(line))
 
 
-def summary_lines(summary: Summary, out: str, formats: Sequence[ResultsFormat]) -> Iterator[str]:
+def summary_lines(
+    summary: Summary, out: str, formats: Sequence[ResultsFormat], sink: SinkName = "folder"
+) -> Iterator[str]:
     """Yield the lines of the summary that `run` and `retry` print."""
     counts = summary.counts
     yield format_counts(counts)
@@ -108,7 +110,7 @@ def summary_lines(summary: Summary, out: str, formats: Sequence[ResultsFormat]) 
             yield f"cost     {summary.cost:,.2f}"
     elif not counts.remaining and not summary.rendering_seconds:
         yield "nothing to render" if counts.rows else "nothing to render: no rows"
-    yield f"images   {out}/images"
+    yield f"images   {out}/{'images' if sink == 'folder' else 'shards'}"
     yield format_results(out, formats)
     if summary.unfinished:
         yield f"stopped early: {summary.unfinished:,} left; run the same command again to continue"

@@ -134,6 +134,6 @@ def _execute(
         metrics.conclude(summary, code)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:
-        lines = summary_lines(summary, settings.out, settings.output.results)
+        lines = summary_lines(summary, settings.out, settings.output.results, settings.output.sink)
         print_result(lines, summary.as_dict() if options["as_json"] else None)
     return code
