@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import click
 
@@ -50,12 +50,20 @@ __all__ = [
     "verify",
 ]
 
+
+class ArrowStream(Protocol):
+    """A table of Arrow, a data frame of Polars, or another object with Arrow's PyCapsule interface."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
-Path: TypeAlias = "str | os.PathLike[str]"
-Table: TypeAlias = "Path | tuple[Path, ...] | list[str] | pd.DataFrame | Any"
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Table: TypeAlias = "PathLike | tuple[PathLike, ...] | list[str] | pd.DataFrame | ArrowStream"
 """A TABLE of the command, several as a tuple, a list of prompts, or a data frame. See `make_in_memory`."""
 RESUME = "what was committed is kept: call the same function again to continue"
+UNCHANGED = "the verification is incomplete; nothing was changed"
 log = logging.getLogger("batch_infer")
 
 for _name in ("batch_infer", "py.warnings"):  # otherwise Python prints their warnings to stderr
@@ -65,16 +73,16 @@ for _name in ("batch_infer", "py.warnings"):  # otherwise Python prints their wa
 def run(
     table: Table,
     *,
-    out: Path = "batch-infer-out",
+    out: PathLike = "batch-infer-out",
     column: Mapping[str, str] | Sequence[str] = (),
     id_from: s.IdSource = "row",
     limit: int | None = None,
-    model: Path | None = None,
+    model: PathLike | None = None,
     revision: str | None = None,
     variant: str | None = None,
-    lora: Path | Sequence[Path] = (),
-    lora_folder: Path | None = None,
-    embedding: Path | Sequence[Path] = (),
+    lora: PathLike | Sequence[PathLike] = (),
+    lora_folder: PathLike | None = None,
+    embedding: PathLike | Sequence[PathLike] = (),
     long_prompts: bool = False,
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     quantize: s.Quantization | None = None,
@@ -100,17 +108,17 @@ def run(
     require_safety: bool = False,
     image_format: s.ImageFormat = "png",
     sink: s.SinkName = "folder",
-    provenance: str = "iptc",
-    c2pa_cert: Path | None = None,
-    c2pa_key: Path | None = None,
+    provenance: str | Sequence[str] = "iptc",
+    c2pa_cert: PathLike | None = None,
+    c2pa_key: PathLike | None = None,
     prompt_metadata: bool = True,
     results: s.ResultsFormat | Sequence[s.ResultsFormat] = (),
     base64: bool = False,
-    sign_key: Path | None = None,
+    sign_key: PathLike | None = None,
     max_failed: int | str = 0,
     price_per_hour: float | None = None,
     time_limit: float | str | None = None,
-    metrics_file: Path | None = None,
+    metrics_file: PathLike | None = None,
     rerender_changed: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -123,7 +131,7 @@ def run(
     Raises UsageError for what must be changed first (SettingsError, TableError, ModelError, ...), RetryableError for
     what may pass (LockedError, StorageError, ServiceError, StoppedError at the time limit), and TooManyFailedError at
     the end if more rows failed or were invalid than `max_failed` allows. On Ctrl-C, finished images are committed and
-    results.* written before KeyboardInterrupt is raised. Pressed again, it is raised at once.
+    results.* written before KeyboardInterrupt is raised. A second Ctrl-C raises it immediately.
     """
     with _settings(table, locals()) as (settings, values):
         metrics = cli.Metrics(values["metrics_file"], settings.out, settings.model.name or "demo")
@@ -135,7 +143,8 @@ def run(
             metrics.conclude(summary, code)
     if summary.unfinished:
         reason = f"{TIME_LIMIT} was reached" if stop.reason == TIME_LIMIT else "stopped early"
-        raise StoppedError(f"{reason}, and {summary.unfinished:,} images are left; {RESUME}")
+        left = cli.format_count(summary.unfinished, "image")
+        raise StoppedError(f"{reason} with {left} left; {RESUME}")
     if has_too_many:
         raise _too_many_failed(summary, settings.out)
     return summary
@@ -144,8 +153,8 @@ def run(
 def _too_many_failed(summary: Summary, out: str) -> TooManyFailedError:
     counts = summary.counts
     error = TooManyFailedError(
-        f"{counts.bad_rows:,} of {counts.rows:,} rows failed or are invalid, which is more than max_failed allows; "
-        f"batch_infer.results({out!r}) has their errors, of which the first is {counts.bad_results[0]}"
+        f"{counts.bad_rows:,} of {counts.rows:,} rows failed or are invalid, which is more than max_failed allows. The "
+        f"first error is {counts.bad_results[0]}. batch_infer.results({out!r}) has all of them"
     )
     error.summary = summary
     return error
@@ -187,25 +196,25 @@ def plan(table: Table, **options: Any) -> Plan:
     return plan
 
 
-def status(out: Path) -> RunStatus:
+def status(out: PathLike) -> RunStatus:
     """Return the state and the progress of the run in OUT, which may be active. Raises UsageError, StorageError."""
-    return read_status(cli.parse_out(os.fspath(out)))
+    return read_status(_parse_out(out))
 
 
-def results(out: Path) -> pd.DataFrame:
+def results(out: PathLike) -> pd.DataFrame:
     """Return the results of OUT in table order, one row per image, as a DataFrame with Arrow types.
 
     `generated_image` is an absolute path or a URL, or null without an image. Raises UsageError, StorageError.
     """
-    return read_frame(cli.parse_out(os.fspath(out)))
+    return read_frame(_parse_out(out))
 
 
 def verify(
-    out: Path,
+    out: PathLike,
     table: Table | None = None,
     *,
     quick: bool = False,
-    public_key: Path | None = None,
+    public_key: PathLike | None = None,
     fix: bool = False,
     sample: int | None = None,
     seed: int | None = None,
@@ -217,8 +226,10 @@ def verify(
     Arguments are the options of `batch-infer verify`; `table` replaces the tables of the run, if they were moved or in
     memory. Raises UsageError, and RetryableError, for example at the time limit or if another command is using OUT.
     """
-    if sample is not None and sample < 1:
+    if sample is not None and (not isinstance(sample, int) or sample < 1):
         raise SettingsError(f"sample={sample!r}: pass the number of images to render again")
+    if seed is not None and (sample is None or not isinstance(seed, int) or seed < 0):
+        raise SettingsError(f"seed={seed!r}: pass a whole number from 0, together with sample")
     tables, in_memory = ((), {}) if table is None else _name_tables(table)
     options = VerifyOptions(
         tables=tables,
@@ -232,19 +243,25 @@ def verify(
     group = cli.ProgressGroup(*([cli.ProgressBar(bar_type)] if bar_type else []))
     with (
         in_memory_tables(in_memory),
-        _stoppable(_parse_duration(time_limit)) as stop,
+        _stoppable(_parse_duration(time_limit), hint=UNCHANGED) as stop,
         closing(cli.CheckProgress("image", "checked", shown=progress, bar_type=bar_type)) as check_progress,
     ):
-        return verify_run(cli.parse_out(os.fspath(out)), options, check_progress, group, stop)
+
+        def report(done: int, total: int) -> None:
+            check_progress(done, total)
+            if stop():
+                raise stop.error()
+
+        return verify_run(_parse_out(out), options, report, group, stop)
 
 
-def recipe(out: Path, id: str, image_index: int = 0) -> str:
+def recipe(out: PathLike, id: str, image_index: int = 0) -> str:
     """Return a script that makes an image of OUT again with plain diffusers.
 
-    `image_index` tells the images of a row apart. Raises UsageError, for example if OUT has no such image or plain
+    `image_index` selects one of the row's images. Raises UsageError, for example if OUT has no such image or plain
     diffusers cannot make it, and StorageError.
     """
-    return make_recipe(cli.parse_out(os.fspath(out)), id, image_index)
+    return make_recipe(_parse_out(out), id, image_index)
 
 
 @contextmanager
@@ -257,11 +274,15 @@ def _settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s.Run
         yield cli.make_settings(arguments, keywords)
 
 
+def _parse_out(out: PathLike) -> str:
+    return cli.parse_out(os.fsdecode(out))
+
+
 def _name_tables(table: Table) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the TABLE arguments, and the tables in memory by argument. Raises SettingsError, TableError."""
     paths = table if isinstance(table, tuple) else (table,)
     if all(isinstance(path, (str, os.PathLike)) for path in paths):
-        return tuple(os.fsdecode(path) for path in paths), {}
+        return tuple(os.fsdecode(path) for path in paths if isinstance(path, (str, os.PathLike))), {}
     in_memory = None if isinstance(table, tuple) else make_in_memory(table)
     if in_memory is None:
         raise SettingsError(
@@ -273,11 +294,11 @@ def _name_tables(table: Table) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 @contextmanager
 def _stoppable(
-    time_limit: float | None, metrics: AbstractContextManager[object] | None = None
+    time_limit: float | None, metrics: AbstractContextManager[object] | None = None, hint: str = RESUME
 ) -> Iterator[CallStopper]:
     """Inside the context, let Ctrl-C stop the call cleanly. Raises KeyboardInterrupt afterwards."""
-    log_stop = functools.partial(log.warning, "stopping; finished images are being committed")
-    stop = CallStopper(time_limit, RESUME, log_stop=log_stop)
+    message = "stopping; finished images are being committed" if hint == RESUME else "stopping"
+    stop = CallStopper(time_limit, hint, log_stop=functools.partial(log.warning, message))
     try:
         with metrics or nullcontext():
             try:

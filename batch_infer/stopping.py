@@ -204,7 +204,7 @@ class Stopper:
 
 
 class CallStopper(Stopper):
-    """A Stopper for a call from Python, which never ends the process and leaves its signals alone, except SIGINT.
+    """A Stopper for a call from Python, which never ends the process and handles no signal except SIGINT.
 
     SIGINT is handled only while it would raise KeyboardInterrupt, which excludes threads other than the main one and
     programs with a handler of their own. A time limit does not interrupt the main thread.
@@ -240,8 +240,9 @@ def _signal_name(number: int) -> str:
 def deferred(seconds: float = math.inf) -> Iterator[None]:
     """Defer a stop by at most this many seconds inside the context, whose code must check for a stop.
 
-    If a stop was requested, the code after the context has up to GRACE_SECONDS to finish. Without an active Stopper,
-    this does nothing.
+    If a stop was requested, the code after the context has up to GRACE_SECONDS to finish. This does nothing without an
+    active Stopper, and in threads other than the main one, which it does not interrupt.
     """
-    with nullcontext() if Stopper.active is None else Stopper.active.deferring(seconds):
+    is_main = threading.current_thread() is threading.main_thread()
+    with nullcontext() if Stopper.active is None or not is_main else Stopper.active.deferring(seconds):
         yield

@@ -267,7 +267,7 @@ def test_a_plan_names_the_refusal(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_raises(tmp_path: Path) -> None:
-    with pytest.raises(StoppedError, match="the time limit was reached, and 60 images are left; .*call the same"):
+    with pytest.raises(StoppedError, match="the time limit was reached with 60 images left; .*call the same"):
         run(["a red circle"] * 60, tmp_path / "out", time_limit=0.001)
     assert batch_infer.status(tmp_path / "out").remaining == 60
 
@@ -378,3 +378,21 @@ def test_type_checkers_see_the_functions(tmp_path: Path) -> None:
     assert 'Revealed type is "batch_infer.jobs.plan.Plan"' in done.stdout
     assert 'Unexpected keyword argument "stepz"' in done.stdout
     assert '"steps" to "run" has incompatible type "str"' in done.stdout
+
+
+def test_the_run_log_has_all_levels_and_the_program_only_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("batch_infer")
+    before = log.level, log.propagate, list(log.handlers)
+    run(["a red circle"], tmp_path / "out")
+    assert (log.level, log.propagate, log.handlers) == before
+    assert " DEBUG " in (tmp_path / "out" / "logs" / "run.log").read_text()
+    assert "DEBUG" not in {record.levelname for record in caplog.records}
+
+
+def test_a_time_limit_ends_verify(tmp_path: Path) -> None:
+    run(["a red circle"], tmp_path / "out")
+    with pytest.raises(StoppedError, match="the verification is incomplete"):
+        batch_infer.verify(tmp_path / "out", time_limit=1e-7)
+    assert not batch_infer.verify(tmp_path / "out", time_limit=600).counts

@@ -10,6 +10,7 @@ from batch_infer.cli.main import commands, settings_from_environment
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import parse_duration, parse_out
 from batch_infer.cli.progress import CheckProgress, ProgressBar, ProgressGroup, find_bar_type
+from batch_infer.cli.report import format_count
 
 __all__ = [
     "CheckProgress",
@@ -19,6 +20,7 @@ __all__ = [
     "commands",
     "detect_log_format",
     "find_bar_type",
+    "format_count",
     "is_json",
     "log_error",
     "make_settings",

@@ -41,7 +41,7 @@ def options_by_keyword() -> dict[str, click.Option]:
 def _convert(name: str, value: Any, option: click.Option, context: click.Context) -> Any:
     """Convert and check a value as if it were given on the command line. None is the option's default."""
     if value is None:
-        default = option.get_default(context)  # click has an object of its own for no default
+        default = option.get_default(context)  # click uses a sentinel for no default
         has_default = isinstance(default, (str, int, float))
         return option.type_cast_value(context, default) if has_default else () if option.multiple else None
     if option.is_flag:
@@ -50,6 +50,8 @@ def _convert(name: str, value: Any, option: click.Option, context: click.Context
         return value
     if isinstance(value, Mapping) and name == "column":
         value = [f"{field}={column}" for field, column in value.items()]
+    if name == "provenance" and isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value))
     is_single = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
     if not is_single and not option.multiple:
         raise SettingsError(f"{name}={value!r}: pass one value")
@@ -61,7 +63,8 @@ def _convert(name: str, value: Any, option: click.Option, context: click.Context
 
 
 def _to_text(name: str, value: Any) -> str:
-    value = value.item() if hasattr(value, "item") else value  # a NumPy number
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # a NumPy number
+        value = value.item()
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):

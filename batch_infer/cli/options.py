@@ -26,7 +26,7 @@ _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for un
 def parse_duration(value: object) -> float:
     """Convert a duration such as `1h30m`, or a number of seconds, to seconds."""
     # No library is used: those for durations are unmaintained, or accept neither days nor a number without a unit.
-    text = str(value).strip()
+    text = f"{value:.9f}" if isinstance(value, float) else str(value).strip()
     if re.fullmatch(_NUMBER, text, re.ASCII):
         text += "s"
     match = _DURATION.fullmatch(text)

@@ -92,11 +92,34 @@ def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
 
 @contextmanager
 def _run_log(store: Store) -> Iterator[None]:
-    """Also write the log to a file in OUT."""
+    """Also write the log to a file in OUT, with all levels.
+
+    In a Python program, the loggers above this one still receive only the levels that they would have received.
+    """
+    level, propagates = log.level, log.propagate
     with store.open_log("logs/run.log") as file:
-        handler = log_handler(file)
-        log.addHandler(handler)
+        handlers = [log_handler(file)]
+        if propagates and log.parent is not None:
+            handlers.append(_Forwarder(log.parent, log.getEffectiveLevel()))
+        for handler in handlers:
+            log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
         try:
             yield
         finally:
-            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagates
+            for handler in handlers:
+                log.removeHandler(handler)
+
+
+class _Forwarder(logging.Handler):
+    """Passes records from a level on to another logger."""
+
+    def __init__(self, target: logging.Logger, level: int) -> None:
+        super().__init__(level)
+        self._target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._target.callHandlers(record)

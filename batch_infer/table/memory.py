@@ -51,7 +51,7 @@ def make_in_memory(data: object) -> tuple[str, InMemoryTable] | None:
             table = pa.table(data)
         else:
             return None
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
         raise TableError(f"the dataframe cannot be read: {_explain(error)}; give each column one type") from error
     return IN_MEMORY["dataframe"], _without_views(table).replace_schema_metadata(None)
 
@@ -71,6 +71,8 @@ def _check_prompts(prompts: Sequence[Any]) -> Sequence[str]:
 
 def _explain(error: Exception) -> str:
     """Join the parts of an Arrow error, which name the value and its column."""
+    if isinstance(error, UnicodeError):
+        return str(error)
     return ": ".join(str(part) for part in reversed(error.args)) or type(error).__name__
 
 
