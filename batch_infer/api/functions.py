@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypeVar
-
-import click
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from batch_infer import cli
 from batch_infer import settings as s
-from batch_infer.engines import read_rank_info
+from batch_infer.api.calls import (
+    RESUME,
+    UNCHANGED,
+    PathLike,
+    Table,
+    make_settings,
+    name_tables,
+    parse_out,
+    parse_time_limit,
+    stoppable,
+)
 from batch_infer.errors import SettingsError, StoppedError, TooManyFailedError
 from batch_infer.jobs import (
     MAX_BAD_RESULTS,
@@ -31,8 +38,8 @@ from batch_infer.jobs import (
     verify_run,
 )
 from batch_infer.records import ResultRow
-from batch_infer.stopping import TIME_LIMIT, CallStopper, StopRequested
-from batch_infer.table import in_memory_tables, make_in_memory
+from batch_infer.stopping import TIME_LIMIT
+from batch_infer.table import in_memory_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,23 +58,8 @@ __all__ = [
 ]
 
 
-class ArrowStream(Protocol):
-    """A table of Arrow, a data frame of Polars, or another object with Arrow's PyCapsule interface."""
-
-    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
-PathLike: TypeAlias = "str | os.PathLike[str]"
-Table: TypeAlias = "PathLike | tuple[PathLike, ...] | list[str] | pd.DataFrame | ArrowStream"
-"""A TABLE of the command, several as a tuple, a list of prompts, or a data frame. See `make_in_memory`."""
-RESUME = "what was committed is kept: call the same function again to continue"
-UNCHANGED = "the verification is incomplete; nothing was changed"
-log = logging.getLogger("batch_infer")
-
-for _name in ("batch_infer", "py.warnings"):  # otherwise Python prints their warnings to stderr
-    logging.getLogger(_name).addHandler(logging.NullHandler())
 
 
 def run(
@@ -133,10 +125,10 @@ def run(
     the end if more rows failed or were invalid than `max_failed` allows. On Ctrl-C, finished images are committed and
     results.* written before KeyboardInterrupt is raised. A second Ctrl-C raises it immediately.
     """
-    with _settings(table, locals()) as (settings, values):
+    with make_settings(table, locals()) as (settings, values):
         metrics = cli.Metrics(values["metrics_file"], settings.out, settings.model.name or "demo")
         listeners = [cli.ProgressBar(cli.find_bar_type())] if progress else []
-        with _stoppable(values["time_limit"], metrics) as stop:
+        with stoppable(values["time_limit"], metrics) as stop:
             summary = render_tables(settings, cli.ProgressGroup(*listeners, metrics), stop)
             has_too_many = not settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows)
             code = StoppedError.exit_code if summary.unfinished else TooManyFailedError.exit_code * has_too_many
@@ -184,7 +176,7 @@ def plan(table: Table, **options: Any) -> Plan:
     `time_limit`, `metrics_file` and `progress` have no effect. If `run` would refuse changed defaults, `refusal` is its
     message. Raises the other errors that `run` raises before it renders.
     """
-    with _settings(table, options) as (settings, _):
+    with make_settings(table, options) as (settings, _):
         first_results: list[str] = []
 
         def report(row: ResultRow) -> None:
@@ -198,7 +190,7 @@ def plan(table: Table, **options: Any) -> Plan:
 
 def status(out: PathLike) -> RunStatus:
     """Return the state and the progress of the run in OUT, which may be active. Raises UsageError, StorageError."""
-    return read_status(_parse_out(out))
+    return read_status(parse_out(out))
 
 
 def results(out: PathLike) -> pd.DataFrame:
@@ -206,7 +198,7 @@ def results(out: PathLike) -> pd.DataFrame:
 
     `generated_image` is an absolute path or a URL, or null without an image. Raises UsageError, StorageError.
     """
-    return read_frame(_parse_out(out))
+    return read_frame(parse_out(out))
 
 
 def verify(
@@ -230,7 +222,7 @@ def verify(
         raise SettingsError(f"sample={sample!r}: pass the number of images to render again")
     if seed is not None and (sample is None or not isinstance(seed, int) or seed < 0):
         raise SettingsError(f"seed={seed!r}: pass a whole number from 0, together with sample")
-    tables, in_memory = ((), {}) if table is None else _name_tables(table)
+    tables, in_memory = ((), {}) if table is None else name_tables(table)
     options = VerifyOptions(
         tables=tables,
         is_quick=quick,
@@ -243,7 +235,7 @@ def verify(
     group = cli.ProgressGroup(*([cli.ProgressBar(bar_type)] if bar_type else []))
     with (
         in_memory_tables(in_memory),
-        _stoppable(_parse_duration(time_limit), hint=UNCHANGED) as stop,
+        stoppable(parse_time_limit(time_limit), hint=UNCHANGED) as stop,
         closing(cli.CheckProgress("image", "checked", shown=progress, bar_type=bar_type)) as check_progress,
     ):
 
@@ -252,7 +244,7 @@ def verify(
             if stop():
                 raise stop.error()
 
-        return verify_run(_parse_out(out), options, report, group, stop)
+        return verify_run(parse_out(out), options, report, group, stop)
 
 
 def recipe(out: PathLike, id: str, image_index: int = 0) -> str:
@@ -261,61 +253,4 @@ def recipe(out: PathLike, id: str, image_index: int = 0) -> str:
     `image_index` selects one of the row's images. Raises UsageError, for example if OUT has no such image or plain
     diffusers cannot make it, and StorageError.
     """
-    return make_recipe(_parse_out(out), id, image_index)
-
-
-@contextmanager
-def _settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s.RunSettings, dict[str, Any]]]:
-    """Yield the settings of a run, and the values of its options. Tables in memory can be read inside the context."""
-    if read_rank_info() is not None:
-        raise SettingsError("batch_infer.run does not run under a launcher: use the command `batch-infer run`")
-    arguments, tables = _name_tables(table)
-    with in_memory_tables(tables):
-        yield cli.make_settings(arguments, keywords)
-
-
-def _parse_out(out: PathLike) -> str:
-    return cli.parse_out(os.fsdecode(out))
-
-
-def _name_tables(table: Table) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the TABLE arguments, and the tables in memory by argument. Raises SettingsError, TableError."""
-    paths = table if isinstance(table, tuple) else (table,)
-    if all(isinstance(path, (str, os.PathLike)) for path in paths):
-        return tuple(os.fsdecode(path) for path in paths if isinstance(path, (str, os.PathLike))), {}
-    in_memory = None if isinstance(table, tuple) else make_in_memory(table)
-    if in_memory is None:
-        raise SettingsError(
-            f"cannot read a table from {type(table).__name__}: pass a path, a tuple of paths, a list of prompts, or a "
-            "DataFrame"
-        )
-    return (in_memory[0],), dict([in_memory])
-
-
-@contextmanager
-def _stoppable(
-    time_limit: float | None, metrics: AbstractContextManager[object] | None = None, hint: str = RESUME
-) -> Iterator[CallStopper]:
-    """Inside the context, let Ctrl-C stop the call cleanly. Raises KeyboardInterrupt afterwards."""
-    message = "stopping; finished images are being committed" if hint == RESUME else "stopping"
-    stop = CallStopper(time_limit, hint, log_stop=functools.partial(log.warning, message))
-    try:
-        with metrics or nullcontext():
-            try:
-                with stop:
-                    yield stop
-            except StopRequested:
-                raise stop.error() from None
-    except StoppedError as error:
-        if stop.is_interrupted:
-            raise KeyboardInterrupt(str(error)) from None
-        raise
-    if stop.is_interrupted:
-        raise KeyboardInterrupt(str(stop.error()))
-
-
-def _parse_duration(value: float | str | None) -> float | None:
-    try:
-        return None if value is None else cli.parse_duration(value)
-    except click.BadParameter as error:
-        raise SettingsError(f"time_limit: {error.message}") from error
+    return make_recipe(parse_out(out), id, image_index)

@@ -1,0 +1,16 @@
+"""Do in Python what the commands do. `import batch_infer` loads these functions when one is first used."""
+
+from batch_infer.api.functions import Plan, RunStatus, Summary, Verification, plan, recipe, results, run, status, verify
+
+__all__ = [
+    "Plan",
+    "RunStatus",
+    "Summary",
+    "Verification",
+    "plan",
+    "recipe",
+    "results",
+    "run",
+    "status",
+    "verify",
+]
