@@ -14,7 +14,7 @@ from batch_infer.models.card import SamplingRules
 from batch_infer.models.pipeline_rules import build_without_weights, find_guidance_argument, make_rules, parameters_of
 from batch_infer.records import SamplingParams
 
-WITHOUT: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None}
+DISABLED_COMPONENTS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "watermarker": None}
 """Arguments of pipelines that leave out components which change images after they are made."""
 
 
@@ -35,7 +35,7 @@ def describe_call(
         if name not in ("generator", "output_type")
     }
     parameters = inspect.signature(type(pipeline)).parameters
-    return {name: value for name, value in WITHOUT.items() if name in parameters}, call
+    return {name: value for name, value in DISABLED_COMPONENTS.items() if name in parameters}, call
 
 
 class CallArguments:
