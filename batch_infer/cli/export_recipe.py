@@ -1,4 +1,4 @@
-"""`batch-infer export-recipe`: print a script that makes an image again with plain diffusers."""
+"""`batch-infer export-recipe`: print a script that reproduces an image with plain diffusers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from batch_infer.cli.report import NOTHING_KEPT, print_result, stoppable
     name="export-recipe",
 )
 def export_recipe(*, out: str, name: str, image_index: int, as_json: bool, quiet: bool) -> int:
-    """Print a script that makes an image of OUT again with plain diffusers.
+    """Print a script that reproduces an image of OUT with plain diffusers.
 
-    ID is the id of its row. The script needs diffusers and the model, but not batch-infer. In float32, on a device of
-    the same kind, its pixel values differ from those of the run by at most 1 of 255. Safety checkers are left out.
+    ID is the id of its row. The script needs diffusers and the model, but not batch-infer. It leaves out safety
+    checkers.
 
-    Images of DeciDiffusion, --long-prompts and --quantize cannot be made with a few lines of diffusers.
+    In tests on a CPU in float32, its pixel values differed from those of the run by at most 1 of 255. On a GPU or with
+    --compile, the difference can be larger.
+
+    Images of DeciDiffusion, --long-prompts and --quantize cannot be reproduced with a few lines of diffusers. If the
+    files of the model are no longer those of the run, there is no script.
 
     Exit codes: 0 success; 2 usage, or OUT has no such image, or diffusers cannot make it; 75 interrupted.
     """

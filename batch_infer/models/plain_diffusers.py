@@ -1,4 +1,4 @@
-"""Write scripts that reproduce one image with plain diffusers, without importing this package."""
+"""Write scripts that reproduce one image with plain diffusers, without importing this package. Imports no torch."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def _check_values(image: PlainImage) -> None:
         ("seed, height, width and number of steps", numbers, all(type(number) is int for number in numbers)),
     ):
         if not is_valid:
-            raise UsageError(
-                f"a script cannot be written with the {name} {value!a}, which no run of batch-infer records"
-            )
+            raise UsageError(f"a script cannot be written with the {name} {value!a}, which no run records")
 
 
 def _refuse(image: PlainImage, name: str) -> None:
@@ -133,8 +131,8 @@ def _refuse_other_model(image: PlainImage, repository: str | None) -> None:
         current: Any = {"model": card.fingerprint, "scheduler": card.scheduler_fingerprint}
         recorded: Any = {name: image.identity.get(name) for name in current} if image.identity is not None else current
     else:
-        files = (*map(read_lora, model.loras), *read_embeddings(model.embeddings))
-        current = tuple(file.fingerprint for file in files)
+        loras = [read_lora(lora).fingerprint for lora in model.loras]
+        current = (*loras, *(embedding.fingerprint for embedding in read_embeddings(model.embeddings)))
         recorded = current if image.identity is None else image.digests
     if current != recorded:
         raise ModelError(
