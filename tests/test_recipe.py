@@ -1,10 +1,14 @@
-"""A recipe is executed, and makes the image that the run stored: at most 1 of 255 apart."""
+"""A recipe is executed, and reproduces the image that the run stored: at most 1 of 255 apart."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +23,9 @@ from safetensors.torch import save_file
 import batch_infer
 from batch_infer.errors import ModelError, UsageError
 from batch_infer.models import PlainImage, write_script
+from batch_infer.models.script_text import check_name, check_script
 from batch_infer.records import SamplingParams
-from batch_infer.settings import ModelSettings
+from batch_infer.settings import LoraSpec, ModelSettings, SchedulerSpec
 from tests.loras import as_peft, make_layers
 from tests.oracle import load_pipeline
 from tests.pipelines import SAVE_FUNCTIONS, save_sd3
@@ -28,7 +33,7 @@ from tests.rendering import max_difference
 from tests.runs import CommandResult, command, results, run
 from tests.tables import write_csv
 
-PROMPTS = ("a red circle", 'it\'s a "blue" square', "a green star\nand a hat", "", "ein grünes Quadrat, 緑の四角")
+PROMPTS = ("a red circle", 'it\'s a "blue" square', "a green star\nand a hat", "ein grünes Quadrat, 緑の四角")
 COLUMNS = ["id", "prompt", "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale",
            "guidance_rescale", "num_images_per_prompt"]  # fmt: skip
 
@@ -40,7 +45,7 @@ def make_rows(count: int, seed: int, *fixed: str, steps: tuple[int, int] = (2, 6
     for number in range(count):
         cells = {
             "id": f"row {number}",
-            "prompt": draw.choice(PROMPTS[:3]),
+            "prompt": draw.choice(PROMPTS),
             "negative_prompt": draw.choice(["", "", "blurry", "a dog"]),
             "seed": draw.choice(["", str(draw.randrange(2**40))]),
             "height": draw.choice(["", "64", "80"]),
@@ -236,3 +241,197 @@ def test_stable_diffusion_3_has_no_guidance_rescale_in_diffusers(tmp_path: Path)
     script = write_script(replace(image, params=replace(params, guidance_rescale=0.0)))
     assert "pipe.to('cuda')\n" in script
     assert "torch.backends.cudnn.allow_tf32 = False\n" in script
+
+
+HOSTILE = "x\nimport os\rprint('executed')\x0c\u2028"
+
+
+def edit(path: Path, keys: str, value: Any) -> None:
+    """Set a value in a JSON file, or remove it if the value is None. Dots separate keys."""
+    document = json.loads(path.read_text("utf-8"))
+    *outer, last = keys.split(".")
+    part = document
+    for key in outer:
+        part = part[key]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    path.write_text(json.dumps(document), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def finished_run(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a copy of a model, whose OUT and model tests copy and edit."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(sd1_folder, folder / "model")
+    rows = [["id", "prompt"], ["\u7dd1 1", PROMPTS[-1]], ["b", "a red circle"]]
+    render(folder, rows, folder / "model", "--scheduler", "UniPCMultistepScheduler:solver_order=3")
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the folder with the OUT `out`, which uses the `model` in the copy."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder)
+    edit(folder / "out" / "run.json", "model.path", str(folder / "model"))
+    return folder
+
+
+def test_a_script_compiles_whatever_the_encoding_of_stdout(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row, _) = results(finished_run / "out")
+    line = [sys.executable, "-X", "utf8=0", "-m", "batch_infer", "export-recipe", str(finished_run / "out"), row["id"]]
+    with (tmp_path / "again.py").open("wb") as file:
+        subprocess.run(line, stdout=file, check=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    script = (tmp_path / "again.py").read_bytes().decode("ascii")
+    stored = np.asarray(Image.open(finished_run / "out" / row["generated_image"]))
+    assert max_difference(execute(script, tmp_path / "again", monkeypatch), stored) <= 1
+
+
+def test_an_empty_prompt(sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(64, 64, 2, 7.5, 0.0)
+    model = ModelSettings(name=str(sd1_folder))
+    script = write_script(
+        PlainImage(model, "stable_diffusion", "cpu", "float32", (), "", "", 1, params, "a.png"), [HOSTILE]
+    )
+    assert "    prompt='',\n    negative_prompt='',\n" in script
+    assert len(script.splitlines()) == len(script.split("\n")) - 1
+    assert execute(script, tmp_path / "again", monkeypatch).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("key", ["versions.torch", "versions.diffusers"])
+def test_text_in_a_comment_stays_in_it(run_copy: Path, key: str) -> None:
+    edit(run_copy / "out" / "run.json", key, HOSTILE)
+    script = batch_infer.recipe(run_copy / "out", "b")
+    assert script.isascii()
+    (line,) = (line for line in script.splitlines() if "executed" in line)
+    assert line.startswith("# image 0 of 'b'")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "text"),
+    [
+        ("identity.dtype", "float32; import os", "the dtype 'float32; import os'"),
+        ("identity.dtype", "float32" + HOSTILE, "the dtype"),
+        ("identity.dtype", None, "no identity.dtype"),
+        ("identity.model", "0", "are not those of the run"),
+        ("identity.scheduler", None, "are not those of the run"),
+        ("settings.model.scheduler.name", "A import os" + HOSTILE, "diffusers has no scheduler"),
+        ("settings.model.scheduler.options", [["solver_order=1)\nimport os#", 1]], "has no option"),
+        ("settings.model.scheduler.options", [["solver_order", float("inf")]], "are not those of the run"),
+        ("compute.device", "cpu')\nimport os#", "the device"),
+        ("compute", None, "no compute.device"),
+        ("environments", "x", "environments are not those of runs"),
+        ("environments", [{"compute": []}], "no compute.device"),
+        ("model", None, "no model.family"),
+        ("model.family", None, "no model.family"),
+        ("model.family", "x", "the model family 'x'"),
+        ("model.loras", [{"path": "x"}], "no loras.fingerprint"),
+        ("model.path", 5, "no model.path"),
+        ("model.revision", 5, "no model.revision"),
+    ],
+)
+def test_an_edited_run_json_is_refused(run_copy: Path, keys: str, value: Any, text: str) -> None:
+    edit(run_copy / "out" / "run.json", keys, value)
+    exported = command("export-recipe", run_copy / "out", "b")
+    assert (exported.code, exported.stdout) == (2, "")
+    assert text in exported.stderr
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, [], "class", "StableDiffusionPipelin\u0435", "A\nimport os\nB", "A, B", "os;print()"]
+)
+def test_an_edited_model_index_is_refused(run_copy: Path, value: Any) -> None:
+    edit(run_copy / "model" / "model_index.json", "_class_name", value)
+    exported = command("export-recipe", run_copy / "out", "b")
+    assert (exported.code, exported.stdout) == (2, "")
+    assert "a script cannot name the pipeline" in exported.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float64"},
+        {"device": "cuda:0"},
+        {"seed": True},
+        {"seed": "1)\nimport os#"},
+        {"prompt": None},
+        {"model.scheduler": SchedulerSpec("UniPCMultistepScheduler", (("solver_order", float("inf")),))},
+        {"loras": (LoraSpec("a.safetensors", float("nan")),)},
+        {"params": SamplingParams(64, 64, 2, float("inf"), 0.0)},
+        {"params": SamplingParams(64, 64, 2, float("nan"), 0.0)},
+        {"params": SamplingParams(64, "64", 2, 7.5, 0.0)},  # type: ignore[arg-type]
+    ],
+)
+def test_values_that_no_run_records_are_refused(sd1_folder: Path, changes: dict[str, Any]) -> None:
+    params = SamplingParams(64, 64, 2, 7.5, 0.0)
+    model = ModelSettings(name=str(sd1_folder))
+    image = PlainImage(model, "stable_diffusion", "cpu", "float32", (), "a", None, 1, params, "a.png")
+    assert write_script(image)
+    if scheduler := changes.get("model.scheduler"):
+        changes = {"model": replace(model, scheduler=scheduler)}
+    with pytest.raises(UsageError, match="a script cannot"):
+        write_script(replace(image, **changes))
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "x=1, y", "class", "\u00e9", "", None, 5])
+def test_names_are_ascii_identifiers(name: Any) -> None:
+    with pytest.raises(UsageError, match="a script cannot name an option: .* is not an ASCII identifier"):
+        check_name(name, "an option")
+    assert check_name("solver_order", "an option") == "solver_order"
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["import os\n", "import torch, os\n", "from os import path\n", "x\n", "def f(): pass\n", "for x in y: z()\n",
+     "f() if x else y\n", "x = \n", "from . import x\n"],
+)  # fmt: skip
+def test_other_statements_are_refused(script: str) -> None:
+    with pytest.raises(UsageError, match="the script would not be"):
+        check_script("import torch\nfrom diffusers import A\nx = A()\nx.y = 1\nx()\n" + script)
+
+
+def test_a_model_that_has_changed_has_no_recipe(run_copy: Path) -> None:
+    assert export(run_copy / "out", {"id": "b", "image_index": 0}).code == 0
+    weights = next((run_copy / "model" / "unet").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    exported = export(run_copy / "out", {"id": "b", "image_index": 0})
+    assert (exported.code, exported.stdout) == (2, "")
+    assert "are not those of the run: restore them" in exported.stderr
+
+
+def test_a_lora_that_has_changed_has_no_recipe(sd1_folder: Path, tmp_path: Path) -> None:
+    lora = save_lora(sd1_folder, tmp_path / "style.safetensors", "unet")
+    out = render(tmp_path, [["id", "prompt"], ["a", "a red circle"]], sd1_folder, "--lora", lora)
+    assert command("export-recipe", out, "a").code == 0
+    save_lora(sd1_folder, lora, "unet", "text_encoder")
+    exported = command("export-recipe", out, "a")
+    assert (exported.code, exported.stdout) == (2, "")
+    assert "are not those of the run: restore them" in exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (("--on-flagged", "blank"), "flagged", "# The run flagged this image, and stored a black placeholder instead."),
+        (("--on-flagged", "blur"), "flagged", "# The run flagged this image, and stored a blurred one instead."),
+        (("--on-flagged", "drop"), "flagged", "# The run flagged this image, and did not store it."),
+        (("--on-flagged", "keep"), "flagged", None),
+        (("--image-format", "webp", "--safety", "none"), "ok", "# The stored image is compressed"),
+    ],
+)
+def test_comments_on_images_that_are_not_stored_as_rendered(
+    tmp_path: Path, options: tuple[str, ...], status: str, text: str | None
+) -> None:
+    rows = [["id", "prompt"], ["a", "a large red cross on a white ground"]]
+    out = render(tmp_path, rows, None, "--steps", "12", "--guidance-scale", "5", *options)
+    assert [row["status"] for row in results(out)] == [status]
+    script = export(out, {"id": "a", "image_index": 0}).stdout
+    comments = [line for line in script.splitlines() if line.startswith("# ")]
+    assert len(comments) == (1 if text is None else 2)
+    assert text is None or comments[1].startswith(text)
