@@ -6,7 +6,7 @@ Timestamp authorities are not asked, so signing needs no network.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,24 +30,61 @@ _SETTINGS = {
     "verify": {"verify_after_sign": True, "verify_trust": False},
 }
 _AGENT = {"name": "batch-infer", "version": __version__}
-_HEADER = b"jumdc2pa"
-"""Start of the description box of a C2PA manifest store, with the first bytes of its UUID."""
 
 
 def is_signed(content: bytes) -> bool:
-    """Return whether an image file contains a C2PA manifest. Its signature is not checked."""
-    return _HEADER in content
+    """Return whether a PNG, JPEG or WebP file contains a C2PA manifest. Its signature is not checked.
+
+    Source: "Embedding manifests into various file formats" in https://spec.c2pa.org.
+    """
+    if content.startswith(b"RIFF"):
+        return b"C2PA" in _list_chunks(content, 12)
+    if content.startswith(b"\xff\xd8"):
+        return b"\xff\xebJP" in _list_segments(content)
+    return b"caBX" in _list_chunks(content, 8)
+
+
+def _list_chunks(content: bytes, start: int) -> Iterator[bytes]:
+    """Yield the names of the chunks of a WebP file or a PNG file."""
+    is_riff = content.startswith(b"RIFF")
+    while start + 8 <= len(content):
+        first, second = content[start : start + 4], content[start + 4 : start + 8]
+        yield first if is_riff else second
+        # A RIFF chunk has an even size. A PNG chunk ends with a checksum.
+        start += 8 + (-(-int.from_bytes(second, "little") // 2) * 2 if is_riff else int.from_bytes(first, "big") + 4)
+
+
+def _list_segments(content: bytes) -> Iterator[bytes]:
+    """Yield the marker of each segment of a JPEG file before its pixels, with the first two bytes of its data."""
+    start = 2
+    while (marker := content[start : start + 2]) != b"\xff\xda" and marker[:1] == b"\xff":
+        yield marker + content[start + 4 : start + 6]
+        start += 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+
+
+class _UnusableFilesError(Exception):
+    """A certificate and a key cannot sign."""
 
 
 class Signer:
     """Signs image files. Threads can share a signer."""
 
-    def __init__(self, files: C2paSigner) -> None:
-        """Read the certificates and the key, and sign a test image. Raises SettingsError.
+    def __init__(self, files: C2paSigner, *, names_files: bool = False) -> None:
+        """Read the certificates and the key, and sign a test image if they are not those of the last signer.
 
-        The key stays in memory, so that a run can sign until its end even if the file has been removed by then.
+        This signer keeps what it has read. A worker reads the files when it starts. Raises SettingsError, whose
+        message contains the paths only with `names_files`: workers write messages to OUT, which others may read.
         """
-        self._context = _load(files)
+        certificates_label = f"--c2pa-cert {files.certificates}" if names_files else "--c2pa-cert"
+        key_label = f"--c2pa-key {files.private_key}" if names_files else "--c2pa-key"
+        certificates, key = _read(files.certificates, certificates_label), _read(files.private_key, key_label)
+        if b"-----BEGIN CERTIFICATE-----" not in certificates:
+            raise SettingsError(f"{certificates_label} is not a certificate in PEM format")
+        _check_key(key, key_label)
+        try:
+            self._context = _make_context(certificates, key)
+        except _UnusableFilesError as error:
+            raise SettingsError(f"{certificates_label} and {key_label} cannot sign: {error}") from error
 
     def sign(self, content: bytes, image_format: ImageFormat, manifest: Mapping[str, Any]) -> bytes:
         """Return the file with this manifest. Raises SettingsError, for example if a certificate has expired."""
@@ -76,16 +113,15 @@ def make_manifest(model: str, fingerprint: str, *, has_watermark: bool) -> dict[
 
 
 @lru_cache(maxsize=1)
-def _load(files: C2paSigner) -> c2pa.Context:
-    """Return c2pa-python's context with the signer of these files, after signing a test image. Raises SettingsError."""
+def _make_context(certificates: bytes, key: bytes) -> c2pa.Context:
+    """Return c2pa-python's context with the signer of these files' contents, after signing a test image.
+
+    Raises _UnusableFilesError, and SettingsError if the library is not installed.
+    """
     try:
         import c2pa
     except ImportError as error:
         raise SettingsError(INSTALL) from error
-    certificates, key = _read(files.certificates, "--c2pa-cert"), _read(files.private_key, "--c2pa-key")
-    if b"-----BEGIN CERTIFICATE-----" not in certificates:
-        raise SettingsError(f"--c2pa-cert {files.certificates} is not a certificate in PEM format")
-    _check_key(key, files.private_key)
     test, reasons = images.encode(np.zeros((16, 16, 3), np.uint8), "png", None), []
     for algorithm in ALGORITHMS:
         try:
@@ -97,20 +133,18 @@ def _load(files: C2paSigner) -> c2pa.Context:
         else:
             return context
     others = [reason for reason in reasons if "private key" not in reason]  # keys of other algorithms
-    raise SettingsError(
-        f"--c2pa-cert {files.certificates} and --c2pa-key {files.private_key} cannot sign: {(others or reasons)[0]}"
-    )
+    raise _UnusableFilesError((others or reasons)[0])
 
 
-def _check_key(content: bytes, path: str) -> None:
+def _check_key(content: bytes, label: str) -> None:
     """Raise SettingsError unless this is an unencrypted private key in PKCS #8, the only form that c2pa reads."""
     if b"ENCRYPTED" in content:
-        raise SettingsError(f"--c2pa-key {path} is encrypted: use a key without a passphrase")
+        raise SettingsError(f"{label} is encrypted: use a key without a passphrase")
     if b"-----BEGIN PRIVATE KEY-----" in content:
         return
     if b"PRIVATE KEY-----" in content:
-        raise SettingsError(f"--c2pa-key {path} is not in PKCS #8: convert it with `openssl pkcs8 -topk8 -nocrypt`")
-    raise SettingsError(f"--c2pa-key {path} is not a private key in PEM format")
+        raise SettingsError(f"{label} is not in PKCS #8: convert it with `openssl pkcs8 -topk8 -nocrypt`")
+    raise SettingsError(f"{label} is not a private key in PEM format")
 
 
 def _sign(context: c2pa.Context, content: bytes, image_format: ImageFormat, manifest: Mapping[str, Any]) -> bytes:
@@ -122,8 +156,9 @@ def _sign(context: c2pa.Context, content: bytes, image_format: ImageFormat, mani
     return signed.getvalue()
 
 
-def _read(path: str, option: str) -> bytes:
+def _read(path: str, label: str) -> bytes:
+    """Read a file. Raises SettingsError without its cause, whose message contains the path."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise SettingsError(f"{option} {path}: {error.strerror or error}") from error
+        raise SettingsError(f"{label}: {error.strerror or type(error).__name__}") from None

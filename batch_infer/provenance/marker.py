@@ -16,10 +16,13 @@ from batch_infer.settings import ImageFormat, OnFlagged, ProvenanceSettings, Row
 class Marker:
     """Makes image files with the marks of a run. Threads can share a marker."""
 
-    def __init__(self, settings: ProvenanceSettings, model: str, fingerprint: str) -> None:
-        """Load the libraries and the key that the marks need. Raises SettingsError.
+    def __init__(
+        self, settings: ProvenanceSettings, model: str, fingerprint: str, *, names_files: bool = False
+    ) -> None:
+        """Load the libraries and the key that the marks need.
 
-        `model` and `fingerprint` are the model's name and fingerprint, which only the C2PA manifest contains.
+        `model` and `fingerprint` are the model's name and fingerprint, which only the C2PA manifest contains. Raises
+        SettingsError, whose message contains the paths of the signer's files only with `names_files`.
         """
         self._settings = settings
         self._has_watermark = "watermark" in settings.marks
@@ -32,7 +35,7 @@ class Marker:
                     "--provenance c2pa needs --c2pa-cert FILE and --c2pa-key FILE; run.json does not record them, so "
                     "give them to each command that writes images"
                 )
-            self._signer = Signer(settings.signer)
+            self._signer = Signer(settings.signer, names_files=names_files)
         self._manifest = make_manifest(model, fingerprint, has_watermark=self._has_watermark)
 
     def mark_pixels(self, pixels: np.ndarray, on_flagged: OnFlagged | None = None) -> np.ndarray | None:
@@ -67,8 +70,11 @@ def describe_watermark(settings: ProvenanceSettings) -> dict[str, str]:
 
 
 def check_marks(settings: ProvenanceSettings) -> None:
-    """Raise SettingsError if images cannot be marked: a library or a file of the signer is missing or unusable."""
-    Marker(settings, "", "")
+    """Raise SettingsError if images cannot be marked: a library or a file of the signer is missing or unusable.
+
+    The message contains the paths of the signer's files, so call this before the log in OUT is opened.
+    """
+    Marker(settings, "", "", names_files=True)
 
 
 def restrict_sizes(settings: ProvenanceSettings, sizes: SizeRules, defaults: RowDefaults) -> SizeRules:

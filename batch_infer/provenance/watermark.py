@@ -51,9 +51,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def add_watermark(pixels: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 with the watermark. The same pixels always give the same result.
+    """Return an image (H, W, 3) uint8 with the watermark.
 
-    The image must have at least MIN_SIDE pixels on each side. Raises SettingsError if the library is not installed.
+    The same pixels give the same result on one machine with the same library versions. The image must have at least
+    MIN_SIDE pixels on each side. Raises SettingsError if the library is not installed.
     """
     height, width, _ = pixels.shape
     before = _read_blocks(pixels)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from batch_infer.errors import SettingsError
@@ -13,10 +14,13 @@ NO_MARKS = "none"
 
 @dataclass(frozen=True, slots=True)
 class C2paSigner:
-    """Paths of the PEM files that sign images: a chain of certificates, the signer's first, and its private key."""
+    """Paths of the PEM files that sign images: a chain of certificates, the signer's first, and its private key.
 
-    certificates: str
-    private_key: str
+    `repr` leaves the paths out, so that no log or traceback contains them.
+    """
+
+    certificates: str = field(repr=False)
+    private_key: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ def parse_marks(text: str) -> tuple[Mark, ...]:
     if names == {NO_MARKS}:
         return ()
     if unknown := sorted(names.difference(get_args(Mark))):
-        reason = "none stands alone" if unknown == [NO_MARKS] else f"{unknown[0]!r} is not a mark"
+        is_none = unknown == [NO_MARKS]
+        reason = f"`{NO_MARKS}` cannot be combined with other marks" if is_none else f"{unknown[0]!r} is not a mark"
         raise SettingsError(
             f"--provenance {text}: {reason}; give {', '.join(get_args(Mark))}, several of them separated by commas, or "
             f"{NO_MARKS}"
@@ -49,10 +54,20 @@ def parse_marks(text: str) -> tuple[Mark, ...]:
 
 
 def make_signer(certificates: str | None, private_key: str | None) -> C2paSigner | None:
-    """Return the signer that two options name, or None without both. Raises SettingsError if only one is given."""
+    """Return the signer that two options name, or None without both. A leading `~` becomes the home folder.
+
+    Raises SettingsError if only one is given.
+    """
     if certificates is None and private_key is None:
         return None
     if certificates is None or private_key is None:
         given, missing = ("--c2pa-cert", "--c2pa-key") if private_key is None else ("--c2pa-key", "--c2pa-cert")
         raise SettingsError(f"{given} needs {missing}: a signature is made with a certificate and its private key")
-    return C2paSigner(certificates, private_key)
+    return C2paSigner(_expand_home("--c2pa-cert", certificates), _expand_home("--c2pa-key", private_key))
+
+
+def _expand_home(option: str, path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise SettingsError(f"{option} {path}: no such user; write the path of the home folder") from error
