@@ -78,10 +78,16 @@ def make_paths_absolute(settings: RunSettings) -> RunSettings:
 
 
 def use_signer(settings: RunSettings, signer: C2paSigner | None) -> RunSettings:
-    """Return recorded settings with the signer, which run.json does not record, if the run signs its images."""
+    """Return recorded settings with the signer, which run.json does not record.
+
+    Raises SettingsError if there is a signer, but the run does not sign its images.
+    """
     provenance = settings.output.provenance
-    if "c2pa" not in provenance.marks:
-        return settings
+    if signer is not None and "c2pa" not in provenance.marks:
+        raise SettingsError(
+            f"--c2pa-cert and --c2pa-key: the images of {settings.out} are not signed, since its last run had no "
+            "--provenance c2pa; leave both options out"
+        )
     return replace(settings, output=replace(settings.output, provenance=replace(provenance, signer=signer)))
 
 
