@@ -137,17 +137,31 @@ def format_identity(record: Mapping[str, Any], name: str) -> str:
 def list_environments(record: Mapping[str, Any], earlier: Mapping[str, Any] | None, number: int) -> dict[str, Any]:
     """Return the entry `environments` of run.json, or no entry if all runs in OUT had the same environment.
 
-    It lists the compute settings and versions of each run, with its number, that had others than the run before. The
-    images of earlier runs may depend on them.
+    It lists the compute settings, versions and marks of each run, with its number, that had others than the run
+    before. The images of earlier runs may depend on them.
     """
-    current = json.loads(json.dumps({name: record.get(name) for name in ENVIRONMENT}))  # as run.json has it
+    current = json.loads(json.dumps(_describe_environment(record)))  # as run.json has it
     environments = list((earlier or {}).get("environments", ()))
     if earlier and not environments:
-        first = {name: earlier.get(name) for name in ENVIRONMENT}
-        environments.append({"run_number": 0, **first})
+        environments.append({"run_number": 0, **_describe_environment(earlier)})
     if not environments or {**environments[-1], "run_number": 0} != {**current, "run_number": 0}:
         environments.append({"run_number": number, **current})
     return {"environments": environments} if len(environments) > 1 else {}
+
+
+def _describe_environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of run.json on which image files may depend, and the marks unless they are the defaults."""
+    marks = record.get("settings", {}).get("output", {}).get("provenance")
+    return {**{name: record.get(name) for name in ENVIRONMENT}, **({"provenance": marks} if marks else {})}
+
+
+def has_one_set_of_marks(record: Mapping[str, Any]) -> bool:
+    """Return whether all runs in OUT had the same marks.
+
+    The number of a result's run does not say which marks its image has, since a rescore keeps images of earlier runs.
+    """
+    environments: list[Mapping[str, Any]] = record.get("environments", [])
+    return all(environment.get("provenance") == environments[0].get("provenance") for environment in environments)
 
 
 def find_environment(record: Mapping[str, Any], number: int) -> Mapping[str, Any]:

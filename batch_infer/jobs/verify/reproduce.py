@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.description import find_environment
+from batch_infer.jobs.description import find_environment, has_one_set_of_marks
 from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.recovery import read_intact
@@ -165,6 +165,7 @@ class _SampleComparison:
         self._sink, self._new_store, self._new_sink = make_sink(store), new_store, make_sink(new_store)
         self._record, self._new_record = record, outdir.read_existing_run(new_store)
         self._signs_images = "c2pa" in read_settings(record, store.location).output.provenance.marks
+        self._has_one_set_of_marks = has_one_set_of_marks(record)
         self._sample = Sample()
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> Sample:
@@ -211,10 +212,10 @@ class _SampleComparison:
     def _may_have_other_bytes(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Return whether the file of an image with equal pixels may differ. Raises StorageError.
 
-        Another run may have used another --image-format, and a C2PA signature has other bytes each time.
+        Another run may have used another --image-format or other marks, and a C2PA signature has other bytes each time.
         """
         path = row["generated_image"]
-        if _suffix(path) != _suffix(new["generated_image"]):
+        if not self._has_one_set_of_marks or _suffix(path) != _suffix(new["generated_image"]):
             return True
         content = read_intact(self._sink, path, row["sha256"], row["image_bytes"])
         return self._signs_images if content is None else is_signed(content)
