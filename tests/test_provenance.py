@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ from scipy.stats import binom
 
 from batch_infer import __version__, images
 from batch_infer.errors import SettingsError
-from batch_infer.provenance import MIN_SIDE, Marker, has_watermark, is_signed
+from batch_infer.provenance import MIN_SIDE, Marker, check_marks, has_watermark, is_signed
 from batch_infer.provenance.watermark import _BITS, _MIN_MATCHES, _make_pattern, add_watermark, count_matches
 from batch_infer.records import Verdict
-from batch_infer.settings import ImageFormat, OnFlagged, ProvenanceSettings, parse_marks
+from batch_infer.settings import C2paSigner, ImageFormat, OnFlagged, ProvenanceSettings, parse_marks
 from tests.certificates import SigningFiles, encode_key, write_signing_files
 from tests.runs import assert_whole, command, results, run, run_json
 from tests.tables import write_csv
@@ -187,13 +188,102 @@ def test_unusable_files_are_refused_before_anything_is_rendered(
         SIGNED: "--provenance c2pa needs --c2pa-cert FILE and --c2pa-key FILE",
         (*SIGNED, "--c2pa-key", "k"): "--c2pa-key needs --c2pa-cert",
         ("--c2pa-key", "k", "--c2pa-cert", "c"): "need --provenance c2pa",
+        (*SIGNED, "--c2pa-key", "~no-user/k", "--c2pa-cert", "c"): "--c2pa-key ~no-user/k: no such user",
         ("--provenance", "iptc,xmp"): "'xmp' is not a mark; give iptc, c2pa, watermark",
-        ("--provenance", "iptc,none"): "none stands alone",
+        ("--provenance", "iptc,none"): "`none` cannot be combined with other marks",
     }
     for line, message in options.items():
         done = run(table, tmp_path / "out", *line)
         assert (done.code, message in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_home_folder_is_expanded(
+    files: SigningFiles, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(files.key.parent))
+    options = ("--c2pa-cert", f"~/{files.chain.name}", "--c2pa-key", f"~/{files.key.name}")
+    assert run(table, tmp_path / "out", *SIGNED, *options).code == 0
+    assert all(map(is_signed, contents(tmp_path / "out")))
+
+
+def test_a_renewed_certificate_is_read(tmp_path: Path) -> None:
+    pixels = next(paint(1, 64))
+
+    first = write_signing_files(tmp_path)
+    settings = ProvenanceSettings(("c2pa",), signer=C2paSigner(str(first.chain), str(first.key)))
+    content = Marker(settings, "model", "hash").encode(pixels, "png", PROMPT)
+    assert read_manifest(content, "png", first)[0] == "Trusted"
+    renewed = write_signing_files(tmp_path)
+    assert renewed.chain == first.chain
+    content = Marker(settings, "model", "hash").encode(pixels, "png", PROMPT)
+    assert read_manifest(content, "png", renewed)[0] == "Trusted"
+    assert read_manifest(content, "png", first)[0] == "Valid", "the first root does not certify it"
+
+
+def find_text(out: Path, text: str) -> list[Path]:
+    """Return the files below a folder whose content contains a text."""
+    return [path for path in out.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_no_file_of_out_names_the_key(signed: Path, files: SigningFiles, table: Path, tmp_path: Path) -> None:
+    assert find_text(signed, files.key.name) == []
+    lost = write_signing_files(tmp_path)
+
+    def check_and_remove(settings: ProvenanceSettings) -> None:
+        check_marks(settings)
+        lost.key.unlink()
+
+    with mock.patch("batch_infer.jobs.job.check_marks", check_and_remove):
+        failed = run(table, tmp_path / "out", *SIGNED, *lost.options, "--num-processes", "1")
+    assert (failed.code, "--c2pa-key: No such file" in failed.stderr) == (2, True), failed.stderr
+    logs = find_text(tmp_path / "out", "--c2pa-key: No such file")
+    assert {path.name for path in logs} == {"run.log", "worker-0.log"}
+    assert "Traceback" in (tmp_path / "out/logs/worker-0.log").read_text()
+    assert find_text(tmp_path / "out", lost.key.name) == []
+    assert lost.key.name not in repr(ProvenanceSettings(signer=C2paSigner(str(lost.chain), str(lost.key))))
+
+
+def test_unsigned_runs_refuse_a_signer(table: Path, files: SigningFiles, tmp_path: Path) -> None:
+    assert run(table, tmp_path / "out").code == 0
+    for line in (("retry", "--status", "missing"), ("rescore", "--safety", "checker")):
+        done = command(line[0], tmp_path / "out", *line[1:], *files.options)
+        assert done.code == 2
+        assert "are not signed, since its last run had no --provenance c2pa; leave both options out" in done.stderr
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_a_prompt_is_not_taken_for_a_signature(image_format: ImageFormat, files: SigningFiles) -> None:
+    """Prompts are stored as Latin-1, UTF-8 or UTF-16."""
+    pixels = next(paint(1, 65))
+    signer = C2paSigner(str(files.chain), str(files.key))
+    for prompt in ("jumdc2pa caBX JP C2PA", "é jumdc2pa caBX C2PA", "红 jumdc2pa C2PA"):
+        unsigned = images.encode(pixels, image_format, prompt)
+        assert not is_signed(unsigned)
+        marker = Marker(ProvenanceSettings(("iptc", "c2pa"), signer=signer), "model", "hash")
+        assert is_signed(marker.encode(pixels, image_format, prompt))
+    assert not is_signed(b"")
+    assert not is_signed(unsigned[:20])
+
+
+@pytest.mark.parametrize("options", [("--no-prompt-metadata",), ("--provenance", "none")])
+def test_images_of_a_run_with_other_marks_are_reproduced(
+    table: Path, tmp_path: Path, probe_here: None, options: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    assert run(table, out, "--limit", "1").code == 0
+    assert "environments" not in run_json(out)
+    assert run(table, out, *options).code == 0
+    environments = run_json(out)["environments"]
+    assert [environment.get("provenance") for environment in environments] == [
+        None, run_json(out)["settings"]["output"]["provenance"]
+    ]  # fmt: skip
+    before = list(contents(out))
+    done = command("verify", out, "--sample", "2", "--fix", "--json")
+    assert done.code == 0, done.stdout
+    sample = json.loads(done.stdout)["sample"]
+    assert (sample["equal_bytes"], sample["equal_pixels"], sample["environment"]) == (1, 2, {})
+    assert list(contents(out)) == before
 
 
 @pytest.mark.parametrize("library", ["c2pa", "wmforge"])
@@ -204,7 +294,7 @@ def test_without_a_library_the_message_names_the_extra(
     from batch_infer.provenance import watermark
 
     options = {"c2pa": (*SIGNED, *files.options), "wmforge": WATERMARKED}[library]
-    caches = (signing._load, watermark._load_codec)
+    caches = (signing._make_context, watermark._load_codec)
     with mock.patch.dict("sys.modules", {library: None, f"{library}.core": None}):
         for cached in caches:
             cached.cache_clear()

@@ -137,9 +137,9 @@ job_options = (
         "--provenance",
         default="iptc",
         metavar="MARK,...",
-        help="Marks that say that an image is generated. iptc: metadata. c2pa: Content Credentials, signed with "
-        "--c2pa-cert and --c2pa-key. watermark: an invisible mark in the pixels, for images from 256x256. none: no "
-        "mark. c2pa and watermark need pip install 'batch-infer[provenance]'.",
+        help="Marks that identify an image as AI-generated. iptc: metadata. c2pa: Content Credentials, signed with "
+        "--c2pa-cert and --c2pa-key. watermark: an invisible mark in the pixels, for images of at least 256x256 "
+        "pixels. none: no mark. c2pa and watermark need pip install 'batch-infer[provenance]'.",
     ),
     *c2pa_options,
     option(
@@ -147,7 +147,8 @@ job_options = (
         "prompt_metadata",
         envvar="BATCH_INFER_PROMPT_METADATA",
         default=True,
-        help="Write the prompts and parameters of an image into its file, as text or Exif.",
+        help="Write the prompts and parameters of an image into its file, as text or Exif. The results and shards "
+        "contain the prompts in either case.",
     ),
     *results_options,
     sign_key_option,
