@@ -38,7 +38,7 @@ _REMEDIES = {
     "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again.",
     "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
     "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
-    "not_reproduced": "`batch-infer export-recipe {out} ID` prints a script that makes an image again with plain "
+    "not_reproduced": "`batch-infer export-recipe {out} ID` prints a script that reproduces an image with plain "
     "diffusers, to compare it with one that was not reproduced.",
     "orphan_image": "Orphan images belong to no result in the manifest: remove them if you do not need them.",
 }

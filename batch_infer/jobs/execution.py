@@ -13,7 +13,6 @@ from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
 from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
-from batch_infer.jobs.checksums import find_results
 from batch_infer.jobs.compaction import Compaction
 from batch_infer.jobs.compute import count_cores, count_parallel
 from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, remember_shapes
@@ -21,9 +20,8 @@ from batch_infer.jobs.finished_run import recognise_finished_run
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_tables
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
-from batch_infer.jobs.results import remove_other_results
 from batch_infer.jobs.run_folder import RunFolder
-from batch_infer.jobs.run_json import ScanRecord, ended_cleanly, parse_record
+from batch_infer.jobs.run_json import ScanRecord, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
 from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.manifest import ManifestIndex
@@ -82,13 +80,9 @@ class RunExecution:
             message = "%d workers with %d threads each share %d cores and slow each other down: reduce --threads"
             log.warning(message, workers, threads, count_cores())
         self._setup_seconds = time.monotonic() - started
-        old_results = find_results(self._store)
         with closing(self._compaction):
             counts = retry_without_damaged_parts(self._scan_render_merge, partial(set_aside, self._store))
-        self._store.check()
-        if self._committed or not ended_cleanly(self._job.earlier):
-            self._folder.remove_unnamed_images(counts)
-        remove_other_results(self._store, old_results, self._job.settings.output)
+        self._folder.remove_old_files(counts, has_committed=self._committed > 0)
         summary, price = self._summary, self._job.settings.price_per_hour
         summary.counts, summary.seconds = counts, time.monotonic() - started
         summary.cost = None if price is None else round(price * summary.seconds / 3600, 4)

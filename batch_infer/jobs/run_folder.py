@@ -12,6 +12,8 @@ from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest, find_results
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.recovery import remove_leftovers, remove_unnamed_images, set_aside
+from batch_infer.jobs.results import remove_other_results
+from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.summary import Counts
 from batch_infer.manifest import Manifest, ManifestIndex, read_part, run_number
 from batch_infer.records import ResultRow
@@ -33,6 +35,7 @@ class RunFolder:
         self.is_cleared = not (job.settings.overwrite and self.store.exists(outdir.RUN_JSON))
         self._stop = stop
         self._shards = set[str]()
+        self._output, self._old_results = job.settings.output, find_results(self.store)
         self._record: Mapping[str, Any] = job.record
         self._earlier, self._number = job.earlier, job.number
 
@@ -68,9 +71,15 @@ class RunFolder:
         members = (parse_member(row.generated_image or "") for row in rows)
         self._shards.update(member.shard for member in members if member is not None)
 
-    def remove_unnamed_images(self, counts: Counts) -> None:
-        """Remove the images from shards that no result names, after a merge with these counts."""
-        remove_unnamed_images(self.store, self._record, counts, self._shards)
+    def remove_old_files(self, counts: Counts, *, has_committed: bool) -> None:
+        """After a merge with these counts, remove what results no longer need.
+
+        These are images in shards that no result names, and results files in formats that are no longer requested.
+        """
+        self.store.check()
+        if has_committed or not ended_cleanly(self._earlier):
+            remove_unnamed_images(self.store, self._record, counts, self._shards)
+        remove_other_results(self.store, self._old_results, self._output)
 
     def clear(self) -> None:
         """For --overwrite, remove the old files. Raises StoppedError, StorageError, UsageError."""
