@@ -90,6 +90,13 @@ def test_an_image_folder_without_images_is_not_loaded_as_one_of_placeholders(tmp
         load_image_folder(tmp_path / "out", tmp_path / "cache")
 
 
+def test_carried_columns_with_names_of_image_folders_do_not_hide_the_image(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["prompt", "file_name", "image"], ["a red circle", "x", "y"]])
+    assert runs.run(table, tmp_path / "out", "--safety", "none").code == 0
+    (row,) = load_image_folder(tmp_path / "out", tmp_path / "cache")
+    assert (row["image"].size, row["file_name_"], row["input_image"]) == ((64, 64), "x", "y")
+
+
 def test_another_programs_metadata_is_kept(finished: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     pq.write_table(pa.table({"file_name": ["mine"]}), out / "metadata.parquet")

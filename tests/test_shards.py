@@ -333,6 +333,23 @@ def test_a_linked_folder_of_shards_is_not_part_of_out(out: Path, table: Path, si
 
 
 @every_sharded_sink
+def test_other_files_among_the_shards_are_orphans(out: Path, sink: str) -> None:
+    (shard,) = shards(out)
+    shutil.copy(shard, shard.with_name(f"copy{SUFFIXES[sink]}"))
+    (problem,) = json.loads(runs.command("verify", out, "--json").stdout)["problems"]
+    assert (problem["kind"], problem["path"]) == ("orphan_image", f"shards/copy{SUFFIXES[sink]}")
+
+
+def test_a_change_of_options_for_image_files_is_not_silent(
+    finished: dict[str, Path], table: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished["folder"], tmp_path / "out"))
+    done = runs.run(table, out, *OPTIONS, "--no-prompt-metadata", "--image-format", "webp")
+    assert (done.code, len(runs.images(out))) == (0, len(ROWS))
+    assert "--image-format and --prompt-metadata of this run and the last one" in done.stderr
+
+
+@every_sharded_sink
 def test_a_late_listing_of_the_manifest_removes_no_shard(out: Path, sink: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system may show a retry's shard, but not yet its part, and the old results suffice for merging."""
     shards(out)[0].unlink()

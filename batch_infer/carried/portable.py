@@ -13,10 +13,11 @@ from batch_infer.carried.values import to_values
 
 def rename_reserved(names: Sequence[str], reserved: Mapping[str, str]) -> list[str]:
     """Return column names in which those that `reserved` maps have new names, which no other column has."""
+    kept = {name for name in names if reserved.get(name, name) == name}
     renamed: list[str] = []
     for name in names:
         new_name = reserved.get(name, name)
-        while new_name in renamed or (new_name != name and new_name in names):
+        while new_name in renamed or (new_name != name and new_name in kept):
             new_name = f"input_{new_name}"
         renamed.append(new_name)
     return renamed

@@ -40,6 +40,8 @@ def options_by_keyword() -> dict[str, click.Option]:
 
 def _convert(name: str, value: Any, option: click.Option, context: click.Context) -> Any:
     """Convert and check a value as if it were given on the command line. None is the option's default."""
+    if value is None and name == "out":
+        raise SettingsError("out=None: pass a folder or a URL")
     if value is None:
         default = option.get_default(context)  # click uses a sentinel for no default
         has_default = isinstance(default, (str, int, float))

@@ -117,7 +117,9 @@ def check_identity(earlier: Mapping[str, Any], record: Mapping[str, Any], out: s
     identity, earlier_identity = record["identity"], earlier.get("identity", {})
     for name in dict.fromkeys((*identity, *earlier_identity)):
         if earlier_identity.get(name) != identity.get(name):
-            remedy = "check its images again with `batch-infer rescore`, " if name == "safety" else ""
+            remedies = {"safety": "check its images again with `batch-infer rescore`, "}
+            remedies["watermark"] = "give the same --provenance, "
+            remedy = remedies.get(name, "")
             raise SettingsError(
                 f"{out} was made with {name} {format_identity(earlier, name)}, and this run has {name} "
                 f"{format_identity(record, name)}: {remedy}give another --out, or start anew with --overwrite"

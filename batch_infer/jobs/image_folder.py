@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from batch_infer.carried import rename_reserved, to_portable, to_portable_type
 from batch_infer.settings import METADATA
-from batch_infer.store import Store
+from batch_infer.store import IMAGE_FOLDERS, Store
 
 _MARK = {"batch-infer": "metadata"}
 """Schema metadata that distinguishes the file from another program's."""
@@ -48,8 +48,9 @@ class ImageFolderWriter:
         self._file.close()
 
     def write(self, table: pa.Table) -> None:
-        """Write the results in a table that have an image."""
-        is_included = pc.and_(pc.equal(table["status"], "ok"), pc.is_valid(table["generated_image"]))
+        """Write the results in a table that have an image file."""
+        is_file = pc.starts_with(pc.fill_null(table["generated_image"], ""), f"{IMAGE_FOLDERS[0]}/")  # not in a shard
+        is_included = pc.and_(pc.equal(table["status"], "ok"), is_file)
         images = to_portable(table.filter(is_included).rename_columns(self._names))
         self._file.write_table(images.cast(self._file.schema))
 

@@ -181,6 +181,7 @@ def prepare(
     if earlier is not None and parts:
         check_identity(earlier, record, settings.out)
         _check_sink(earlier, settings)
+        _warn_about_finished_images(earlier, settings)
     history = parse_record(earlier or {})
     number = 1 + max([history.run_number or 0, *map(run_number, parts)])  # use parts too: run.json may be missing
     record |= {
@@ -203,6 +204,22 @@ def _check_sink(earlier: Mapping[str, Any], settings: RunSettings) -> None:
             f"{settings.out} was made with --sink {earlier_sink}, and this run has --sink {sink}: give the same --sink "
             "or another --out, or start anew with --overwrite"
         )
+
+
+def _warn_about_finished_images(earlier: Mapping[str, Any], settings: RunSettings) -> None:
+    """Warn if options for image files differ from those of the earlier run, because finished images keep theirs."""
+    earlier_settings = parse_record(earlier).settings
+    if not earlier_settings:
+        return
+    old, new = earlier_settings.output, settings.output
+    options = {
+        "--image-format": old.image_format != new.image_format,
+        "--provenance": old.provenance.marks != new.provenance.marks,
+        "--prompt-metadata": old.provenance.prompt_metadata != new.provenance.prompt_metadata,
+    }
+    if changed := [option for option, differs in options.items() if differs]:
+        message = "%s of this run and the last one in %s differ: this affects only images that are rendered now"
+        log.warning(message, " and ".join(changed), settings.out)
 
 
 def resolve_run(

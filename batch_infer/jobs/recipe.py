@@ -69,7 +69,7 @@ def make_recipe(out: Out, name: str, image_index: int = 0) -> str:
         negative_prompt=row["negative_prompt"],
         seed=row["seed"],
         params=_read_params(row),
-        file=f"{PureWindowsPath(row['generated_image'] or f'image-{image_index}').stem}.png",
+        file=f"{PureWindowsPath((row['generated_image'] or f'image-{image_index}').rpartition('#')[2]).stem}.png",
         identity=record["identity"],
         digests=tuple(_read_digests(record, store.location)),
     )

@@ -131,7 +131,8 @@ def scan_tables(
     for notice in job.tables.notices:
         log.warning("%s", notice)
     if result.invalid > min(new_invalid, MAX_LOGGED_INVALID):
-        log.warning("%d rows are invalid; results.parquet contains each with its error", result.invalid)
+        rows = "1 row is" if result.invalid == 1 else f"{result.invalid} rows are"
+        log.warning("%s invalid; results.parquet contains each with its error", rows)
     return result
 
 

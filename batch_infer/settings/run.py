@@ -84,7 +84,7 @@ class OutputSettings:
     @property
     def results_files(self) -> tuple[str, ...]:
         """Names of the files that merging writes."""
-        return (*list_results_files(self.results), *([METADATA] if self.sink == "folder" else []))
+        return (*list_results_files(self.results), METADATA)
 
     def __post_init__(self) -> None:
         """Check that a format can contain base64 images if they are requested. Raises SettingsError."""

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import pyarrow as pa
 
 from batch_infer.errors import StorageError
-from batch_infer.store import Store
+from batch_infer.store import NOT_A_FILE, Store
 
 SHARD_FOLDER = "shards"
 OPEN_SHARDS = 8
@@ -110,8 +110,14 @@ class ShardReader:
         return [path for path in paths if parse_member(f"{path}#_")]
 
     def list_members(self) -> Iterator[tuple[str, int]]:
-        """Yield the path and size in bytes of each image in the shards, sorted by path."""
-        for shard in self.list_shards():  # without prefetching, since shards are large
+        """Yield the path and size in bytes of each image in the shards, and of all that is no shard, sorted by path."""
+        shards, others = set(self.list_shards()), set[str]()
+        if not self._store.is_link(SHARD_FOLDER):
+            others = {f"{SHARD_FOLDER}/{name}" for name in self._store.list_folder(SHARD_FOLDER)} - shards
+        for shard in sorted(shards | others):  # without prefetching, since shards are large
+            if shard in others:
+                yield shard, NOT_A_FILE
+                continue
             sizes = self.get_sizes(shard)
             yield from ((f"{shard}#{name}", sizes[name]) for name in sorted(sizes))
 
