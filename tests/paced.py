@@ -4,7 +4,7 @@ PACE_ROWS: images per manifest part, 1 by default. PACE_SECONDS: pause of a work
 renders this many images and then hangs until it is stopped or killed. PACE_MEET (a folder) and PACE_WORKERS: a worker
 waits after its first image until this many workers have rendered one, so that each of them gets rows.
 
-Worker processes import the main module, so the variables apply to them too.
+Worker processes import this main module, which batch-infer would hide from them, so the variables apply to them too.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from batch_infer.__main__ import main
 from batch_infer.chain import RenderedImage, UnrenderedRow
+from batch_infer.engines import handle
 from batch_infer.records import PromptRequest
 from batch_infer.sinks import CommitLimits
 from batch_infer.sinks.sharded import ShardedSink
@@ -56,6 +58,7 @@ def pace() -> None:
 
     loading.load_chain = load_paced
     committing.COMMIT_ROWS = int(os.environ.get("PACE_ROWS", "1"))
+    vars(handle)["main_module_hidden"] = nullcontext
     ShardedSink.commit_limits = CommitLimits(committing.COMMIT_ROWS, committing.COMMIT_SECONDS)
 
 
