@@ -1,6 +1,6 @@
 """Sign image files with a C2PA manifest, the Content Credentials of https://spec.c2pa.org, by the library c2pa-python.
 
-Timestamp authorities are not asked, so signing needs no network.
+Signing uses no timestamp authority and no network.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ RESULTS_FILES: dict[ResultsFormat, tuple[str, ...]] = {
 }
 """Names of the files of each format of the results, in OUT."""
 METADATA = "metadata.parquet"
-"""Name of the file, written beside images/, that describes images to Hugging Face's datasets."""
+"""Name of the file, next to images/, that describes images to Hugging Face's datasets."""
 SHARED_NAMES = (*RESULTS_FILES["openai"], METADATA)
 """Names that other programs use too. Such a file counts as a results file only if SHA256SUMS or run.json says so."""
 SinkName = Literal["folder", "webdataset", "parquet"]

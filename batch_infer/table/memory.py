@@ -19,7 +19,7 @@ from batch_infer.table.formats import parse_name
 
 InMemoryTable: TypeAlias = pa.Table
 IN_MEMORY: dict[Literal["dataframe", "prompts"], str] = {"dataframe": "<dataframe>", "prompts": "<prompts>"}
-"""TABLE argument that stands for a table in memory, by the stem of its default ids."""
+"""TABLE argument that names a table in memory, by the stem of its default ids."""
 
 _tables: ContextVar[Mapping[str, InMemoryTable] | None] = ContextVar("tables", default=None)
 
