@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -494,6 +495,7 @@ def test_a_run_marks_all_images_with_a_watermark(watermarked: Path, probe_here: 
 def test_the_watermark_belongs_to_the_identity(watermarked: Path, table: Path, tmp_path: Path) -> None:
     plain = ("--height", "256", "--width", "256", "--steps", "1")
     assert run_json(watermarked)["identity"]["watermark"] == "dwtDctSvd 1"
+    assert run_json(watermarked)["versions"]["wmforge"] == version("wmforge")
     done = run(table, watermarked, *plain)
     assert done.code == 2
     assert "was made with watermark dwtDctSvd 1, and this run has watermark none" in done.stderr

@@ -44,20 +44,6 @@ from batch_infer.table import in_memory_tables
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Plan",
-    "RunStatus",
-    "Summary",
-    "Verification",
-    "plan",
-    "recipe",
-    "results",
-    "run",
-    "status",
-    "verify",
-]
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import msgspec
 from batch_infer import __version__
 from batch_infer.errors import SettingsError
 from batch_infer.models import ModelCard
-from batch_infer.provenance import describe_watermark
+from batch_infer.provenance import describe_watermark, list_libraries
 from batch_infer.records import utc_now
 from batch_infer.settings import CATEGORIES, Compute, OutputSettings, ProvenanceSettings, RunSettings, SafetySettings
 from batch_infer.table import Tables, is_in_memory, redact_url
@@ -29,7 +29,8 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
 
     Later runs in OUT must have the same `identity`.
     """
-    arguments = settings.table.tables
+    arguments, provenance = settings.table.tables, settings.output.provenance
+    libraries = (*LIBRARIES, *list_libraries(provenance))
     table = replace(settings.table, tables=tuple(map(redact_url, arguments)))
     return {
         "batch_infer": __version__,
@@ -57,10 +58,10 @@ def describe_run(settings: RunSettings, card: ModelCard, compute: Compute, table
             "scheduler": card.scheduler_fingerprint,
             "dtype": compute.dtype,
             "safety": describe_safety(settings.safety, card),
-            **describe_watermark(settings.output.provenance),
+            **describe_watermark(provenance),
         },
         "compute": asdict(compute),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "survey": None,
         "summary": None,
     }

@@ -237,9 +237,9 @@ def resolve_run(
     earlier_safety = earlier_settings.safety if earlier_settings else None
     settings = replace(settings, safety=settings.safety.with_policy_of(earlier_safety))
     compute = choose_compute(settings, device, earlier, card)
-    record = describe_run(settings, card, compute, tables)
     provenance = settings.output.provenance
     check_marks(provenance)
+    record = describe_run(settings, card, compute, tables)
     model_defaults = RowDefaults(card.num_inference_steps, card.guidance_scale, card.guidance_rescale)
     native_size = {"height": card.sizes.native_height, "width": card.sizes.native_width}
     requested = {name: value for name, value in asdict(settings.defaults).items() if value is not None}

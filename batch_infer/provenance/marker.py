@@ -69,6 +69,11 @@ def describe_watermark(settings: ProvenanceSettings) -> dict[str, str]:
     return {"watermark": VERSION} if "watermark" in settings.marks else {}
 
 
+def list_libraries(settings: ProvenanceSettings) -> tuple[str, ...]:
+    """Return the installed packages, besides those of every run, that decide the pixels of marked images."""
+    return ("wmforge",) if "watermark" in settings.marks else ()
+
+
 def check_marks(settings: ProvenanceSettings) -> None:
     """Raise SettingsError if images cannot be marked: a library or a file of the signer is missing or unusable.
 

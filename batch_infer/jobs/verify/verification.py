@@ -51,11 +51,11 @@ class VerifyOptions:
 class Verification(JsonStruct):
     """What `verify` found. `counts` counts all problems by kind, and `problems` lists the first of them.
 
-    `statuses` counts results by status. `images` is the number of images that results name, `checked` that of images
-    whose bytes were read, and `rendered_again` that of images that were rendered again to compare them, which `sample`
-    describes. `marked_count` is the number of results that were marked as failed. `root_digest` is that of run.json, or
-    None if SHA256SUMS has another one or results were marked. `is_signed` is whether the public key's signature of
-    SHA256SUMS is valid.
+    `statuses` counts results by status, also those of rows that have left the tables. `images` is the number of images
+    that results name, `checked` that of images whose bytes were read, and `rendered_again` that of images that were
+    rendered again to compare them, which `sample` describes. `marked_count` is the number of results that were marked
+    as failed. `root_digest` is that of run.json, or None if SHA256SUMS has another one or results were marked.
+    `is_signed` is whether the public key's signature of SHA256SUMS is valid.
     """
 
     rows: int = 0
