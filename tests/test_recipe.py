@@ -415,6 +415,12 @@ def test_a_lora_that_has_changed_has_no_recipe(sd1_folder: Path, tmp_path: Path)
     assert "are not those of the run: restore them" in exported.stderr
 
 
+def read_comments(out: Path) -> list[str]:
+    """Return the comment lines of the recipe for the image with id a."""
+    script = export(out, {"id": "a", "image_index": 0}).stdout
+    return [line for line in script.splitlines() if line.startswith("# ")]
+
+
 @pytest.mark.parametrize(
     ("options", "status", "text"),
     [
@@ -431,7 +437,18 @@ def test_comments_on_images_that_are_not_stored_as_rendered(
     rows = [["id", "prompt"], ["a", "a large red cross on a white ground"]]
     out = render(tmp_path, rows, None, "--steps", "12", "--guidance-scale", "5", *options)
     assert [row["status"] for row in results(out)] == [status]
-    script = export(out, {"id": "a", "image_index": 0}).stdout
-    comments = [line for line in script.splitlines() if line.startswith("# ")]
+    comments = read_comments(out)
     assert len(comments) == (1 if text is None else 2)
     assert text is None or comments[1].startswith(text)
+
+
+def test_a_placeholder_is_mentioned_after_a_rescore_with_another_policy(tmp_path: Path) -> None:
+    rows = [["id", "prompt"], ["a", "a large red cross on a white ground"]]
+    out = render(tmp_path, rows, None, "--steps", "12", "--guidance-scale", "5", "--on-flagged", "blank")
+    for policy in ("keep", "drop"):
+        assert command("rescore", out, "--safety", "checker", "--on-flagged", policy).code == 0
+        (row,) = results(out)
+        assert (row["status"], row["generated_image"] is None) == ("flagged", False)
+        assert read_comments(out)[1:] == [
+            "# The image was flagged before the last rescore, and not kept as it was rendered."
+        ]

@@ -14,6 +14,7 @@ from batch_infer.carried import shorten_float32
 from batch_infer.errors import RowError, UsageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.description import find_environment
+from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run_json import find_lora_column, parse_record, read_settings, require
 from batch_infer.manifest import SCHEMA, Manifest, run_number
 from batch_infer.models import LoraFolder, PlainImage, write_script
@@ -153,7 +154,9 @@ def _explain(store: Store, record: Mapping[str, Any], row: Mapping[str, Any], po
     known = versions if isinstance(versions, Mapping) else {}
     libraries = " and ".join(f"{name} {known[name]}" for name in ("diffusers", "torch") if name in known)
     yield f"{_describe(row)} of {store.location!r}, rendered with {libraries or 'unknown versions'}"
-    if row["status"] == "flagged" and policy in REPLACED:
+    if row["status"] == "flagged" and IMAGE_NOT_KEPT in (row["error"] or ""):
+        yield "The image was flagged before the last rescore, and not kept as it was rendered."
+    elif row["status"] == "flagged" and policy in REPLACED:
         yield f"The run flagged this image, and {REPLACED[policy]}."
     elif str(row["generated_image"]).lower().endswith(COMPRESSED):
         yield "The stored image is compressed, which changes its pixels."
