@@ -162,8 +162,10 @@ def test_another_format_from_merge_is_noticed(table: Path, out: Path) -> None:
     run(table, out)
     assert command("merge", out, "--results", "csv").code == 0
     assert (out / "results.csv").exists()
-    assert run_and_count(table, out)[1] > 0
+    again, reads = run_and_count(table, out)
+    assert reads > 0
     assert not (out / "results.csv").exists()
+    assert f"removed results.csv from {out}: this run writes other formats (see --results)" in again.stderr
     assert command("verify", out).code == 0
 
 

@@ -26,7 +26,7 @@ from batch_infer.records import ResultRow, utc_now
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import IMAGE_FOLDERS, LocalStore, open_store
 from batch_infer.store.folder import find_holder
-from tests.runs import run, run_json
+from tests.runs import command, run, run_json
 from tests.storage import no_rows
 from tests.tables import write_csv
 
@@ -499,3 +499,17 @@ def test_the_first_run_json_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert outdir.read_existing_run(LocalStore(folder))["identity"] == {"model": "first"}
         assert [path.name for path in folder.iterdir()] == ["run.json"]
         monkeypatch.setattr(Path, "hardlink_to", refuse)
+
+
+@pytest.mark.parametrize("folder", ["images", "quarantine", "shards"])
+def test_a_first_run_refuses_folders_with_files_of_other_programs(tmp_path: Path, folder: str) -> None:
+    """Otherwise a later --overwrite would remove them."""
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
+    file = out / folder / "holiday.png"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    done = run(table, out)
+    assert (done.code, done.stdout) == (2, "")
+    assert f"{file.parent} contains files, but {out} contains no run: move them away" in done.stderr
+    assert command("plan", table, "--out", out).code == 2
+    assert (file.read_text(), (out / "run.json").exists()) == ("mine", False)

@@ -169,6 +169,14 @@ def test_swapped_images(out: Path) -> None:
     assert set(kinds.values()) <= {"wrong_image", "truncated_image"}
 
 
+def test_tables_that_were_moved(finished: Path, out: Path, tmp_path: Path) -> None:
+    """Only their paths may differ from those in results.parquet."""
+    moved = shutil.copy(finished / "t.parquet", tmp_path / "moved.parquet")
+    assert verify(out, moved, code=0)["counts"] == {}
+    edit(out / "results.parquet", lambda table: set_cell(table, "seed", "b", 12345))
+    assert faults(out, moved) == [("results_differ", "b")]
+
+
 def test_a_file_that_no_result_names(out: Path) -> None:
     folder = image_of(out, "a").parent
     (folder / "zz.png").write_bytes(b"x")

@@ -166,7 +166,12 @@ job_options = (
         help="Render finished images again if a default, such as --steps, differs from that of the run that made them. "
         "Without this option, a run with a changed default stops before it renders anything.",
     ),
-    option("--overwrite", is_flag=True, help="Remove what earlier runs wrote to OUT, once the model is loaded."),
+    option(
+        "--overwrite",
+        is_flag=True,
+        help="Start anew: remove results.* and all files in images/, quarantine/, shards/ and manifest/, once the "
+        "model is loaded.",
+    ),
 )
 """The options of `run` and `plan`."""
 

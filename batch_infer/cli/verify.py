@@ -35,7 +35,8 @@ _REMEDIES = {
     "the only copy of some rows.",
     "missing_row": "Run `batch-infer run` with the same tables and options to render missing rows.",
     "results_differ": "Run `batch-infer merge {out}` to write results.* again.",
-    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again.",
+    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again, except "
+    "those of rows that are no longer in the tables.",
     "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
     "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
     "not_reproduced": "`batch-infer export-recipe {out} ID` prints a script that reproduces an image with plain "

@@ -172,6 +172,7 @@ def prepare(
         refuse_foreign_results(store, settings.output.results)
     if settings.overwrite:
         outdir.refuse_to_clear(store)
+    outdir.refuse_foreign_images(store, existing)
     earlier = None if settings.overwrite else existing
     if settings.model.name is None and earlier is None:
         log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")

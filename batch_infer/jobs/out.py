@@ -104,11 +104,29 @@ def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[s
             raise SettingsError(
                 f"{table} is in a folder that a run into {store.location} writes to: give another --out"
             )
-    has_parts = any(name.startswith("part-") for name in store.list_folder("manifest"))
-    if (earlier is None or "identity" not in earlier) and not has_parts:
+    if _has_no_run(store, earlier):
         for name in OWN_NAMES:
             if name in RESULTS and store.exists(name):
                 raise SettingsError(f"{store.locate(name)} was not written by batch-infer: give another --out")
+
+
+def refuse_foreign_images(store: Store, earlier: Mapping[str, Any] | None) -> None:
+    """Raise SettingsError if a folder for images contains files before the first run, since --overwrite removes it.
+
+    This is not for endpoints, whose workers start at the same time. Raises StorageError.
+    """
+    for folder in (*IMAGE_FOLDERS, SHARD_FOLDER):
+        if _has_no_run(store, earlier) and store.list_folder(folder):
+            raise SettingsError(
+                f"{store.locate(folder)} contains files, but {store.location} contains no run: move them away, or give "
+                "another --out"
+            )
+
+
+def _has_no_run(store: Store, earlier: Mapping[str, Any] | None) -> bool:
+    """Return whether OUT has neither the run.json of a run nor manifest parts."""
+    has_parts = any(name.startswith("part-") for name in store.list_folder("manifest"))
+    return "identity" not in (earlier or {}) and not has_parts
 
 
 def refuse_while_rescoring(out: str, record: Mapping[str, Any] | None) -> None:

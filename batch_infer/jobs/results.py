@@ -67,8 +67,12 @@ def _make_hasher(digests: dict[str, str], name: str, path: Path) -> Callable[...
 
 
 def remove_other_results(store: Store, names: Iterable[str], output: OutputSettings) -> None:
-    """Remove those of these results files whose formats are no longer requested."""
-    store.remove(set(names) - set(output.results_files))
+    """Remove those of these results files whose formats are no longer requested, and say so."""
+    if removed := sorted(set(names) - set(output.results_files)):
+        store.remove(removed)
+        log.warning(
+            "removed %s from %s: this run writes other formats (see --results)", " and ".join(removed), store.location
+        )
 
 
 def _open_writer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -41,12 +41,13 @@ def check_results(
     read_expected: ReadExpected,
     problems: Problems,
     find_missing: Callable[[], object] = lambda: None,
+    ignored: Collection[str] = (),
 ) -> bool:
     """Compare results.parquet with the expected tables of this schema, and add each row that differs to `problems`.
 
     Return whether the file was as expected. Equal files are compared as streams of Arrow tables. Only if they differ,
     call `find_missing`, which adds rows without a result to the problems, and look rows up by key. results.parquet may
-    still have such rows. Raises the errors of `read_expected`, StorageError.
+    still have such rows. Cells of `ignored` columns may differ. Raises the errors of `read_expected`, StorageError.
     """
     try:
         with store.open_file(RESULTS_PARQUET) as stream, pq.ParquetFile(stream) as file:
@@ -58,11 +59,14 @@ def check_results(
             columns = _round_trip(schema.empty_table()).schema
             if not file.schema_arrow.equals(columns):
                 problems.add("results_differ", _describe_columns(file.schema_arrow, columns), path=RESULTS_PARQUET)
-            elif _are_equal(file, schema, read_expected()):
+            elif _are_equal(file, schema, read_expected(), ignored):
                 return True
             else:
                 find_missing()
-                with _limit_row_groups(file) as grouped, closing(_ResultsComparison(grouped, problems)) as comparison:
+                with (
+                    _limit_row_groups(file) as grouped,
+                    closing(_ResultsComparison(grouped, problems, ignored)) as comparison,
+                ):
                     comparison.find(_convert_to_stored(read_expected(), schema))
     except FileNotFoundError:
         detail = f"it is missing: write it with `batch-infer merge {store.location}`"
@@ -94,24 +98,26 @@ def _describe_columns(actual: pa.Schema, expected: pa.Schema) -> str:
     return " and ".join(parts + ([f"it has the unexpected columns {', '.join(sorted(added))}"] if added else []))
 
 
-def _are_equal(file: pq.ParquetFile, schema: pa.Schema, expected: Iterator[pa.Table]) -> bool:
+def _are_equal(file: pq.ParquetFile, schema: pa.Schema, expected: Iterator[pa.Table], ignored: Collection[str]) -> bool:
     batches = file.iter_batches(BATCH)
     rest = file.schema_arrow.empty_table()
     for table in _convert_to_stored(expected, schema):
         while len(rest) < len(table) and (batch := next(batches, None)) is not None:
             rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
         actual, rest = rest.slice(0, len(table)), rest.slice(len(table))
-        if len(actual) < len(table) or any(_iterate_unequal_cells(table, actual)):
+        if len(actual) < len(table) or any(_iterate_unequal_cells(table, actual, ignored)):
             return False
     return not len(rest) and next(batches, None) is None
 
 
-def _iterate_unequal_cells(expected: pa.Table, actual: pa.Table) -> Iterator[tuple[int, str, Any, Any]]:
+def _iterate_unequal_cells(
+    expected: pa.Table, actual: pa.Table, ignored: Collection[str]
+) -> Iterator[tuple[int, str, Any, Any]]:
     """Yield the row number, column and both values of each cell that differs. NaN equals NaN."""
     for name, expected_column, actual_column in zip(
         expected.column_names, expected.columns, actual.columns, strict=True
     ):
-        if expected_column.equals(actual_column):
+        if name in ignored or expected_column.equals(actual_column):
             continue
         pairs = zip(to_values(expected_column), to_values(actual_column), strict=True)
         for row, (value, actual_value) in enumerate(pairs):
@@ -156,8 +162,8 @@ def _limit_row_groups(file: pq.ParquetFile) -> Iterator[pq.ParquetFile]:
 class _ResultsComparison:
     """Finds the rows in which a file differs from the expected tables."""
 
-    def __init__(self, file: pq.ParquetFile, problems: Problems) -> None:
-        self._file, self._problems = file, problems
+    def __init__(self, file: pq.ParquetFile, problems: Problems, ignored: Collection[str]) -> None:
+        self._file, self._problems, self._ignored = file, problems, ignored
         self._starts = [0]
         for group in range(file.metadata.num_row_groups):
             self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
@@ -202,7 +208,7 @@ class _ResultsComparison:
     def _compare(self, expected: pa.Table, rows: Sequence[int]) -> None:
         """Compare a table with these rows of the file."""
         differences: dict[int, list[str]] = {}
-        for row, name, value, actual in _iterate_unequal_cells(expected, self._read(rows)):
+        for row, name, value, actual in _iterate_unequal_cells(expected, self._read(rows), self._ignored):
             differences.setdefault(row, []).append(f"{name} is {_shorten(actual)} instead of {_shorten(value)}")
         for row, texts in sorted(differences.items()):
             key = expected["id"][row].as_py(), expected["image_index"][row].as_py()

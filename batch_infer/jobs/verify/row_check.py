@@ -49,10 +49,11 @@ class RowVerifier:
         self._store, self._record, self._settings, self._parts = store, record, settings, parts
         self._images, self._problems = images, problems
 
-    def check(self, checksums: ChecksumCheck, tables: Tables | None) -> int | None:
+    def check(self, checksums: ChecksumCheck, tables: Tables | None, *, moved: bool) -> int | None:
         """Check that every row has a result and that results.parquet matches the manifest.
 
-        Return the number of rows, or None if it is unknown.
+        Tables that were `moved` may have other paths than in results.parquet. Return the number of rows, or None if it
+        is unknown.
         """
         summary = parse_record(self._record).summary
         is_complete = checksums.is_proof and summary is not None and not summary.remaining
@@ -64,7 +65,7 @@ class RowVerifier:
             if tables is not None and checksums.has_intact_results:
                 rows = self._find_missing_rows(self._read_items(index, tables), index)
             elif tables is not None:
-                rows = self._compare_with_tables(index, tables)
+                rows = self._compare_with_tables(index, tables, ignored=("source_file",) if moved else ())
             else:
                 self._compare_with_manifest(index, is_proven=checksums.is_proof or checksums.has_intact_results)
         reasons = [reason for path, reason in checksums.problems if path == RESULTS_PARQUET]
@@ -75,7 +76,7 @@ class RowVerifier:
     def _has_same(self, tables: Tables) -> bool:
         return _are_unchanged(self._record, tables, read_rules(self._record, self._store.location))
 
-    def _compare_with_tables(self, index: ManifestIndex, tables: Tables) -> int:
+    def _compare_with_tables(self, index: ManifestIndex, tables: Tables, ignored: Sequence[str]) -> int:
         """Check that each row of the tables has a result in the manifest and results.parquet. Return their number."""
         schema, counts, rows = pa.schema([*SCHEMA, *tables.carried]), Counts(), None
 
@@ -88,7 +89,7 @@ class RowVerifier:
             nonlocal rows
             rows = self._find_missing_rows(self._read_items(index, tables), index)
 
-        is_equal = check_results(self._store, schema, read_expected, self._problems, find_missing)
+        is_equal = check_results(self._store, schema, read_expected, self._problems, find_missing, ignored)
         if is_equal and not counts.remaining:
             return counts.rows
         if rows is None:

@@ -167,9 +167,10 @@ class _Verifier:
         """Run all checks."""
         checksums = check_checksums(self._store, self._record, self._options.public_key)
         self._check_parts(checksums)
-        with open_recorded_tables(self._record, self._settings, moved=bool(self._options.tables)) as tables:
+        moved = bool(self._options.tables)
+        with open_recorded_tables(self._record, self._settings, moved=moved) as tables:
             verifier = RowVerifier(self._store, self._record, self._settings, self.parts, self._images, self._problems)
-            row_count = verifier.check(checksums, tables)
+            row_count = verifier.check(checksums, tables, moved=moved)
         committed_rows, image_count = self._images.count()
         is_endpoint = not self._settings.table.tables
         checks = ImageCheckOptions(
