@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import current_process
 from threading import Lock
+
+from batch_infer.errors import SettingsError
 
 _lock = Lock()
 _ORIGINS = ("__file__", "__spec__")
@@ -16,9 +19,16 @@ _ORIGINS = ("__file__", "__spec__")
 def main_module_hidden() -> Iterator[None]:
     """Let processes that are spawned inside the context start without the main module of this process.
 
-    They would import it first. A script without `if __name__ == "__main__":` would then run again in each process, and
-    one read from standard input cannot be found. No process of batch-infer needs anything from the main module.
+    A process would import it first. A script without `if __name__ == "__main__":` would then run again in each process,
+    and one read from standard input cannot be found. No process of batch-infer needs anything from the main module.
+
+    Raises SettingsError in a daemonic process, which cannot start others.
     """
+    if current_process().daemon:
+        raise SettingsError(
+            "a daemonic process, such as a worker of multiprocessing.Pool, cannot start processes: call batch-infer in "
+            "the main process or in a concurrent.futures.ProcessPoolExecutor"
+        )
     main = sys.modules["__main__"]
     with _lock:
         origins = {name: getattr(main, name) for name in _ORIGINS if hasattr(main, name)}

@@ -207,7 +207,7 @@ class CallStopper(Stopper):
     """A Stopper for a call from Python, which never ends the process and handles no signal except SIGINT.
 
     SIGINT is handled only while it would raise KeyboardInterrupt, which excludes threads other than the main one and
-    programs with a handler of their own. A time limit does not interrupt the main thread.
+    programs that have installed a handler. A time limit does not interrupt the main thread.
     """
 
     def __init__(self, time_limit: float | None, hint: str, *, log_stop: Callable[[], object]) -> None:

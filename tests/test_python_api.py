@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import click
@@ -21,6 +23,7 @@ import pyarrow as pa
 import pytest
 
 import batch_infer
+from batch_infer import spawning
 from batch_infer.cli.keywords import options_by_keyword
 from batch_infer.errors import (
     BatchInferError,
@@ -31,6 +34,7 @@ from batch_infer.errors import (
     TooManyFailedError,
     UsageError,
 )
+from batch_infer.jobs import run as rendering
 from batch_infer.stopping import Stopper
 from batch_infer.table.memory import find_in_memory, in_memory_tables, make_in_memory
 from tests.runs import assert_whole, command, hashes, results, run_json
@@ -158,8 +162,16 @@ def test_tables_of_arrow_and_polars(tmp_path: Path) -> None:
     assert run(table, tmp_path / "a").rendered == 1
     assert results(tmp_path / "a")[0]["x"] == [1, 2]
     polars = pytest.importorskip("polars")
-    run(polars.DataFrame({"prompt": ["a red circle"], "seed": [5]}), tmp_path / "b")
+    kinds = polars.Series(["x"], dtype=polars.Categorical), polars.Series([None], dtype=polars.Enum(["x"]))
+    run(polars.DataFrame({"prompt": ["a red circle"], "seed": [5], "a": kinds[0], "b": kinds[1]}), tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert [results(tmp_path / "b")[0][name] for name in ("a", "b")] == ["x", None]
+    objects = polars.DataFrame({"prompt": ["a"], "k": polars.Series([{}], dtype=polars.Object)})
+    with pytest.raises(TableError, match="column 'k' of the dataframe contains Python objects"):
+        run(objects, tmp_path / "c")
+    lists = polars.DataFrame({"prompt": ["a"], "k": polars.Series([["x"]], dtype=polars.List(polars.Categorical))})
+    with pytest.raises(TableError, match="convert the column of this type to text"):
+        run(lists, tmp_path / "c")
 
 
 def test_other_threads_do_not_see_a_table() -> None:
@@ -186,6 +198,12 @@ def test_other_threads_do_not_see_a_table() -> None:
         ("none.csv", {}, TableError, "none.csv: no such file"),
         (pd.DataFrame({"prompt": ["a", "b"], "id": [1, "x"]}), {}, TableError, "for column id .*give each column one"),
         (pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"]), {}, TableError, "Duplicate column names"),
+        (pd.DataFrame({("a", "prompt"): ["a"]}), {}, TableError, "columns of several levels"),
+        (pd.DataFrame, {}, SettingsError, "cannot read a table from type"),
+        ("", {}, TableError, "a TABLE argument is empty"),
+        (["a"], {"slots": 5000}, SettingsError, "'5000' is neither a number from 2 to 4096 nor auto"),
+        (["a"], {"price_per_hour": np.nan}, SettingsError, "'nan' is not a finite number"),
+        (["a"], {"max_failed": "nan"}, SettingsError, "--max-failed nan: expected a number of rows"),
         (pd.DataFrame({"caption": ["a"]}), {}, TableError, "no column 'prompt'"),
         (["a"], {"steps": "thirty"}, SettingsError, "steps='thirty': 'thirty' is not a valid integer"),
         (["a"], {"steps": 2.5}, SettingsError, "steps=2.5"),
@@ -204,6 +222,46 @@ def test_errors_are_exceptions(
     with pytest.raises(error, match=text):
         run(table, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_path_of_out_with_a_nul_character_is_refused() -> None:
+    for call in (
+        batch_infer.status,
+        batch_infer.results,
+        batch_infer.verify,
+        functools.partial(batch_infer.run, ["a"]),
+    ):
+        with pytest.raises(SettingsError, match="NUL"):
+            call(out="a\0b")
+
+
+@pytest.mark.usefixtures("probe_here")
+def test_plan_has_the_defaults_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert batch_infer.plan(["a red circle"]).pending == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_render_one_after_another(tmp_path: Path) -> None:
+    """Libraries that load models at the same time in one process break each other."""
+    outs = [tmp_path / name for name in "abc"]
+    threads = [threading.Thread(target=run, args=(["a red circle"], out)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(results(out)) for out in outs] == [1, 1, 1]
+
+
+def test_a_thread_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
+    with rendering._rendering, pytest.raises(StoppedError, match="while another thread of this process rendered"):
+        run(["a red circle"], tmp_path / "out", time_limit=0.1)
+
+
+def test_a_daemonic_process_cannot_start_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawning, "current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(SettingsError, match="a daemonic process, such as a worker of multiprocessing.Pool"):
+        run(["a red circle"], tmp_path / "out", num_processes=1)
 
 
 def test_unknown_arguments_are_type_errors() -> None:
@@ -335,8 +393,8 @@ def test_messages_go_to_the_log_of_the_program(tmp_path: Path, caplog: pytest.Lo
 SCRIPT = """
 import batch_infer
 options = dict(out={out!r}, steps=2, threads=1, device="cpu")
-assert batch_infer.run(["a red circle"], **options).rendered == 1
-assert batch_infer.plan(["a red circle", "a blue square"], **options).pending == 1
+assert batch_infer.run(["a red circle", ""], max_failed=1, **options).rendered == 1
+assert batch_infer.plan(["a red circle", "", "a blue square"], **options).pending == 1
 """
 
 
@@ -353,7 +411,7 @@ def test_scripts_need_no_main_guard_and_print_nothing(tmp_path: Path, kind: str)
         check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert len(results(tmp_path / "out")) == 1
+    assert len(results(tmp_path / "out")) == 2
 
 
 TYPED = """

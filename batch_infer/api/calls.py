@@ -16,6 +16,7 @@ from batch_infer import settings as s
 from batch_infer.engines import read_rank_info
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.stopping import CallStopper, StopRequested
+from batch_infer.store import refuse_unprintable
 from batch_infer.table import in_memory_tables, make_in_memory
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ def make_settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def parse_out(out: PathLike) -> str:
-    """Return OUT, a path or a URL, in the form that messages show."""
-    return cli.parse_out(os.fsdecode(out))
+    """Return OUT, a path or a URL, in the form that messages show. Raises SettingsError."""
+    text = cli.parse_out(os.fsdecode(out))
+    refuse_unprintable(text)
+    return text
 
 
 def name_tables(table: Table) -> tuple[tuple[str, ...], dict[str, Any]]:

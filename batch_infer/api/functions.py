@@ -146,6 +146,7 @@ def _takes_arguments_of(other: Callable[P, object]) -> Callable[[Callable[..., T
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
             return function(*bound.args, **bound.kwargs)
 
         returned = inspect.signature(function).return_annotation

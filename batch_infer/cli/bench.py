@@ -19,7 +19,7 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import POSITIVE, SHARE, command, json_option, model_options, option
+from batch_infer.cli.options import POSITIVE, SHARE, FiniteRange, command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import StoppedError
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     ),
     option(
         "--peak-tflops",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         metavar="X",
         help="Peak rate of the device, for MFU. Default: the peak in the GPU's datasheet if it is known, else the "
         "measured rate of a large matrix product.",

@@ -17,7 +17,9 @@ from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
 from batch_infer.store import is_url
 
 PATH = click.Path(path_type=Path)
-POSITIVE, NONNEGATIVE, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
+POSITIVE, NONNEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
+MAX_SLOTS = 4096
+"""Far more than keep any device busy. Measuring the speed of a mistyped number would take hours."""
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)
@@ -51,9 +53,22 @@ def parse_slots(value: Any) -> Any:
     if value == "auto":
         return value
     try:
-        return click.IntRange(min=2).convert(value, None, None)
+        return click.IntRange(2, MAX_SLOTS).convert(value, None, None)
     except click.BadParameter:
-        raise click.BadParameter(f"{value!r} is neither a number of at least 2 nor auto") from None
+        raise click.BadParameter(f"{value!r} is neither a number from 2 to {MAX_SLOTS} nor auto") from None
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range. `click.FloatRange` also accepts NaN, and infinity if there is no upper limit."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+SHARE = FiniteRange(0, 1)
 
 
 class SemicolonList(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, but not in 8.1

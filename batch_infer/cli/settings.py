@@ -12,6 +12,7 @@ from batch_infer import settings as s
 from batch_infer.cli.options import (
     NONNEGATIVE,
     POSITIVE,
+    FiniteRange,
     SemicolonList,
     c2pa_options,
     model_options,
@@ -158,7 +159,7 @@ job_options = (
         metavar="N|P%",
         help="Maximum number or share of failed and invalid rows in a successful run.",
     ),
-    option("--price-per-hour", type=click.FloatRange(min=0), metavar="X", help="Machine price, used to report cost."),
+    option("--price-per-hour", type=FiniteRange(min=0), metavar="X", help="Machine price, used to report cost."),
     *unattended_options,
     option(
         "--rerender-changed",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 
 from batch_infer.autotune import Probe
 from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine, read_rank_info, remove_rendezvous
-from batch_infer.errors import SettingsError
+from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.compute import choose_actor_threads
 from batch_infer.jobs.execution import Progress, RunExecution
@@ -24,6 +25,10 @@ from batch_infer.provenance import check_marks
 from batch_infer.settings import RunSettings
 from batch_infer.store import Store, log_handler, open_store
 
+WAIT_SECONDS = 0.2
+"""Seconds between two checks whether to stop while another thread of this process renders."""
+_rendering = Lock()
+
 log = logging.getLogger("batch_infer")
 
 
@@ -31,6 +36,23 @@ def render_tables(
     settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs unless --overwrite is given. Raises BatchInferError."""
+    with _rendering_here(stop) if settings.compute.processes == 0 else nullcontext():
+        return _render_tables(settings, progress, stop, skip)
+
+
+@contextmanager
+def _rendering_here(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let the threads of this process render one after another, since libraries load models in one thread at a time."""
+    while not _rendering.acquire(timeout=WAIT_SECONDS):
+        if stop():
+            raise StoppedError("stopped while another thread of this process rendered; run again")
+    try:
+        yield
+    finally:
+        _rendering.release()
+
+
+def _render_tables(settings: RunSettings, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> Summary:
     started = time.monotonic()
     settings = make_paths_absolute(settings)
     check_sign_key(settings.output.sign_key)
@@ -122,4 +144,5 @@ class _Forwarder(logging.Handler):
         self._target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._target.callHandlers(record)
+        if self._target.hasHandlers():  # otherwise logging would print the record
+            self._target.callHandlers(record)

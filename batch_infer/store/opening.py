@@ -72,7 +72,9 @@ def to_absolute(out: Out) -> Out:
 
 
 def refuse_unprintable(out: str) -> None:
-    """Raise SettingsError if a path is not UTF-8, since Parquet libraries do not accept such paths."""
+    """Raise SettingsError if a path is not UTF-8, since Parquet libraries do not accept such paths, or has a NUL."""
+    if "\0" in out:
+        raise SettingsError("the path of OUT contains a NUL character; give another --out")
     try:
         out.encode()
     except UnicodeEncodeError as error:

@@ -164,6 +164,8 @@ def _choose_remote(
 
 
 def _find_local(argument: str, folder: Path, ignored: IgnoredFiles) -> list[TableFile]:
+    if not argument:  # it would name the working folder
+        raise TableError("a TABLE argument is empty: name a file, folder or URL")
     user_path = Path(argument).expanduser()
     path = folder / user_path
     if path.is_dir():

@@ -46,14 +46,28 @@ def make_in_memory(data: object) -> tuple[str, InMemoryTable] | None:
     pandas = sys.modules.get("pandas")
     try:
         if pandas is not None and isinstance(data, pandas.DataFrame):
+            if data.columns.nlevels > 1:
+                raise TableError("the dataframe has columns of several levels: give each column one name")
             table = pa.Table.from_pandas(data, preserve_index=False)
-        elif hasattr(data, "__arrow_c_stream__"):
-            table = pa.table(data)
+        elif hasattr(data, "__arrow_c_stream__") and not isinstance(data, type):
+            _refuse_objects(data)
+            table = _without_views(pa.table(data))
         else:
             return None
     except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
         raise TableError(f"the dataframe cannot be read: {_explain(error)}; give each column one type") from error
-    return IN_MEMORY["dataframe"], _without_views(table).replace_schema_metadata(None)
+    return IN_MEMORY["dataframe"], table.replace_schema_metadata(None)
+
+
+def _refuse_objects(data: object) -> None:
+    """Raise TableError if a data frame of Polars has a column of Python objects, which it exports as addresses."""
+    polars = sys.modules.get("polars")
+    if polars is not None and isinstance(data, polars.DataFrame):
+        for name, dtype in data.schema.items():
+            if dtype == polars.Object:
+                raise TableError(
+                    f"column {name!r} of the dataframe contains Python objects: convert it to another type"
+                )
 
 
 def _check_prompts(prompts: Sequence[Any]) -> Sequence[str]:
@@ -77,9 +91,17 @@ def _explain(error: Exception) -> str:
 
 
 def _without_views(table: pa.Table) -> pa.Table:
-    """Replace string views and binary views, which Parquet files cannot contain."""
+    """Replace string views and binary views, which Parquet files cannot contain, also in dictionaries."""
     types = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return table.cast(pa.schema(field.with_type(types.get(field.type, field.type)) for field in table.schema))
+    for position, field in enumerate(table.schema):
+        column = table.column(position)
+        if isinstance(field.type, pa.DictionaryType) and (dtype := types.get(field.type.value_type)) is not None:
+            chunks = [pa.DictionaryArray.from_arrays(c.indices, c.dictionary.cast(dtype)) for c in column.chunks]
+            column = pa.chunked_array([chunk.dictionary_decode() for chunk in chunks], dtype)
+        elif (dtype := types.get(field.type)) is not None:
+            column = column.cast(dtype)
+        table = table.set_column(position, field.name, column)
+    return table
 
 
 def is_in_memory(argument: str) -> bool:
@@ -99,5 +121,7 @@ def write_in_memory(argument: str, table: InMemoryTable, scratch: Scratch) -> Ta
         with temporary_file_errors():
             pq.write_table(table, path)
     except pa.ArrowException as error:
-        raise TableError(f"the {name} cannot be stored as Parquet: {format_error(error)}") from error
+        raise TableError(
+            f"the {name} cannot be stored as Parquet: {format_error(error)}; convert the column of this type to text"
+        ) from error
     return TableFile(path, name, name, format=".parquet", origin="memory")
