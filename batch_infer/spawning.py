@@ -26,8 +26,8 @@ def main_module_hidden() -> Iterator[None]:
     """
     if current_process().daemon:
         raise SettingsError(
-            "a daemonic process, such as a worker of multiprocessing.Pool, cannot start processes: call batch-infer in "
-            "the main process or in a concurrent.futures.ProcessPoolExecutor"
+            "a daemonic process, such as a worker of multiprocessing.Pool, cannot start workers: render with "
+            "num_processes=0, or call batch-infer in a concurrent.futures.ProcessPoolExecutor"
         )
     main = sys.modules["__main__"]
     with _lock:

@@ -501,7 +501,8 @@ def test_the_first_run_json_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Path, "hardlink_to", refuse)
 
 
-@pytest.mark.parametrize("folder", ["images", "quarantine", "shards"])
+@pytest.mark.usefixtures("probe_here")
+@pytest.mark.parametrize("folder", ["images", "quarantine", "shards", "manifest"])
 def test_a_first_run_refuses_folders_with_files_of_other_programs(tmp_path: Path, folder: str) -> None:
     """Otherwise a later --overwrite would remove them."""
     table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
@@ -511,5 +512,18 @@ def test_a_first_run_refuses_folders_with_files_of_other_programs(tmp_path: Path
     done = run(table, out)
     assert (done.code, done.stdout) == (2, "")
     assert f"{file.parent} contains files, but {out} contains no run: move them away" in done.stderr
-    assert command("plan", table, "--out", out).code == 2
+    planned = command("plan", table, "--out", out)
+    assert (planned.code, "contains files" in planned.stderr) == (2, True)
     assert (file.read_text(), (out / "run.json").exists()) == ("mine", False)
+
+
+def test_a_first_run_accepts_empty_folders_and_linked_ones(tmp_path: Path) -> None:
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "out"
+    (out / "quarantine" / "empty").mkdir(parents=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "holiday.png").write_text("mine")
+    (out / "images").symlink_to(disk)
+    assert run(table, out).code == 0
+    assert run(table, out, "--overwrite").code == 0
+    assert (disk / "holiday.png").read_text() == "mine"

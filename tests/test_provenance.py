@@ -250,7 +250,7 @@ def test_unsigned_runs_refuse_a_signer(table: Path, files: SigningFiles, tmp_pat
     for line in (("retry", "--status", "missing"), ("rescore", "--safety", "checker")):
         done = command(line[0], tmp_path / "out", *line[1:], *files.options)
         assert done.code == 2
-        assert "so images are not signed now: leave both options out" in done.stderr
+        assert "so its images are not signed: leave both options out" in done.stderr
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

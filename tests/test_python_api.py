@@ -40,6 +40,7 @@ from batch_infer.table.memory import find_in_memory, in_memory_tables, make_in_m
 from tests.runs import assert_whole, command, hashes, results, run_json
 from tests.tables import write_csv
 
+LOG = logging.getLogger("batch_infer")
 ROOT = Path(__file__).parent.parent
 QUICK: dict[str, Any] = {
     **{"steps": 2, "slots": 8, "threads": 1, "device": "cpu", "on_flagged": "keep"},
@@ -242,8 +243,21 @@ def test_plan_has_the_defaults_of_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_render_one_after_another(tmp_path: Path) -> None:
-    """Libraries that load models at the same time in one process break each other."""
+def test_threads_render_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the logger, and libraries that load models at the same time break each other."""
+    active: list[int] = []
+    render = rendering._render_tables
+
+    def render_and_count(*arguments: Any) -> Any:
+        active.append(1)
+        assert sum(active) == 1
+        try:
+            return render(*arguments)
+        finally:
+            active.append(-1)
+
+    monkeypatch.setattr(rendering, "_render_tables", render_and_count)
+    before = LOG.level, LOG.propagate, list(LOG.handlers)
     outs = [tmp_path / name for name in "abc"]
     threads = [threading.Thread(target=run, args=(["a red circle"], out)) for out in outs]
     for thread in threads:
@@ -251,6 +265,7 @@ def test_threads_render_one_after_another(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [len(results(out)) for out in outs] == [1, 1, 1]
+    assert (LOG.level, LOG.propagate, LOG.handlers) == before
 
 
 def test_a_thread_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
@@ -441,10 +456,9 @@ def test_type_checkers_see_the_functions(tmp_path: Path) -> None:
 def test_the_run_log_has_all_levels_and_the_program_only_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = logging.getLogger("batch_infer")
-    before = log.level, log.propagate, list(log.handlers)
+    before = LOG.level, LOG.propagate, list(LOG.handlers)
     run(["a red circle"], tmp_path / "out")
-    assert (log.level, log.propagate, log.handlers) == before
+    assert (LOG.level, LOG.propagate, LOG.handlers) == before
     assert " DEBUG " in (tmp_path / "out" / "logs" / "run.log").read_text()
     assert "DEBUG" not in {record.levelname for record in caplog.records}
 

@@ -450,5 +450,5 @@ def test_a_placeholder_is_mentioned_after_a_rescore_with_another_policy(tmp_path
         (row,) = results(out)
         assert (row["status"], row["generated_image"] is None) == ("flagged", False)
         assert read_comments(out)[1:] == [
-            "# The image was flagged before the last rescore, and not kept as it was rendered."
+            "# The original image was not kept when it was flagged, before the last rescore."
         ]

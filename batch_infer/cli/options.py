@@ -19,7 +19,7 @@ from batch_infer.store import is_url
 PATH = click.Path(path_type=Path)
 POSITIVE, NONNEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
 MAX_SLOTS = 4096
-"""Far more than keep any device busy. Measuring the speed of a mistyped number would take hours."""
+"""Far more slots than any device needs. Measuring the speed of a mistyped number would take hours."""
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 _DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)

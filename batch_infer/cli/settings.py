@@ -170,8 +170,8 @@ job_options = (
     option(
         "--overwrite",
         is_flag=True,
-        help="Start anew: remove results.* and all files in images/, quarantine/, shards/ and manifest/, once the "
-        "model is loaded.",
+        help="Start anew: once the model is loaded, remove results.*, metadata.parquet and all files in images/, "
+        "quarantine/, shards/ and manifest/.",
     ),
 )
 """The options of `run` and `plan`."""

@@ -30,15 +30,16 @@ from batch_infer.cli.report import (
 if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
 
+_EXCEPT_REMOVED = ", except those of rows that are no longer in the tables."
 _REMEDIES = {
     "damaged_part": "See docs/verify.md about damaged_part first: other commands may replace results.*, which may be "
     "the only copy of some rows.",
     "missing_row": "Run `batch-infer run` with the same tables and options to render missing rows.",
     "results_differ": "Run `batch-infer merge {out}` to write results.* again.",
-    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again, except "
-    "those of rows that are no longer in the tables.",
-    "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
-    "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again.",
+    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again" + _EXCEPT_REMOVED,
+    "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again"
+    + _EXCEPT_REMOVED,
+    "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again" + _EXCEPT_REMOVED,
     "not_reproduced": "`batch-infer export-recipe {out} ID` prints a script that reproduces an image with plain "
     "diffusers, to compare it with one that was not reproduced.",
     "orphan_image": "Orphan images belong to no result in the manifest: remove them if you do not need them.",

@@ -85,8 +85,8 @@ def use_signer(settings: RunSettings, signer: C2paSigner | None) -> RunSettings:
     provenance = settings.output.provenance
     if signer is not None and "c2pa" not in provenance.marks:
         raise SettingsError(
-            f"--c2pa-cert and --c2pa-key: the last run in {settings.out} had no --provenance c2pa, so images are not "
-            "signed now: leave both options out, or first run again with --provenance c2pa"
+            f"--c2pa-cert and --c2pa-key: the last run in {settings.out} had no --provenance c2pa, so its images are "
+            "not signed: leave both options out, or first run again with --provenance c2pa"
         )
     return replace(settings, output=replace(settings.output, provenance=replace(provenance, signer=signer)))
 

@@ -111,22 +111,28 @@ def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[s
 
 
 def refuse_foreign_images(store: Store, earlier: Mapping[str, Any] | None) -> None:
-    """Raise SettingsError if a folder for images contains files before the first run, since --overwrite removes it.
+    """Raise SettingsError if a folder that --overwrite removes contains files before the first run.
 
-    This is not for endpoints, whose workers start at the same time. Raises StorageError.
+    A linked folder may, because --overwrite keeps them. This is not for endpoints, whose workers start at the same
+    time. Raises StorageError.
     """
-    for folder in (*IMAGE_FOLDERS, SHARD_FOLDER):
-        if _has_no_run(store, earlier) and store.list_folder(folder):
+    if not _has_no_run(store, earlier):
+        return
+    for folder in FOLDERS:
+        if folder == "logs" or store.is_link(folder):
+            continue
+        has_files = any(store.find([folder], lambda name: not is_temporary(name)))
+        if has_files and _has_no_run(store, read_run(store)):  # another command may have started the first run
             raise SettingsError(
                 f"{store.locate(folder)} contains files, but {store.location} contains no run: move them away, or give "
                 "another --out"
             )
 
 
-def _has_no_run(store: Store, earlier: Mapping[str, Any] | None) -> bool:
-    """Return whether OUT has neither the run.json of a run nor manifest parts."""
-    has_parts = any(name.startswith("part-") for name in store.list_folder("manifest"))
-    return "identity" not in (earlier or {}) and not has_parts
+def _has_no_run(store: Store, record: Mapping[str, Any] | None) -> bool:
+    """Return whether OUT has neither a run.json that a run wrote nor manifest parts."""
+    has_identity = "identity" in (record or {})
+    return not has_identity and not any(name.startswith("part-") for name in store.list_folder("manifest"))
 
 
 def refuse_while_rescoring(out: str, record: Mapping[str, Any] | None) -> None:

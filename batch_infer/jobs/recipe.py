@@ -155,7 +155,7 @@ def _explain(store: Store, record: Mapping[str, Any], row: Mapping[str, Any], po
     libraries = " and ".join(f"{name} {known[name]}" for name in ("diffusers", "torch") if name in known)
     yield f"{_describe(row)} of {store.location!r}, rendered with {libraries or 'unknown versions'}"
     if row["status"] == "flagged" and IMAGE_NOT_KEPT in (row["error"] or ""):
-        yield "The image was flagged before the last rescore, and not kept as it was rendered."
+        yield "The original image was not kept when it was flagged, before the last rescore."
     elif row["status"] == "flagged" and policy in REPLACED:
         yield f"The run flagged this image, and {REPLACED[policy]}."
     elif str(row["generated_image"]).lower().endswith(COMPRESSED):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import Lock
 
 from batch_infer.autotune import Probe
@@ -23,6 +23,7 @@ from batch_infer.models import ModelCard
 from batch_infer.planning import SkipRule, is_finished
 from batch_infer.provenance import check_marks
 from batch_infer.settings import RunSettings
+from batch_infer.stopping import deferred
 from batch_infer.store import Store, log_handler, open_store
 
 WAIT_SECONDS = 0.2
@@ -36,16 +37,20 @@ def render_tables(
     settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs unless --overwrite is given. Raises BatchInferError."""
-    with _rendering_here(stop) if settings.compute.processes == 0 else nullcontext():
+    with _in_turn(stop):
         return _render_tables(settings, progress, stop, skip)
 
 
 @contextmanager
-def _rendering_here(stop: Callable[[], bool]) -> Iterator[None]:
-    """Let the threads of this process render one after another, since libraries load models in one thread at a time."""
-    while not _rendering.acquire(timeout=WAIT_SECONDS):
-        if stop():
-            raise StoppedError("stopped while another thread of this process rendered; run again")
+def _in_turn(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let the threads of this process render one after another.
+
+    They share the logger, and libraries cannot load models in several threads at the same time.
+    """
+    with deferred():
+        while not _rendering.acquire(timeout=WAIT_SECONDS):
+            if stop():
+                raise StoppedError("stopped while another thread of this process rendered; run again")
     try:
         yield
     finally:

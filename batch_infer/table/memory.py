@@ -51,12 +51,12 @@ def make_in_memory(data: object) -> tuple[str, InMemoryTable] | None:
             table = pa.Table.from_pandas(data, preserve_index=False)
         elif hasattr(data, "__arrow_c_stream__") and not isinstance(data, type):
             _refuse_objects(data)
-            table = _without_views(pa.table(data))
+            table = pa.table(data)
         else:
             return None
     except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
         raise TableError(f"the dataframe cannot be read: {_explain(error)}; give each column one type") from error
-    return IN_MEMORY["dataframe"], table.replace_schema_metadata(None)
+    return IN_MEMORY["dataframe"], _without_views(table).replace_schema_metadata(None)
 
 
 def _refuse_objects(data: object) -> None:
@@ -96,8 +96,8 @@ def _without_views(table: pa.Table) -> pa.Table:
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if isinstance(field.type, pa.DictionaryType) and (dtype := types.get(field.type.value_type)) is not None:
-            chunks = [pa.DictionaryArray.from_arrays(c.indices, c.dictionary.cast(dtype)) for c in column.chunks]
-            column = pa.chunked_array([chunk.dictionary_decode() for chunk in chunks], dtype)
+            chunks = [chunk.dictionary.cast(dtype).take(chunk.indices) for chunk in column.chunks]
+            column = pa.chunked_array(chunks, dtype)
         elif (dtype := types.get(field.type)) is not None:
             column = column.cast(dtype)
         table = table.set_column(position, field.name, column)
