@@ -10,6 +10,8 @@ from threading import Lock
 
 from batch_infer.errors import SettingsError
 
+START_SECONDS = 1.0
+"""Maximum number of seconds by which the start of a process delays a stop."""
 _lock = Lock()
 _ORIGINS = ("__file__", "__spec__")
 """Attributes of the main module by which multiprocessing tells a spawned process what to import as its main module."""

@@ -182,7 +182,7 @@ def test_invalid_slots_are_refused(tmp_path: Path, slots: str) -> None:
     table = write_csv(tmp_path / "t.csv", [["prompt"], ["x"]])
     done = command("plan", table, "--slots", slots)
     assert done.code == 2
-    assert "neither a number of at least 2 nor auto" in done.stderr
+    assert "neither a number from 2 to 4096 nor auto" in done.stderr
 
 
 def test_a_plateau_that_cannot_be_saved_is_measured_again(

@@ -30,8 +30,8 @@ from batch_infer.errors import ModelError, RowError
 from batch_infer.models import ModelCard, SamplingRules, skip_quantization_libraries
 from batch_infer.records import PromptRequest, RowCost, digest
 from batch_infer.settings import Compute, Device, ImageFormat, SafetySettings
-from batch_infer.spawning import main_module_hidden
-from batch_infer.stopping import STOP_SIGNALS
+from batch_infer.spawning import START_SECONDS, main_module_hidden
+from batch_infer.stopping import STOP_SIGNALS, deferred
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -148,7 +148,8 @@ class Probe:
         try:
             if self._pool is None:  # this counts as waiting, since it starts the resource tracker
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
-            with main_module_hidden():  # the first call starts the process
+            # The first call starts the process and a thread. If that were interrupted, the pool could not be shut down.
+            with deferred(START_SECONDS), main_module_hidden():
                 future = self._pool.submit(function, *args, **kwargs)
             return future.result()
         except BrokenProcessPool as error:

@@ -31,12 +31,10 @@ from batch_infer.engines.messages import (
 )
 from batch_infer.engines.worker_process import WorkerSpec, leave_removed_folder, run_worker
 from batch_infer.errors import BatchInferError, ModelError
-from batch_infer.spawning import main_module_hidden
+from batch_infer.spawning import START_SECONDS, main_module_hidden
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from batch_infer.worker import WorkerReport
 
-START_SECONDS = 1.0
-"""Maximum number of seconds by which the start of a process delays a stop."""
 JOIN_SECONDS = 10.0
 """Maximum number of seconds to wait for a thread to end, or for a process that was killed or closed its connection."""
 FLUSH_SECONDS = 1.0
