@@ -72,7 +72,7 @@ def to_absolute(out: Out) -> Out:
 
 
 def refuse_unprintable(out: str) -> None:
-    """Raise SettingsError if a path is not UTF-8, since Parquet libraries do not accept such paths, or has a NUL."""
+    """Raise SettingsError if a path contains NUL, or is not UTF-8, which Parquet libraries do not accept."""
     if "\0" in out:
         raise SettingsError("the path of OUT contains a NUL character; give another --out")
     try:
