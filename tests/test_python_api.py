@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,6 +26,7 @@ import pytest
 
 import batch_infer
 from batch_infer import spawning
+from batch_infer.autotune.probe import Probe
 from batch_infer.cli.keywords import options_by_keyword
 from batch_infer.errors import (
     BatchInferError,
@@ -373,6 +376,18 @@ def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
     finished = set(frame["id"])
     left = [f"prompts-{number:08}" for number in range(300) if f"prompts-{number:08}" not in finished]
     assert run(prompts, tmp_path / "out", limit=int(left[2][-8:]) + 1).rendered == 3
+
+
+def test_a_failed_plan_ends_no_process_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # so that the probe starts its process
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.raises(ZeroDivisionError), Probe() as probe:
+            probe.detect_device("auto")
+            (measuring,) = active_children()
+            number = pool.submit(os.getpid).result()
+            raise ZeroDivisionError
+        measuring.join()
+        assert pool.submit(os.getpid).result() == number
 
 
 def test_a_handler_of_the_program_is_left_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
@@ -45,7 +46,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._other_children = set(active_children())
+        self._processes = set[BaseProcess]()
         self._evaluations: dict[int, int | str] | None = None
         """Model evaluations by step count, or why the scheduler refuses that count, for one model."""
         self._costs: dict[str, RowCost | str] | None = None
@@ -137,7 +138,7 @@ class Probe:
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         if exc_type is not None:  # do not wait for a result that is no longer needed
-            for process in set(active_children()) - self._other_children:
+            for process in self._processes:
                 process.kill()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -150,7 +151,9 @@ class Probe:
                 self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
             # The first call starts the process and a thread. If that were interrupted, the pool could not be shut down.
             with deferred(START_SECONDS), main_module_hidden():
+                others = set(active_children())  # a program that calls the Python API may have its own
                 future = self._pool.submit(function, *args, **kwargs)
+                self._processes |= set(active_children()) - others
             return future.result()
         except BrokenProcessPool as error:
             if self._pool is not None:
