@@ -328,6 +328,10 @@ def test_a_finished_row_over_the_size_limit_is_not_rendered_again(unlimited: Pat
             "line 2 has no custom_id and body, unlike the first line",
             "line 2 has no custom_id and body, as the first line has",
         ),
+        (
+            "line 2 has a body that is not a JSON object but str",
+            "line 2 has no custom_id and body, as the first line has",
+        ),
         ("t/a.csv: the target of the link does not exist", "t/a.csv: the link leads to no file"),
         (
             'line 3 has an unsupported column "it\'s": its name is not UTF-8, or the table already has 1024 columns',

@@ -633,7 +633,7 @@ def test_the_first_line_determines_whether_a_file_is_a_batch_file() -> None:
     assert errors_of(read(write("t.jsonl", in_format("jsonl", lines)))) == [
         None,
         "line 2 has no custom_id and body, unlike the first line",
-        "line 3 has no custom_id and body, unlike the first line",
+        "line 3 has a body that is not a JSON object but str",
     ]
     rows = read(write("u.jsonl", in_format("jsonl", lines[1:2] + lines[:1])))
     assert errors_of(rows) == [None, "the prompt is empty"]

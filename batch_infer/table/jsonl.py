@@ -160,8 +160,10 @@ def _is_batch_request(line: dict[str, Any]) -> bool:
 
 def _read_batch_request(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Return the cells of a batch request by column name, and an error message if its `size` is invalid."""
-    if not _is_batch_request(line):
+    if not {"custom_id", "body"} <= line.keys():
         raise RowError("has no custom_id and body, unlike the first line")
+    if not isinstance(line["body"], dict):
+        raise RowError(f"has a body that is not a JSON object but {type(line['body']).__name__}")
     cells = {name: value for name, value in line.items() if name not in ("custom_id", "body")}
     body = dict(line["body"])
     count, size = body.pop("n", None), body.pop("size", None)

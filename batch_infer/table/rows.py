@@ -47,7 +47,7 @@ EARLIER_WORDINGS = (
     (re.compile(r" contains (a NUL byte|a lone surrogate|no table)"), r" holds \1"),
     (re.compile(r"half a character: send whole characters"), "half a character: send whole ones"),
     (
-        re.compile(r"has no custom_id and body, unlike the first line"),
+        re.compile(r"has (no custom_id and body, unlike the first line|a body that is not a JSON object but \w+)"),
         "has no custom_id and body, as the first line has",
     ),
     (re.compile(r": the target of the link does not exist"), ": the link leads to no file"),
