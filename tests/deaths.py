@@ -114,7 +114,7 @@ class Killer:
                     os.killpg(run.pid, signal.SIGKILL)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 300) -> bool:
+def eventually(condition: Callable[[], object], seconds: float = 300) -> bool:
     """Wait for a condition, and return whether it became true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from batch_infer.errors import (
 from batch_infer.jobs import run as rendering
 from batch_infer.stopping import Stopper
 from batch_infer.table.memory import find_in_memory, in_memory_tables, make_in_memory
+from tests.deaths import eventually
 from tests.runs import assert_whole, command, hashes, results, run_json
 from tests.tables import write_csv
 
@@ -276,6 +277,20 @@ def test_a_thread_that_waits_for_another_can_be_stopped(tmp_path: Path) -> None:
         run(["a red circle"], tmp_path / "out", time_limit=0.1)
 
 
+def test_ctrl_c_at_the_start_of_a_turn_does_not_block_later_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rendering, "deferred", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(["a red circle"], tmp_path / "out")
+    assert not rendering._rendering.locked()
+
+
 def test_a_daemonic_process_cannot_start_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spawning, "current_process", lambda: SimpleNamespace(daemon=True))
     with pytest.raises(SettingsError, match="a daemonic process, such as a worker of multiprocessing.Pool"):
@@ -352,9 +367,7 @@ def interrupt_after(condition: Callable[[], object]) -> threading.Thread:
     """Send SIGINT to this process once a condition holds."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 300
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(condition)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=wait)

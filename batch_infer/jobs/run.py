@@ -47,14 +47,16 @@ def _in_turn(stop: Callable[[], bool]) -> Iterator[None]:
 
     They share the logger, and libraries cannot load models in several threads at the same time.
     """
-    with deferred():
-        while not _rendering.acquire(timeout=WAIT_SECONDS):
-            if stop():
-                raise StoppedError("stopped while another thread of this process rendered; run again")
+    is_held = False
     try:
+        with deferred():  # so that a stop does not come between taking the lock and noting it
+            while not (is_held := _rendering.acquire(timeout=WAIT_SECONDS)):
+                if stop():
+                    raise StoppedError("stopped while another thread of this process rendered; run again")
         yield
     finally:
-        _rendering.release()
+        if is_held:
+            _rendering.release()
 
 
 def _render_tables(settings: RunSettings, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> Summary:
