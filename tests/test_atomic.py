@@ -132,14 +132,16 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path = tmp_path / "file"
     path.write_text("before")
     script = """
-import sys, time, pathlib
+import sys, pathlib
 from batch_infer.store.files import atomic_write
 with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
         assert writer.stdout
         writer.stdout.readline()
         writer.kill()

@@ -44,15 +44,14 @@ class WordGate:
 
     name, concurrency = "words", 4
 
-    def __init__(self, seconds: float = 0.0, wait: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self.prompts: Counter[str] = Counter()
         self.images: Counter[int] = Counter()
-        self._seconds, self._wait, self._lock = seconds, wait, threading.Lock()
+        self._wait, self._lock = wait, threading.Lock()
 
     def check_prompt(self, prompt: str) -> Verdict:
         with self._lock:
             self.prompts[prompt] += 1
-        time.sleep(self._seconds)
         self._raise_error(prompt)
         bad = "bad" in prompt
         scores = {"Hate": 4.0 if bad else 0.0, "Sexual": 1.0}
@@ -62,7 +61,6 @@ class WordGate:
         shade = int(image[0, 0, 0])
         with self._lock:
             self.images[shade] += 1
-        time.sleep(self._seconds)
         if shade == 200:
             raise FailedRowError("this image was not checked")
         if shade == 201:
@@ -117,10 +115,17 @@ def test_a_blocked_prompt_is_checked_once_and_not_rendered() -> None:
 
 
 def test_a_prompt_is_checked_once_and_each_of_its_images_once() -> None:
-    gate = WordGate(seconds=0.001)
-    rows = [replace(make_request("row", "good", seed=k), image_index=k) for k in range(40)]
-    assert len(list(gated(gate).render(rows))) == 40
-    assert gate.prompts == Counter({"good": 1})
+    received = threading.Event()
+    gate = WordGate(wait=lambda: received.wait(60))
+
+    def rows() -> Iterator[PromptRequest]:
+        for k in range(40):
+            if k == 20:  # so that the only check of the prompt ends after many rows have asked for it
+                received.set()
+            yield replace(make_request("row", "slow", seed=k), image_index=k)
+
+    assert len(list(gated(gate).render(rows()))) == 40
+    assert gate.prompts == Counter({"slow": 1})
     assert gate.images == Counter(range(40))
 
 
@@ -319,11 +324,22 @@ def test_blocked_rows_of_a_long_table_are_yielded_as_it_is_read() -> None:
 
 
 def test_the_device_waits_for_a_slower_service() -> None:
-    gate = WordGate(seconds=0.01)
-    chain = gated(gate)
-    for yielded, _ in enumerate(chain.render(requests(*["good"] * 150)), 1):
-        assert chain.stages.images <= yielded + IMAGES_AHEAD + 2 * 8
-    assert yielded == 150
+    class SlowGate(WordGate):
+        """Answers only once the device is as far ahead as it may be, or has rendered everything."""
+
+        answered = 0
+
+        def check_image(self, image: np.ndarray) -> Verdict:
+            assert eventually(lambda: chain.stages.images >= min(self.answered + IMAGES_AHEAD, 150))
+            with self._lock:
+                self.answered += 1
+            return super().check_image(image)
+
+    chain = gated(SlowGate())
+    outcomes = chain.render(requests(*["good"] * 150))
+    ahead = [chain.stages.images - yielded for yielded, _ in enumerate(outcomes, 1)]
+    assert len(ahead) == 150
+    assert IMAGES_AHEAD - 8 <= max(ahead) <= IMAGES_AHEAD + 2 * 8
 
 
 @pytest.mark.parametrize("word", ["slow", "stopped"])

@@ -31,11 +31,11 @@ from tests.storage import no_rows
 from tests.tables import write_csv
 
 HOLDER = """
-import pathlib, sys, time
+import pathlib, sys
 from batch_infer.jobs import out as outdir
 with outdir.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -47,7 +47,8 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
     """Start another process that holds the lock of OUT."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True) as process:
+    line = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
         yield process
