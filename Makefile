@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-# The tested versions are in requirements.lock, the supported ranges in pyproject.toml. torch is installed first and by
-# itself, so that pip takes the version and the build that this machine has.
-TORCH ?= torch==2.13.0
+# The tested versions are in requirements.lock, the supported ranges in pyproject.toml. torch is installed first, so that
+# pip takes the build that this machine has. `make TORCH=torch==VERSION` takes another version than that of the lock.
+TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.lock)
 DEVICE ?= cuda
 
 .PHONY: help azure azurite demo test promises soak lint lowest lock bench gpu-check clean
@@ -17,10 +17,10 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 $(READY): pyproject.toml requirements.lock Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the locked versions need Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) $(TORCH)
-	$(BIN)/python $(PIP_INSTALL) --requirement requirements.lock
+	grep -v ^torch== requirements.lock > $(VENV)/requirements.lock
+	$(BIN)/python $(PIP_INSTALL) --requirement $(VENV)/requirements.lock
 	$(BIN)/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
@@ -79,8 +79,8 @@ lowest: pyproject.toml ## run the tests with the lowest supported version of the
 	$(LOWEST)/bin/python $(PIP_INSTALL) --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
 	$(LOWEST)/bin/python -m pytest -m "not soak and not promises" -n 2 --dist worksteal
 
-lock: $(READY) azure ## write the lock files from the environments as they are now
-	$(BIN)/python tools/write_locks.py
+lock: $(READY) azure ## write the lock files (LOCK=--upgrade: with the newest versions)
+	$(BIN)/python tools/write_locks.py $(LOCK)
 
 bench: $(READY) ## compare batch-infer with plain diffusers on this machine
 	$(BIN)/batch-infer bench --slots 32

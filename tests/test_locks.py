@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -17,17 +16,16 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 PROJECT = project()
 LOCKED = {
-    canonicalize_name(name): version
-    for name, version in re.findall(
-        r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text("utf-8"), re.MULTILINE
-    )
+    requirement.name: str(next(iter(requirement.specifier))).removeprefix("==")
+    for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+    if (text := line.partition("#")[0].strip())
+    if (requirement := Requirement(text)).marker is None or requirement.marker.evaluate()
 }
 GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 REQUIREMENTS = [
     requirement
     for requirement in (Requirement(text) for name in (*PINNED, "dev") for text in GROUPS[name])
-    if requirement.name not in ("torch", "batch-infer")
-    and (requirement.marker is None or requirement.marker.evaluate())
+    if requirement.name != "batch-infer" and (requirement.marker is None or requirement.marker.evaluate())
 ]
 
 

@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     from pip._vendor import tomli as tomllib
 
-PINNED = ("dependencies", "long-prompts", "lora", "plot", "https", "s3", "gs", "abfss", "azure")
+PINNED = ("dependencies", "long-prompts", "lora", "plot", "https", "s3", "gs", "abfss", "azure", "nvml")
 
 
 def read_project(pyproject: Path) -> dict[str, Any]:
