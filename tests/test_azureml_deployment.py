@@ -32,7 +32,7 @@ from tests.runs import QUICK
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "azureml"
 README = (EXAMPLE / "README.md").read_text("utf-8")
-MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+LOCK = (ROOT / "requirements.lock").read_text("utf-8")
 SERVER_LOCK = (ROOT / "tools" / "azure-server.lock").read_text("utf-8")
 DOCKERFILE = (EXAMPLE / "environment" / "Dockerfile").read_text("utf-8")
 PROJECT = project()
@@ -262,7 +262,9 @@ def test_the_image_has_the_dependencies_of_batch_infer() -> None:
     (from_pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
     pinned = [word for word in from_pip if "inference-server" in word]
     assert pinned == re.findall(r"azureml-inference-server-http==\S+", SERVER_LOCK)
-    assert re.findall(r"^ARG TORCH=(.*)$", DOCKERFILE, re.MULTILINE) == re.findall(r"^TORCH \?= (.*)$", MAKEFILE, re.M)
+    assert re.findall(r"^ARG TORCH=(.*)$", DOCKERFILE, re.MULTILINE) == re.findall(
+        r"^torch==[^ ;]+", LOCK, re.MULTILINE
+    )
     (extras,) = re.findall(r"batch_infer-\*\.whl \| tail -1\)\[([a-z,-]+)\]", DOCKERFILE)
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
     for source in re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE):

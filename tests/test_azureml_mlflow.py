@@ -246,5 +246,5 @@ def test_existing_files_are_not_overwritten(report: dict[str, Any], folder: Path
 def test_missing_mlflow_is_reported_with_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[export_mlflow.callback.__module__]  # the module attribute of this name is the command
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r"pip install 'batch-infer\[mlflow\]'"):
+    with pytest.raises(SettingsError, match=r"pip install mlflow-skinny"):
         export_mlflow.main([str(tmp_path / "model"), "-q"], standalone_mode=False)

@@ -670,7 +670,7 @@ def test_a_missing_library_is_an_error_with_the_pip_command(library: str, monkey
     monkeypatch.setitem(sys.modules, library, None)
     settings = ServiceSettings("http://127.0.0.1:1")
     for start in (check_credentials, ContentSafety):
-        with pytest.raises(SettingsError, match=rf"needs {library}: pip install 'batch-infer\[azure\]'"):
+        with pytest.raises(SettingsError, match=rf"needs {library}: pip install azure-ai-contentsafety "):
             start(settings)
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(batch_infer.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = (
-    {"errors", "lazy"},
+    {"errors", "extras", "lazy"},
     {"batch_infer"},
     {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "spawning", "admission"},
     {"store"},

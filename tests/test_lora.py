@@ -220,7 +220,7 @@ def test_retry_finds_model_and_lora_from_any_folder(
 def test_a_missing_peft_is_named(sd1_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "peft" else find_spec(name))
-    with pytest.raises(ModelError, match=r"--lora needs peft: pip install 'batch-infer\[lora\]'"):
+    with pytest.raises(ModelError, match=r"--lora needs peft: pip install peft"):
         card_of(sd1_folder, LoraSpec(str(files["both"])))
 
 

@@ -696,7 +696,7 @@ def test_protocols_without_conditional_puts_are_refused(url: str) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batch_infer.store.clients.find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r"writing to s3:// needs s3fs: pip install 'batch-infer\[s3\]'"):
+    with pytest.raises(SettingsError, match=r"writing to s3:// needs s3fs: pip install s3fs"):
         open_store("s3://b/out")
 
 

@@ -77,7 +77,7 @@ def test_a_service_that_refuses_connections_is_tried_again_later(
 def test_a_missing_package_is_named(table: Path, monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr("batch_infer.store.clients.find_spec", lambda name: None)
-    assert_refused(run(table, url), 2, url, package, "pip install 'batch-infer[")
+    assert_refused(run(table, url), 2, url, f"needs {package}: pip install {package}")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_missing_ray_is_a_sentence_with_the_command(tmp_path: Path, monkeypatc
     monkeypatch.setattr(factory, "find_spec", lambda name: None)
     done = run(write_prompts(tmp_path, 1), tmp_path / "out", "--engine", "ray", "--num-processes", "1")
     assert done.code == 2
-    assert "--engine ray needs ray: pip install 'batch-infer[ray]'" in done.stderr
+    assert "--engine ray needs ray: pip install ray" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

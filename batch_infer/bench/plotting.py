@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_infer.bench.report import OURS, BenchReport
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 from batch_infer.store import atomic_write
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ FORMATS = (".png", ".svg", ".pdf")
 def check_plot(file: Path) -> None:
     """Raise SettingsError if matplotlib, a supported file ending or the file's folder is missing."""
     if find_spec("matplotlib") is None:
-        raise SettingsError("--plot needs matplotlib: pip install 'batch-infer[plot]'")
+        raise SettingsError(f"--plot needs matplotlib: {install_command('plot')}")
     if file.suffix.lower() not in FORMATS:
         raise SettingsError(f"--plot {file}: the file must end with {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if not file.absolute().parent.is_dir():

@@ -29,6 +29,7 @@ from batch_infer.cli.progress import LOG_INTERVAL, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 
 if TYPE_CHECKING:
     from batch_infer.simulation import SimulationOutcome
@@ -181,7 +182,7 @@ def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     Exit codes: 0 success; 2 usage, or DIR is not empty; 75 interrupted.
     """
     if find_spec("mlflow") is None:
-        raise SettingsError("export-mlflow needs mlflow: pip install 'batch-infer[mlflow]'")
+        raise SettingsError(f"export-mlflow needs mlflow: {install_command('mlflow')}")
     with stoppable(hint=NOTHING_KEPT):
         # This slow import is done here so that a signal during it stops the command cleanly.
         from batch_infer.jobs import export_model

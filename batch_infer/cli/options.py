@@ -14,6 +14,7 @@ import click
 from batch_infer import settings as s
 from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
+from batch_infer.extras import install_command
 from batch_infer.store import is_url
 
 PATH = click.Path(path_type=Path)
@@ -132,14 +133,14 @@ model_options = (
         envvar="BATCH_INFER_LORA",
         multiple=True,
         help="LoRA to add to the model's weights: style.safetensors:0.8. Repeatable; separate several in "
-        "BATCH_INFER_LORA with semicolons. Needs pip install 'batch-infer[lora]'.",
+        f"BATCH_INFER_LORA with semicolons. Needs `{install_command('lora')}`.",
     ),
     option(
         "--lora-folder",
         metavar="DIR",
         help="Folder of LoRAs for single rows. The column lora names one of its .safetensors files without the suffix, "
-        "with a weight if needed: style or style:0.8. Rows with an empty cell get only those of --lora. Needs pip "
-        "install 'batch-infer[lora]'. Not for bench and export-mlflow.",
+        "with a weight if needed: style or style:0.8. Rows with an empty cell get only those of --lora. Needs "
+        f"`{install_command('lora')}`. Not for bench and export-mlflow.",
     ),
     option(
         "--embedding",
@@ -156,7 +157,7 @@ model_options = (
         "--long-prompts",
         is_flag=True,
         help="Read 225 tokens of a prompt instead of 75, and word weights such as (dark red)1.3 or blue++, with "
-        "compel. Changes every image slightly. Needs pip install 'batch-infer[long-prompts]'.",
+        f"compel. Changes every image slightly. Needs `{install_command('long-prompts')}`.",
     ),
     option(
         "--dtype",
@@ -169,7 +170,7 @@ model_options = (
         "--quantize",
         type=click.Choice(get_args(s.Quantization)),
         help="Store the weights of the denoiser's and the text encoders' linear layers in 8 bits, or in 4 (nf4), which "
-        "changes every image. Needs pip install 'batch-infer[quantize]'.",
+        f"changes every image. Needs `{install_command('quantize')}`.",
     ),
     option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option(
@@ -223,7 +224,7 @@ sign_key_option = option(
     type=click.Path(dir_okay=False),
     metavar="FILE",
     help="Sign OUT/manifest/SHA256SUMS with this Ed25519 private key (`openssl genpkey -algorithm ed25519`), for "
-    "`verify --public-key`. Needs pip install 'batch-infer[sign]'.",
+    f"`verify --public-key`. Needs `{install_command('sign')}`.",
 )
 
 c2pa_options = (

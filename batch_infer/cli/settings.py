@@ -25,6 +25,7 @@ from batch_infer.cli.options import (
     unattended_options,
 )
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 
 SERVICE_VARIABLES = (
     *("CONTENT_SAFETY_KEY", "CONTENT_SAFETY_THRESHOLD"),
@@ -140,7 +141,7 @@ job_options = (
         metavar="MARK,...",
         help="Marks that identify an image as AI-generated. iptc: metadata. c2pa: Content Credentials, signed with "
         "--c2pa-cert and --c2pa-key. watermark: an invisible mark in the pixels, for images of at least 256x256 "
-        "pixels. none: no mark. c2pa and watermark need pip install 'batch-infer[provenance]'.",
+        f"pixels. none: no mark. c2pa and watermark need `{install_command('provenance')}`.",
     ),
     *c2pa_options,
     option(

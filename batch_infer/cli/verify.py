@@ -26,6 +26,7 @@ from batch_infer.cli.report import (
     print_result,
     stoppable,
 )
+from batch_infer.extras import install_command
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
@@ -55,8 +56,7 @@ _REMEDIES = {
         "--public-key",
         type=click.Path(dir_okay=False),
         metavar="FILE",
-        help="Also check that this Ed25519 key signed OUT (see `run --sign-key`). Needs pip install "
-        "'batch-infer[sign]'.",
+        help=f"Also check that this Ed25519 key signed OUT (see `run --sign-key`). Needs `{install_command('sign')}`.",
     ),
     option(
         "--fix",

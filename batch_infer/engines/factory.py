@@ -11,6 +11,7 @@ from batch_infer.engines.protocol import Engine
 from batch_infer.engines.ray_engine import RayEngine
 from batch_infer.engines.remote import with_absolute_paths
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 from batch_infer.settings import RunSettings
 from batch_infer.store import Store
 
@@ -39,7 +40,7 @@ def check_engine(settings: RunSettings, rank_info: RankInfo | None) -> None:
             "example with `ray job submit`"
         )
     if find_spec("ray") is None:
-        raise SettingsError("--engine ray needs ray: pip install 'batch-infer[ray]'")
+        raise SettingsError(f"--engine ray needs ray: {install_command('ray')}")
 
 
 def make_engine(settings: RunSettings, threads: int, rank_info: RankInfo | None, store: Store) -> Engine:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-INSTALL = "--sign-key and --public-key need cryptography: pip install 'batch-infer[sign]'"
+INSTALL = f"--sign-key and --public-key need cryptography: {install_command('sign')}"
 
 
 def check_sign_key(path: str | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_infer.errors import ModelError
+from batch_infer.extras import install_command
 from batch_infer.models.card import DEMO_MODEL, ModelCard, SamplingRules
 from batch_infer.models.components import check_vocabularies, named_components, refuse_code
 from batch_infer.models.configs import check_configs, check_widths
@@ -183,7 +184,7 @@ def _check_options(settings: ModelSettings, family: Family, rules: SamplingRules
         ("long-prompts", settings.long_prompts, "compel", "long-prompts"),
     ):
         if is_set and find_spec(library) is None:
-            raise ModelError(f"--{option} needs {library}: pip install 'batch-infer[{extra}]'")
+            raise ModelError(f"--{option} needs {library}: {install_command(extra)}")
 
 
 def _add_embeddings(fingerprint: str, embeddings: tuple[Embedding, ...]) -> str:
@@ -198,8 +199,9 @@ def _check_quantization(kind: Quantization | None, path: Path, components: Itera
     if kind is None:
         return
     allow_quantization_libraries()
-    if find_spec(QUANTIZATION_LIBRARIES[kind]) is None:
-        raise ModelError(f"--quantize {kind} needs {QUANTIZATION_LIBRARIES[kind]}: pip install 'batch-infer[quantize]'")
+    library = QUANTIZATION_LIBRARIES[kind]
+    if find_spec(library) is None:
+        raise ModelError(f"--quantize {kind} needs {library}: {install_command('quantize', library)}")
     for config in (path / component / "config.json" for component in sorted(components)):
         if config.is_file() and read_object(config, name).get("quantization_config"):
             raise ModelError(f"{name}: the weights in {config.parent.name}/ are already quantized; omit --quantize")

@@ -15,12 +15,13 @@ import numpy as np
 
 from batch_infer import __version__, images
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 from batch_infer.settings import C2paSigner, ImageFormat
 
 if TYPE_CHECKING:
     import c2pa
 
-INSTALL = "--provenance c2pa needs c2pa-python: pip install 'batch-infer[provenance]'"
+INSTALL = f"--provenance c2pa needs c2pa-python: {install_command('provenance', 'c2pa-python')}"
 ALGORITHMS = ("es256", "ed25519", "es384", "es512", "ps256")
 """Signature algorithms of C2PA, one for each kind of key. RSA keys sign with PS256."""
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

@@ -19,8 +19,9 @@ from PIL import Image
 
 from batch_infer import images
 from batch_infer.errors import SettingsError
+from batch_infer.extras import install_command
 
-INSTALL = "the watermark needs wmforge: pip install 'batch-infer[provenance]'"
+INSTALL = f"the watermark needs wmforge: {install_command('provenance', 'wmforge')}"
 VERSION = "dwtDctSvd 1"
 """The algorithm and its parameters, which decide the pixels of a marked image. Change it with any of them."""
 MIN_SIDE = 256

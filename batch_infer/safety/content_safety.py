@@ -20,6 +20,7 @@ import numpy as np
 
 from batch_infer import __version__
 from batch_infer.errors import FailedRowError, SettingsError, first_line
+from batch_infer.extras import install_command
 from batch_infer.records import Verdict
 from batch_infer.safety import payloads
 from batch_infer.safety.payloads import SERVICE, Analysis, Kind, NoAnswerError
@@ -183,7 +184,7 @@ def _import_libraries() -> None:
         try:
             import_module(library)
         except ImportError as error:
-            raise SettingsError(f"--safety azure needs {library}: pip install 'batch-infer[azure]'") from error
+            raise SettingsError(f"--safety azure needs {library}: {install_command('azure')}") from error
     for name in MUTED_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 

@@ -9,15 +9,16 @@ from importlib.util import find_spec
 from typing import Any
 
 from batch_infer.errors import BatchInferError, SettingsError, StorageError, UsageError, first_line
+from batch_infer.extras import EXTRAS, install_command
 from batch_infer.store.urls import HTTP_PROTOCOLS, get_protocol, is_http, redact_urls
 
-EXTRAS = {
-    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
-    **dict.fromkeys(("gs", "gcs"), ("gcsfs", "gs")),
-    **dict.fromkeys(("abfs", "abfss", "az", "adl"), ("adlfs", "abfss")),
-    **dict.fromkeys(("http", "https"), ("aiohttp", "https")),
+PROTOCOL_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gs"),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), "abfss"),
+    **dict.fromkeys(("http", "https"), "https"),
 }
-"""The package that fsspec needs for each protocol, and the extra of batch-infer that installs it."""
+"""The extra of batch-infer with the package that fsspec needs for each protocol."""
 CLIENTS = {
     *("aiobotocore", "aiohttp", "azure", "botocore", "ftplib", "gcsfs", "google", "http", "httpx", "huggingface_hub"),
     *("paramiko", "requests", "smbprotocol", "urllib3"),
@@ -44,9 +45,9 @@ def connect(url: str, name: str, error_class: type[UsageError], verb: str = "rea
     import fsspec
 
     protocol = get_protocol(url) or ""
-    package, extra = EXTRAS.get(protocol, (None, None))
-    if package is not None and find_spec(package) is None:
-        raise error_class(f"{name}: {verb} {protocol}:// needs {package}: pip install 'batch-infer[{extra}]'")
+    extra = PROTOCOL_EXTRAS.get(protocol)
+    if extra is not None and find_spec(package := EXTRAS[extra][0]) is None:
+        raise error_class(f"{name}: {verb} {protocol}:// needs {package}: {install_command(extra)}")
     if is_http(url):
         from fsspec.implementations import http
 
