@@ -9,7 +9,15 @@ from pathlib import Path
 
 import click
 
-from batch_infer.cli import commands, detect_log_format, is_json, log_error, restore_stderr, with_suggestion
+from batch_infer.cli import (
+    COMPLETE_VARIABLE,
+    commands,
+    detect_log_format,
+    is_json,
+    log_error,
+    restore_stderr,
+    with_suggestion,
+)
 from batch_infer.errors import BatchInferError, StoppedError, UsageError
 from batch_infer.terminal import escape_controls, never_fail_to_encode
 
@@ -44,7 +52,7 @@ def _run() -> int:
         log_error("the current folder was removed: change to one that exists, and run again", UsageError.exit_code)
         return UsageError.exit_code
     try:
-        return commands.main(standalone_mode=False) or 0
+        return commands.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE) or 0
     except click.ClickException as click_error:
         error = with_suggestion(click_error)
         if is_json():

@@ -11,8 +11,10 @@ from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import parse_duration, parse_out
 from batch_infer.cli.progress import CheckProgress, ProgressBar, ProgressGroup, find_bar_type
 from batch_infer.cli.report import format_count
+from batch_infer.cli.shells import COMPLETE_VARIABLE
 
 __all__ = [
+    "COMPLETE_VARIABLE",
     "CheckProgress",
     "Metrics",
     "ProgressBar",

@@ -20,13 +20,14 @@ from batch_infer.cli.report import (
     print_result,
     stoppable,
 )
+from batch_infer.cli.shells import argument
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Diff
 
 
 def _make_out_argument(name: str) -> click.Argument:
-    return click.Argument([name], metavar=name.upper(), callback=lambda _context, _parameter, value: parse_out(value))
+    return argument(name, name.upper(), callback=lambda _context, _parameter, value: parse_out(value))
 
 
 @command(

@@ -10,6 +10,7 @@ import click
 from batch_infer import __version__
 from batch_infer.cli.azureml import azureml_simulate, export_mlflow
 from batch_infer.cli.bench import bench
+from batch_infer.cli.completion import completion
 from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.diff import diff
 from batch_infer.cli.existing import merge, rescore, status
@@ -29,7 +30,7 @@ def commands() -> None:
 
 
 existing = (status, retry, rescore, merge, verify, diff, export_recipe)
-for command in (run, plan, *existing, bench, azureml_simulate, export_mlflow):
+for command in (run, plan, *existing, bench, azureml_simulate, export_mlflow, completion):
     commands.add_command(command)
 
 

@@ -14,6 +14,7 @@ import click
 from batch_infer import settings as s
 from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
+from batch_infer.cli.shells import argument, complete_path, is_path
 from batch_infer.extras import install_command
 from batch_infer.store import is_url
 
@@ -108,8 +109,9 @@ def command(*params: click.Parameter, name: str | None = None) -> Callable[[Call
 
 
 def option(*names: str, **attributes: Any) -> click.Option:
-    """Return an option whose help shows its default, if one is given."""
-    return click.Option(names, show_default="default" in attributes, **attributes)
+    """Return an option whose help shows its default, if one is given. The shell completes paths."""
+    complete = complete_path if is_path(attributes.get("metavar")) else None
+    return click.Option(names, show_default="default" in attributes, shell_complete=complete, **attributes)
 
 
 def option_with_aliases(*names: str, **attributes: Any) -> click.Option:
@@ -273,9 +275,9 @@ unattended_options = (
     ),
 )
 
-out_argument = click.Argument(["out"], metavar="OUT", callback=lambda _context, _parameter, value: parse_out(value))
+out_argument = argument("out", "OUT", callback=lambda _context, _parameter, value: parse_out(value))
 """The folder of an existing run."""
-moved_tables_argument = click.Argument(["tables"], metavar="[TABLE...]", nargs=-1)
+moved_tables_argument = argument("tables", "[TABLE...]", nargs=-1)
 """The tables of an existing run, if they were moved."""
 
 json_option = option("--json", "as_json", envvar="BATCH_INFER_JSON", is_flag=True, help="Print the result as JSON.")

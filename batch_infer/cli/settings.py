@@ -24,6 +24,7 @@ from batch_infer.cli.options import (
     sign_key_option,
     unattended_options,
 )
+from batch_infer.cli.shells import argument
 from batch_infer.errors import SettingsError
 from batch_infer.extras import install_command
 
@@ -34,7 +35,7 @@ SERVICE_VARIABLES = (
 """Variables that have no effect without CONTENT_SAFETY_ENDPOINT."""
 
 job_options = (
-    click.Argument(["tables"], metavar="TABLE...", nargs=-1, required=True),
+    argument("tables", "TABLE...", nargs=-1, required=True),
     option(
         "-o",
         "--out",
