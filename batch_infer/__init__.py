@@ -32,7 +32,7 @@ __all__ = [
     "status",
     "verify",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __dir__() -> list[str]:

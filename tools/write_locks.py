@@ -1,51 +1,61 @@
-"""Write requirements.lock with uv, and the locks of the Azure packages from the environments that make has set up."""
+"""Write the lock files with uv, for each supported version of Python."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MAIN = "requirements.lock"
-HEADER = """\
+MAIN = """\
 # Every package that the demo, the tests, the documentation and the tools use, for each supported version of Python.
 # Written by `make lock`. The GPU packages that a build of torch needs are not in here: pip installs them with it.
 """
+AZURE = """\
+# What {} needs in addition to requirements.lock, or in another version.
+# Written by `make lock`.
+"""
+AZURE_PACKAGES = {"server": ("azureml-inference-server-http>=1.5",), "sdk": ("azure-ai-ml>=1.30", "mlflow-skinny>=3.0")}
+"""Packages that need other versions than the rest, by the environment that they are for."""
 GPU_PACKAGE = re.compile(r"(nvidia-(?!ml-py)|cuda-|triton\b)")
 """Packages that only the CUDA builds of torch need."""
-AZURE = "Packages that {} in addition to requirements.lock, or in another version."
-AZURE_LOCKS = {
-    "tools/azure-server.lock": (".venv/azure-server", AZURE.format("azureml-inference-server-http needs")),
-    "tools/azure-sdk.lock": (".venv/azure-sdk", AZURE.format("azure-ai-ml and mlflow-skinny need")),
-}
 
 
-def write_main_lock(options: list[str]) -> None:
-    """Resolve pyproject.toml, and keep the versions of the present lock unless `options` of uv say otherwise."""
-    uv = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "dev"]
-    universal = ["--universal", "--python-version", "3.10"]
-    output = ["--annotation-style", "line", "--no-header", "--quiet", "--output-file", MAIN]
-    subprocess.run([*uv, *universal, *output, *options], cwd=ROOT, check=True)
-    lines = (ROOT / MAIN).read_text("utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if not GPU_PACKAGE.match(line)]
-    (ROOT / MAIN).write_text(HEADER + "".join(kept), encoding="utf-8")
+def resolve(requirements: list[str], preferred: list[str], options: list[str]) -> list[str]:
+    """Return a line for each package that the requirements need. Versions in `preferred` stay if they can."""
+    output = ROOT / "build" / "resolved.lock"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text("".join(preferred), encoding="utf-8")
+    uv = [sys.executable, "-m", "uv", "pip", "compile", *requirements, "--universal", "--python-version", "3.10"]
+    formats = ["--annotation-style", "line", "--no-header", "--quiet", "--output-file", str(output)]
+    subprocess.run([*uv, *formats, *options], cwd=ROOT, check=True)
+    lines = output.read_text("utf-8").splitlines(keepends=True)
+    return [line for line in lines if not GPU_PACKAGE.match(line)]
 
 
-def freeze(environment: Path) -> list[str]:
-    """Return `name==version` of each package installed in an environment, except torch and this project."""
-    base = {"base": str(environment), "platbase": str(environment)}
-    folder = sysconfig.get_path("purelib", vars=base)
-    pip = [str(environment / "bin" / "python"), "-m", "pip"]
-    command = [*pip, "freeze", "--exclude-editable", "--path", folder]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if "==" in line and not line.startswith("torch==")]
+def read(lock: Path) -> list[str]:
+    """Return the lines of a lock file without its header."""
+    return [line for line in lock.read_text("utf-8").splitlines(keepends=True) if not line.startswith("#")]
+
+
+def pin_of(line: str) -> str:
+    """Return `name==version` of a line, without its marker and comment."""
+    return re.split("[;#]", line)[0].strip()
+
+
+def main(options: list[str]) -> None:
+    """Write requirements.lock, and what the Azure packages need besides it. `options` are those of `uv pip compile`."""
+    lock = ROOT / "requirements.lock"
+    lines = resolve(["pyproject.toml", "--extra", "dev"], read(lock), options)
+    lock.write_text(MAIN + "".join(lines), encoding="utf-8")
+    for name, packages in AZURE_PACKAGES.items():
+        azure_lock, requirements = ROOT / "tools" / f"azure-{name}.lock", ROOT / "build" / f"azure-{name}.in"
+        requirements.write_text("\n".join(packages), encoding="utf-8")
+        needed = resolve([str(requirements)], [*lines, *read(azure_lock)], options)
+        others = [line.partition("#")[0].rstrip() for line in needed if pin_of(line) not in set(map(pin_of, lines))]
+        azure_lock.write_text(AZURE.format(" and ".join(packages)) + "\n".join([*others, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_main_lock(sys.argv[1:])
-    for name, (environment, contents) in AZURE_LOCKS.items():
-        header = f"# {contents} Written by `make lock`."
-        (ROOT / name).write_text("\n".join([header, *freeze(ROOT / environment), ""]), encoding="utf-8")
+    main(sys.argv[1:])
