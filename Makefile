@@ -13,7 +13,7 @@ TORCH ?= $(call locked,torch)
 UV := $(call locked,uv)
 DEVICE ?= cuda
 
-.PHONY: help azure azurite demo test promises soak lint lowest newest lock bench gpu-check clean
+.PHONY: help azure azurite demo test promises soak lint docs wheel lowest newest lock bench gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -92,7 +92,19 @@ newest: pyproject.toml ## run the tests with the newest version of their depende
 	$(call install,$(NEWEST),--editable '.[dev]')
 	$(NEWEST)/bin/python -m pytest -m "not soak and not promises" -n 2 --dist worksteal
 
-lock: $(READY) azure ## write the lock files (LOCK=--upgrade: with the newest versions)
+docs: $(READY) ## build the documentation site in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+WHEEL := build/wheel-environment
+wheel: $(READY) ## build the package in dist/, and try it in an environment without extras and without this checkout
+	@mkdir -p build && rm -rf dist $(WHEEL)
+	$(BIN)/python -m build --outdir dist . > build/build.log || { cat build/build.log; exit 1; }
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(PIP_INSTALL) $(TORCH) $(UV)
+	$(call install,$(WHEEL),--constraint requirements.lock dist/*.whl)
+	$(BIN)/python -m tools.try_wheel dist $(WHEEL)
+
+lock: $(READY) ## write the lock files (LOCK=--upgrade: with the newest versions)
 	$(BIN)/python tools/write_locks.py $(LOCK)
 
 bench: $(READY) ## compare batch-infer with plain diffusers on this machine
@@ -102,4 +114,4 @@ gpu-check: $(READY) ## prove and measure the GPU path in about nine minutes (DEV
 	$(BIN)/python -m tools.gpu_check --device $(DEVICE) --out gpu-check-out
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo-out gpu-check-out .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist site demo-out gpu-check-out .pytest_cache .mypy_cache .ruff_cache *.egg-info
