@@ -8,6 +8,8 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -100,9 +102,19 @@ def decode(content: bytes) -> np.ndarray:
 
     Text in a PNG is skipped, because Pillow rejects files with more than 64 MiB of text.
     """
+    with opened_image(content) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def opened_image(content: bytes) -> Iterator[Image.Image]:
+    """Open an image file, without its text if it is a PNG. Raises RowError, also for errors of decoding in the context.
+
+    Pillow decodes the pixels when they are first used.
+    """
     try:
         with Image.open(io.BytesIO(_without_text(content))) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise RowError(f"its image cannot be opened ({first_line(error)})") from error
 

@@ -15,6 +15,7 @@ from batch_infer.cli.config import variables_of_option
 from batch_infer.cli.diff import diff
 from batch_infer.cli.existing import merge, rescore, status
 from batch_infer.cli.export_recipe import export_recipe
+from batch_infer.cli.gallery import gallery
 from batch_infer.cli.plan import plan
 from batch_infer.cli.run import retry, run
 from batch_infer.cli.settings import make_run_settings
@@ -29,7 +30,7 @@ def commands() -> None:
     """Render tables of prompts into images and a results table that accounts for every row."""
 
 
-existing = (status, retry, rescore, merge, verify, diff, export_recipe)
+existing = (status, retry, rescore, merge, verify, diff, gallery, export_recipe)
 for command in (run, plan, *existing, bench, azureml_simulate, export_mlflow, completion):
     commands.add_command(command)
 

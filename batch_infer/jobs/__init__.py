@@ -11,6 +11,7 @@ from batch_infer.jobs.description import LIBRARIES, check_identity
 from batch_infer.jobs.diff import Diff, diff_runs
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.frame import read_frame
+from batch_infer.jobs.gallery import MAX_RESULTS, THUMBNAIL_SIZE, Gallery, GalleryOptions, make_gallery
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
 from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
@@ -35,9 +36,12 @@ else:
 __all__ = [
     "Counts",
     "Diff",
+    "Gallery",
+    "GalleryOptions",
     "Job",
     "LIBRARIES",
     "MAX_BAD_RESULTS",
+    "MAX_RESULTS",
     "Plan",
     "Problem",
     "Progress",
@@ -46,6 +50,7 @@ __all__ = [
     "Sample",
     "ScanResult",
     "Summary",
+    "THUMBNAIL_SIZE",
     "Throughput",
     "Verification",
     "VerifyOptions",
@@ -57,6 +62,7 @@ __all__ = [
     "find_model",
     "format_reasons",
     "join_run",
+    "make_gallery",
     "make_paths_absolute",
     "make_plan",
     "make_recipe",

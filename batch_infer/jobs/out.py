@@ -16,6 +16,8 @@ from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_tempor
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
+GALLERY = "gallery"
+"""The folder of the gallery. `run` and `plan` do not read tables in it, and --overwrite removes it."""
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
@@ -100,7 +102,7 @@ def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[s
     """
     store.check_kinds(FOLDERS, (*RESULTS, RUN_JSON))
     for table in tables:
-        if store.contains(table, OWN_NAMES):
+        if store.contains(table, (*OWN_NAMES, GALLERY)):
             raise SettingsError(
                 f"{table} is in a folder that a run into {store.location} writes to: give another --out"
             )

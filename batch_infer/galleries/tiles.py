@@ -1,0 +1,182 @@
+"""Find or make the pictures of a chunk of results, on several threads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+
+from batch_infer.errors import RowError
+from batch_infer.galleries.pictures import Pictures, make_name
+from batch_infer.galleries.thumbnails import make_pictures
+
+WAITING_PER_THREAD = 4
+"""Number of images for each thread that may be in progress or finished, which bounds the memory."""
+MISSING = "its file is missing"
+CHANGED = "its file is damaged, or another program has changed it"
+
+
+class Images(Protocol):
+    """Reads the images of results. `path` may come from an edited manifest. Methods but `read` run in one thread."""
+
+    def has(self, path: str) -> bool:
+        """Return whether an image exists. Raises StorageError."""
+        ...
+
+    def read(self, path: str) -> bytes | None:
+        """Return an image's bytes, or None if it is missing. Called from several threads. Raises StorageError."""
+        ...
+
+    def link(self, path: str) -> str | None:
+        """Return the URL of an image relative to the page, or None if the page cannot link to it."""
+        ...
+
+
+class Tile(NamedTuple):
+    """What the page shows of an image: its thumbnail in thumbs/, the URL of the whole image, and what is wrong."""
+
+    thumb: str | None = None
+    image: str | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileOptions:
+    """Longer side of thumbnails in pixels, and number of threads that make them."""
+
+    size: int
+    threads: int
+
+
+@dataclass(slots=True)
+class TileCounts:
+    """Number of thumbnails that were made and that existed, and of images that are missing or damaged."""
+
+    made: int = 0
+    kept: int = 0
+    unreadable: int = 0
+
+
+class _Made(NamedTuple):
+    """The SHA-256 of an image's bytes, its thumbnail and its preview, and what is wrong with the image."""
+
+    sha256: str = ""
+    thumb: bytes | None = None
+    preview: bytes | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An image by its path and recorded SHA-256, and which pictures of it are needed."""
+
+    path: str
+    sha256: str | None
+    is_flagged: bool
+    link: str | None
+
+    @property
+    def needs_preview(self) -> bool:
+        """Whether the page can show the whole image only if a copy is stored. There are no copies of flagged images."""
+        return self.link is None and not self.is_flagged
+
+
+class TileMaker:
+    """Makes the tiles of results."""
+
+    def __init__(self, images: Images, pictures: Pictures, options: TileOptions, pool: ThreadPoolExecutor) -> None:
+        self._images, self._pictures, self._size = images, pictures, options.size
+        self._pool, self._max_waiting = pool, options.threads * WAITING_PER_THREAD
+        self._done = 0
+        self.counts = TileCounts()
+
+    def make(self, chunk: pa.Table, on_progress: Callable[[int], object]) -> list[Tile]:
+        """Return the tiles of a chunk of results in their order, and store their pictures. Raises StorageError.
+
+        `on_progress` receives the number of tiles so far, including those of earlier chunks.
+        """
+        tiles: list[Tile] = []
+
+        def finish(wanted: _Wanted | None, work: Future[_Made] | Tile) -> None:
+            tiles.append(self._finish(wanted, work))
+            self._done += 1
+            on_progress(self._done)
+
+        waiting: deque[tuple[_Wanted | None, Future[_Made] | Tile]] = deque()
+        for wanted in _iterate_images(chunk, self._images):
+            waiting.append((wanted, self._start(wanted) if wanted else Tile()))
+            while waiting and (len(waiting) >= self._max_waiting or isinstance(waiting[0][1], Tile)):
+                finish(*waiting.popleft())
+        for last_wanted, work in waiting:
+            finish(last_wanted, work)
+        self._pictures.publish()
+        return tiles
+
+    def _start(self, wanted: _Wanted) -> Future[_Made] | Tile:
+        """Return the tile of an image whose pictures exist, or begin to make them."""
+        if not self._images.has(wanted.path):
+            return Tile(problem=MISSING)
+        if wanted.sha256 is not None and self._has_pictures(wanted, wanted.sha256):
+            self.counts.kept += 1
+            return self._make_tile(wanted, wanted.sha256)
+        return self._pool.submit(_make, self._images, wanted, self._size)
+
+    def _has_pictures(self, wanted: _Wanted, sha256: str) -> bool:
+        paths = [f"thumbs/{self._thumb_name(wanted, sha256)}"]
+        if wanted.needs_preview:
+            paths.append(f"previews/{_preview_name(sha256)}")
+        return all(map(self._pictures.has, paths))
+
+    def _finish(self, wanted: _Wanted | None, work: Future[_Made] | Tile) -> Tile:
+        """Return the tile of an image, and store its pictures."""
+        if wanted is None or isinstance(work, Tile):
+            tile = work if isinstance(work, Tile) else Tile()
+        else:
+            tile = self._store(wanted, work.result())
+        self.counts.unreadable += tile.problem is not None
+        return tile
+
+    def _store(self, wanted: _Wanted, made: _Made) -> Tile:
+        if made.thumb is None:
+            return Tile(problem=made.problem)
+        self._pictures.stage(f"thumbs/{self._thumb_name(wanted, made.sha256)}", made.thumb)
+        if made.preview is not None:
+            self._pictures.stage(f"previews/{_preview_name(made.sha256)}", made.preview)
+        self.counts.made += 1
+        return self._make_tile(wanted, made.sha256)._replace(problem=made.problem)
+
+    def _make_tile(self, wanted: _Wanted, sha256: str) -> Tile:
+        preview = f"previews/{_preview_name(sha256)}" if wanted.needs_preview else None
+        return Tile(self._thumb_name(wanted, sha256), wanted.link or preview)
+
+    def _thumb_name(self, wanted: _Wanted, sha256: str) -> str:
+        return make_name("thumbnail", self._size, wanted.is_flagged, sha256)
+
+
+def _preview_name(sha256: str) -> str:
+    return make_name("preview", sha256)
+
+
+def _iterate_images(chunk: pa.Table, images: Images) -> Iterator[_Wanted | None]:
+    """Yield the image of each result, or None for a result without one."""
+    names = ("generated_image", "sha256", "status", "nsfw_content_detected")
+    for path, sha256, status, is_nsfw in zip(*(chunk[name].to_pylist() for name in names), strict=True):
+        yield None if path is None else _Wanted(path, sha256, status == "flagged" or bool(is_nsfw), images.link(path))
+
+
+def _make(images: Images, wanted: _Wanted, size: int) -> _Made:
+    """Read an image and make its pictures. Raises StorageError."""
+    content = images.read(wanted.path)
+    if content is None:
+        return _Made(problem=MISSING)
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        thumb, preview = make_pictures(content, size, is_blurred=wanted.is_flagged, needs_preview=wanted.needs_preview)
+    except RowError as error:
+        return _Made(problem=str(error))
+    return _Made(sha256, thumb, preview, None if wanted.sha256 in (None, sha256) else CHANGED)
