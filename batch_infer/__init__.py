@@ -12,19 +12,37 @@ from batch_infer import errors
 from batch_infer.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from batch_infer.api import Plan, RunStatus, Summary, Verification, plan, recipe, results, run, status, verify
+    from batch_infer.api import (
+        Gallery,
+        Plan,
+        RunStatus,
+        Summary,
+        Verification,
+        gallery,
+        plan,
+        recipe,
+        results,
+        run,
+        status,
+        verify,
+    )
 else:
     __getattr__ = import_on_use(
         __name__,
-        api=("Plan", "RunStatus", "Summary", "Verification", "plan", "recipe", "results", "run", "status", "verify"),
+        api=(
+            *("Gallery", "Plan", "RunStatus", "Summary", "Verification"),
+            *("gallery", "plan", "recipe", "results", "run", "status", "verify"),
+        ),
     )
 
 __all__ = [
+    "Gallery",
     "Plan",
     "RunStatus",
     "Summary",
     "Verification",
     "errors",
+    "gallery",
     "plan",
     "recipe",
     "results",

@@ -33,6 +33,7 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 Table: TypeAlias = "PathLike | tuple[PathLike, ...] | list[str] | pd.DataFrame | ArrowStream"
 """A TABLE of the command, several as a tuple, a list of prompts, or a data frame. See `make_in_memory`."""
 RESUME = "what was committed is kept: call the same function again to continue"
+OLD_PAGE = "the old page is unchanged: call the same function again to continue"
 UNCHANGED = "the verification is incomplete; nothing was changed"
 log = logging.getLogger("batch_infer")
 

@@ -7,11 +7,12 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from batch_infer import cli
 from batch_infer import settings as s
 from batch_infer.api.calls import (
+    OLD_PAGE,
     RESUME,
     UNCHANGED,
     PathLike,
@@ -25,11 +26,16 @@ from batch_infer.api.calls import (
 from batch_infer.errors import SettingsError, StoppedError, TooManyFailedError
 from batch_infer.jobs import (
     MAX_BAD_RESULTS,
+    MAX_RESULTS,
+    THUMBNAIL_SIZE,
+    Gallery,
+    GalleryOptions,
     Plan,
     RunStatus,
     Summary,
     Verification,
     VerifyOptions,
+    make_gallery,
     make_plan,
     make_recipe,
     read_frame,
@@ -37,7 +43,7 @@ from batch_infer.jobs import (
     render_tables,
     verify_run,
 )
-from batch_infer.records import ResultRow
+from batch_infer.records import ResultRow, Status
 from batch_infer.stopping import TIME_LIMIT
 from batch_infer.table import in_memory_tables
 
@@ -93,6 +99,7 @@ def run(
     results: s.ResultsFormat | Sequence[s.ResultsFormat] = (),
     base64: bool = False,
     sign_key: PathLike | None = None,
+    gallery: bool = False,
     max_failed: int | str = 0,
     price_per_hour: float | None = None,
     time_limit: float | str | None = None,
@@ -119,6 +126,8 @@ def run(
             has_too_many = not settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows)
             code = StoppedError.exit_code if summary.unfinished else TooManyFailedError.exit_code * has_too_many
             metrics.conclude(summary, code)
+            if gallery:
+                cli.update_gallery(settings.out, stop)
     if summary.unfinished:
         reason = f"{TIME_LIMIT} was reached" if stop.reason == TIME_LIMIT else "stopped early"
         left = cli.format_count(summary.unfinished, "image")
@@ -178,6 +187,44 @@ def plan(table: Table, **options: Any) -> Plan:
 def status(out: PathLike) -> RunStatus:
     """Return the state and the progress of the run in OUT, which may be active. Raises UsageError, StorageError."""
     return read_status(parse_out(out))
+
+
+def gallery(
+    out: PathLike,
+    to: PathLike | None = None,
+    *,
+    limit: int = MAX_RESULTS,
+    status: Status | Sequence[Status] = (),
+    thumbnail_size: int = THUMBNAIL_SIZE,
+    threads: int | None = None,
+    time_limit: float | str | None = None,
+    progress: bool = False,
+) -> Gallery:
+    """Make or update a page for looking through the images of OUT, and return its path and what it shows.
+
+    Arguments are the options of `batch-infer gallery`. Raises UsageError, and RetryableError, for example at the time
+    limit.
+    """
+    statuses = cast("tuple[Status, ...]", (status,) if isinstance(status, str) else tuple(status))
+    for name, value in (("limit", limit), ("thumbnail_size", thumbnail_size), ("threads", threads or 1)):
+        if not isinstance(value, int) or value < 1:
+            raise SettingsError(f"{name}={value!r}: pass a whole number from 1")
+    if unknown := [name for name in statuses if name not in get_args(Status)]:
+        raise SettingsError(f"status={unknown[0]!r}: pass {', '.join(get_args(Status))}, or several of them")
+    target = None if to is None else parse_out(to)
+    options = GalleryOptions(target, limit, statuses, thumbnail_size, threads)
+    bar_type = cli.find_bar_type() if progress else None
+    with (
+        stoppable(parse_time_limit(time_limit), hint=OLD_PAGE) as stop,
+        closing(cli.CheckProgress("image", "added", shown=progress, bar_type=bar_type)) as check_progress,
+    ):
+
+        def report(done: int, total: int) -> None:
+            check_progress(done, total)
+            if stop():
+                raise stop.error()
+
+        return make_gallery(parse_out(out), options, report)
 
 
 def results(out: PathLike) -> pd.DataFrame:

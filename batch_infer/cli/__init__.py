@@ -4,6 +4,7 @@ Slow libraries are imported only when a command runs, so that --help is fast.
 """
 
 from batch_infer.cli.config import detect_log_format, with_suggestion
+from batch_infer.cli.gallery import update_gallery
 from batch_infer.cli.keywords import make_settings
 from batch_infer.cli.logs import is_json, log_error, restore_stderr, set_up_logging
 from batch_infer.cli.main import commands, settings_from_environment
@@ -31,5 +32,6 @@ __all__ = [
     "restore_stderr",
     "set_up_logging",
     "settings_from_environment",
+    "update_gallery",
     "with_suggestion",
 ]

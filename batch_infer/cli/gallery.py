@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, get_args
 
 import click
 
+from batch_infer.cli.logs import log
 from batch_infer.cli.options import (
     POSITIVE,
     check_time_limit_option,
@@ -20,11 +23,23 @@ from batch_infer.cli.options import (
 )
 from batch_infer.cli.progress import CheckProgress
 from batch_infer.cli.report import format_count, print_result, stoppable
+from batch_infer.errors import BatchInferError, StoppedError
 from batch_infer.records import Status
+from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Gallery
+    from batch_infer.stopping import Stopper
 
+QUICK_SECONDS = 2.0
+"""Number of seconds for the gallery of a run that a signal or the time limit stopped."""
+gallery_option = option(
+    "--gallery",
+    is_flag=True,
+    help="At the end, make or update the page of `batch-infer gallery OUT`. An error in this does not change the exit "
+    "code.",
+)
+"""The option of `run` and `retry`."""
 THUMBNAIL_SIZES = click.IntRange(32, 1024)
 
 
@@ -103,6 +118,30 @@ def gallery(
     if not quiet:
         print_result(gallery_lines(result, out), result.as_dict() if as_json else None)
     return 0
+
+
+def update_gallery(out: str, stop: Stopper) -> None:
+    """Make or update OUT/gallery at the end of a run. Log a warning if that fails or there is no time.
+
+    After a stop, this takes at most QUICK_SECONDS.
+    """
+    deadline = time.monotonic() + QUICK_SECONDS if stop() else math.inf
+
+    def check(done: int, total: int) -> None:
+        if time.monotonic() > deadline or (deadline == math.inf and stop()):
+            raise StoppedError("there was no time")
+
+    try:
+        with deferred(GRACE_SECONDS):
+            from batch_infer.jobs import make_gallery
+
+            result = make_gallery(out, on_progress=check, shown_out=out)
+    except (BatchInferError, OSError, StopRequested) as error:
+        reason = "it was stopped" if isinstance(error, StopRequested) else error
+        log.warning("the gallery is not updated: %s; run `batch-infer gallery %s`", reason, out)
+        return
+    for line in gallery_lines(result, out):
+        log.info("%s", line)
 
 
 def gallery_lines(result: Gallery, out: str) -> Iterator[str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import click
 
+from batch_infer.cli.gallery import gallery_option, update_gallery
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import (
+    SemicolonList,
     c2pa_options,
     command,
     json_option,
@@ -71,11 +73,29 @@ def run(*, time_limit: float | None, metrics_file: Path | None, **options: Any) 
         envvar="BATCH_INFER_STATUS",
         type=click.Choice(get_args(RetryStatus)),
         multiple=True,
-        required=True,
         help="Status of the rows to render. missing: the image file was deleted. damaged: the size or SHA-256 of "
         "the image file differs from its result; finding these reads all images. Repeatable.",
     ),
+    option(
+        "--id",
+        "ids",
+        type=SemicolonList(),
+        metavar="ID",
+        envvar="BATCH_INFER_ID",
+        multiple=True,
+        help="Id of a row to render, whatever its status. Repeatable; separate several in BATCH_INFER_ID with "
+        "semicolons.",
+    ),
+    option(
+        "--ids",
+        "ids_file",
+        envvar="BATCH_INFER_IDS",
+        metavar="FILE",
+        help="File of ids of rows to render: a table with a column id, as the page of `gallery` exports it, or a .txt "
+        "file with one id per line. A column image_index selects single images. - is standard input.",
+    ),
     *c2pa_options,
+    gallery_option,
     *unattended_options,
     json_option,
     progress_option,
@@ -85,11 +105,15 @@ def retry(
     out: str,
     tables: tuple[str, ...],
     statuses: tuple[RetryStatus, ...],
+    ids: tuple[str, ...],
+    ids_file: str | None,
     time_limit: float | None,
     metrics_file: Path | None,
     **options: Any,
 ) -> int:
-    """Render the rows of OUT with a given status again.
+    """Render the rows of OUT with a given status or id again.
+
+    At least one of --status, --id and --ids is required. With --status and ids, only rows with both are rendered.
 
     The tables and settings are those of the last run, from OUT/run.json; name TABLE... if the tables were moved. Rows
     are retried no matter how often they have failed. Other rows are not changed. To render rows that have no result
@@ -98,11 +122,14 @@ def retry(
     Exit codes: as for `run`, except that rows without a result do not cause 75.
     """
 
+    if not (statuses or ids or ids_file):
+        raise click.UsageError("give --status, --id or --ids to select the rows to render")
+
     def render(progress: ProgressGroup, stop: Stopper) -> tuple[Summary, RunSettings]:
         signer = make_signer(options["c2pa_cert"], options["c2pa_key"])
-        from batch_infer.jobs import retry_rows
+        from batch_infer.jobs import RetrySelection, retry_rows
 
-        return retry_rows(out, statuses, tables, progress, stop, signer)
+        return retry_rows(out, RetrySelection(statuses, ids, ids_file), tables, progress, stop, signer)
 
     return _execute(render, Metrics(metrics_file, out), time_limit, options, is_retry=True)
 
@@ -132,6 +159,8 @@ def _execute(
         if summary.unfinished or (summary.counts.remaining and not is_retry):
             code = StoppedError.exit_code
         metrics.conclude(summary, code)
+        if options["gallery"]:
+            update_gallery(settings.out, stop)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:
         lines = summary_lines(summary, settings.out, settings.output.results, settings.output.sink)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import click
 
 from batch_infer import settings as s
+from batch_infer.cli.gallery import gallery_option
 from batch_infer.cli.options import (
     NONNEGATIVE,
     POSITIVE,
@@ -155,6 +156,7 @@ job_options = (
     ),
     *results_options,
     sign_key_option,
+    gallery_option,
     option(
         "--max-failed",
         default="0",

@@ -49,9 +49,9 @@ class GalleryTotals:
     removed: int
 
 
-def is_gallery(store: Store) -> bool:
-    """Return whether a folder is a gallery. Raises StorageError."""
-    return store.read(MARK) == _MARK_CONTENT
+def is_gallery(store: Store, prefix: str = "") -> bool:
+    """Return whether the files of a store whose names start with `prefix` are a gallery. Raises StorageError."""
+    return store.read(f"{prefix}{MARK}") == _MARK_CONTENT
 
 
 def write_gallery(

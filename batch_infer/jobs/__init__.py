@@ -20,7 +20,7 @@ from batch_infer.jobs.recipe import make_recipe
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
 from batch_infer.jobs.rescorer import RescoreCounts
-from batch_infer.jobs.retry import retry_rows
+from batch_infer.jobs.retry import RetrySelection, retry_rows
 from batch_infer.jobs.run import join_run, render_tables
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
 from batch_infer.jobs.status import RunStatus, read_status
@@ -46,6 +46,7 @@ __all__ = [
     "Problem",
     "Progress",
     "RescoreCounts",
+    "RetrySelection",
     "RunStatus",
     "Sample",
     "ScanResult",

@@ -96,12 +96,12 @@ def make_gallery(
 def _open_target(store: Store, to: str | None) -> Store:
     """Open the place of the gallery. Raises SettingsError if it contains other files or is in a folder of OUT."""
     if to is None:
-        location = f"{store.location}/{outdir.GALLERY}"
-        if store.is_link(outdir.GALLERY):
+        location = f"{store.location}/{outdir.GALLERY_FOLDER}"
+        if store.is_link(outdir.GALLERY_FOLDER):
             raise SettingsError(f"{location} is a link: replace it with a folder, or give --to")
     else:
         location = str(to_absolute(to))
-        if store.contains(location, (*outdir.OWN_NAMES, outdir.GALLERY)):
+        if store.contains(location, (*outdir.OWN_NAMES, outdir.GALLERY_FOLDER)):
             raise SettingsError(f"--to {location} is in a folder of {store.location}: give another, or leave it out")
     target = open_store(location)
     if not is_gallery(target) and any(not name.startswith(".") for name in target.list_folder("")):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
+from batch_infer.galleries import is_gallery
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.settings import METADATA, RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
@@ -16,7 +17,7 @@ from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_tempor
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
-GALLERY = "gallery"
+GALLERY_FOLDER = "gallery"
 """The folder of the gallery. `run` and `plan` do not read tables in it, and --overwrite removes it."""
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
@@ -95,6 +96,11 @@ def _to_json(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, default=str) + "\n").encode("ascii")
 
 
+def has_gallery(store: Store) -> bool:
+    """Return whether OUT has a folder `gallery` that the command of that name made. Raises StorageError."""
+    return not store.is_link(GALLERY_FOLDER) and is_gallery(store, f"{GALLERY_FOLDER}/")
+
+
 def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[str, Any] | None) -> None:
     """Raise SettingsError if a run would overwrite or remove its own tables or another program's files.
 
@@ -102,7 +108,7 @@ def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[s
     """
     store.check_kinds(FOLDERS, (*RESULTS, RUN_JSON))
     for table in tables:
-        if store.contains(table, (*OWN_NAMES, GALLERY)):
+        if store.contains(table, (*OWN_NAMES, GALLERY_FOLDER)):
             raise SettingsError(
                 f"{table} is in a folder that a run into {store.location} writes to: give another --out"
             )

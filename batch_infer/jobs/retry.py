@@ -1,17 +1,18 @@
-"""Render rows with selected statuses again."""
+"""Render rows with selected statuses or ids again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import use_current_endpoint, use_signer
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
+from batch_infer.jobs.selected_ids import SelectedIds, select_ids
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry
@@ -23,19 +24,33 @@ from batch_infer.store import Out, Store, open_store
 log = logging.getLogger("batch_infer")
 
 
+@dataclass(frozen=True, slots=True)
+class RetrySelection:
+    """Which results to render again: those with one of `statuses` and one of the ids.
+
+    An empty `statuses` means any status. The ids are `ids` and those in `ids_file`, which is a table with a column `id`
+    or a text file. Without both, any id is selected.
+    """
+
+    statuses: tuple[RetryStatus, ...] = ()
+    ids: tuple[str, ...] = ()
+    ids_file: str | None = None
+
+
 def retry_rows(
     out: Out,
-    statuses: Collection[RetryStatus],
+    selection: RetrySelection,
     tables: Sequence[str],
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
     signer: C2paSigner | None = None,
 ) -> tuple[Summary, RunSettings]:
-    """Render rows with these statuses again with the settings of the last run in OUT, and merge.
+    """Render selected rows again with the settings of the last run in OUT, and merge.
 
     `tables` replaces that run's tables unless it is empty. The safety service's endpoint comes from the environment.
     `signer` signs the images if the run signs them. Each row gets one more attempt, no matter how often it failed. Rows
-    without a result are left to `run`. Raises BatchInferError, for example UsageError if OUT contains no run.
+    without a result are left to `run`. Raises BatchInferError, for example UsageError if OUT contains no run or has no
+    result with a selected id.
     """
     store = open_store(out)
     record = outdir.read_existing_run(store)
@@ -44,8 +59,11 @@ def retry_rows(
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)
-    with closing(_SkipOtherStatuses(statuses, store)) as skip:
-        summary = render_tables(settings, progress, stop, skip)
+    with select_ids(selection.ids, selection.ids_file) as ids:
+        if ids is not None:
+            ids.check(store, record, settings)
+        with closing(_SkipOthers(selection, ids, store)) as skip:
+            summary = render_tables(settings, progress, stop, skip)
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(store))
     if total < earlier_total:
         log.warning(
@@ -56,15 +74,15 @@ def retry_rows(
     return summary, settings
 
 
-class _SkipOtherStatuses:
-    """Skips all images except those with these statuses. This is a SkipRule.
+class _SkipOthers:
+    """Skips all images except the selected ones. This is a SkipRule.
 
     An invalid row has one result. If the row is valid now and this result is selected, all its images are selected,
     since the rule is called for a row's images in order. Rows that are invalid now are skipped.
     """
 
-    def __init__(self, statuses: Collection[RetryStatus], store: Store) -> None:
-        self._statuses, self._sink = statuses, make_sink(store)
+    def __init__(self, selection: RetrySelection, ids: SelectedIds | None, store: Store) -> None:
+        self._statuses, self._ids, self._sink = selection.statuses, ids, make_sink(store)
         self._selected_row: str | None = None
         self._folder, self._files = "", set[str]()
         self._store, self._faults = store, ImageRecords()
@@ -74,14 +92,14 @@ class _SkipOtherStatuses:
         self._faults.close()
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
-        if isinstance(item, ResultRow):
+        if isinstance(item, ResultRow) or (self._ids is not None and not self._ids.has(item.key)):
             return True
         if item.image_index == 0:
             self._selected_row = None
         if committed is None:
             return self._selected_row != item.id
         is_faulty = committed.path is not None and self._is_faulty(item.key, committed.path)
-        is_selected = is_faulty or committed.status in self._statuses
+        is_selected = is_faulty or not self._statuses or committed.status in self._statuses
         if is_selected and committed.status == "invalid":
             self._selected_row = item.id
         return not is_selected

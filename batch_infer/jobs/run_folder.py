@@ -111,7 +111,9 @@ def clear(store: Store, stop: Callable[[], bool] = lambda: False) -> None:
     if linked:
         _remove_named_images(store)
     names = [name for name in outdir.OWN_NAMES if name not in ("manifest", "logs", outdir.RUN_JSON, *linked)]
-    for name in (*shared, "manifest", *names):
+    # A folder of the user's own with that name is kept.
+    gallery = [outdir.GALLERY_FOLDER] if outdir.has_gallery(store) else []
+    for name in (*shared, "manifest", *names, *gallery):
         try:
             store.remove_folder(name, stop)
         except StoppedError as error:

@@ -89,7 +89,7 @@ def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
         return "invalid before"
     if committed.fingerprint != item.fingerprint:
         return "changed"
-    return "missing or damaged" if committed.status == "ok" else f"{committed.status} before"
+    return "finished before" if committed.status == "ok" else f"{committed.status} before"
 
 
 def format_reasons(reasons: Mapping[str, int], changes: str) -> str:

@@ -170,6 +170,10 @@ class ManifestIndex:
         part, part_row = self._part_names[place >> 32], place & 0xFFFFFFFF
         return CommittedImage(status, fingerprint, attempt, path, part, part_row, self._source_names[source], failures)
 
+    def has_id(self, name: str) -> bool:
+        """Return whether a row with this id has a result."""
+        return self._database.execute("SELECT 1 FROM images WHERE id = ? LIMIT 1", (name,)).fetchone() is not None
+
     def get_by_paths(self, paths: Iterable[str]) -> dict[str, CommittedImage]:
         """Return the committed images at these paths, by path. Reads the whole index."""
         self._database.execute("DELETE FROM paths")

@@ -63,7 +63,8 @@ def _parse_text(field: str, value: Any, sizes: SizeRules) -> str:
     return value
 
 
-def _parse_integer(field: str, value: Any, minimum: int, maximum: int) -> int:
+def parse_integer(field: str, value: Any, minimum: int, maximum: int) -> int:
+    """Return a cell as a whole number within these bounds. Raises RowError."""
     if value.__class__ is str and value.isdecimal() and value.isascii() and len(value) < 20:
         number = int(value)  # ten times as fast as Decimal, and sufficient for nearly all cells
         if minimum <= number <= maximum:
@@ -78,7 +79,7 @@ def _parse_integer(field: str, value: Any, minimum: int, maximum: int) -> int:
 
 
 def _parse_side(field: str, value: Any, sizes: SizeRules) -> int:
-    side = _parse_integer(field, value, sizes.min_side, sizes.max_side)
+    side = parse_integer(field, value, sizes.min_side, sizes.max_side)
     if side % sizes.side_multiple:
         nearest = max(sizes.min_side, round(side / sizes.side_multiple) * sizes.side_multiple)
         raise RowError(f"{field} {side} is not a multiple of {sizes.side_multiple}; the nearest is {nearest}")
@@ -124,11 +125,11 @@ def format_value(value: Any, max_length: int = 40) -> str:
 PARSERS: Mapping[str, Callable[[str, Any, SizeRules], Any]] = {
     "prompt": _parse_text,
     "negative_prompt": _parse_text,
-    "seed": lambda field, value, sizes: _parse_integer(field, value, 0, MAX_SEED),
-    "num_images_per_prompt": lambda field, value, sizes: _parse_integer(field, value, 1, MAX_IMAGES),
+    "seed": lambda field, value, sizes: parse_integer(field, value, 0, MAX_SEED),
+    "num_images_per_prompt": lambda field, value, sizes: parse_integer(field, value, 1, MAX_IMAGES),
     "height": _parse_side,
     "width": _parse_side,
-    "num_inference_steps": lambda field, value, sizes: _parse_integer(field, value, 1, MAX_STEPS),
+    "num_inference_steps": lambda field, value, sizes: parse_integer(field, value, 1, MAX_STEPS),
     "guidance_scale": lambda field, value, sizes: _parse_float(field, value, MAX_GUIDANCE),
     "guidance_rescale": lambda field, value, sizes: _parse_float(field, value, 1.0),
 }
