@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ from batch_infer.errors import DamagedPartError, StorageError, first_line
 from batch_infer.galleries import Snapshot
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.merge import BATCH, make_results_schema
-from batch_infer.jobs.run_json import parse_record
+from batch_infer.jobs.run_json import RunRecord, parse_record
 from batch_infer.manifest import Manifest, ManifestIndex, cast_table, read_carried_fields
 from batch_infer.records import Status
 from batch_infer.store import Store
@@ -64,34 +64,32 @@ def _copy(results: _Results) -> tuple[Snapshot, int]:
 
 @contextmanager
 def _open_results(store: Store, statuses: Collection[Status], limit: int) -> Iterator[_Results]:
+    record = outdir.read_existing_run(store)
     with ExitStack() as stack:
-        file = _open_merged(store, stack) if _is_merged(store) else None
+        file = _open_merged(store, parse_record(record), stack)
         if file is not None:
             yield _read_merged(file, statuses, limit)
         else:
             index = stack.enter_context(Manifest(store).index(on_damage=_warn_about_damage))
-            yield _read_manifest(store, index, statuses, limit)
+            yield _read_manifest(index, record.get("tables", ()), statuses, limit)
 
 
 def _warn_about_damage(error: DamagedPartError) -> None:
     log.warning("the gallery does not show the results in %s, which is damaged (%s)", error.part, error.reason)
 
 
-def _is_merged(store: Store) -> bool:
-    """Return whether results.parquet has all results: the run has ended and merged them."""
-    record = parse_record(outdir.read_existing_run(store))
-    has_tables = bool(record.settings and record.settings.table.tables)
-    return record.summary is not None and has_tables and not record.rescoring
-
-
-def _open_merged(store: Store, stack: ExitStack) -> pq.ParquetFile | None:
-    """Open results.parquet, or return None if it is missing or damaged."""
+def _open_merged(store: Store, record: RunRecord, stack: ExitStack) -> pq.ParquetFile | None:
+    """Open results.parquet if it has all results: the run has ended and merged them. Otherwise return None."""
+    has_tables = bool(record.settings and record.settings.table.tables)  # workers of an endpoint may still commit
+    if record.summary is None or record.rescoring or not has_tables:
+        return None
     try:
         stream = stack.enter_context(store.open_file(RESULTS_PARQUET))
-        return stack.enter_context(pq.ParquetFile(stream))
+        file = stack.enter_context(pq.ParquetFile(stream))
     except (OSError, pa.ArrowException) as error:
         log.debug("%s cannot be read, so the manifest is: %s", store.locate(RESULTS_PARQUET), first_line(error))
         return None
+    return file if file.metadata.num_rows == record.summary.results else None
 
 
 def _read_merged(file: pq.ParquetFile, statuses: Collection[Status], limit: int) -> _Results:
@@ -111,10 +109,9 @@ def _read_merged(file: pq.ParquetFile, statuses: Collection[Status], limit: int)
     return _Results(schema, read(), file.metadata.num_rows)
 
 
-def _read_manifest(store: Store, index: ManifestIndex, statuses: Collection[Status], limit: int) -> _Results:
-    record: Any = outdir.read_existing_run(store)
+def _read_manifest(index: ManifestIndex, tables: Sequence[str], statuses: Collection[Status], limit: int) -> _Results:
     schema = make_results_schema(pa.schema(read_carried_fields(part)) for part in index.parts.values())
-    committed = index.iterate_in_table_order(record.get("tables", ()))
+    committed = index.iterate_in_table_order(tables)
     selected = islice((image for image in committed if not statuses or image.status in statuses), limit)
 
     def read() -> Iterator[pa.Table]:

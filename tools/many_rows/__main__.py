@@ -53,6 +53,9 @@ def main() -> None:
     measure("status", [*BATCH_INFER, "status", OUT], folder)
     measure("verify --quick", [*BATCH_INFER, "verify", OUT, "--quick"], folder)
     if arguments.images:
+        limit = str(arguments.rows)
+        measure("gallery", [*BATCH_INFER, "gallery", OUT, "--limit", limit], folder)
+        measure("gallery, again", [*BATCH_INFER, "gallery", OUT, "--limit", limit], folder)
         measure("sha256sum, cold", HASH, folder)
         seconds = measure("verify", [*BATCH_INFER, "verify", OUT], folder)
         print(f"{seconds / measure('sha256sum', HASH, folder):.2f} times the time of sha256sum")

@@ -11,9 +11,11 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batch_infer.images import encode
 from batch_infer.jobs.job import open_tables
 from batch_infer.jobs.out import read_existing_run, write_run
 from batch_infer.jobs.run_json import read_rules, read_settings
@@ -27,8 +29,8 @@ from tools.many_rows.commands import OUT, RUN, TABLE
 TABLE_ROWS = 1 << 16
 COMMIT_ROWS = 256
 COMPACTION_PARTS = 256
-IMAGE_BYTES = 4096, 8192
-"""Smallest and largest size of an image file."""
+IMAGE_SIDES = 37, 51
+"""Smallest and largest side of an image of noise, whose file has 4 to 8 kB."""
 
 
 def write_table(path: Path, rows: int) -> None:
@@ -74,7 +76,7 @@ def _make_results(tables: Tables, rules: RowRules, out: Path, *, images: bool) -
     while batch := list(islice(requests, COMMIT_ROWS)):
         results = []
         for request in batch:
-            content = generator.randbytes(generator.randint(*IMAGE_BYTES)) if images else request.id.encode()
+            content = _make_image(generator) if images else request.id.encode()
             path, digest = sink.path_of(request), hashlib.sha256(content).hexdigest()
             if images:
                 (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,12 @@ def _make_results(tables: Tables, rules: RowRules, out: Path, *, images: bool) -
                 )
             )
         yield results
+
+
+def _make_image(generator: random.Random) -> bytes:
+    side = generator.randint(*IMAGE_SIDES)
+    pixels = np.frombuffer(generator.randbytes(3 * side * side), np.uint8).reshape(side, side, 3)
+    return encode(pixels, "png", None, has_mark=False)
 
 
 if __name__ == "__main__":
