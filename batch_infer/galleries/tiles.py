@@ -29,7 +29,10 @@ class Images(Protocol):
         ...
 
     def read(self, path: str) -> bytes | None:
-        """Return an image's bytes, or None if it is missing. Called from several threads. Raises StorageError."""
+        """Return an image's bytes, or None if it is missing. Called from several threads.
+
+        Raises RowError if this image cannot be read, and StorageError if others cannot be read either.
+        """
         ...
 
     def link(self, path: str) -> str | None:
@@ -171,11 +174,11 @@ def _iterate_images(chunk: pa.Table, images: Images) -> Iterator[_Wanted | None]
 
 def _make(images: Images, wanted: _Wanted, size: int) -> _Made:
     """Read an image and make its pictures. Raises StorageError."""
-    content = images.read(wanted.path)
-    if content is None:
-        return _Made(problem=MISSING)
-    sha256 = hashlib.sha256(content).hexdigest()
     try:
+        content = images.read(wanted.path)
+        if content is None:
+            return _Made(problem=MISSING)
+        sha256 = hashlib.sha256(content).hexdigest()
         thumb, preview = make_pictures(content, size, is_blurred=wanted.is_flagged, needs_preview=wanted.needs_preview)
     except RowError as error:
         return _Made(problem=str(error))
