@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
+from batch_infer.jobs.selected_ids import select_ids
 from batch_infer.models.stable_diffusion import StableDiffusion
 from tests.runs import CommandResult, assert_whole, command, hashes, images, results, run, run_json
 from tests.storage import fail_at
-from tests.tables import write_csv
+from tests.tables import write_csv, write_parquet
 
 ROWS = [["id", "prompt"], ["a", "a red circle"], ["b", "a blue square"], ["c", "a green star"]]
 
@@ -196,7 +198,7 @@ def test_moved_tables_can_be_named(table: Path, out: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "Missing option '--status'"),
+        ((), "give --status, --id or --ids to select the rows to render"),
         (("--status", "ok"), "'ok' is not one of"),
         (("--status", "failed"), "contains no run: it has no run.json"),
     ],
@@ -214,3 +216,127 @@ def test_a_run_json_without_settings_is_named(table: Path, out: Path) -> None:
     done = retry(out, "--status", "failed")
     assert done.code == 2
     assert "run.json is damaged or was edited: settings: Object missing required field `table`" in done.stderr
+
+
+# Ids
+
+
+def rendered(done: CommandResult) -> int:
+    assert done.code == 0, done.stderr
+    return int(json.loads(done.stdout)["rendered"])
+
+
+def test_rows_with_an_id_are_rendered_again_whatever_their_status(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = hashes(out)
+    assert rendered(retry(out, "--id", "a", "--id", "c", "--json")) == 2
+    assert attempts(out) == {"a": 2, "b": 1, "c": 2}
+    assert hashes(out) == before
+    assert_whole(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ids.txt", "a\n\nc\n"),
+        ("ids.csv", 'id,image_index,rating,mark,status,seed,prompt\nc,0,5,x,ok,1,"a, b"\na,,1,,ok,2,x\n'),
+        ("ids.jsonl", '{"id": "a", "note": 1}\n{"id": "c", "image_index": 0}\n'),
+        ("ids.csv.gz", None),
+    ],
+)
+def test_ids_come_from_a_file_of_any_format(table: Path, out: Path, name: str, content: str | None) -> None:
+    assert run(table, out).code == 0
+    file = table.with_name(name)
+    file.write_bytes(gzip.compress(b"id\na\nc\n") if content is None else content.encode())
+    assert rendered(retry(out, "--ids", file, "--json")) == 2
+    assert attempts(out) == {"a": 2, "b": 1, "c": 2}
+
+
+def test_ids_that_are_numbers_in_a_file_match_texts(out: Path, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [["id", "prompt"], ["7", "a red circle"], ["8", "a blue square"]])
+    assert run(table, out).code == 0
+    file = write_parquet(tmp_path / "ids.parquet", id=[7.0, None], image_index=[0, None])
+    done = retry(out, "--ids", file)
+    assert (done.code, "the id is empty" in done.stderr) == (2, True)
+    file = write_parquet(tmp_path / "ids.parquet", id=[7.0], image_index=[0])
+    assert rendered(retry(out, "--ids", file, "--json")) == 1
+    assert attempts(out) == {"7": 2, "8": 1}
+
+
+def test_an_image_index_selects_one_image(table: Path, out: Path) -> None:
+    assert run(table, out, "--images-per-prompt", "3").code == 0
+    file = write_csv(table.with_name("ids.csv"), [["id", "image_index"], ["a", "1"], ["b", ""], ["c", "2"], ["c", "0"]])
+    assert rendered(retry(out, "--ids", file, "--json")) == 6
+    again = {(row["id"], row["image_index"]) for row in results(out) if row["attempt"] == 2}
+    assert again == {("a", 1), ("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 2)}
+    assert_whole(out)
+
+
+def test_a_status_and_ids_must_both_match(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    for row in results(out)[:2]:
+        (out / row["generated_image"]).unlink()
+    assert rendered(retry(out, "--status", "missing", "--id", "b", "--id", "c", "--json")) == 1
+    assert attempts(out) == {"a": 1, "b": 2, "c": 1}
+
+
+def test_unknown_ids_are_refused_before_anything_is_rendered(table: Path, out: Path) -> None:
+    assert run(table, out, "--limit", "2").code == 0
+    done = retry(out, "--id", "a", "--id", "x", "--id", "c")
+    assert (done.code, done.stdout) == (2, "")
+    assert f"{out} has no result with the ids 'c' and 'x'" in done.stderr
+    file = write_csv(table.with_name("ids.csv"), [["id", "image_index"], ["a", "0"], ["b", "1"]])
+    assert "has no result with the id 'b' (image 1)" in retry(out, "--ids", file).stderr
+    many = write_csv(table.with_name("many.csv"), [["id"], *([f"x{number}"] for number in range(1000))])
+    assert "995 more: check the ids" in retry(out, "--ids", many).stderr
+    write_csv(table, [ROWS[0], ROWS[2]])
+    assert "the tables of the run have no row with the id 'a'" in retry(out, "--id", "a").stderr
+    assert attempts(out) == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([["name"], ["a"]], "has no column 'id'; its columns are 'name'"),
+        ([["id", "image_index"], ["a", "x"]], "image_index 'x' is not a whole number"),
+        ([["id", "image_index"], ["", "1"]], "the id is empty"),
+    ],
+)
+def test_files_without_ids_are_refused(table: Path, out: Path, rows: list[list[str]], sentence: str) -> None:
+    assert run(table, out).code == 0
+    done = retry(out, "--ids", write_csv(table.with_name("ids.csv"), rows))
+    assert (done.code, sentence in done.stderr) == (2, True), done.stderr
+
+
+def test_a_file_of_ids_that_does_not_exist_is_refused(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    assert "no such file" in retry(out, "--ids", "nothing.csv").stderr
+
+
+def test_an_id_of_a_formerly_invalid_row_selects_all_its_images(table: Path, out: Path) -> None:
+    header = ["id", "prompt", "num_images_per_prompt"]
+    write_csv(table, [header, ["a", "", 3], ["b", "", 3]])
+    assert run(table, out).code == 3
+    write_csv(table, [header, ["a", "a red circle", 3], ["b", "a red circle", 3]])
+    done = retry(out, "--id", "a", "--json")
+    assert rendered(done) == 3
+    assert json.loads(done.stdout)["left"] == 3, "the other row is left to run"
+
+
+def test_many_ids_are_looked_up_quickly(tmp_path: Path) -> None:
+    """Each lookup takes one query of an index, not a pass over all ids."""
+    file = write_csv(tmp_path / "ids.csv", [["id"], *([f"row {number}"] for number in range(100_000))])
+    with select_ids(("x",), str(file)) as ids:
+        assert ids is not None
+        assert all(ids.has((f"row {number}", number % 3)) for number in range(0, 100_000, 10))
+        assert not any(ids.has((f"none {number}", 0)) for number in range(10_000))
+        select = "SELECT 1 FROM keys WHERE id = ? AND image_index IN (?, -1)"
+        plan = ids._database.execute(f"EXPLAIN QUERY PLAN {select}", ("", 0)).fetchall()
+        assert "SEARCH keys USING PRIMARY KEY" in str(plan)
+
+
+def test_results_in_shards_are_rendered_again_by_id(table: Path, out: Path) -> None:
+    assert run(table, out, "--sink", "webdataset").code == 0
+    assert rendered(retry(out, "--id", "b", "--json")) == 1
+    assert json.loads(command("verify", out, "--json").stdout)["problems"] == []
+    assert attempts(out) == {"a": 1, "b": 2, "c": 1}
