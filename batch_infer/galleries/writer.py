@@ -19,11 +19,11 @@ from batch_infer.galleries.tiles import Images, Tile, TileCounts, TileMaker, Til
 from batch_infer.records import Status
 from batch_infer.store import Store
 
-MARK = "gallery.json"
-"""Name of the file by which a folder is recognised as a gallery."""
+MARK = "gallery.mark"
+"""Name of the file by which a folder is recognised as a gallery. Its suffix is not that of a table."""
 VERSION = 1
 """Version of the data files. The page and the data of one gallery always have the same version."""
-_MARK_CONTENT = b'{"written_by": "batch-infer"}\n'
+_MARK_CONTENT = b"Written by `batch-infer gallery`, which replaces and removes files in this folder.\n"
 
 
 @dataclass(frozen=True, slots=True)

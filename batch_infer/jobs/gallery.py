@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PureWindowsPath
 from urllib.parse import quote
 
 from batch_infer.errors import RowError, SettingsError, StorageError
@@ -121,7 +121,7 @@ def _describe(store: Store, shown_out: str, left_out: int) -> GalleryInfo:
         "summary": raw.get("summary"),
     }
     location = redact_url(store.location)
-    title = PurePosixPath(location.rstrip("/")).name or location
+    title = PureWindowsPath(location.rstrip("/")).name or location
     return GalleryInfo(title, redact_url(shown_out), digest(["gallery", location]), left_out, time.time(), run)
 
 
