@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import threading
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +19,12 @@ import pytest
 from PIL import Image
 
 import batch_infer
+from batch_infer import jobs
+from batch_infer.cli import gallery as cli_gallery
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import MAX_RESULTS, THUMBNAIL_SIZE
 from batch_infer.settings import SinkName
+from batch_infer.stopping import StopRequested
 from batch_infer.store import open_store
 from tests import runs
 from tests.gallery_files import parse_script, pictures, read_meta, read_rows
@@ -49,18 +54,22 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(table: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a finished OUT of each sink. Tests must copy them."""
-    outs = {sink: tmp_path_factory.mktemp(sink) / "out" for sink in SINKS}
-    for sink, out in outs.items():
+def finished(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that returns a finished OUT of a sink. Tests must copy it."""
+
+    @cache
+    def render(sink: str) -> Path:
+        out = tmp_path_factory.mktemp(sink) / "out"
         done = runs.run(table, out, *OPTIONS, "--sink", sink)
         assert done.code == 0, done.stderr
-    return outs
+        return out
+
+    return render
 
 
 @pytest.fixture
-def out(finished: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished["folder"], tmp_path / "out"))
+def out(finished: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished("folder"), tmp_path / "out"))
 
 
 def gallery(out: Path | str, *options: str | Path, code: int = 0) -> dict[str, Any]:
@@ -91,8 +100,8 @@ def edit_results(out: Path, **columns: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("sink", SINKS)
-def test_the_gallery_shows_every_result(finished: dict[str, Path], sink: str, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(finished[sink], tmp_path / "out"))
+def test_the_gallery_shows_every_result(finished: Callable[[str], Path], sink: str, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished(sink), tmp_path / "out"))
     report = gallery(out)
     folder = out / "gallery"
     assert report == {
@@ -374,6 +383,27 @@ def test_a_failing_gallery_does_not_change_the_exit_code(table: Path, tmp_path: 
     assert done.code == 0
     assert "the gallery is not updated" in done.stderr
     assert f"run `batch-infer gallery {out}`" in done.stderr
+
+
+def test_a_stop_during_the_gallery_does_not_change_the_exit_code(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise StopRequested
+
+    monkeypatch.setattr(jobs, "make_gallery", stop)
+    done = runs.run(table, out, *OPTIONS, "--gallery")
+    assert (done.code, "the gallery is not updated: it was stopped" in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("seconds", [1000.0, -1.0])
+def test_after_a_stop_the_gallery_is_made_if_there_is_time(
+    out: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cli_gallery, "QUICK_SECONDS", seconds)
+    cli_gallery.update_gallery(str(out), lambda: True)
+    assert (out / "gallery/index.html").exists() == (seconds > 0)
+    assert ("the gallery is not updated: there was no time" in caplog.text) == (seconds < 0)
 
 
 def test_the_time_limit_ends_a_gallery_and_keeps_the_old_page(out: Path) -> None:

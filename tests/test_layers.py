@@ -307,7 +307,7 @@ def test_every_library_is_a_dependency_in_pyproject() -> None:
     """An undeclared library would be missing in a fresh environment."""
     block = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert block
-    declared = set(re.findall(r'"([a-z-]+)', block[1]))
+    declared = set(re.findall(r'"([a-z0-9-]+)', block[1]))
     imported = {entry.target.split(".")[0] for module in MODULES for entry in imports_of(module)}
     others = imported - set(sys.stdlib_module_names) - {"batch_infer"} - EXTRAS.keys()
     assert {DISTRIBUTIONS.get(name, name) for name in others} <= declared

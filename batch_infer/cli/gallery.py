@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, get_args
 
@@ -29,7 +29,6 @@ from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Gallery
-    from batch_infer.stopping import Stopper
 
 QUICK_SECONDS = 2.0
 """Number of seconds for the gallery of a run that a signal or the time limit stopped."""
@@ -120,7 +119,7 @@ def gallery(
     return 0
 
 
-def update_gallery(out: str, stop: Stopper) -> None:
+def update_gallery(out: str, stop: Callable[[], bool]) -> None:
     """Make or update OUT/gallery at the end of a run. Log a warning if that fails or there is no time.
 
     After a stop, this takes at most QUICK_SECONDS.

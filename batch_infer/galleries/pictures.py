@@ -10,6 +10,7 @@ from batch_infer.store import Store, is_temporary, marker_name, temporary_databa
 FOLDERS = ("thumbs", "previews")
 VERSION = 1
 """Increase this if equal images get other thumbnails, so that old ones are replaced."""
+PUBLISHED_TOGETHER = 128
 REMOVED_TOGETHER = 1000
 
 
@@ -50,11 +51,17 @@ class Pictures:
         return self._database.execute("UPDATE pictures SET is_used = 1 WHERE path = ?", (path,)).rowcount > 0
 
     def stage(self, path: str, content: bytes) -> None:
-        """Write a picture, unless it exists, so that `publish` makes it durable. Raises StorageError."""
-        if not self.has(path):
-            self._store.stage(path, content)
-            self._staged.append(path)
-            self._database.execute("INSERT INTO pictures VALUES (?, 1)", (path,))
+        """Write a picture, unless it exists, so that `publish` makes it durable. Raises StorageError.
+
+        Every PUBLISHED_TOGETHER pictures are published, so that little work is lost if the command is stopped.
+        """
+        if self.has(path):
+            return
+        if len(self._staged) >= PUBLISHED_TOGETHER:
+            self.publish()
+        self._staged.append(path)  # first, so that a stop in the next line leaves no file
+        self._store.stage(path, content)
+        self._database.execute("INSERT INTO pictures VALUES (?, 1)", (path,))
 
     def publish(self) -> None:
         """Make staged pictures durable. Raises StorageError."""

@@ -97,8 +97,8 @@ class _Files:
         self._store.discard_staged(self._names)
 
     def add(self, name: str, content: bytes) -> None:
+        self._names.append(name)  # first, so that a stop in the next line leaves no file
         self._store.stage(name, content)
-        self._names.append(name)
 
     def publish(self) -> None:
         """Replace the old files, and remove those that are no longer needed."""
