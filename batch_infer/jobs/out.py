@@ -17,12 +17,12 @@ from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_tempor
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
-GALLERY_FOLDER = "gallery"
-"""The folder of the gallery. `run` and `plan` do not read tables in it, and --overwrite removes it."""
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
 """Key that run.json contains from when --overwrite begins to remove the old files of OUT until all are removed."""
+GALLERY_FOLDER = "gallery"
+"""The folder of the gallery. `run` and `plan` do not read tables in it, and --overwrite removes it."""
 
 
 @contextmanager
@@ -96,11 +96,6 @@ def _to_json(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, default=str) + "\n").encode("ascii")
 
 
-def has_gallery(store: Store) -> bool:
-    """Return whether OUT has a folder `gallery` that the command of that name made. Raises StorageError."""
-    return not store.is_link(GALLERY_FOLDER) and is_gallery(store, f"{GALLERY_FOLDER}/")
-
-
 def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[str, Any] | None) -> None:
     """Raise SettingsError if a run would overwrite or remove its own tables or another program's files.
 
@@ -161,3 +156,8 @@ def refuse_to_clear(store: Store) -> None:
             f"--overwrite: {store.location} has no run.json written by batch-infer, so its files may belong to another"
             " program; remove them yourself"
         )
+
+
+def has_gallery(store: Store) -> bool:
+    """Return whether OUT has a folder `gallery` that the command of that name made. Raises StorageError."""
+    return not store.is_link(GALLERY_FOLDER) and is_gallery(store, f"{GALLERY_FOLDER}/")
