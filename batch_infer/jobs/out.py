@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
-from batch_infer.galleries import is_gallery
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.settings import METADATA, RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
@@ -156,8 +155,3 @@ def refuse_to_clear(store: Store) -> None:
             f"--overwrite: {store.location} has no run.json written by batch-infer, so its files may belong to another"
             " program; remove them yourself"
         )
-
-
-def has_gallery(store: Store) -> bool:
-    """Return whether OUT has a folder `gallery` that the command of that name made. Raises StorageError."""
-    return not store.is_link(GALLERY_FOLDER) and is_gallery(store, f"{GALLERY_FOLDER}/")

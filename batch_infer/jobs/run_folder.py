@@ -8,6 +8,7 @@ from typing import Any
 
 from batch_infer import __version__
 from batch_infer.errors import DamagedPartError, StoppedError, UsageError
+from batch_infer.galleries import is_gallery
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, add_root_digest, find_results
 from batch_infer.jobs.job import Job
@@ -111,9 +112,9 @@ def clear(store: Store, stop: Callable[[], bool] = lambda: False) -> None:
     if linked:
         _remove_named_images(store)
     names = [name for name in outdir.OWN_NAMES if name not in ("manifest", "logs", outdir.RUN_JSON, *linked)]
-    # A folder of the user's own with that name is kept.
-    gallery = [outdir.GALLERY_FOLDER] if outdir.has_gallery(store) else []
-    for name in (*shared, "manifest", *names, *gallery):
+    if not store.is_link(outdir.GALLERY_FOLDER) and is_gallery(store, f"{outdir.GALLERY_FOLDER}/"):
+        names.append(outdir.GALLERY_FOLDER)  # a folder of the user's own with that name is kept
+    for name in (*shared, "manifest", *names):
         try:
             store.remove_folder(name, stop)
         except StoppedError as error:
