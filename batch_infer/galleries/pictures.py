@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from batch_infer.records import digest
@@ -10,7 +11,8 @@ from batch_infer.store import Store, is_temporary, marker_name, temporary_databa
 FOLDERS = ("thumbs", "previews")
 VERSION = 1
 """Increase this if equal images get other thumbnails, so that old ones are replaced."""
-PUBLISHED_TOGETHER = 128
+PUBLISH_SECONDS = 5.0
+"""Publishing fewer pictures at a time takes longer, because the folders of each are flushed to the disk."""
 REMOVED_TOGETHER = 1000
 
 
@@ -29,6 +31,7 @@ class Pictures:
     def __init__(self, store: Store) -> None:
         """List the existing pictures, and remove unfinished ones. The caller holds the lock. Raises StorageError."""
         self._store, self._staged = store, list[str]()
+        self._published_at = time.monotonic()
         self._database = temporary_database()
         self._database.execute("CREATE TABLE pictures (path PRIMARY KEY, is_used) WITHOUT ROWID")
         unfinished = []
@@ -53,11 +56,11 @@ class Pictures:
     def stage(self, path: str, content: bytes) -> None:
         """Write a picture, unless it exists, so that `publish` makes it durable. Raises StorageError.
 
-        Every PUBLISHED_TOGETHER pictures are published, so that little work is lost if the command is stopped.
+        At least every PUBLISH_SECONDS, pictures are published, so that little work is lost if the command is stopped.
         """
         if self.has(path):
             return
-        if len(self._staged) >= PUBLISHED_TOGETHER:
+        if time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self.publish()
         self._staged.append(path)  # first, so that a stop in the next line leaves no file
         self._store.stage(path, content)
@@ -66,7 +69,7 @@ class Pictures:
     def publish(self) -> None:
         """Make staged pictures durable. Raises StorageError."""
         self._store.publish(self._staged)
-        self._staged = []
+        self._staged, self._published_at = [], time.monotonic()
 
     def sweep(self) -> int:
         """Remove the pictures that are not used, and return their number. Raises StorageError."""
