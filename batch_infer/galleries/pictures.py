@@ -38,7 +38,7 @@ class Pictures:
         for path in store.find([*FOLDERS, "data", ""], lambda _: True):
             if is_temporary(path.rpartition("/")[2]) and path != marker_name():
                 unfinished.append(path)
-            elif path.startswith(FOLDERS):
+            elif path.partition("/")[0] in FOLDERS:
                 self._database.execute("INSERT OR IGNORE INTO pictures VALUES (?, 0)", (path,))
         store.remove(unfinished)
 
