@@ -1,0 +1,80 @@
+// Make elements, copy text, and wait. Text enters the page only as text nodes, never as HTML.
+"use strict";
+
+(function (gallery) {
+  const SVG = "http://www.w3.org/2000/svg";
+
+  /** Make an element. `text` sets its text, `onclick` and the like add listeners, and other keys set attributes. */
+  function make(tag, attributes = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === null || value === undefined || value === false) continue;
+      if (name === "text") node.textContent = value;
+      else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+      else node.setAttribute(name, value === true ? "" : value);
+    }
+    node.append(...children.filter((child) => child !== null && child !== undefined));
+    return node;
+  }
+
+  /** Make an icon of the sprite in index.html. */
+  function icon(name) {
+    const svg = document.createElementNS(SVG, "svg");
+    const use = document.createElementNS(SVG, "use");
+    svg.setAttribute("class", "icon");
+    svg.setAttribute("aria-hidden", "true");
+    use.setAttribute("href", `#icon-${name}`);
+    svg.append(use);
+    return svg;
+  }
+
+  /** Make a button that shows only an icon. */
+  function iconButton(name, label, onclick, className = "") {
+    return make("button", { type: "button", class: `icon-button ${className}`, "aria-label": label, title: label, onclick }, icon(name));
+  }
+
+  let toastTimer = 0;
+
+  /** Show a short message at the bottom of the page, and announce it to screen readers. */
+  function toast(message) {
+    const box = document.getElementById("toast");
+    box.textContent = message;
+    box.classList.add("is-shown");
+    clearTimeout(toastTimer);
+    toastTimer = setTimeout(() => box.classList.remove("is-shown"), 2500);
+  }
+
+  async function copy(text, what = "Copied") {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const area = make("textarea", { class: "visually-hidden", "aria-hidden": "true" });
+      area.value = text;
+      (document.querySelector(".pswp--open") ?? document.body).append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    toast(what);
+  }
+
+  /** Let the browser paint and handle input before the caller continues. */
+  function pause() {
+    if (window.scheduler?.yield) return window.scheduler.yield();
+    return new Promise((resolve) => setTimeout(resolve, 0));
+  }
+
+  /** Offer text as a file to save. */
+  function save(name, text) {
+    const url = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
+    const link = make("a", { href: url, download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+  }
+
+  const reducesMotion = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+  gallery.dom = { make, icon, iconButton, toast, copy, pause, save, reducesMotion };
+})((window.BatchInferGallery ??= {}));

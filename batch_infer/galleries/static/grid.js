@@ -1,0 +1,195 @@
+// Show the results in a grid. Only the tiles in view exist, and they are reused while the page scrolls.
+"use strict";
+
+(function (gallery) {
+  const { Layout, SIZES } = gallery.layout;
+  const { Tile, GroupHeader } = gallery.tile;
+  const MAX_HEIGHT = 12e6; // browsers limit the height of an element to 17 or 33 million px
+  const OVERSCAN = 0.6; // of the height of the view, above and below it
+  const FAST = 0.5; // heights of the view per frame: faster than this, images are not loaded
+  const SETTLED_MS = 90;
+
+  class Grid {
+    constructor(scroller, table) {
+      this.scroller = scroller;
+      this.table = table;
+      this.canvas = scroller.querySelector("#tiles");
+      this.size = gallery.storage.read("batch-infer-gallery:size") ?? "medium";
+      if (!(this.size in SIZES)) this.size = "medium";
+      this.used = new Map();
+      this.free = { tile: [], header: [] };
+      this.captionColumns = new Map();
+      this.focused = 0;
+      this.offset = 0; // px by which the content is shifted, if it is higher than MAX_HEIGHT
+      this.lastTop = 0;
+      this.view = { rows: new Uint32Array(0), starts: null };
+      this.frame = 0;
+      this.ratio = 1;
+      scroller.addEventListener("scroll", () => this.schedule(), { passive: true });
+      new ResizeObserver(() => this.relayout()).observe(scroller);
+    }
+
+    /** Show other results. With `keepsPlace`, the page does not scroll to the top. */
+    setView(view, { keepsPlace }) {
+      this.view = view;
+      this.captionColumns.clear();
+      this.releaseAll();
+      if (!keepsPlace) {
+        this.focused = 0;
+        this.offset = 0;
+        this.lastTop = 0;
+        this.scroller.scrollTop = 0;
+      }
+      this.focused = Math.min(this.focused, Math.max(0, view.rows.length - 1));
+      this.relayout();
+    }
+
+    setSize(size) {
+      this.size = size;
+      gallery.storage.write("batch-infer-gallery:size", size);
+      this.relayout();
+      this.reach(this.focused);
+    }
+
+    relayout() {
+      const style = getComputedStyle(this.canvas);
+      const width = this.canvas.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+      if (width <= 0) return;
+      const { rows, starts } = this.view;
+      this.layout = new Layout({ count: rows.length, starts, width, size: this.size, ratio: this.ratio });
+      this.canvas.style.height = `${Math.min(this.layout.total, MAX_HEIGHT)}px`;
+      this.canvas.style.setProperty("--tile-width", `${this.layout.width}px`);
+      this.canvas.style.setProperty("--tile-height", `${this.layout.height}px`);
+      this.canvas.style.setProperty("--image-height", `${this.layout.imageHeight}px`);
+      this.canvas.dataset.size = this.size;
+      this.update();
+    }
+
+    schedule() {
+      this.frame ||= requestAnimationFrame(() => this.update());
+    }
+
+    /** Return the height in the layout that is at the top of the view. Small steps are exact, large ones in proportion. */
+    top() {
+      const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+      const excess = this.layout.total - MAX_HEIGHT;
+      if (excess <= 0) this.offset = 0;
+      else if (scrollTop <= 0) this.offset = 0;
+      else if (scrollTop >= scrollHeight - clientHeight - 1) this.offset = excess;
+      else if (Math.abs(scrollTop - this.lastTop) > 3 * clientHeight) this.offset = (scrollTop / (scrollHeight - clientHeight)) * excess;
+      return scrollTop + this.offset;
+    }
+
+    update() {
+      cancelAnimationFrame(this.frame);
+      this.frame = 0;
+      if (!this.layout) return;
+      const height = this.scroller.clientHeight;
+      const top = this.top();
+      const isFast = Math.abs(this.scroller.scrollTop - this.lastTop) > FAST * height;
+      this.lastTop = this.scroller.scrollTop;
+      const { positions, groups } = this.layout.visible(top - OVERSCAN * height, top + (1 + OVERSCAN) * height);
+      const needed = new Set([...positions, ...groups.map((group) => `g${group}`)]);
+      for (const [key, item] of this.used) if (!needed.has(key)) this.release(key, item);
+      for (const position of positions) this.showTile(position, isFast);
+      for (const group of groups) this.showHeader(group);
+      clearTimeout(this.settling);
+      if (isFast) this.settling = setTimeout(() => this.loadImages(), SETTLED_MS);
+    }
+
+    showTile(position, isFast) {
+      let tile = this.used.get(position);
+      if (!tile) {
+        tile = this.take(position, "tile", () => new Tile());
+        const row = this.view.rows[position];
+        tile.show(this.table, { row, position, total: this.view.rows.length, caption: this.caption(row, position) });
+      }
+      tile.button.tabIndex = position === this.focused ? 0 : -1;
+      const { x, y } = this.layout.place(position);
+      tile.move(x, y - this.offset);
+      if (!isFast && tile.needsImage) tile.loadImage();
+    }
+
+    showHeader(group) {
+      const header = this.used.get(`g${group}`) ?? this.take(`g${group}`, "header", () => new GroupHeader());
+      const start = this.view.starts[group];
+      const column = this.table.get(this.view.groupName);
+      const cell = column.value(this.view.rows[start]);
+      header.show(
+        cell === null ? gallery.labels.nothing(column) : gallery.labels.value(column, cell),
+        gallery.labels.plural(this.view.starts[group + 1] - start, "result"),
+      );
+      header.move(0, this.layout.tops[group] - this.offset);
+    }
+
+    caption(row, position) {
+      if (!this.view.starts) return gallery.captions.plain(this.table, row, this.view.sortName);
+      const group = this.layout.groupOf(position);
+      if (!this.captionColumns.has(group)) {
+        const rows = this.view.rows.subarray(this.view.starts[group], this.view.starts[group + 1]);
+        this.captionColumns.set(group, gallery.captions.differing(this.table, rows, this.view.groupName));
+      }
+      const columns = this.captionColumns.get(group);
+      return gallery.captions.join(columns, row) || gallery.captions.plain(this.table, row);
+    }
+
+    loadImages() {
+      for (const item of this.used.values()) if (item.needsImage) item.loadImage();
+    }
+
+    take(key, kind, create) {
+      const item = this.free[kind].pop() ?? create();
+      item.kind = kind;
+      item.node.hidden = false;
+      if (!item.node.isConnected) this.canvas.append(item.node);
+      this.used.set(key, item);
+      return item;
+    }
+
+    release(key, item) {
+      this.used.delete(key);
+      item.node.hidden = true;
+      item.clearImage?.();
+      this.free[item.kind].push(item);
+    }
+
+    releaseAll() {
+      for (const [key, item] of [...this.used]) this.release(key, item);
+    }
+
+    /** Scroll so that a tile is in view. */
+    reach(position) {
+      if (!this.layout || position >= this.view.rows.length) return;
+      const { y } = this.layout.place(position);
+      const height = this.scroller.clientHeight;
+      const top = this.scroller.scrollTop + this.offset;
+      if (y >= top && y + this.layout.height <= top + height) return;
+      const wanted = y < top ? y - 60 : y + this.layout.height + 16 - height;
+      const excess = Math.max(0, this.layout.total - MAX_HEIGHT);
+      if (Math.abs(wanted - top) > height) this.offset = Math.round((excess * Math.max(0, wanted)) / this.layout.total);
+      this.scroller.scrollTop = Math.max(0, wanted - this.offset);
+      this.lastTop = this.scroller.scrollTop;
+      this.update();
+    }
+
+    /** Move the keyboard focus to a tile. */
+    focus(position) {
+      if (!this.view.rows.length) return;
+      this.focused = Math.max(0, Math.min(position, this.view.rows.length - 1));
+      this.reach(this.focused);
+      this.update();
+      this.used.get(this.focused)?.button.focus({ preventScroll: true });
+    }
+
+    /** Show a changed rating, or that a flagged image may be seen. */
+    updateRow(row) {
+      for (const item of this.used.values()) {
+        if (item.kind !== "tile" || item.row !== row) continue;
+        item.showNote();
+        item.showRating();
+      }
+    }
+  }
+
+  gallery.Grid = Grid;
+})((window.BatchInferGallery ??= {}));

@@ -1,0 +1,126 @@
+// One tile of the grid. A tile is reused for other results while the page scrolls.
+"use strict";
+
+(function (gallery) {
+  const { make, icon, iconButton } = gallery.dom;
+  const SHOWN_PROMPT = 160;
+  const revealed = new Set();
+
+  /** Whether the image of a row is hidden until someone asks for it. */
+  function isHidden(table, row) {
+    return table.value("status", row) === "flagged" && !revealed.has(row);
+  }
+
+  /** Describe a result in one sentence for screen readers. */
+  function describe(table, row) {
+    const status = table.value("status", row);
+    const rating = gallery.ratings.ratingOf(row);
+    const parts = [(table.value("prompt", row) ?? table.value("id", row) ?? "").slice(0, SHOWN_PROMPT)];
+    if (status !== "ok") parts.push(status);
+    if (rating) parts.push(`rated ${rating} of 5`);
+    if (gallery.ratings.isMarked(row)) parts.push("marked");
+    return parts.join(", ");
+  }
+
+  class Tile {
+    constructor() {
+      this.image = make("img", { alt: "", decoding: "async", draggable: "false" });
+      this.image.addEventListener("load", () => this.node.classList.add("has-image"));
+      this.image.addEventListener("error", () => this.fail());
+      this.note = make("span", { class: "tile-note" });
+      this.badge = make("span", { class: "tile-badge" });
+      this.stars = make("span", { class: "tile-stars" });
+      this.prompt = make("span", { class: "tile-prompt" });
+      this.meta = make("span", { class: "tile-meta" });
+      const picture = make("span", { class: "tile-picture" }, this.image, this.note, this.badge, this.stars);
+      this.button = make("button", { type: "button", class: "tile-open", tabindex: "-1" }, picture);
+      this.button.append(make("span", { class: "tile-text" }, this.prompt, this.meta));
+      this.mark = iconButton("mark", "Mark", null, "tile-mark");
+      this.mark.tabIndex = -1;
+      this.node = make("div", { class: "tile", role: "listitem" }, this.button, this.mark);
+      this.node.tile = this;
+    }
+
+    /** Show a row. `caption` is its second line, and `total` the number of tiles of the view. */
+    show(table, { row, position, total, caption }) {
+      this.row = row;
+      this.position = position;
+      this.table = table;
+      this.clearImage();
+      this.node.setAttribute("aria-posinset", position + 1);
+      this.node.setAttribute("aria-setsize", total);
+      this.node.dataset.status = table.value("status", row) ?? "";
+      this.prompt.textContent = (table.value("prompt", row) ?? "").slice(0, SHOWN_PROMPT) || table.value("id", row);
+      this.meta.textContent = caption;
+      this.showNote();
+      this.showRating();
+    }
+
+    /** Say why there is no image, or that it is flagged. */
+    showNote() {
+      const status = this.table.value("status", this.row);
+      const hidden = isHidden(this.table, this.row);
+      const thumb = this.table.thumbs[this.row];
+      this.node.classList.toggle("is-hidden", hidden);
+      this.node.classList.toggle("has-no-image", !thumb);
+      this.badge.textContent = status === "ok" ? "" : status;
+      this.note.textContent = thumb ? "" : this.table.reason(this.row);
+    }
+
+    showRating() {
+      const rating = gallery.ratings.ratingOf(this.row);
+      const marked = gallery.ratings.isMarked(this.row);
+      this.stars.textContent = rating ? `★ ${rating}` : "";
+      this.node.classList.toggle("is-marked", marked);
+      this.mark.setAttribute("aria-pressed", marked);
+      this.button.setAttribute("aria-label", describe(this.table, this.row));
+    }
+
+    get needsImage() {
+      return !this.hasRequested && Boolean(this.table.thumbs[this.row]);
+    }
+
+    loadImage() {
+      this.hasRequested = true;
+      this.image.src = `thumbs/${this.table.thumbs[this.row]}`;
+    }
+
+    /** Forget the image, so that the browser stops loading it. */
+    clearImage() {
+      if (this.hasRequested) this.image.removeAttribute("src");
+      this.hasRequested = false;
+      this.node.classList.remove("has-image");
+    }
+
+    fail() {
+      if (!this.hasRequested) return;
+      this.node.classList.add("has-no-image");
+      this.note.textContent = "The thumbnail is missing. Make the gallery again.";
+    }
+
+    move(x, y) {
+      this.node.style.transform = `translate(${x}px, ${y}px)`;
+    }
+  }
+
+  /** The header of a group: its value, and how many results it has. */
+  class GroupHeader {
+    constructor() {
+      this.title = make("span", { class: "group-title" });
+      this.count = make("span", { class: "group-count" });
+      this.node = make("div", { class: "group-header", role: "presentation" }, icon("layers"), this.title, this.count);
+    }
+
+    show(text, count) {
+      this.title.textContent = text;
+      this.title.title = text.length > 80 ? text : "";
+      this.count.textContent = count;
+    }
+
+    move(x, y) {
+      this.node.style.transform = `translate(${x}px, ${y}px)`;
+    }
+  }
+
+  gallery.tile = { Tile, GroupHeader, isHidden, reveal: (row) => revealed.add(row) };
+})((window.BatchInferGallery ??= {}));

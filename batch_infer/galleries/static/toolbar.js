@@ -1,0 +1,142 @@
+// The controls above the grid, the dialogs, and the states without results.
+"use strict";
+
+(function (gallery) {
+  const { make, copy } = gallery.dom;
+  const { labels } = gallery;
+  const FILE_NAMES = { rated: "ratings.csv", marked: "marked.csv", shown: "results.csv" };
+  const byId = (id) => document.getElementById(id);
+
+  /** Fill a select with the names of columns. */
+  function fillSelect(select, first, columns, chosen) {
+    const options = columns.map((column) => make("option", { value: column.name, text: labels.label(column) }));
+    select.replaceChildren(make("option", { value: "", text: first }), ...options);
+    select.value = columns.some((column) => column.name === chosen) ? chosen : "";
+  }
+
+  /** Columns by which grouping makes sense: the prompt, and categories with several values. */
+  function groupColumns(table) {
+    const isGroup = (column) => column.name === "prompt" || (column.codes instanceof Uint8Array && column.values.length > 1);
+    const columns = [...table.columns.values()].filter(isGroup);
+    return columns.sort((a, b) => Number(b.name === "prompt") - Number(a.name === "prompt"));
+  }
+
+  const sortColumns = (table) => [...table.columns.values()].filter((column) => column.codes || column.numbers);
+
+  class Toolbar {
+    constructor(table, grid) {
+      this.table = table;
+      this.grid = grid;
+      byId("search").addEventListener("input", (event) => gallery.setState({ text: event.target.value }));
+      byId("group").addEventListener("change", (event) => gallery.setState({ group: event.target.value || null }));
+      byId("sort").addEventListener("change", (event) => this.sort(event.target.value));
+      byId("direction").addEventListener("click", () => this.reverse());
+      this.bindChoices();
+      this.bindDialogs();
+      for (const button of document.querySelectorAll("[data-reset]")) button.addEventListener("click", gallery.clearFilters);
+    }
+
+    bindChoices() {
+      for (const button of document.querySelectorAll("[data-view]")) button.addEventListener("click", () => gallery.setState({ view: button.dataset.view }));
+      for (const button of document.querySelectorAll("[data-size]:is(button)")) {
+        button.addEventListener("click", () => {
+          this.grid.setSize(button.dataset.size);
+          this.showSize();
+        });
+      }
+      const theme = byId("theme");
+      const show = () => (theme.value = gallery.theme.current());
+      theme.addEventListener("change", () => gallery.theme.choose(theme.value));
+      show();
+      this.showSize();
+      const filters = byId("filters");
+      const toggle = (isOpen) => {
+        filters.classList.toggle("is-open", isOpen);
+        byId("filters-button").setAttribute("aria-expanded", isOpen);
+        byId("scrim").hidden = !isOpen;
+        if (isOpen) byId("filters-close").focus();
+      };
+      byId("filters-button").addEventListener("click", () => toggle(!filters.classList.contains("is-open")));
+      for (const id of ["filters-close", "scrim", "filters-done"]) byId(id).addEventListener("click", () => toggle(false));
+      filters.addEventListener("keydown", (event) => event.key === "Escape" && toggle(false));
+    }
+
+    showSize() {
+      for (const button of document.querySelectorAll("[data-size]:is(button)")) button.setAttribute("aria-pressed", button.dataset.size === this.grid.size);
+    }
+
+    bindDialogs() {
+      for (const button of document.querySelectorAll("[data-dialog]")) button.addEventListener("click", () => this.openDialog(button.dataset.dialog));
+      for (const button of document.querySelectorAll("dialog [data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
+      for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => this.export(button.dataset.export));
+      byId("copy-retry").addEventListener("click", () => copy(byId("retry-command").textContent, "Command copied"));
+    }
+
+    openDialog(name) {
+      if (name === "export") this.showExport();
+      byId(`dialog-${name}`).showModal();
+    }
+
+    rowsOf(kind) {
+      if (kind === "shown") return this.grid.view.rows;
+      const rows = gallery.ratings.ratedRows();
+      return kind === "marked" ? rows.filter((row) => gallery.ratings.isMarked(row)) : rows;
+    }
+
+    showExport() {
+      for (const button of document.querySelectorAll("[data-export]")) {
+        const rows = this.rowsOf(button.dataset.export);
+        button.querySelector(".export-count").textContent = labels.plural(rows.length, "result");
+        button.disabled = rows.length === 0;
+      }
+      byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES.marked);
+    }
+
+    export(kind) {
+      gallery.dom.save(FILE_NAMES[kind], gallery.ratings.toCsv(this.rowsOf(kind)));
+      byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES[kind]);
+    }
+
+    sort(name) {
+      gallery.setState({ sort: name ? { name, descending: name === "rating" } : null });
+    }
+
+    reverse() {
+      const { sort } = gallery.state;
+      if (sort) gallery.setState({ sort: { ...sort, descending: !sort.descending } });
+    }
+
+    /** Show a state and its number of results. */
+    update(state, view) {
+      const { meta, loaded, size } = this.table;
+      if (byId("search").value !== state.text) byId("search").value = state.text;
+      fillSelect(byId("group"), "No grouping", groupColumns(this.table), state.group);
+      fillSelect(byId("sort"), "Table order", sortColumns(this.table), state.sort?.name);
+      byId("direction").disabled = !state.sort;
+      byId("direction").classList.toggle("is-descending", Boolean(state.sort?.descending));
+      byId("direction").setAttribute("aria-label", state.sort?.descending ? "Descending; sort ascending" : "Ascending; sort descending");
+      for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", button.dataset.view === state.view);
+      const active = state.facets.size + state.ranges.size;
+      byId("filters-count").textContent = active || "";
+      const isFiltered = active > 0 || state.text !== "";
+      const groups = view.starts ? ` in ${labels.plural(view.starts.length - 1, "group")}` : "";
+      byId("count").textContent = `${isFiltered ? `${labels.count(view.rows.length)} of ${labels.plural(size, "result")}` : labels.plural(size, "result")}${groups}`;
+      byId("filters-done").textContent = `Show ${labels.plural(view.rows.length, "result")}`;
+      byId("loading").textContent = loaded < size ? `Loading ${Math.floor((100 * loaded) / size)}%` : "";
+      byId("left-out").textContent = meta.left_out ? `${labels.plural(meta.left_out, "more result")} not in this gallery` : "";
+      this.showEmpty(state, view, loaded >= size);
+    }
+
+    showEmpty(state, view, isComplete) {
+      const isEmpty = this.table.size === 0;
+      const hasNoMatch = !isEmpty && isComplete && view.rows.length === 0;
+      byId("empty").hidden = !isEmpty;
+      byId("no-match").hidden = !hasNoMatch;
+      byId("charts").hidden = state.view !== "charts" || isEmpty || hasNoMatch;
+      byId("grid").hidden = state.view === "charts" || isEmpty || hasNoMatch;
+      document.querySelector(".sizes").hidden = state.view === "charts";
+    }
+  }
+
+  gallery.Toolbar = Toolbar;
+})((window.BatchInferGallery ??= {}));
