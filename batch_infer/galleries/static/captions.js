@@ -21,13 +21,13 @@
   }
 
   /** Join values of a row, as in `seed 7 · guidance 5`. */
-  function join(columns, row) {
+  function join(columns, row, separator = " · ") {
     const parts = [];
     for (const column of columns) {
       const cell = column.value(row);
       if (cell !== null) parts.push(`${labels.shortLabel(column)} ${labels.value(column, cell)}`);
     }
-    return parts.join(" · ");
+    return parts.join(separator);
   }
 
   /** Return the caption of a row outside a group: the value that it is sorted by, then its id. */

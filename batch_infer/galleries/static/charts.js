@@ -49,7 +49,7 @@
       height: HEIGHT,
       cursor: { points: { show: !isBars }, drag: { x: false, y: false } },
       legend: { show: true, live: true },
-      scales: { x: { time: isTime } },
+      scales: { x: { time: isTime }, y: { range: (_, __, max) => [0, Math.max(max, 1e-9) * 1.1] } },
       axes: axes(isTime),
       series: [{ label: isTime ? "Time" : "From", value: show }, { label: name, stroke: accent, fill: `${accent}2e`, width: isBars ? 1 : 2, paths, points: { show: false }, value: (_, value) => (value === null ? "" : labels.number(value)) }],
     };

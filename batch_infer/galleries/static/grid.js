@@ -94,7 +94,21 @@
       for (const position of positions) this.showTile(position, isFast);
       for (const group of groups) this.showHeader(group);
       clearTimeout(this.settling);
-      if (isFast) this.settling = setTimeout(() => this.loadImages(), SETTLED_MS);
+      this.settling = setTimeout(() => this.settle(), SETTLED_MS);
+    }
+
+    /** Load the images that fast scrolling left out, and put the tiles in order for screen readers. */
+    settle() {
+      for (const item of this.used.values()) if (item.needsImage) item.loadImage();
+      const places = [...this.used].map(([key, item]) => ({ item, place: item.kind === "tile" ? key : this.view.starts[Number(key.slice(1))] - 0.5 }));
+      const nodes = places.sort((a, b) => a.place - b.place).map(({ item }) => item.node);
+      const isOrdered = nodes.every((node, i) => i === 0 || nodes[i - 1].compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING);
+      if (isOrdered) return;
+      const active = nodes.findIndex((node) => node.contains(document.activeElement)); // would lose the focus if moved
+      nodes.forEach((node, i) => {
+        if (i < active) this.canvas.insertBefore(node, nodes[active]);
+        else if (i > active) this.canvas.append(node);
+      });
     }
 
     showTile(position, isFast) {
@@ -102,7 +116,7 @@
       if (!tile) {
         tile = this.take(position, "tile", () => new Tile());
         const row = this.view.rows[position];
-        tile.show(this.table, { row, position, total: this.view.rows.length, caption: this.caption(row, position) });
+        tile.show(this.table, { row, position, total: this.view.rows.length, ...this.words(row, position) });
       }
       tile.button.tabIndex = position === this.focused ? 0 : -1;
       const { x, y } = this.layout.place(position);
@@ -122,19 +136,19 @@
       header.move(0, this.layout.tops[group] - this.offset);
     }
 
-    caption(row, position) {
-      if (!this.view.starts) return gallery.captions.plain(this.table, row, this.view.sortName);
+    /** Return the two lines of a tile: in a group, the values in which its results differ. */
+    words(row, position) {
+      const { captions } = gallery;
+      const prompt = this.table.value("prompt", row) || this.table.value("id", row);
+      if (!this.view.starts) return { title: prompt, caption: captions.plain(this.table, row, this.view.sortName) };
       const group = this.layout.groupOf(position);
       if (!this.captionColumns.has(group)) {
         const rows = this.view.rows.subarray(this.view.starts[group], this.view.starts[group + 1]);
-        this.captionColumns.set(group, gallery.captions.differing(this.table, rows, this.view.groupName));
+        this.captionColumns.set(group, captions.differing(this.table, rows, this.view.groupName));
       }
-      const columns = this.captionColumns.get(group);
-      return gallery.captions.join(columns, row) || gallery.captions.plain(this.table, row);
-    }
-
-    loadImages() {
-      for (const item of this.used.values()) if (item.needsImage) item.loadImage();
+      const values = captions.join(this.captionColumns.get(group), row);
+      const name = captions.plain(this.table, row, this.view.sortName);
+      return this.view.groupName === "prompt" ? { title: values || prompt, caption: name } : { title: prompt, caption: values || name };
     }
 
     take(key, kind, create) {

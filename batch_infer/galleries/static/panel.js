@@ -107,13 +107,12 @@
       const isMarked = gallery.ratings.isMarked(ofRow);
       const mark = iconButton("mark", "Mark (key m)", () => this.actions.mark(ofRow), "panel-mark");
       mark.setAttribute("aria-pressed", isMarked);
-      const close = iconButton("close", "Close (Esc)", this.actions.close, "panel-close");
       const status = this.table.value("status", ofRow);
       return make(
         "header",
         { class: "panel-header" },
         make("div", { class: "panel-place" }, make("span", { class: "status-label", "data-status": status, text: status }), make("span", { text: place })),
-        make("div", { class: "panel-actions" }, stars(this.table, ofRow, (value) => this.actions.rate(ofRow, value)), mark, close),
+        make("div", { class: "panel-actions" }, stars(this.table, ofRow, (value) => this.actions.rate(ofRow, value)), mark),
       );
     }
 
@@ -134,7 +133,7 @@
       const caption = gallery.captions.differing(this.table, Uint32Array.from(rows), "prompt");
       const items = rows.slice(0, MOST_SIBLINGS).map((other) => {
         const thumb = this.table.thumbs[other];
-        const words = gallery.captions.join(caption, other) || this.table.value("id", other);
+        const words = gallery.captions.join(caption, other, "\n") || this.table.value("id", other);
         const hidden = gallery.tile.isHidden(this.table, other) ? " is-hidden" : "";
         const picture = thumb ? make("img", { src: `thumbs/${thumb}`, alt: "", decoding: "async" }) : make("span", { class: "no-image", text: this.table.value("status", other) });
         return make("button", { type: "button", class: `sibling${hidden}`, "aria-current": other === ofRow ? "true" : null, "aria-label": words, onclick: () => this.actions.open(other) }, picture, make("span", { class: "sibling-text", text: words }));

@@ -41,8 +41,8 @@
       this.node.tile = this;
     }
 
-    /** Show a row. `caption` is its second line, and `total` the number of tiles of the view. */
-    show(table, { row, position, total, caption }) {
+    /** Show a row. `title` and `caption` are the lines below the image, and `total` is the number of tiles of the view. */
+    show(table, { row, position, total, title, caption }) {
       this.row = row;
       this.position = position;
       this.table = table;
@@ -50,7 +50,7 @@
       this.node.setAttribute("aria-posinset", position + 1);
       this.node.setAttribute("aria-setsize", total);
       this.node.dataset.status = table.value("status", row) ?? "";
-      this.prompt.textContent = (table.value("prompt", row) ?? "").slice(0, SHOWN_PROMPT) || table.value("id", row);
+      this.prompt.textContent = title.slice(0, SHOWN_PROMPT);
       this.meta.textContent = caption;
       this.showNote();
       this.showRating();

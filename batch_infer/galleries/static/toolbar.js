@@ -134,7 +134,7 @@
       byId("no-match").hidden = !hasNoMatch;
       byId("charts").hidden = state.view !== "charts" || isEmpty || hasNoMatch;
       byId("grid").hidden = state.view === "charts" || isEmpty || hasNoMatch;
-      document.querySelector(".sizes").hidden = state.view === "charts";
+      document.querySelector(".arrange").hidden = state.view === "charts";
     }
   }
 

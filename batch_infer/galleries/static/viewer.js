@@ -18,7 +18,6 @@
         rate: (row, value) => gallery.ratings.rate(row, value),
         mark: (row) => gallery.ratings.toggleMark(row),
         open: (row) => this.goTo(row),
-        close: () => this.close(),
       });
       window.addEventListener("rating", (event) => this.isOpen && event.detail === this.row && this.showPanel());
     }
