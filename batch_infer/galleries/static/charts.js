@@ -99,7 +99,8 @@
     const column = table.get("status");
     const counts = new Uint32Array(256);
     for (const row of rows) counts[column.codes[row]]++;
-    const entries = column.values.map((name, code) => {
+    const entries = column.sortedCodes().map((code) => {
+      const name = column.values[code];
       const share = rows.length ? counts[code] / rows.length : 0;
       return { name, status: name, share, text: `${labels.count(counts[code])} · ${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%` };
     });
@@ -117,7 +118,10 @@
   function facts(run) {
     const summary = run.summary ?? {};
     const percent = (share) => (typeof share === "number" ? `${(100 * share).toFixed(1)}%` : null);
-    const when = (value) => (typeof value === "number" ? labels.time(value) : value);
+    const when = (value) => {
+      const seconds = typeof value === "number" ? value : Date.parse(value) / 1000;
+      return Number.isNaN(seconds) ? value : labels.time(seconds);
+    };
     const entries = [
       ["Model", run.model],
       ["Scheduler", run.scheduler],
@@ -144,19 +148,27 @@
       if (this.rows && !this.container.hidden) this.show(this.rows);
     }
 
-    show(rows) {
+    /** Draw the charts one by one, so that the page stays responsive. A later call ends an earlier one. */
+    async show(rows) {
       this.rows = rows;
       const { table } = this;
+      const number = (this.number = (this.number ?? 0) + 1);
       for (const box of this.container.querySelectorAll(".plot")) box.destroy();
+      this.container.replaceChildren(...[facts(table.meta.run)].filter(Boolean));
       const scores = [...table.columns.values()].filter((column) => column.score).slice(0, MOST_SCORES);
       const cards = [
-        throughput(table, rows),
-        statuses(table, rows),
-        stages(table.meta.run),
-        table.get("seconds")?.numbers ? histogram(table.get("seconds"), rows, "Seconds per image") : null,
-        ...scores.map((column) => histogram(column, rows, labels.label(column))),
+        () => throughput(table, rows),
+        () => statuses(table, rows),
+        () => stages(table.meta.run),
+        () => (table.get("seconds")?.numbers ? histogram(table.get("seconds"), rows, "Seconds per image") : null),
+        ...scores.map((column) => () => histogram(column, rows, labels.label(column))),
       ];
-      this.container.replaceChildren(...[facts(table.meta.run), ...cards].filter(Boolean));
+      for (const draw of cards) {
+        const made = draw();
+        if (made) this.container.append(made);
+        await gallery.dom.pause();
+        if (number !== this.number) return;
+      }
     }
   }
 

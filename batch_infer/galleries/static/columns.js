@@ -3,6 +3,8 @@
 
 (function (gallery) {
   const NO_CODE = 255;
+  const STATUSES = ["ok", "flagged", "blocked", "invalid", "failed"];
+  const collator = new Intl.Collator(undefined, { numeric: true });
 
   /** Values of a category or boolean: one byte per result, an index into `values`, or NO_CODE for null. */
   class CategoryColumn {
@@ -19,6 +21,13 @@
     value(row) {
       const code = this.codes[row];
       return code === NO_CODE ? null : this.values[code];
+    }
+
+    /** Return the codes in the order in which people expect the values. */
+    sortedCodes() {
+      const codes = this.values.map((_, code) => code);
+      if (this.name === "status") return codes.sort((a, b) => STATUSES.indexOf(this.values[a]) - STATUSES.indexOf(this.values[b]));
+      return codes.sort((a, b) => this.values[a] - this.values[b] || collator.compare(this.values[a], this.values[b]));
     }
 
     /** Name the value of a code. */

@@ -22,7 +22,7 @@
       });
       this.more = make("button", { type: "button", class: "link-button", onclick: () => this.toggleAll() });
       this.node = make("div", { class: "facet" }, this.search, this.list, this.more);
-      column.values.forEach((_, code) => this.addOption(code));
+      for (const code of column.sortedCodes()) this.addOption(code);
       this.addOption(gallery.NO_CODE);
     }
 

@@ -33,7 +33,7 @@
     setView(view, { keepsPlace }) {
       this.view = view;
       this.captionColumns.clear();
-      this.releaseAll();
+      this.reassign();
       if (!keepsPlace) {
         this.focused = 0;
         this.offset = 0;
@@ -115,8 +115,7 @@
       let tile = this.used.get(position);
       if (!tile) {
         tile = this.take(position, "tile", () => new Tile());
-        const row = this.view.rows[position];
-        tile.show(this.table, { row, position, total: this.view.rows.length, ...this.words(row, position) });
+        this.fill(tile, position);
       }
       tile.button.tabIndex = position === this.focused ? 0 : -1;
       const { x, y } = this.layout.place(position);
@@ -136,19 +135,19 @@
       header.move(0, this.layout.tops[group] - this.offset);
     }
 
-    /** Return the two lines of a tile: in a group, the values in which its results differ. */
+    /** Return the two lines of a tile: in a group of one prompt, the values in which its results differ. */
     words(row, position) {
       const { captions } = gallery;
       const prompt = this.table.value("prompt", row) || this.table.value("id", row);
-      if (!this.view.starts) return { title: prompt, caption: captions.plain(this.table, row, this.view.sortName) };
-      const group = this.layout.groupOf(position);
+      if (this.view.groupName !== "prompt") return { title: prompt, caption: captions.plain(this.table, row, this.view.sortName) };
+      const group = gallery.lastAtMost(this.view.starts.subarray(0, this.view.starts.length - 1), position);
       if (!this.captionColumns.has(group)) {
         const rows = this.view.rows.subarray(this.view.starts[group], this.view.starts[group + 1]);
         this.captionColumns.set(group, captions.differing(this.table, rows, this.view.groupName));
       }
       const values = captions.join(this.captionColumns.get(group), row);
       const name = captions.plain(this.table, row, this.view.sortName);
-      return this.view.groupName === "prompt" ? { title: values || prompt, caption: name } : { title: prompt, caption: values || name };
+      return { title: values || prompt, caption: name };
     }
 
     take(key, kind, create) {
@@ -167,8 +166,17 @@
       this.free[item.kind].push(item);
     }
 
-    releaseAll() {
-      for (const [key, item] of [...this.used]) this.release(key, item);
+    /** Show the new view in the tiles at the same positions. Those that show the same row keep their image. */
+    reassign() {
+      for (const [key, item] of [...this.used]) {
+        if (item.kind === "tile" && key < this.view.rows.length) this.fill(item, key);
+        else this.release(key, item);
+      }
+    }
+
+    fill(tile, position) {
+      const row = this.view.rows[position];
+      tile.show(this.table, { row, position, total: this.view.rows.length, ...this.words(row, position) });
     }
 
     /** Scroll so that a tile is in view. */

@@ -4,7 +4,6 @@
 (function (gallery) {
   const BLOCK = 4000;
   const SLICE_MS = 12;
-  const collator = new Intl.Collator(undefined, { numeric: true });
   const orders = new Map();
 
   /** Pause when the current slice of work has taken long enough. */
@@ -60,10 +59,7 @@
   }
 
   function categoryRanks(column) {
-    const codes = column.values.map((_, code) => code);
-    const compare = (a, b) =>
-      typeof a === "string" && typeof b === "string" ? collator.compare(a, b) : Number(a > b) - Number(a < b);
-    codes.sort((a, b) => compare(column.values[a], column.values[b]));
+    const codes = column.sortedCodes();
     const ranks = new Uint32Array(codes.length);
     codes.forEach((code, rank) => (ranks[code] = rank));
     return ranks;

@@ -6,9 +6,11 @@
   const SHOWN_PROMPT = 160;
   const revealed = new Set();
 
+  const isFlagged = (table, row) => table.value("status", row) === "flagged" || table.value("nsfw_content_detected", row) === true;
+
   /** Whether the image of a row is hidden until someone asks for it. */
   function isHidden(table, row) {
-    return table.value("status", row) === "flagged" && !revealed.has(row);
+    return isFlagged(table, row) && !revealed.has(row);
   }
 
   /** Describe a result in one sentence for screen readers. */
@@ -43,10 +45,10 @@
 
     /** Show a row. `title` and `caption` are the lines below the image, and `total` is the number of tiles of the view. */
     show(table, { row, position, total, title, caption }) {
+      if (this.row !== row) this.clearImage();
       this.row = row;
       this.position = position;
       this.table = table;
-      this.clearImage();
       this.node.setAttribute("aria-posinset", position + 1);
       this.node.setAttribute("aria-setsize", total);
       this.node.dataset.status = table.value("status", row) ?? "";
@@ -63,7 +65,7 @@
       const thumb = this.table.thumbs[this.row];
       this.node.classList.toggle("is-hidden", hidden);
       this.node.classList.toggle("has-no-image", !thumb);
-      this.badge.textContent = status === "ok" ? "" : status;
+      this.badge.textContent = status === "ok" ? (hidden ? "flagged" : "") : status;
       this.note.textContent = thumb ? "" : this.table.reason(this.row);
     }
 
@@ -122,5 +124,5 @@
     }
   }
 
-  gallery.tile = { Tile, GroupHeader, isHidden, reveal: (row) => revealed.add(row) };
+  gallery.tile = { Tile, GroupHeader, isFlagged, isHidden, reveal: (row) => revealed.add(row) };
 })((window.BatchInferGallery ??= {}));

@@ -3,7 +3,7 @@
 
 (function (gallery) {
   const { make, icon, reducesMotion } = gallery.dom;
-  const PANEL_WIDTH = 384;
+  const PANEL_WIDTH = 408;
   const NARROW = 760;
   const SHEET = 0.5; // share of the height that the panel takes on narrow screens
   const UNKNOWN_SIDE = 512;
@@ -150,7 +150,7 @@
 
     /** Whether the image of a flagged row is only in OUT, so that the page has a blurred thumbnail at most. */
     isWithheld(row, details) {
-      return this.table.value("status", row) === "flagged" && !details._image;
+      return gallery.tile.isFlagged(this.table, row) && !details._image;
     }
 
     /** Make the content of slides without an image: a reason, or a flagged image that can be shown. */

@@ -1,0 +1,1 @@
+"""Measure the page of a large synthetic gallery in headless Chromium."""
