@@ -3,21 +3,23 @@
 
 (function (gallery) {
   const { labels } = gallery;
-  const COMPARED = ["seed", "guidance_scale", "num_inference_steps", "scheduler", "guidance_rescale", "negative_prompt"];
-  const IGNORED = new Set(["prompt", "id", "status", "error", "image_index", "seconds", "finished_at", "attempt", "worker"]);
+  const COMPARED = ["seed", "guidance_scale", "num_inference_steps", "scheduler", "guidance_rescale", "negative_prompt", "width", "height"];
   const MOST = 3;
 
-  /** Return the columns that are compared in groups: parameters first, then carried columns. */
+  /** Return the columns that are compared in groups: parameters and carried columns, then long carried texts. */
   function comparedColumns(table) {
-    const carried = [...table.columns.values()].filter((column) => column.carried && !IGNORED.has(column.name));
-    return [...COMPARED.map((name) => table.get(name)), table.get("width"), table.get("height"), ...carried].filter(Boolean);
+    const carried = [...table.columns.values()].filter((column) => column.carried);
+    const isText = (column) => column.codes instanceof Int32Array;
+    const parameters = COMPARED.map((name) => table.get(name)).filter(Boolean);
+    return [[...parameters, ...carried.filter((column) => !isText(column))], carried.filter(isText)];
   }
 
-  /** Return the columns whose values differ among the rows, at most MOST. */
+  /** Return the columns whose values differ among the rows, at most MOST. Texts count only if nothing else differs. */
   function differing(table, rows, except) {
     const sample = rows.length > 64 ? rows.subarray(0, 64) : rows;
     const differ = (column) => sample.some((row) => column.value(row) !== column.value(sample[0]));
-    return comparedColumns(table).filter((column) => column.name !== except && differ(column)).slice(0, MOST);
+    const [values, texts] = comparedColumns(table).map((columns) => columns.filter((column) => column.name !== except && differ(column)));
+    return (values.length ? values : texts).slice(0, MOST);
   }
 
   /** Join values of a row, as in `seed 7 · guidance 5`. */

@@ -7,7 +7,7 @@
   const SHOWN = 7;
 
   class Facet {
-    constructor(table, column, onChange) {
+    constructor(column, onChange) {
       this.column = column;
       this.onChange = onChange;
       this.options = new Map();

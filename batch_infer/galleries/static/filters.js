@@ -60,26 +60,30 @@
     makeSection(column, isOpen) {
       const isRange = Boolean(column.numbers);
       const onChange = (name, value) => gallery.change(isRange ? "ranges" : "facets", name, value);
-      const control = new (isRange ? gallery.Range : gallery.Facet)(this.table, column, onChange);
+      const makeControl = () => new (isRange ? gallery.Range : gallery.Facet)(column, onChange);
       const summary = make("summary", {}, make("span", { class: "section-name", text: labels.label(column) }), icon("chevron"));
-      const details = make("details", { class: "section" }, summary, control.node);
+      const details = make("details", { class: "section" }, summary);
       details.open = isOpen;
-      const section = { column, control, details, isStale: true, isRange };
+      const section = { column, makeControl, details, isStale: true, isRange };
       details.addEventListener("toggle", () => this.updateSection(section));
       this.sections.set(column.name, section);
       return details;
     }
 
     updateSection(section) {
-      const { column, control, details, isRange } = section;
+      const { column, details, isRange } = section;
       const value = this.state?.[isRange ? "ranges" : "facets"].get(column.name);
       details.classList.toggle("is-active", Boolean(value));
       if (!details.open || !section.isStale || !this.match) return;
       section.isStale = false;
-      control.update(this.match, value);
+      if (!section.control) {
+        section.control = section.makeControl();
+        details.append(section.control.node);
+      }
+      section.control.update(this.match, value);
     }
 
-    /** Show the counts of a match. Closed sections are updated when they are opened. */
+    /** Show the counts of a match. Closed sections are made and updated when they are opened. */
     update(match, state) {
       this.match = match;
       this.state = state;

@@ -6,7 +6,8 @@
   const { Tile, GroupHeader } = gallery.tile;
   const MAX_HEIGHT = 12e6; // browsers limit the height of an element to 17 or 33 million px
   const OVERSCAN = 0.6; // of the height of the view, above and below it
-  const FAST = 0.5; // heights of the view per frame: faster than this, images are not loaded
+  const FAST = 6; // heights of the view per second: faster than this, images are not loaded
+  const SPEED_MS = 120;
   const SETTLED_MS = 90;
 
   class Grid {
@@ -24,6 +25,7 @@
       this.lastTop = 0;
       this.view = { rows: new Uint32Array(0), starts: null };
       this.frame = 0;
+      this.samples = [];
       this.ratio = 1;
       scroller.addEventListener("scroll", () => this.schedule(), { passive: true });
       new ResizeObserver(() => this.relayout()).observe(scroller);
@@ -80,13 +82,21 @@
       return scrollTop + this.offset;
     }
 
+    /** Return the speed of scrolling over the last SPEED_MS, in px per ms. */
+    speed(top) {
+      const now = performance.now();
+      this.samples = this.samples.filter(({ time }) => now - time < SPEED_MS);
+      this.samples.push({ time: now, top });
+      return Math.abs(top - this.samples[0].top) / SPEED_MS;
+    }
+
     update() {
       cancelAnimationFrame(this.frame);
       this.frame = 0;
       if (!this.layout) return;
       const height = this.scroller.clientHeight;
       const top = this.top();
-      const isFast = Math.abs(this.scroller.scrollTop - this.lastTop) > FAST * height;
+      const isFast = this.speed(top) > (FAST * height) / 1000;
       this.lastTop = this.scroller.scrollTop;
       const { positions, groups } = this.layout.visible(top - OVERSCAN * height, top + (1 + OVERSCAN) * height);
       const needed = new Set([...positions, ...groups.map((group) => `g${group}`)]);

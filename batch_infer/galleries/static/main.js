@@ -5,6 +5,7 @@
   const REFRESH_MS = 300;
   const byId = (id) => document.getElementById(id);
   let parts = null;
+  let leaving = null; // while the browser goes back: the function that ends the wait, and its promise
   let generation = 0;
 
   gallery.state = gallery.links.decode(window.location.hash);
@@ -54,14 +55,23 @@
     const { table } = parts;
     const wasOpen = gallery.state.open !== null;
     gallery.state.open = { id: table.value("id", row), image: table.value("image_index", row) ?? 0 };
-    gallery.links.write(gallery.state, !wasOpen);
+    if (leaving) leaving.promise.then(() => gallery.links.write(gallery.state, true));
+    else gallery.links.write(gallery.state, !wasOpen);
   };
+
+  /** Go back to the address before an image was opened, without following it. */
+  function leave() {
+    let end = null;
+    const promise = new Promise((resolve) => (end = resolve));
+    leaving = { end, promise };
+    window.history.back();
+  }
 
   /** Called by the viewer when it has closed: remove the row from the address, and focus its tile. */
   gallery.closed = function (position) {
     if (gallery.state.open !== null) {
       gallery.state.open = null;
-      if (window.history.state?.pushed) window.history.back();
+      if (window.history.state?.pushed) leave();
       else gallery.links.write(gallery.state);
     }
     if (gallery.state.view === "images") parts.grid.focus(position);
@@ -89,6 +99,11 @@
 
   /** Follow the address after Back, Forward, or an edit by hand. */
   async function followAddress() {
+    if (leaving) {
+      leaving.end();
+      leaving = null;
+      return;
+    }
     const state = gallery.links.decode(window.location.hash);
     if (gallery.links.encode(state) === gallery.links.encode(gallery.state)) return;
     const onlyRow = gallery.links.encode({ ...state, open: null }) === gallery.links.encode({ ...gallery.state, open: null });
@@ -154,6 +169,7 @@
     });
     gallery.links.fit(gallery.state, table);
     filters.build();
+    await gallery.dom.pause();
     await gallery.refresh();
     openLinked();
     document.documentElement.dataset.loaded = table.loaded;

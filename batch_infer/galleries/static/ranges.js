@@ -15,7 +15,7 @@
   const fromLocal = (text) => new Date(text).getTime() / 1000;
 
   class Range {
-    constructor(table, column, onChange) {
+    constructor(column, onChange) {
       this.column = column;
       this.onChange = onChange;
       this.isTime = column.kind === "time";
