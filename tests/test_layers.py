@@ -24,7 +24,7 @@ LAYERS = (
     {"batch_infer"},
     {"records", "settings", "stages", "carried", "terminal", "stopping", "peak_flops", "spawning", "admission"},
     {"store"},
-    {"images", "accelerator"},
+    {"images", "accelerator", "energy"},
     {"diffusion", "stacking"},
     {"models", "safety", "table", "planning", "manifest", "sinks", "provenance", "galleries"},
     {"chain"},
@@ -58,6 +58,7 @@ EXTRAS = {
     "pyparsing": ("long-prompts", "batch_infer.models.long_prompts"),
     "torchao": ("quantize", "batch_infer.models.quantization"),
     "bitsandbytes": ("quantize", "batch_infer.models.quantization"),
+    "pynvml": ("nvml", "batch_infer.energy"),
     "s3fs": ("s3", "batch_infer.store.objects.s3"),
     "cryptography": ("sign", "batch_infer.jobs.signing"),
     "c2pa": ("provenance", "batch_infer.provenance.c2pa"),
@@ -70,7 +71,7 @@ The libraries called azure are several: adlfs, of the extra abfss, installs thos
 DISTRIBUTIONS = {
     **{"PIL": "pillow", "huggingface_hub": "huggingface-hub"},
     **{"pyrate_limiter": "pyrate-limiter", "azureml_inference_server_http": "azureml-inference-server-http"},
-    **{"c2pa": "c2pa-python"},
+    **{"c2pa": "c2pa-python", "pynvml": "nvidia-ml-py"},
     **{"prometheus_client": "prometheus-client", "pythonjsonlogger": "python-json-logger"},
 }
 """Distributions whose name differs from that of their module."""

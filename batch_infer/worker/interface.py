@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batch_infer.energy import EnergyReading
 from batch_infer.models import ModelCard
 from batch_infer.settings import BatchShape, Compute, OutputSettings, SafetySettings
 from batch_infer.stages import Stages
@@ -35,18 +36,20 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Stages by image size, compute settings, MFU, and peak memory in bytes.
+    """Stages by image size, compute settings, MFU, peak memory in bytes, and energy.
 
     `compute` contains the current batch sizes, which shrink when memory runs out. `mfu` is the model FLOP utilisation
     (Chowdhery et al., arXiv 2204.02311, appendix B): the FLOPs of denoiser and decoder for the rendered rows, divided
     by the FLOPs that the device could have computed in the rendering time. It is None before the final report, for
     pipelines that run their own call, with --offload, if the device's peak is unknown, and if nothing was rendered.
+    `energy` is None if the device reports none, and before rendering.
     """
 
     stages: Mapping[Size, Stages]
     compute: Compute
     mfu: float | None
     peak_memory: Mapping[str, int]
+    energy: EnergyReading | None = None
 
     @property
     def total(self) -> Stages:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from batch_infer import images
 from batch_infer.chain import Chain, RenderedImage, RowOutcome, UnrenderedRow
+from batch_infer.energy import EnergyMeter
 from batch_infer.manifest import Manifest
 from batch_infer.models import ModelCard
 from batch_infer.peak_flops import peak_tflops
@@ -53,13 +54,16 @@ class Worker:
         self._manifest = Manifest(store, settings.run)
         self._marker = Marker(settings.output.provenance, settings.card.name, settings.card.fingerprint)
         self._chain = load(settings.card, settings.compute, settings.safety, stop)
+        self._meter: EnergyMeter | None = None  # until rendering begins
 
     def report(self, *, final: bool = False) -> WorkerReport:
         """Return statistics of the rows so far. Only a final report can have an MFU: counting FLOPs takes time."""
         shapes = (BatchShape(*size, *shape) for size, shape in self._chain.batch_sizes.by_size.items())
         compute = self._settings.compute.with_shapes(shapes)
+        energy = self._meter.read() if self._meter is not None else None  # before counting FLOPs
         mfu = self._compute_mfu() if final else None
-        return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, read_peak_memory(compute.device))
+        peak_memory = read_peak_memory(compute.device)
+        return WorkerReport(dict(self._chain.stages_by_size), compute, mfu, peak_memory, energy)
 
     def _compute_mfu(self) -> float | None:
         compute, chain = self._settings.compute, self._chain
@@ -82,6 +86,7 @@ class Worker:
         Returns early once `stop` returns True. Commits the finished rows before it returns or raises, unless storing
         or committing fails. Raises StorageError, CompilationError, and the errors of a safety service.
         """
+        self._meter = self._meter or EnergyMeter(self._settings.compute.device)
         with (
             ThreadPoolExecutor(count_storing_threads(self._settings.compute), "storing") as pool,
             Committer[StoredRow](lambda batch: self._commit(batch, on_commit), self._sink.commit_limits) as committer,
