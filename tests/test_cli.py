@@ -1,4 +1,4 @@
-"""Test progress, the summary, help, signals and exit codes of the command line."""
+"""Test progress, help, signals and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from batch_infer import stopping
 from batch_infer.cli import commands, logs
 from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog, make_progress
-from batch_infer.cli.report import NOTHING_KEPT, stoppable, summary_lines
+from batch_infer.cli.report import NOTHING_KEPT, stoppable
 from batch_infer.errors import StoppedError
 from batch_infer.jobs.scan import ScanResult
-from batch_infer.jobs.summary import Counts, Summary
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.stopping import STOP_SIGNALS, deferred
 from tests import runs
@@ -78,43 +77,6 @@ def test_log_levels(capsys: pytest.CaptureFixture[str], quiet: bool, verbose: bo
     for level in ("debug", "info", "warning", "error"):
         getattr(logs.log, level)(level)
     assert capsys.readouterr().err.split() == [word for level in levels for word in ("batch-infer:", level)]
-
-
-# Summary
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 s"), (12.34, "12.3 s"), (59.9, "1 min 00 s"), (61, "1 min 01 s"), (7260, "2 h 01 min")],
-)
-def test_summary_formats_durations(seconds: float, text: str) -> None:
-    summary = Summary(Counts(rows=1, images=1, ok=1), rendered=1, seconds=seconds, rendering_seconds=seconds)
-    assert f"1 image in {text} (" in "\n".join(summary_lines(summary, "o", ()))
-
-
-def test_summary_lists_counts_and_files() -> None:
-    counts = Counts(rows=12_345, images=12_000, ok=12_000, flagged=0, invalid=3, failed=2, remaining=340)
-    assert list(summary_lines(Summary(counts, unfinished=340), "o", ("csv", "parquet"))) == [
-        "12,345 rows · 12,000 ok · 0 flagged · 3 invalid · 2 failed",
-        "images   o/images",
-        "results  o/results.parquet, o/results.csv",
-        "stopped early: 340 left; run the same command again to continue",
-    ]
-
-
-def test_summary_names_bad_rows_and_warns_about_flagged_images() -> None:
-    bad = ["t.csv, line 3 (t-00000001): the prompt is empty", "t.csv, line 9 (x, image 1): out of memory"]
-    counts = Counts(rows=9, images=3, flagged=3, invalid=1, failed=5, truncated=2, bad_results=bad)
-    assert list(summary_lines(Summary(counts), "o", ()))[:5] == [
-        "9 rows · 0 ok · 3 flagged · 1 invalid · 5 failed · 2 prompts truncated",
-        *(f"  {line}" for line in bad),
-        "  and 4 more, in the results",
-        "all images are flagged: check the prompts, or render into another --out with --on-flagged keep",
-    ]
-    for flagged, has_warning in ((3, True), (2, False)):
-        summary = Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged))
-        lines = summary_lines(summary, "o", ())
-        assert any(line.startswith("most images are flagged") for line in lines) == has_warning
 
 
 # Help

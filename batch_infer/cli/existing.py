@@ -25,10 +25,13 @@ from batch_infer.cli.report import (
     format_counts,
     format_duration,
     format_results,
+    line,
     print_result,
+    quote_command,
     stoppable,
 )
 from batch_infer.cli.settings import make_safety_settings
+from batch_infer.cli.summary import Place, format_rate, progress_lines, report_lines
 from batch_infer.settings import ResultsFormat, make_signer
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ def status(*, out: str, as_json: bool, quiet: bool) -> int:
     """Show the state and the progress of the run in OUT.
 
     The run may be active, stopped or finished. The output counts the results by status, and those that are left. A row
-    has one result per image. Results that a killed run committed are included.
+    has one result per image. Results that a killed run committed are included. Of an active run, status also shows the
+    speed, the time left, and what needs attention; of a run that has ended, all that the run itself printed.
 
     Exit codes: 0 success; 2 if OUT contains no run. With -q, only errors are printed.
     """
@@ -53,26 +57,42 @@ def status(*, out: str, as_json: bool, quiet: bool) -> int:
 
 
 def _status_lines(run: RunStatus, out: str) -> Iterator[str]:
-    holder = f" by {run.holder}" if run.holder else ""
-    yield f"{out}: {run.state}{holder}, started {run.started_at[:16]} UTC"
-    counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
-    if run.remaining is not None:
-        counts.append(f"{run.remaining:,} left")
-    elif run.state == "open":
-        counts.append("total unknown (Azure ML endpoint output)")
+    yield f"{out}: {run.state}{f' by {run.holder}' if run.holder else f', started {run.started_at[:16]} UTC'}"
+    place = Place.of(run.settings, out, run.gallery) if run.settings else Place(out)
+    summary = run.summary
+    if summary is not None and run.has_ended:
+        yield from report_lines(summary, place)
     else:
-        counts.append("the tables are being scanned" if run.holder else "total unknown")
-    yield " · ".join(counts)
-    if run.images_per_second and run.seconds_left is not None:
-        yield f"{run.images_per_second:.2f} images/s, about {format_duration(run.seconds_left)} left"
+        yield _format_progress(run)
+        if run.images_per_second and run.seconds_left is not None:
+            left = format_duration(run.seconds_left)
+            yield line("speed", f"{format_rate(run.images_per_second)}, about {left} left")
+        if summary is not None:
+            yield from progress_lines(summary, place)
+        if run.gallery is not None:
+            yield line("gallery", run.gallery)
     if run.is_stale:
-        yield f"results.* are out of date: run `batch-infer merge {out}` to update them"
+        yield f"results.* are out of date: run {quote_command('merge', out)} to update them"
     if run.state == "stopped":
         yield "run the same command again to continue"
     if run.state == "unknown":
         yield f"the lock of {out} cannot be read, so it is unknown whether a run is active"
     if run.state == "rescoring" and not run.holder:
         yield "a rescore is unfinished: run the same `batch-infer rescore` again to continue"
+
+
+def _format_progress(run: RunStatus) -> str:
+    """Format the results by status, and how many are left."""
+    counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
+    if run.remaining is not None:
+        done = sum(run.counts.values())
+        share = f" ({done / (done + run.remaining):.0%} done)" if done and run.remaining else ""
+        counts.append(f"{run.remaining:,} left{share}")
+    elif run.state == "open":
+        counts.append("total unknown (Azure ML endpoint output)")
+    else:
+        counts.append("the tables are being scanned" if run.holder else "total unknown")
+    return " · ".join(counts)
 
 
 @command(out_argument, *results_options, sign_key_option, json_option)

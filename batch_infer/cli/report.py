@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ import click
 
 from batch_infer.cli.logs import log, log_error, stop_log
 from batch_infer.errors import StoppedError
-from batch_infer.settings import ResultsFormat, SinkName, list_results_files
+from batch_infer.settings import ResultsFormat, list_results_files
 from batch_infer.stopping import TIME_LIMIT, Stopper, StopRequested
 from batch_infer.store import remove_unfinished
 from batch_infer.terminal import escape_controls
 
 if TYPE_CHECKING:
-    from batch_infer.jobs import Counts, Summary
+    from batch_infer.jobs import Counts
 
 CHECK_FAILED = 3
 """Exit code if more rows failed or were invalid than --max-failed allows, images failed in a rescore, `verify` found
@@ -89,35 +90,6 @@ def print_lines(lines: Iterable[str]) -> None:
         click.echo(escape_controls(line))
 
 
-def summary_lines(
-    summary: Summary, out: str, formats: Sequence[ResultsFormat], sink: SinkName = "folder"
-) -> Iterator[str]:
-    """Yield the lines of the summary that `run` and `retry` print."""
-    counts = summary.counts
-    yield format_counts(counts)
-    yield from (f"  {line}" for line in counts.bad_results)
-    if (more := counts.invalid + counts.failed - len(counts.bad_results)) and counts.bad_results:
-        yield f"  and {more:,} more, in the results"
-    if counts.flagged > counts.ok:
-        share = "most" if counts.ok else "all"
-        yield f"{share} images are flagged: check the prompts, or render into another --out with --on-flagged keep"
-    if (rate := summary.images_per_second) is not None:
-        occupancy = f", slot occupancy {summary.occupancy:.0%}" if summary.occupancy else ""
-        rendering, total = format_duration(summary.rendering_seconds), format_duration(summary.seconds)
-        images = format_count(summary.rendered, "image")
-        yield f"{images} in {rendering} ({rate:.2f} images/s{occupancy}), {total} in all"
-        if summary.cost is not None:
-            yield f"cost     {summary.cost:,.2f}"
-    elif not counts.remaining and not summary.rendering_seconds:
-        yield "nothing to render" if counts.rows else "nothing to render: no rows"
-    yield f"images   {out}/{'images' if sink == 'folder' else 'shards'}"
-    yield format_results(out, formats)
-    if summary.unfinished:
-        yield f"stopped early: {summary.unfinished:,} left; run the same command again to continue"
-    elif counts.remaining:
-        yield f"{counts.remaining:,} left: `batch-infer run` renders them"
-
-
 def format_counts(counts: Counts) -> str:
     """Format the numbers of rows, results by status and truncated prompts, and of images if they outnumber the rows."""
     images = f", {counts.images:,} images" if counts.images > counts.rows else ""
@@ -128,9 +100,19 @@ def format_counts(counts: Counts) -> str:
     return " · ".join(parts)
 
 
+def line(label: str, text: str) -> str:
+    """Return a line of a report, with its label in a column."""
+    return f"{label:<9}{text}"
+
+
+def quote_command(*words: str) -> str:
+    """Format a command for a shell, in backquotes. Its words are quoted where needed."""
+    return f"`{shlex.join(('batch-infer', *words))}`"
+
+
 def format_results(out: str, formats: Sequence[ResultsFormat]) -> str:
     """Format the paths of the results files."""
-    return f"results  {', '.join(f'{out}/{name}' for name in list_results_files(formats))}"
+    return line("results", ", ".join(f"{out}/{name}" for name in list_results_files(formats)))
 
 
 def format_count(count: int, noun: str, plural: str | None = None) -> str:

@@ -22,8 +22,9 @@ from batch_infer.cli.options import (
     unattended_options,
 )
 from batch_infer.cli.progress import ProgressGroup, make_progress
-from batch_infer.cli.report import CHECK_FAILED, log_time_limit, print_result, stoppable, summary_lines
+from batch_infer.cli.report import CHECK_FAILED, log_time_limit, print_result, stoppable
 from batch_infer.cli.settings import job_options, make_run_settings
+from batch_infer.cli.summary import Place, summary_lines
 from batch_infer.errors import StoppedError
 from batch_infer.settings import RetryStatus, make_signer
 
@@ -163,6 +164,11 @@ def _execute(
             update_gallery(settings.out, stop)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:
-        lines = summary_lines(summary, settings.out, settings.output.results, settings.output.sink)
-        print_result(lines, summary.as_dict() if options["as_json"] else None)
+        from batch_infer.jobs import find_gallery
+
+        gallery = find_gallery(settings.out)
+        data = {**summary.as_dict(), **({} if gallery is None else {"gallery": gallery})}
+        has_new_images = summary.rendered > 0 and not options.get("gallery")
+        place = Place.of(settings, settings.out, gallery, has_new_images=has_new_images)
+        print_result(summary_lines(summary, place), data if options["as_json"] else None)
     return code

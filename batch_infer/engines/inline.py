@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from batch_infer.autotune import detect_device
 from batch_infer.engines.ledger import prefetch_first
 from batch_infer.engines.protocol import OnCommit, OnReady, Stop, Task, TaskReport
 from batch_infer.engines.worker_process import loading
+from batch_infer.records import ResultRow
 from batch_infer.settings import Device
 from batch_infer.stopping import deferred
 from batch_infer.worker import Worker, format_worker_name, load_chain
@@ -30,8 +32,13 @@ class InlineEngine:
         requests = prefetch_first(task.requests)
         started = time.monotonic()
         on_ready()
+
+        def report_commit(rows: Sequence[ResultRow]) -> None:
+            task.on_report(TaskReport([worker.report()], time.monotonic() - started))
+            on_commit(rows)
+
         with deferred():
-            worker.render(requests, on_commit)
+            worker.render(requests, report_commit)
         seconds = time.monotonic() - started  # before the final report, which takes time to count FLOPs
         return TaskReport([worker.report(final=True)], seconds)
 

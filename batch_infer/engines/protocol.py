@@ -23,21 +23,13 @@ class WorkersLostError(RetryableError):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """Requests in rendering order, their approximate number, and the settings of the workers."""
-
-    requests: Iterable[PromptRequest]
-    expected_count: int
-    settings: WorkerSettings
-
-
-@dataclass(frozen=True, slots=True)
 class TaskReport:
     """The latest report of each worker that sent one, and the seconds from when the first was ready until all ended.
 
-    If the command's own process rendered, `seconds` ends when all rows are committed, and `processes` is 0. Otherwise
-    `processes` is the engine's number of workers, even if fewer were needed. `deaths` counts workers that died.
-    `lost_remote_worker` says whether one of these was not a child of this process, and may still write to OUT.
+    A report that `Task.on_report` receives has the seconds until then. If the command's own process rendered, `seconds`
+    ends when all rows are committed, and `processes` is 0. Otherwise `processes` is the engine's number of workers,
+    even if fewer were needed. `deaths` counts workers that died. `lost_remote_worker` says whether one of these was not
+    a child of this process, and may still write to OUT.
     """
 
     worker_reports: Sequence[WorkerReport]
@@ -45,6 +37,19 @@ class TaskReport:
     processes: int = 0
     deaths: int = 0
     lost_remote_worker: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Requests in rendering order, their approximate number, and the settings of the workers.
+
+    `on_report` receives the state of the task before each call of `OnCommit` and after each death of a worker.
+    """
+
+    requests: Iterable[PromptRequest]
+    expected_count: int
+    settings: WorkerSettings
+    on_report: Callable[[TaskReport], None] = lambda report: None
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):

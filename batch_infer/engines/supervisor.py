@@ -69,8 +69,14 @@ class Supervisor:
                 self._hand_out_rows()
         if self._error is not None:
             raise self._error
+        return self._make_report()
+
+    def _make_report(self) -> TaskReport:
+        """Return the current state of the task."""
+        active = [worker.report for worker in self._workers.values() if worker.report is not None]
         seconds = time.monotonic() - self._rendering_since if self._rendering_since is not None else 0.0
-        return TaskReport(self._reports, seconds, self._source.worker_count, self._deaths, self._lost_remote_worker)
+        workers = self._source.worker_count
+        return TaskReport([*self._reports, *active], seconds, workers, self._deaths, self._lost_remote_worker)
 
     def _is_waiting(self) -> bool:
         """Return whether workers are pending that would render rows."""
@@ -111,6 +117,8 @@ class Supervisor:
             del self._workers[worker.rank]
             if worker.report is not None:
                 self._reports.append(worker.report)
+        if has_died:
+            self._task.on_report(self._make_report())
 
     def _stop(self) -> None:
         if self._is_stopping:
@@ -159,6 +167,7 @@ class Supervisor:
                 worker.report, self._failures[worker.rank] = report, 0
                 # Another worker may already have committed some of the rows.
                 new_keys = self._ledger.commit(row.key for row in rows)
+                self._task.on_report(self._make_report())
                 self._on_commit([row for row in rows if row.key in new_keys])
             case messages.LogMessage(name, _, text):
                 # All workers load the same model, and say the same about it.

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from batch_infer.jobs.compute import choose_compute
 from batch_infer.jobs.description import LIBRARIES, check_identity
 from batch_infer.jobs.diff import Diff, diff_runs
-from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.frame import read_frame
 from batch_infer.jobs.gallery import MAX_RESULTS, THUMBNAIL_SIZE, Gallery, GalleryOptions, make_gallery
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, resolve_run
 from batch_infer.jobs.merge import make_results_schema, merge_results, read_results
-from batch_infer.jobs.out import create_run_json, read_run, refuse_foreign_files
+from batch_infer.jobs.out import create_run_json, find_gallery, read_run, refuse_foreign_files
 from batch_infer.jobs.plan import Plan, make_plan
+from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.recipe import make_recipe
 from batch_infer.jobs.recovery import remove_temporary_files, restore_images, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.rescore import rescore_images
@@ -60,6 +60,7 @@ __all__ = [
     "create_run_json",
     "diff_runs",
     "export_model",
+    "find_gallery",
     "find_model",
     "format_reasons",
     "join_run",

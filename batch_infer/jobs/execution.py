@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Protocol
 
 from batch_infer.engines import Engine, LaunchedEngine, Task, TaskReport
 from batch_infer.errors import BatchInferError, CompilationError, ServiceError, SettingsError, UsageError
@@ -19,6 +18,7 @@ from batch_infer.jobs.estimates import BatchShapes, Size, remember_rates, rememb
 from batch_infer.jobs.finished_run import recognise_finished_run
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.merge import MissingResultsError, merge_parts, merge_tables
+from batch_infer.jobs.progress import LiveFigures, Progress
 from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_parts, set_aside
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.run_json import ScanRecord, parse_record
@@ -38,21 +38,6 @@ LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 log = logging.getLogger("batch_infer")
 
 
-class Progress(Protocol):
-    """Receives the events of a run."""
-
-    def start(self, scan: ScanResult) -> None:
-        """Called before the pending rows are rendered. Not called if there are none."""
-        ...
-
-    def ready(self, throughput: Throughput) -> None:
-        """Called when the first worker is ready. `throughput` is updated before each call of `committed`."""
-        ...
-
-    def committed(self, rows: Sequence[ResultRow]) -> None: ...
-    def close(self) -> None: ...
-
-
 class RunExecution:
     """Runs a job on an engine."""
 
@@ -66,6 +51,7 @@ class RunExecution:
         self._scan_record: ScanRecord | None = None
         self._compaction = Compaction(self._folder.manifest, job.record["recover_from"])
         self._throughput: Throughput | None = None  # None until the first worker is ready
+        self._figures = LiveFigures(self._folder)
         self._bytes_by_size: Counter[Size] = Counter()
 
     @property
@@ -169,8 +155,8 @@ class RunExecution:
 
     def _conclude(self, report: TaskReport, startup_seconds: float) -> None:
         """Add a report to the summary, clean up after dead local workers, and save batch sizes or rates for later."""
-        if (throughput := self._throughput) is not None:
-            self._summary.rendered, self._summary.rendering_seconds = throughput.rendered, throughput.seconds
+        if self._throughput is not None:
+            self._summary.set_speed(self._throughput)
         self._summary.add(report)
         if report.lost_remote_worker:  # it may still be writing, so leave its files to the next run
             self._folder.update_record(has_strays=True)
@@ -201,7 +187,7 @@ class RunExecution:
         collisions = make_sink(self._store).collisions(index)
         marked = (collisions.mark(request, request.replaces) for request in pending)
         requests = order_requests(marked, self._slots_of)
-        task = Task(requests, scan.pending, settings)
+        task = Task(requests, scan.pending, settings, self._figures.report)
         return self._engine.render(task, self._on_commit, self._stop, partial(self._on_ready, scan))
 
     def _on_ready(self, scan: ScanResult) -> None:
@@ -210,6 +196,7 @@ class RunExecution:
         slots = max(self._slots_of(size) for size in scan.sizes)
         in_flight = min(scan.pending, max(1, slots // 2))
         self._throughput = Throughput(in_flight=in_flight)
+        self._figures.start(self._throughput)
         self._folder.update_record(rendering_since=utc_now(), in_flight=in_flight)
         self._progress.ready(self._throughput)
 
@@ -218,6 +205,7 @@ class RunExecution:
             self._throughput.add(rows)
         self._compaction.count_part()
         self._folder.count_shards(rows)
+        self._figures.add(rows)
         for row in rows:
             self._bytes_by_size[row.height or 0, row.width or 0] += row.image_bytes or 0
         self._progress.committed(rows)

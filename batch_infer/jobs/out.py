@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from batch_infer.errors import SettingsError, StorageError, UsageError, first_line
+from batch_infer.errors import BatchInferError, SettingsError, StorageError, UsageError, first_line
 from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.settings import METADATA, RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
@@ -16,6 +16,7 @@ from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_tempor
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
+GALLERY = "gallery/index.html"
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
@@ -93,6 +94,14 @@ def create_run_json(store: Store, record: Mapping[str, Any]) -> None:
 def _to_json(record: Mapping[str, Any]) -> bytes:
     # ASCII-only JSON escapes the surrogates in file names that are not valid UTF-8.
     return (json.dumps(record, indent=2, default=str) + "\n").encode("ascii")
+
+
+def find_gallery(out: Out) -> str | None:
+    """Return the path or URL of OUT's gallery, or None if there is none or OUT cannot be read now."""
+    with suppress(BatchInferError):
+        store = open_store(out)
+        return store.locate(GALLERY) if store.exists(GALLERY) else None
+    return None
 
 
 def refuse_foreign_files(store: Store, tables: Iterable[str], earlier: Mapping[str, Any] | None) -> None:

@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from batch_infer.jobs import out as outdir
-from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.job import use_current_endpoint, use_signer
+from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.selected_ids import SelectedIds, select_ids

@@ -13,8 +13,9 @@ from batch_infer.engines import RankInfo, check_engine, join_launch, make_engine
 from batch_infer.errors import SettingsError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.compute import choose_actor_threads
-from batch_infer.jobs.execution import Progress, RunExecution
+from batch_infer.jobs.execution import RunExecution
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
+from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
 from batch_infer.jobs.signing import check_sign_key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ class RunFolder:
         self._stop = stop
         self._shards = set[str]()
         self._output, self._old_results = job.settings.output, find_results(self.store)
-        self._record: Mapping[str, Any] = job.record
+        self._record: dict[str, Any] = dict(job.record)
         self._earlier, self._number = job.earlier, job.number
 
     def index(self) -> ManifestIndex:
@@ -48,9 +48,13 @@ class RunFolder:
         return self.manifest.index(on_damage=partial(set_aside, self.store)) if self.is_cleared else ManifestIndex(())
 
     def update_record(self, **entries: Any) -> None:
-        """Add entries to run.json, which is not written until OUT is cleared. With a summary, add the root digest."""
+        """Add entries to run.json, which is not written until OUT is cleared.
+
+        A summary replaces the progress, and also adds the root digest.
+        """
         self._record = {**self._record, **entries}
         if "summary" in entries:
+            self._record.pop("progress", None)
             self._record = add_root_digest(self.store, self._record)
         if self.is_cleared:
             outdir.write_run(self.store, self._record)

@@ -72,6 +72,8 @@ class RunRecord:
     in_flight: int = 1
     has_strays: bool = False
     """Whether a lost worker may have written to OUT after the run ended; see TaskReport."""
+    progress: Mapping[str, Any] | None = None
+    """Summary of an active or killed run up to a moment ago. Its counts are only reasons and truncated prompts."""
     summary: SummaryRecord | None = None
     merged: SummaryRecord | None = None
     rescoring: Mapping[str, OnFlagged] = field(default_factory=dict)
@@ -176,4 +178,5 @@ def add_counts(record: Mapping[str, Any], counts: Counts) -> dict[str, Any]:
     """Return run.json with the current counts of results.*, which `status` reports."""
     summary = record.get("summary")
     key = "merged" if summary is None else "summary"
-    return {**record, key: {**(summary or {}), **counts.as_dict()}}
+    figures = {name: value for name, value in (summary or {}).items() if name not in Counts.only_if_known}
+    return {**record, key: {**figures, **counts.as_dict()}}

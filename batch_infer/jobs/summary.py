@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_infer.energy import sum_energy
 from batch_infer.engines import TaskReport
 from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
 MAX_BAD_RESULTS = 20
-"""Maximum number of failed and invalid results to list. results.* contain all."""
+"""Maximum number of failed and invalid results to list, and of different reasons. results.* contain all."""
+_SPECIFIC = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")
+"""Quoted texts and numbers in an error. Errors that differ only in these have the same reason."""
 
 
 class JsonStruct(msgspec.Struct):
-    """Values for --json or run.json. The class argument `rename` maps fields to other keys."""
+    """Values for --json or run.json. The class argument `rename` maps fields to other keys.
+
+    A key in `only_if_known` is left out if its value is empty or None.
+    """
+
+    only_if_known: ClassVar[frozenset[str]] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(msgspec.to_builtins(self))
+        values = msgspec.to_builtins(self)
+        return {key: value for key, value in values.items() if value or key not in self.only_if_known}
+
+
+class Reason(JsonStruct):
+    """A reason for failed or invalid results: how many have it, the location and id of the first, and its error."""
+
+    status: str
+    results: int
+    first: str
+    error: str
 
 
 class Counts(JsonStruct, rename={"remaining": "left"}):
@@ -47,27 +67,71 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
     """Rows whose prompt exceeds the length that the model reads."""
     bad_results: list[str] = []
     """The first failed and invalid results, each as one line with its location, id and error."""
+    reasons: list[Reason] = []
+    """The first different reasons for failed and invalid results. Numbers and quoted texts make no difference."""
+    first_truncated: str | None = None
+    """Location and id of the first row in `truncated`."""
+    folders: dict[str, int] = {}
+    """Number of stored images by their folder in OUT: images, quarantine or shards."""
+    only_if_known: ClassVar[frozenset[str]] = frozenset({"reasons", "first_truncated", "folders"})
 
     def add(self, table: pa.Table, sources: Sequence[Source] = ()) -> None:
         """Count the results in a table. `sources` are their current files and row numbers, if known."""
         statuses = table["status"].to_pylist()
         for status, count in Counter(statuses).items():
             setattr(self, status, getattr(self, status) + count)
-        self.images += len(table) - table["generated_image"].null_count
+        paths = table["generated_image"].drop_null()
+        self.images += len(paths)
+        for folder in pc.value_counts(pc.replace_substring_regex(paths, "/.*$", "")).to_pylist():
+            self.folders[folder["values"]] = self.folders.get(folder["values"], 0) + folder["counts"]
         truncated = pc.and_(pc.equal(table["image_index"], 0), pc.fill_null(table["prompt_truncated"], False))
         self.truncated += pc.sum(truncated).as_py() or 0
-        bad_indices = (index for index, status in enumerate(statuses) if status in ("failed", "invalid"))
+        if self.truncated and self.first_truncated is None:
+            self.first_truncated = _locate(table, pc.index(truncated, True).as_py(), sources)
+        bad_indices = [index for index, status in enumerate(statuses) if status in ("failed", "invalid")]
         for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
-            (row,) = (
-                table.slice(index, 1).select(["id", "image_index", "error", "source_file", "source_row"]).to_pylist()
-            )
-            source = sources[index] if sources else Source(row["source_file"], row["source_row"])
-            image = f", image {row['image_index']}" if row["image_index"] else ""
-            self.bad_results.append(f"{source} ({row['id']}{image}): {row['error']}")
+            self.bad_results.append(f"{_locate(table, index, sources)}: {table['error'][index].as_py()}")
+        errors = table["error"].take(bad_indices).to_pylist() if bad_indices else ()
+        for index, error in zip(bad_indices, errors, strict=True):
+            self._add_reason(statuses[index], error or "", partial(_locate, table, index, sources))
+
+    def add_row(self, row: ResultRow) -> None:
+        """Count a result only in the reasons and in the truncated prompts."""
+        image = f", image {row.image_index}" if row.image_index else ""
+        location = f"{row.source} ({row.id}{image})"
+        if row.image_index == 0 and row.prompt_truncated:
+            self.truncated += 1
+            self.first_truncated = self.first_truncated or location
+        if row.status in ("failed", "invalid"):
+            self._add_reason(row.status, row.error or "", lambda: location)
+
+    def _add_reason(self, status: str, error: str, locate: Callable[[], str]) -> None:
+        kind = status, generalize_error(error)
+        for reason in self.reasons:
+            if (reason.status, generalize_error(reason.error)) == kind:
+                reason.results += 1
+                return
+        if len(self.reasons) < MAX_BAD_RESULTS:
+            self.reasons.append(Reason(status, 1, locate(), error))
 
     @property
     def results(self) -> int:
         return self.ok + self.flagged + self.blocked + self.invalid + self.failed
+
+
+def _locate(table: pa.Table, index: int, sources: Sequence[Source]) -> str:
+    """Return the location and id of a result, as `t.csv, line 5 (t-00000003, image 1)`."""
+    names = ["id", "image_index", "source_file", "source_row"]
+    (row,) = table.slice(index, 1).select(names).to_pylist()
+    source = sources[index] if sources else Source(row["source_file"], row["source_row"])
+    image = f", image {row['image_index']}" if row["image_index"] else ""
+    return f"{source} ({row['id']}{image})"
+
+
+@lru_cache(maxsize=1024)
+def generalize_error(error: str) -> str:
+    """Return an error without its numbers and quoted texts, so that errors with the same reason are equal."""
+    return _SPECIFIC.sub("#", error)
 
 
 class Throughput:
@@ -119,7 +183,8 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     are shares of the sum of all stages' times, since stages overlap on a GPU. Shares cover all workers together.
     `processes` is the number of workers, or 0 if nothing was rendered or the command itself rendered, and `deaths` the
     number of workers that died. `peak_memory` is the maximum over processes, in bytes. `unfinished` results remain for
-    the next run. `rendered` and `rendering_seconds` come from `Throughput`.
+    the next run. `rendered` and `rendering_seconds` come from `Throughput`. `energy_wh` is the energy of the whole GPUs
+    in watt-hours while their workers rendered, or None if it is unknown.
     """
 
     counts: Counts = msgspec.field(default_factory=Counts)
@@ -137,6 +202,11 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     processes: int = 0
     deaths: int = 0
     unfinished: int = 0
+    energy_wh: float | None = None
+    only_if_known: ClassVar[frozenset[str]] = frozenset({"energy_wh"})
+
+    def set_speed(self, throughput: Throughput) -> None:
+        self.rendered, self.rendering_seconds = throughput.rendered, throughput.seconds
 
     def add(self, report: TaskReport) -> None:
         """Set the figures that come from the workers' reports."""
@@ -148,6 +218,8 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
         self.row_forwards, self.ticks = stages.row_forwards, stages.ticks
         if not stages.ticks:  # stopped before the first denoiser call
             return
+        energy = sum_energy(worker.energy for worker in report.worker_reports if worker.total.ticks)
+        self.energy_wh = None if energy is None else round(energy, 6)
         self.occupancy = round(stages.occupancy, 4)
         self.stage_shares = stages.shares
         spans = sum(total.span for total in totals)
@@ -166,10 +238,25 @@ class Summary(JsonStruct, rename={"unfinished": "undone"}):
     def images_per_second(self) -> float | None:
         return self.rendered / self.rendering_seconds if self.rendered and self.rendering_seconds else None
 
+    @property
+    def energy_wh_per_image(self) -> float | None:
+        return self.energy_wh / self.rendered if self.energy_wh and self.rendered else None
+
     def as_dict(self) -> dict[str, Any]:
         """Return the summary with the keys of run.json and --json."""
         figures = super().as_dict()
-        counts, rate = figures.pop("counts"), self.images_per_second
-        del figures["rendering_seconds"]
+        rate, energy = self.images_per_second, self.energy_wh_per_image
+        del figures["counts"], figures["rendering_seconds"]
         rounded = {"seconds": round(self.seconds, 3), "images_per_second": rate and round(rate, 3)}
-        return {**counts, **figures, **rounded}
+        if energy is not None:
+            rounded["energy_wh_per_image"] = round(energy, 6)
+        return {**self.counts.as_dict(), **figures, **rounded}
+
+    @classmethod
+    def from_dict(cls, figures: Mapping[str, Any]) -> Summary:
+        """Return the summary of a run.json. Raises msgspec.ValidationError if a value has another type."""
+        summary = msgspec.convert(figures, cls)
+        summary.counts = msgspec.convert(figures, Counts)
+        if rate := msgspec.convert(figures.get("images_per_second"), float | None):
+            summary.rendering_seconds = summary.rendered / rate
+        return summary

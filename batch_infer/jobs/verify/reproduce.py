@@ -16,7 +16,7 @@ from batch_infer.errors import DamagedPartError, StoppedError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.description import find_environment, has_one_set_of_marks
 from batch_infer.jobs.diff import ImageComparison, compare_environments, compare_images
-from batch_infer.jobs.execution import Progress
+from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.recovery import read_intact
 from batch_infer.jobs.rescorer import IMAGE_NOT_KEPT
 from batch_infer.jobs.run import render_tables

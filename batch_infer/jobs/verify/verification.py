@@ -11,8 +11,8 @@ from typing import Any
 from batch_infer.errors import BatchInferError, DamagedPartError, LockedError, NewerPartError, StorageError
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.checksums import ROOT_DIGEST, ChecksumCheck, check_checksums, find_results, refuse_changed_parts
-from batch_infer.jobs.execution import Progress
 from batch_infer.jobs.merge import merge_results
+from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.run_json import read_settings
 from batch_infer.jobs.signing import read_public_key
 from batch_infer.jobs.summary import JsonStruct
