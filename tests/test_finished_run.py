@@ -50,7 +50,7 @@ def test_nothing_is_read_and_nothing_changes(table: Path, out: Path) -> None:
         {"ok": 2, "flagged": 1},
     )
     assert "nothing to render" in run(table, out).stdout
-    assert command("status", out).stdout.splitlines()[1].startswith("2 ok")
+    assert command("status", out).stdout.splitlines()[1].startswith("3 rows · 2 ok")
 
 
 CHANGES: dict[str, Callable[[Path, Path], object]] = {

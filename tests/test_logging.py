@@ -238,7 +238,9 @@ def score(*_):
     log.info("rendering")
     return Summary(Counts(rows=2, images=2, ok=2), unfinished=int("--seed" in sys.argv))
 
-sys.modules["batch_infer.jobs"] = types.SimpleNamespace(render_tables=score, join_run=lambda *_: False)
+sys.modules["batch_infer.jobs"] = types.SimpleNamespace(
+    render_tables=score, join_run=lambda *_: False, find_gallery=lambda _: None
+)
 main()
 """
 

@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,6 +54,11 @@ def merge(
     return counts, pq.read_table(out / "results.parquet")
 
 
+def without_details(counts: Counts) -> Counts:
+    """Return only the numbers of rows, images and results."""
+    return msgspec.structs.replace(counts, bad_results=[], reasons=[], folders={})
+
+
 def csv_rows(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
@@ -75,7 +81,7 @@ def test_results_have_the_order_of_the_tables(tmp_path: Path, monkeypatch: pytes
     counts, table = merge(tmp_path, [request(name, row=i) for i, name in enumerate(names)])
     assert table["id"].to_pylist() == names
     assert table["source_row"].to_pylist() == list(range(23))
-    assert counts == Counts(rows=23, images=23, ok=23)
+    assert without_details(counts) == Counts(rows=23, images=23, ok=23)
 
 
 def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
@@ -93,8 +99,9 @@ def test_counts_are_by_status_and_row(tmp_path: Path) -> None:
     items += [request(name, row=number) for number, name in enumerate(names, 1)]
     items.append(replace(rows[7], source_file="t.csv", source_row=8))
     counts, table = merge(tmp_path, items)
-    counts.bad_results.clear()
-    assert counts == Counts(rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, remaining=2, bad_rows=2)
+    assert without_details(counts) == Counts(
+        rows=8, images=3, ok=2, flagged=2, blocked=1, invalid=1, failed=1, remaining=2, bad_rows=2
+    )
     assert table["id"].to_pylist() == ["two", "two", "flagged", "dropped", "failed", "blocked", "invalid"]
 
 
@@ -248,8 +255,7 @@ def test_merging_parts_alone_takes_the_highest_attempt(tmp_path: Path) -> None:
     Manifest(tmp_path).commit([result("c", k, source_file="t.csv", source_row=2) for k in range(3)], NONE)
     counts, table = merge_parts(tmp_path, ["t.csv"])
     assert table["status"].to_pylist() == ["ok", "invalid", "ok", "ok", "ok"]
-    counts.bad_results.clear()
-    assert counts == Counts(rows=3, images=4, ok=4, invalid=1, bad_rows=1)
+    assert without_details(counts) == Counts(rows=3, images=4, ok=4, invalid=1, bad_rows=1)
 
 
 def test_carried_columns_of_parts_are_combined(tmp_path: Path) -> None:

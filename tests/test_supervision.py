@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from batch_infer.autotune import devices
-from batch_infer.engines import Task, handle, launched, local
+from batch_infer.engines import Task, TaskReport, handle, launched, local
 from batch_infer.engines import supervisor as supervisor_module
 from batch_infer.engines.handle import Timeouts, WorkerHandle
 from batch_infer.engines.launched import RankInfo
 from batch_infer.engines.ledger import MAX_DEATHS, Chunk
 from batch_infer.engines.messages import (
+    CommitReport,
     DeviceReport,
     Heartbeat,
     Hello,
@@ -46,7 +47,7 @@ from batch_infer.models import read_card
 from batch_infer.records import ResultRow
 from batch_infer.settings import Compute, Device, ModelSettings, OutputSettings, SafetySettings
 from batch_infer.store import LocalStore
-from batch_infer.worker import WorkerSettings
+from batch_infer.worker import WorkerReport, WorkerSettings
 from tests.deaths import eventually
 from tests.rendering import make_request
 
@@ -146,13 +147,17 @@ def messages_to(end: Connection) -> list[Any]:
 
 
 def make_supervisor(
-    source: FakeSource, out: Path, rows: int = 2, on_commit: Callable[[Sequence[ResultRow]], None] = lambda rows: None
+    source: FakeSource,
+    out: Path,
+    rows: int = 2,
+    on_commit: Callable[[Sequence[ResultRow]], None] = lambda rows: None,
+    on_report: Callable[[TaskReport], None] = lambda report: None,
 ) -> Supervisor:
     (out / "manifest").mkdir(parents=True, exist_ok=True)
     card, safety, folder = read_card(ModelSettings()), SafetySettings("none"), LocalStore(out).address
     settings = WorkerSettings(card, COMPUTE, safety, OutputSettings(), folder, pa.schema([]))
     requests = [make_request(str(k)) for k in range(rows)]
-    supervisor = Supervisor(Task(iter(requests), rows, settings), source, on_commit)
+    supervisor = Supervisor(Task(iter(requests), rows, settings, on_report), source, on_commit)
     for worker in source.handles:
         supervisor._add(worker)
     return supervisor
@@ -215,6 +220,16 @@ def test_a_row_without_a_result_fails_after_three_attempts(tmp_path: Path) -> No
     assert committed[0].error == f"{MAX_DEATHS} workers gave no result for this row, the last with no other row"
     supervisor._hand_out_rows()
     assert messages_to(end) == [NoMoreRows()]
+
+
+def test_a_death_is_reported_at_once(tmp_path: Path) -> None:
+    """`status` shows it while the other workers render."""
+    source, reports = FakeSource(2), list[TaskReport]()
+    supervisor = make_supervisor(source, tmp_path, on_report=reports.append)
+    report = WorkerReport({}, COMPUTE, None, {"host_bytes": 7})
+    supervisor._handle(source.handles[0], CommitReport([], report))
+    supervisor._remove(source.handles[1], has_died=True)
+    assert [(state.deaths, state.worker_reports) for state in reports] == [(0, [report]), (1, [report])]
 
 
 def test_workers_are_not_killed_after_the_supervisor_was_suspended(tmp_path: Path, clock: Clock) -> None:

@@ -34,8 +34,8 @@ class InlineEngine:
         on_ready()
 
         def report_commit(rows: Sequence[ResultRow]) -> None:
-            task.on_report(TaskReport([worker.report()], time.monotonic() - started))
             on_commit(rows)
+            task.on_report(TaskReport([worker.report()], time.monotonic() - started))
 
         with deferred():
             worker.render(requests, report_commit)

@@ -43,7 +43,7 @@ class TaskReport:
 class Task:
     """Requests in rendering order, their approximate number, and the settings of the workers.
 
-    `on_report` receives the state of the task before each call of `OnCommit` and after each death of a worker.
+    `on_report` receives the state of the task after each call of `OnCommit` and each death of a worker.
     """
 
     requests: Iterable[PromptRequest]

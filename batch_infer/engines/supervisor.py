@@ -167,8 +167,8 @@ class Supervisor:
                 worker.report, self._failures[worker.rank] = report, 0
                 # Another worker may already have committed some of the rows.
                 new_keys = self._ledger.commit(row.key for row in rows)
-                self._task.on_report(self._make_report())
                 self._on_commit([row for row in rows if row.key in new_keys])
+                self._task.on_report(self._make_report())
             case messages.LogMessage(name, _, text):
                 # All workers load the same model, and say the same about it.
                 if name.startswith("batch_infer.models"):

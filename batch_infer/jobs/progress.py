@@ -15,7 +15,9 @@ from batch_infer.jobs.summary import Summary, Throughput
 from batch_infer.records import ResultRow
 
 INTERVAL = 30.0
-"""Minimum number of seconds between two updates of run.json, which is one write to an object store each."""
+"""Minimum number of seconds between two updates of run.json, each of which is a write to an object store."""
+COUNTS = ("truncated", "first_truncated", "reasons")
+"""Counts that are recorded. The manifest has the others."""
 
 
 class Progress(Protocol):
@@ -58,5 +60,7 @@ class LiveFigures:
         self._written_at = time.monotonic()
         self._summary.set_speed(self._throughput)
         self._summary.add(report)
+        others = self._summary.counts.as_dict().keys() - COUNTS
+        figures = {key: value for key, value in self._summary.as_dict().items() if key not in others}
         with suppress(StorageError):  # the results do not depend on it
-            self._folder.update_record(progress=self._summary.as_dict())
+            self._folder.update_record(progress=figures)
