@@ -98,12 +98,12 @@ def test_metrics_follow_a_run(file: Path, clock: SimpleNamespace) -> None:
         metrics.close()
         clock.now = 130
         counts = Counts(rows=15, ok=7, flagged=1, failed=2, invalid=2, blocked=1, remaining=2)
-        metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0, processes=2, deaths=1), 0)
+        metrics.conclude(Summary(counts, rendered=5, rendering_seconds=20.0, processes=2, deaths=1, energy_wh=7.5), 0)
     ended = read(file, "/out")
     assert ended["results"] == results_by_status(ok=7, flagged=1, failed=2, invalid=2, blocked=1)
     assert (ended["results_left"], ended["images_rendered"], ended["images_per_second"]) == (2, 5, 0.25)
     assert (ended["running"], ended["exit_code"]) == (0, 0)
-    assert (ended["workers"], ended["worker_deaths"]) == (2, 1)
+    assert (ended["workers"], ended["worker_deaths"], ended["energy_watt_hours"]) == (2, 1, 7.5)
     assert ended["end_timestamp_seconds"] == ended["last_success_timestamp_seconds"] == 1e9 + 130
     assert set(GAUGES) == set(ended) - {"results", "info"}
 

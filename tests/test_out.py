@@ -70,10 +70,26 @@ def test_a_lock_is_released_when_its_holder_dies(out: Path, holder: subprocess.P
 
 
 def test_a_lock_is_released_on_any_error(out: Path) -> None:
+    out.mkdir(parents=True)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), outdir.locked(out):
             raise KeyboardInterrupt
     assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_folders_that_a_refused_run_created_are_removed(tmp_path: Path) -> None:
+    table, out = write_csv(tmp_path / "t.csv", [["prompt"], ["a red circle"]]), tmp_path / "new" / "out"
+    assert run(table, out, "--height", "63").code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    out.parent.mkdir()
+    assert run(table, out, "--height", "63").code == 2
+    assert list(out.parent.iterdir()) == [], "only the folders that it created"
+    out.mkdir()
+    assert run(table, out, "--height", "63").code == 2
+    assert [path.name for path in out.iterdir()] == [".lock"], "a user's folder is kept"
+    with outdir.locked(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert {path.name for path in (tmp_path / "used").iterdir()} == {"file", ".lock"}
 
 
 def test_a_process_cannot_lock_twice(out: Path) -> None:

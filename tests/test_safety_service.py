@@ -378,6 +378,12 @@ def test_the_policy_of_the_run_is_kept_unless_another_is_requested(
     assert done.code == 0 and "original" not in done.stderr
     assert runs.run_json(out)["settings"]["safety"]["on_flagged"] == "keep"
     assert runs.hashes(out) == before, "no image was replaced"
+    done = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine", "--json")
+    report = json.loads(done.stdout)
+    assert (done.code, report["changed"]) == (0, 0)
+    assert report["moved"] == report["flagged"] == len(list((out / "quarantine").rglob("*.png"))) >= 1
+    again = runs.command("rescore", out, "--safety", "checker", "--on-flagged", "keep")
+    assert f"0 changed, {report['moved']} moved or replaced" in again.stdout
     assert runs.command("rescore", out, "--safety", "checker", "--on-flagged", "quarantine").code == 0
     assert any(path.startswith("quarantine/") for path in runs.images(out))
     again = runs.command("run", path, "-o", out, *COMPUTE, *SHARP, "--json")

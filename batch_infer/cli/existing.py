@@ -170,7 +170,9 @@ def rescore(*, out: str, tables: tuple[str, ...], as_json: bool, quiet: bool, **
 
 
 def _rescore_lines(result: RescoreCounts, counts: Counts) -> Iterator[str]:
-    yield f"{format_count(result.checked, 'image')} checked: {result.flagged:,} flagged, {result.changed:,} changed"
+    moved = f", {result.moved:,} moved or replaced" if result.moved else ""
+    checked = format_count(result.checked, "image")
+    yield f"{checked} checked: {result.flagged:,} flagged, {result.changed:,} changed{moved}"
     if result.unchecked:
         yield f"{result.unchecked:,} flagged earlier cannot be checked again: their images were not kept"
     if result.failed:

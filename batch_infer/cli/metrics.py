@@ -36,6 +36,7 @@ GAUGES = {
     "images_per_second": "Images per second of the last run, from when its first worker was ready.",
     "workers": "Worker processes at the end of the last run, 0 if it rendered in the command's process.",
     "worker_deaths": "Worker processes that died in the last run, known at its end.",
+    "energy_watt_hours": "Energy of the GPUs while the last run rendered, if they report it, known at its end.",
     "running": "1 during a run, else 0.",
     "start_timestamp_seconds": "When the last run started.",
     "end_timestamp_seconds": "When a run last ended.",
@@ -51,7 +52,7 @@ class Metrics:
 
     If the run ends before it has locked OUT, the file is written only at the end. If another run has locked OUT,
     nothing is written, because the file belongs to that run. Values that are not known yet are kept from an earlier
-    file for the same OUT, except the numbers of workers and of their deaths.
+    file for the same OUT, except the numbers of workers and of their deaths, and the energy.
     """
 
     def __init__(self, file: Path | None, out: str, model: str = "") -> None:
@@ -116,6 +117,8 @@ class Metrics:
             "workers": summary.processes,
             "worker_deaths": summary.deaths,
         }
+        if summary.energy_wh is not None:
+            self._gauges["energy_watt_hours"] = summary.energy_wh
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, LockedError) and not self._is_initialized:
@@ -138,7 +141,7 @@ class Metrics:
         self._is_initialized = True
         if self._file is not None:
             self._read(self._file)
-        for unknown in ("workers", "worker_deaths"):
+        for unknown in ("workers", "worker_deaths", "energy_watt_hours"):
             self._gauges.pop(unknown, None)
         self._gauges |= {"start_timestamp_seconds": self._entered_at, "images_rendered": 0, "images_per_second": 0}
 

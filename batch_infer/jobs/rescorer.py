@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -52,9 +52,10 @@ class StoredResult:
 class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjudged"}):
     """Number of results by outcome.
 
-    `flagged` counts checked images that are flagged now, and `changed` those whose flag changed. `unchecked` counts
-    flagged results whose original image was not kept, and `failed` results without a verdict or with a missing or
-    damaged image.
+    `flagged` counts checked images that are flagged now, and `changed` those whose flag changed. `moved` counts those
+    with the same flag whose file was moved, replaced or removed, because the policy changed. `unchecked` counts flagged
+    results whose original image was not kept, and `failed` results without a verdict or with a missing or damaged
+    image.
     """
 
     checked: int = 0
@@ -62,6 +63,8 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
     changed: int = 0
     unchecked: int = 0
     failed: int = 0
+    moved: int = 0
+    only_if_known: ClassVar[frozenset[str]] = frozenset({"moved"})
 
 
 class Rescorer:
@@ -192,8 +195,11 @@ class Rescorer:
         is_flagged = bool(verdict.nsfw)
         self.counts.checked += 1
         self.counts.flagged += is_flagged
-        self.counts.changed += is_flagged != (result.row.status == "flagged")
+        has_changed = is_flagged != (result.row.status == "flagged")
         stored = self._store_image(result, content, pixels, is_flagged=is_flagged)
+        self.counts.changed += has_changed
+        earlier_file = result.row.generated_image, result.row.sha256
+        self.counts.moved += not has_changed and (stored and (stored.path, stored.sha256)) != earlier_file
         row = with_image(with_verdict(result.row, verdict), stored)
         if is_flagged:
             self._add(result, replace(row, status="flagged", error=explain_flag(verdict)))

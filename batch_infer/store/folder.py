@@ -18,6 +18,7 @@ from batch_infer.store.files import (
     TEMPORARY_PREFIX,
     atomic_write,
     fsync_folder,
+    list_names,
     path_exists,
     read_errors,
     read_status,
@@ -106,10 +107,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[PinnedFolder]:
     """Lock a folder, creating it if missing, and yield it with a marker by which writers recognise it.
 
-    On exit, the marker is removed from the folder and from `subfolders`. In the context, an OSError for a path in the
-    folder becomes StorageError. Raises LockedError, SettingsError, StorageError.
+    On exit, the marker is removed from the folder and from `subfolders`, and folders that this call created are removed
+    if nothing was written to them, as after a usage error. In the context, an OSError for a path in the folder becomes
+    StorageError. Raises LockedError, SettingsError, StorageError.
     """
-    lock = _acquire(folder)
+    lock, created = _acquire(folder)
     pinned = PinnedFolder.pin(folder)
     try:
         with ExitStack() as stack, _storage_errors(folder):
@@ -126,6 +128,7 @@ def locked_folder(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[Pinn
         with suppress(OSError, StorageError):  # these would mask the original exception
             if PinnedFolder.pin(folder).identity == pinned.identity:  # a replacement folder may have another holder
                 (folder / HOLDER).unlink(missing_ok=True)
+                _remove_unused(created)
         lock.release()
 
 
@@ -138,8 +141,19 @@ def find_holder(folder: Path) -> str | None:
         return _read_holder(folder) if _is_locked(path) else None
 
 
-def _acquire(folder: Path) -> FileLock:
-    """Lock a folder, creating it durably if missing. Raises LockedError, SettingsError, StorageError."""
+def _remove_unused(created: Sequence[Path]) -> None:
+    """Remove the lock file and these nested folders, the innermost first, if there is nothing else in the first one."""
+    if created and list_names(created[0]) == [LOCK]:
+        (created[0] / LOCK).unlink()  # another process that waits for this lock opens a new file
+        for folder in created:
+            folder.rmdir()
+
+
+def _acquire(folder: Path) -> tuple[FileLock, Sequence[Path]]:
+    """Lock a folder, creating it durably if missing, and return the lock and the folders that were created.
+
+    Raises LockedError, SettingsError, StorageError.
+    """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +169,7 @@ def _acquire(folder: Path) -> FileLock:
     except OSError as error:
         error_class = SettingsError if error.errno in USAGE_ERRORS else StorageError
         raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
-    return lock
+    return lock, missing
 
 
 def _check_lock(path: Path) -> None:
