@@ -26,6 +26,7 @@ import pytest
 
 import batch_infer
 from batch_infer import spawning
+from batch_infer.api.calls import name_arguments
 from batch_infer.autotune.probe import Probe
 from batch_infer.cli.keywords import options_by_keyword
 from batch_infer.errors import (
@@ -208,7 +209,7 @@ def test_other_threads_do_not_see_a_table() -> None:
         ("", {}, TableError, "a TABLE argument is empty"),
         (["a"], {"slots": 5000}, SettingsError, "'5000' is neither a number from 2 to 4096 nor auto"),
         (["a"], {"price_per_hour": np.nan}, SettingsError, "'nan' is not a finite number"),
-        (["a"], {"max_failed": "nan"}, SettingsError, "--max-failed nan: expected a number of rows"),
+        (["a"], {"max_failed": "nan"}, SettingsError, "^max_failed nan: expected a number of rows"),
         (pd.DataFrame({"caption": ["a"]}), {}, TableError, "no column 'prompt'"),
         (["a"], {"steps": "thirty"}, SettingsError, "steps='thirty': 'thirty' is not a valid integer"),
         (["a"], {"steps": 2.5}, SettingsError, "steps=2.5"),
@@ -352,9 +353,26 @@ def test_results_are_a_dataframe(tmp_path: Path) -> None:
 def test_a_plan_names_the_refusal(tmp_path: Path) -> None:
     run(["a red circle"], tmp_path / "out")
     changed = {**QUICK, "steps": 3}
-    assert "--steps differs" in str(batch_infer.plan(["a red circle"], out=tmp_path / "out", **changed).refusal)
-    with pytest.raises(SettingsError, match="--steps differs"):
+    refusal = batch_infer.plan(["a red circle"], out=tmp_path / "out", **changed).refusal
+    assert "because steps differs" in str(refusal)
+    with pytest.raises(SettingsError, match="or add rerender_changed=True to .* or overwrite=True to start anew"):
         run(["a red circle"], tmp_path / "out", steps=3)
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("--steps 0: add --overwrite or give another --out", "steps 0: add overwrite=True or give another out"),
+        ("leave --no-compile out, or --compile", "leave compile=False out, or compile=True"),
+        (
+            "run `batch-infer rescore o --safety checker` or give --safety",
+            "run `batch-infer rescore o --safety checker` or give safety",
+        ),
+        ("--torch-option, x--steps and --", "--torch-option, x--steps and --"),
+    ],
+)
+def test_errors_name_the_arguments_of_the_call(message: str, named: str) -> None:
+    assert name_arguments(message) == named
 
 
 def test_the_time_limit_raises(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,7 +15,7 @@ import click
 from batch_infer import cli
 from batch_infer import settings as s
 from batch_infer.engines import read_rank_info
-from batch_infer.errors import SettingsError, StoppedError
+from batch_infer.errors import BatchInferError, SettingsError, StoppedError
 from batch_infer.stopping import CallStopper, StopRequested
 from batch_infer.store import refuse_unprintable
 from batch_infer.table import in_memory_tables, make_in_memory
@@ -35,6 +36,7 @@ Table: TypeAlias = "PathLike | tuple[PathLike, ...] | list[str] | pd.DataFrame |
 RESUME = "what was committed is kept: call the same function again to continue"
 OLD_PAGE = "the old page is unchanged: call the same function again to continue"
 UNCHANGED = "the verification is incomplete; nothing was changed"
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 log = logging.getLogger("batch_infer")
 
 for _name in ("batch_infer", "py.warnings"):  # otherwise Python prints their warnings to stderr
@@ -48,7 +50,28 @@ def make_settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s
         raise SettingsError("batch_infer.run does not run under a launcher: use the command `batch-infer run`")
     arguments, tables = name_tables(table)
     with in_memory_tables(tables):
-        yield cli.make_settings(arguments, keywords)
+        try:
+            yield cli.make_settings(arguments, keywords)
+        except BatchInferError as error:
+            if len(error.args) == 1 and isinstance(error.args[0], str):
+                error.args = (name_arguments(error.args[0]),)
+            raise
+
+
+def name_arguments(message: str) -> str:
+    """Replace the options in a message by the arguments of `run`, except in commands, which are in backquotes."""
+    options = cli.options_by_keyword()
+
+    def name(match: re.Match[str]) -> str:
+        keyword = match[1].replace("-", "_")
+        if keyword in options:
+            return f"{keyword}=True" if options[keyword].is_flag else keyword
+        keyword = keyword.removeprefix("no_")
+        is_negated_flag = match[0] in getattr(options.get(keyword), "secondary_opts", ())
+        return f"{keyword}=False" if is_negated_flag else match[0]
+
+    parts = message.split("`")
+    return "`".join(part if index % 2 else _OPTION.sub(name, part) for index, part in enumerate(parts))
 
 
 def parse_out(out: PathLike) -> str:

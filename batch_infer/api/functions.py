@@ -18,6 +18,7 @@ from batch_infer.api.calls import (
     PathLike,
     Table,
     make_settings,
+    name_arguments,
     name_tables,
     parse_out,
     parse_time_limit,
@@ -181,6 +182,7 @@ def plan(table: Table, **options: Any) -> Plan:
 
         plan = make_plan(settings, report)
     plan.bad_results = first_results
+    plan.refusal = plan.refusal and name_arguments(plan.refusal)
     return plan
 
 
