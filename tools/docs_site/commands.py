@@ -1,0 +1,67 @@
+"""Write the reference of all commands from their click definitions."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import click
+
+from batch_infer.cli import commands
+from batch_infer.cli.config import variables_of_option
+
+INTRODUCTION = """# Commands
+
+Every command prints its result to stdout, and messages and progress to stderr. `batch-infer COMMAND -h` prints the text
+of its section. Each option is followed by the environment variable that sets it;
+[Configuration](configuration.md) describes these variables and the file of `--config`, and
+[Results](results.md#exit-codes) the exit codes.
+
+"""
+_MARKUP = re.compile(r"([\\*_<>\[\]])")
+_VERBATIM = "\b\n"
+"""First line of a paragraph whose lines click does not wrap."""
+
+
+def command_reference() -> str:
+    """Return the reference as Markdown, with a section per command."""
+    return INTRODUCTION + "\n".join(_section(name, command) for name, command in commands.commands.items())
+
+
+def _section(name: str, command: click.Command) -> str:
+    context = click.Context(command, info_name=f"batch-infer {name}")
+    usage = f"```text\nbatch-infer {name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
+    help_text = "\n\n".join(map(_paragraph, inspect.cleandoc(command.help or "").split("\n\n")))
+    own: list[click.Option] = []
+    shared: list[click.Option] = []
+    for option in _options(command):
+        is_shared = name != "run" and _entry(option) in map(_entry, _options(commands.commands["run"]))
+        (shared if is_shared else own).append(option)
+    lines = [f"## {name}\n", usage, help_text, "", *map(_entry, own)]
+    if shared:
+        names = ", ".join(f"`{max(option.opts, key=len)}`" for option in shared)
+        lines.append(f"These options are described in [run](#run): {names}.\n")
+    return "\n".join(lines)
+
+
+def _options(command: click.Command) -> list[click.Option]:
+    return [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
+
+
+def _entry(option: click.Option) -> str:
+    """Return an entry of a definition list: the names and variables of an option, and its help."""
+    names, text = option.get_help_record(click.Context(click.Command("help"))) or ("", "")
+    variables = "".join(f" · `{variable}`" for variable in variables_of_option(option))
+    return f"`{names}`{variables}\n:   {_escape(' '.join(text.split())) or 'See above.'}\n"
+
+
+def _paragraph(text: str) -> str:
+    if text.startswith(_VERBATIM):
+        return f"```text\n{text.removeprefix(_VERBATIM)}\n```"
+    return _escape(text)
+
+
+def _escape(text: str) -> str:
+    """Escape the characters that Markdown would interpret, except in code between backticks."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else _MARKUP.sub(r"\\\1", part) for part in parts)
