@@ -29,7 +29,7 @@ from tests.runs import command
 OBJECT_STORES = ROOT / "docs" / "object-stores.md"
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python")]
-PARSED_ONLY = 18
+PARSED_ONLY = 17
 """Number of shell and Python blocks that are only parsed. Run a new block instead of increasing it, if you can."""
 SUBSTITUTIONS = (
     (r"stable-diffusion-v1-5/stable-diffusion-v1-5", "./my-checkpoint"),
