@@ -680,3 +680,19 @@ def test_copies_share_networks_and_no_scheduler(models: Models) -> None:
     assert copied.scheduler.timesteps.device == CPU
     names = [network.name for network in find_networks(pipeline)]
     assert names == ["transformer", "prior_transformer", "text_encoder", "vae"]
+
+
+def test_a_method_that_diffusers_wraps_without_its_signature_has_its_own_parameters() -> None:
+    """diffusers 0.41 does so with `decode` of the autoencoders."""
+
+    def wrap(method: Callable[..., None]) -> Callable[..., None]:
+        return lambda self, *args, **kwargs: method(self, *args, **kwargs)
+
+    class Autoencoder(torch.nn.Module):
+        @wrap
+        def decode(self, z: torch.Tensor, return_dict: bool = True) -> None:
+            """Has parameters with names."""
+
+    network = Network("vae", Autoencoder(), "decode", torch.device("cpu"))
+    assert network.parameters == ("z", "return_dict")
+    assert network.bind((1,), {"return_dict": False}) == {"z": 1, "return_dict": False}

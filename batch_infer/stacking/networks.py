@@ -35,7 +35,10 @@ class Network:
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the method's parameters, from the class, since a replaced method may not have them."""
-        return tuple(inspect.signature(getattr(type(self.module), self.method)).parameters)[1:]
+        method = getattr(type(self.module), self.method)
+        if inspect.isfunction(method):  # before 0.42, diffusers wraps `decode` in a function with other parameters
+            method = inspect.getclosurevars(method).nonlocals.get("method", method)
+        return tuple(inspect.signature(method).parameters)[1:]
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name."""
