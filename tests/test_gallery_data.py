@@ -17,6 +17,7 @@ from PIL import Image
 
 from batch_infer.errors import StoppedError
 from batch_infer.galleries import Snapshot
+from batch_infer.galleries.scripts import to_script
 from tests.gallery_files import MemoryImages, make_table, pictures, read_meta, read_rows, write
 
 HOSTILE = [
@@ -51,6 +52,22 @@ def test_hostile_texts_are_only_data(tmp_path: Path) -> None:
     read = read_rows(tmp_path)
     assert [(row["id"], row["prompt"], row["error"]) for row in read] == [(text, text, text) for text in HOSTILE]
     assert [row[text] for row, text in zip(read, HOSTILE, strict=True)] == HOSTILE
+
+
+def test_columns_may_have_the_names_of_the_page(tmp_path: Path) -> None:
+    names = ("_thumb", "_problem", "_image", "__proto__", "prompt_2")
+    write(tmp_path, make_table([dict.fromkeys(names, "x")], **dict.fromkeys(names, pa.string())))
+    (row,) = read_rows(tmp_path)
+    assert [row[f"input_{name}"] for name in names[:4]] == ["x"] * 4
+    assert (row["_thumb"], row["_problem"], row["_image"], row["prompt_2"]) == (None, None, None, "x")
+    assert b'"__proto__"' not in (tmp_path / "data/rows-00000.js").read_bytes()
+
+
+def test_text_that_is_not_utf_8_is_escaped() -> None:
+    assert (
+        to_script("meta", 0, {"model": "a\udcff<"})
+        == b'BatchInferGallery.receive("meta", 0, {"model": "a\\udcff\\u003c"});\n'
+    )
 
 
 def test_columns_have_the_kinds_of_their_values(tmp_path: Path) -> None:

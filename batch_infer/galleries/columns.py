@@ -26,6 +26,8 @@ MAX_SAFE_INTEGER = 2**53 - 1
 """JavaScript reads larger numbers inexactly, so they are written as text."""
 MAX_SECONDS = 8_640_000_000_000
 """JavaScript's dates end this many seconds after 1970."""
+RESERVED = frozenset({"_thumb", "_problem", "_image", "__proto__"})
+"""Names that a column of a table must not have in the gallery. The last one has a meaning in scripts."""
 _TEXTS = frozenset({"id", "prompt", "error"})
 _DETAILS = frozenset(
     {"generated_image", "sha256", "pixels_sha256", "image_bytes", "fingerprint", "prompt_tokens", "slots"}
@@ -58,7 +60,9 @@ class Column:
     """
 
     def __init__(self, field: pa.Field) -> None:
-        self.name = field.name
+        self.source = field.name
+        """The name in the results. `name` is that in the gallery."""
+        self.name = f"input_{field.name}" if field.name in RESERVED else field.name
         self.is_carried = field.name not in _RESULTS
         self._kind = choose_kind(field)
         self._longest = 0

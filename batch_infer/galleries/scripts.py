@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -15,7 +16,10 @@ def to_script(kind: str, number: int, value: Any) -> bytes:
 
     The value may contain any text: it is a JSON literal, so the script does nothing else.
     """
-    content = msgspec.json.encode(value)
+    try:
+        content = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # names of files that are not UTF-8
+        content = json.dumps(value).encode("ascii")
     for text, escape in _ESCAPES.items():
         content = content.replace(text, escape)
     return b'BatchInferGallery.receive("%s", %d, %s);\n' % (kind.encode("ascii"), number, content)

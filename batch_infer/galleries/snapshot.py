@@ -45,7 +45,7 @@ class Snapshot:
         self.rows += len(table)
         self.statuses.update(table["status"].to_pylist())
         for column in self.columns:
-            column.observe(table[column.name])
+            column.observe(table[column.source])
         self._waiting.append(table)
         if sum(map(len, self._waiting)) >= CHUNK_ROWS:
             self._write(is_last=False)

@@ -122,7 +122,7 @@ def _to_columns(snapshot: Snapshot, chunk: pa.Table, tiles: Sequence[Tile]) -> d
     rows: dict[str, Any] = {}
     details: dict[str, Any] = {}
     for column in snapshot.columns:
-        values = chunk[column.name]
+        values = chunk[column.source]
         if not column.is_detail:
             rows[column.name] = column.to_row_values(values)
         if (detail_values := column.to_detail_values(values)) is not None:

@@ -1,4 +1,4 @@
-"""Implement the commands run, plan, status, retry, merge, rescore, verify, diff and the exports from start to finish.
+"""Implement the commands, except bench, from start to finish.
 
 For each command, one function does the work and returns the values to print. The other functions are for the command
 line, for `bench`, and for endpoints. The workers of an endpoint share OUT without locking it.
