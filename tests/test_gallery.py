@@ -338,8 +338,9 @@ def test_the_page_has_no_secrets_of_urls(out: Path) -> None:
     assert not [word for word in (b"passw0rd", b"s3cret", b"t0ken") if word in content]
 
 
-def test_a_gallery_in_an_object_store_is_updated_and_removed(table: Path, tmp_path: Path) -> None:
-    with object_place("s3", "runs/night one", tmp_path / "store") as place:
+@pytest.mark.parametrize("kind", ["s3", pytest.param("azure", marks=pytest.mark.promises)])
+def test_a_gallery_in_an_object_store_is_updated_and_removed(table: Path, tmp_path: Path, kind: str) -> None:
+    with object_place(kind, "runs/night one", tmp_path / "store") as place:
         assert runs.run(table, place.out, *OPTIONS).code == 0
         report = gallery(place.out)
         assert report == {**report, "path": f"{place.out}/gallery/index.html", "results": 5, "made": 4}
