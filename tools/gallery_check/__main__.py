@@ -52,12 +52,12 @@ def main() -> None:
     problems = Problems()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        show(measure_opening(browser, page_path.as_uri(), problems))
         with open_page(browser, page_path.as_uri(), problems, viewport=DESKTOP) as page:
-            show(measure_opening(page))
             show(measure_memory(browser, page))
-            show(measure_changes(page))
-            show(measure_scrolling(page))
-            show(measure_memory(browser, page))
+            show(measure_changes(browser, page))
+            show(measure_scrolling(browser, page))
+            show(measure_memory(browser, page, is_last=True))
         if not arguments.no_screenshots:
             show(take_screenshots(browser, page_path.as_uri(), folder / "screenshots", problems))
         browser.close()

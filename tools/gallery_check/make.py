@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -132,8 +131,6 @@ def iterate_tables(rows: int) -> Iterator[pa.Table]:
 def make_gallery(folder: Path, rows: int) -> Path:
     """Write a gallery of synthetic results, and return the path of its page. An existing one is written again."""
     write_pictures(folder)
-    if (folder / "gallery").exists() and not (folder / "gallery" / "gallery.json").exists():
-        shutil.rmtree(folder / "gallery")
     link_thumbnails(folder, rows)
     run = {
         "model": "stabilityai/stable-diffusion-xl-base-1.0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,6 @@ DESKTOP: ViewportSize = {"width": 1440, "height": 900}
 
 WATCH = """
 window.times = {};
-window.longTasks = [];
-new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) window.longTasks.push({ start: entry.startTime, ms: entry.duration });
-}).observe({ type: "longtask", buffered: true });
 (function look() {
   const { times } = window;
   if (!times.tiles && document.querySelector(".tile")) times.tiles = performance.now();
@@ -46,7 +43,6 @@ async ([step, from, to, frames]) => {
   const end = (grid.scrollHeight - grid.clientHeight) * to;
   grid.scrollTop = (grid.scrollHeight - grid.clientHeight) * from;
   await new Promise((resolve) => setTimeout(resolve, 500));
-  window.longTasks.length = 0;
   const times = [];
   let last = performance.now();
   for (let frame = 0; frame < frames && grid.scrollTop < end - 1; frame++) {
@@ -57,9 +53,8 @@ async ([step, from, to, frames]) => {
   }
   await new Promise((resolve) => setTimeout(resolve, 500));
   times.sort((a, b) => a - b);
-  const longest = Math.max(0, ...window.longTasks.map(({ ms }) => ms));
   const p99 = times[Math.floor(times.length * 0.99)];
-  return { frames: times.length, median: times[times.length >> 1], p99, longest };
+  return { frames: times.length, median: times[times.length >> 1], p99 };
 }
 """
 
@@ -113,59 +108,97 @@ def open_page(browser: Browser, url: str, problems: Problems, **options: Any) ->
     with browser.new_context(**options) as context:
         page = context.new_page()
         problems.watch(page)
-        page.add_init_script(WATCH)
         page.goto(url)
         page.wait_for_selector("html[data-loaded]", state="attached", timeout=120_000)
         yield page
 
 
-def measure_opening(page: Page) -> Iterator[tuple[str, str]]:
-    while not page.evaluate("window.times.images"):  # the page's Content-Security-Policy refuses wait_for_function
-        page.wait_for_timeout(20)
-    times, longest = page.evaluate("[window.times, Math.max(0, ...window.longTasks.map(({ ms }) => ms))]")
+class TaskTimes:
+    """The longest task of the page in wall-clock time and in CPU time, which other programs lengthen less."""
+
+    def __init__(self, browser: Browser, page: Page) -> None:
+        self._browser, self._page = browser, page
+
+    def __enter__(self) -> TaskTimes:
+        self._browser.start_tracing(page=self._page, categories=["toplevel", "__metadata"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        events = json.loads(self._browser.stop_tracing())["traceEvents"]
+        names = [event for event in events if event["name"] == "thread_name"]
+        main = {(event["pid"], event["tid"]) for event in names if event["args"]["name"] == "CrRendererMain"}
+        of_main = [event for event in events if (event["pid"], event.get("tid")) in main]
+        tasks = [event for event in of_main if event["ph"] == "X" and event["name"].endswith("RunTask")]
+        self.wall = max((event["dur"] for event in tasks), default=0) / 1000
+        self.cpu = max((event.get("tdur", 0) for event in tasks), default=0) / 1000
+
+    def __str__(self) -> str:
+        return f"longest task {self.cpu:.0f} ms of CPU time, {self.wall:.0f} ms by the clock"
+
+
+def measure_opening(browser: Browser, url: str, problems: Problems) -> Iterator[tuple[str, str]]:
+    with browser.new_context(viewport=DESKTOP) as context:
+        page = context.new_page()
+        problems.watch(page)
+        page.add_init_script(WATCH)
+        with TaskTimes(browser, page) as tasks:
+            page.goto(url)
+            while not page.evaluate("window.times.images && window.times.loaded"):
+                page.wait_for_timeout(100)
+        times = page.evaluate("window.times")
     yield "first tiles", f"{times['tiles']:.0f} ms"
     yield "first images", f"{times['images']:.0f} ms"
     yield "all data loaded", f"{times['loaded']:.0f} ms"
-    yield "longest task while loading", f"{longest:.0f} ms"
+    yield "while loading", str(tasks)
 
 
-def measure_changes(page: Page, repeats: int = 3) -> Iterator[tuple[str, str]]:
+def measure_changes(browser: Browser, page: Page, repeats: int = 3) -> Iterator[tuple[str, str]]:
     """Time each change of the view: the first time, and the median of further times."""
     for name, change in CHANGES.items():
         page.evaluate(CHANGE, "")
-        page.evaluate("window.longTasks.length = 0")
-        results = []
-        for _ in range(1 + repeats):
-            results.append(page.evaluate(CHANGE, change))
-            page.evaluate(CHANGE, "")
-        longest = page.evaluate("Math.max(0, ...window.longTasks.map(({ ms }) => ms))")
+        with TaskTimes(browser, page) as tasks:
+            results = [page.evaluate(CHANGE, change)]
+            for _ in range(repeats):
+                page.evaluate(CHANGE, "")
+                results.append(page.evaluate(CHANGE, change))
         first, *others = [result["painted"] for result in results]
         median = sorted(others)[len(others) // 2]
-        text = f"{first:.0f} ms, then {median:.0f} ms, with painting; longest task {longest:.0f} ms"
-        yield name, f"{text}; {results[0]['rows']:,} results"
+        yield name, f"{first:.0f} ms, then {median:.0f} ms; {tasks}; {results[0]['rows']:,} results"
 
 
-def measure_scrolling(page: Page) -> Iterator[tuple[str, str]]:
+def measure_scrolling(browser: Browser, page: Page) -> Iterator[tuple[str, str]]:
     for view in ("", "group=prompt"):
         page.evaluate(CHANGE, view)
         for name, arguments in SCROLLS.items():
-            result = page.evaluate(SCROLL, arguments)
-            times = f"median frame {result['median']:.0f} ms, 99th percentile {result['p99']:.0f} ms"
-            title = f"{name}, grouped" if view else name
-            yield title, f"longest task {result['longest']:.0f} ms; {times}; {result['frames']} frames"
+            with TaskTimes(browser, page) as tasks:
+                result = page.evaluate(SCROLL, arguments)
+            frames = (
+                f"{result['frames']} frames, median {result['median']:.0f} ms, 99th percentile {result['p99']:.0f} ms"
+            )
+            yield f"{name}, grouped" if view else name, f"{tasks}; {frames}"
     page.evaluate(CHANGE, "")
 
 
-def measure_memory(browser: Browser, page: Page) -> Iterator[tuple[str, str]]:
-    """Read the JavaScript heap, and the memory of the browser's processes from /proc."""
+def measure_memory(browser: Browser, page: Page, *, is_last: bool = False) -> Iterator[tuple[str, str]]:
+    """Read the JavaScript heap, and the memory of the browser's processes from /proc.
+
+    Chromium keeps up to 1,000 decoded images, and drops them when memory becomes scarce. With `is_last`, also measure
+    that, which changes how Chromium behaves afterwards.
+    """
     session = page.context.new_cdp_session(page)
     heap = session.send("Runtime.getHeapUsage")["usedSize"]
-    yield "JavaScript heap", f"{heap / MIB:.0f} MiB"
     processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
-    sizes = [(process["type"], read_memory(process["id"])) for process in processes]
-    page_size = max(size for kind, size in sizes if kind == "renderer")
-    yield "process of the page", f"{page_size / MIB:.0f} MiB"
-    yield "all processes of the browser", f"{sum(size for _, size in sizes) / MIB:.0f} MiB"
+    renderers = [process["id"] for process in processes if process["type"] == "renderer"]
+    own = max(renderers, key=read_memory)
+    size, total = read_memory(own), sum(read_memory(process["id"]) for process in processes)
+    yield "JavaScript heap", f"{heap / MIB:.0f} MiB"
+    yield "process of the page", f"{size / MIB:.0f} MiB"
+    yield "all processes of the browser", f"{total / MIB:.0f} MiB"
+    if is_last:
+        session.send("HeapProfiler.collectGarbage")
+        session.send("Memory.simulatePressureNotification", {"level": "critical"})
+        page.wait_for_timeout(2000)
+        yield "process of the page, memory being scarce", f"{read_memory(own) / MIB:.0f} MiB"
 
 
 def read_memory(process: int) -> int:

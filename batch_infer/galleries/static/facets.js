@@ -72,7 +72,9 @@
         node.hidden = !fits || (isLong && !this.showsAll && !term && shown >= SHOWN && !box.checked);
         if (!node.hidden) shown++;
       }
-      if (isLong && !this.list.contains(document.activeElement)) this.list.append(...options.map(({ node }) => node));
+      const nodes = options.map(({ node }) => node);
+      const isOrdered = nodes.every((node, i) => node === this.list.children[i]);
+      if (!isOrdered && !this.list.contains(document.activeElement)) this.list.append(...nodes);
       this.search.hidden = !isLong;
       this.more.hidden = !isLong || term !== "";
       this.more.textContent = this.showsAll ? "Show fewer" : `Show all ${labels.count(this.column.values.length)}`;

@@ -91,7 +91,6 @@
         section.isStale = true;
         this.updateSection(section);
       }
-      this.showChips(state);
     }
 
     showChips(state) {

@@ -6,7 +6,7 @@
   const { Tile, GroupHeader } = gallery.tile;
   const MAX_HEIGHT = 12e6; // browsers limit the height of an element to 17 or 33 million px
   const OVERSCAN = 0.6; // of the height of the view, above and below it
-  const FAST = 6; // heights of the view per second: faster than this, images are not loaded
+  const FAST = 6; // heights of the view per second: faster than this, tiles are blank
   const SPEED_MS = 120;
   const SETTLED_MS = 90;
 
@@ -27,21 +27,24 @@
       this.frame = 0;
       this.samples = [];
       this.ratio = 1;
+      this.scrollTop = 0; // read only when the layout is clean: reading it would force a layout otherwise
       scroller.addEventListener("scroll", () => this.schedule(), { passive: true });
-      new ResizeObserver(() => this.relayout()).observe(scroller);
+      new ResizeObserver(() => this.measure()).observe(scroller);
     }
 
     /** Show other results. With `keepsPlace`, the page does not scroll to the top. */
     setView(view, { keepsPlace }) {
       this.view = view;
       this.captionColumns.clear();
-      this.reassign();
       if (!keepsPlace) {
         this.focused = 0;
         this.offset = 0;
         this.lastTop = 0;
+        this.scrollTop = 0;
+        this.samples = [];
         this.scroller.scrollTop = 0;
       }
+      this.reassign();
       this.focused = Math.min(this.focused, Math.max(0, view.rows.length - 1));
       this.relayout();
     }
@@ -53,12 +56,18 @@
       this.reach(this.focused);
     }
 
+    /** Read the size of the view, after the window was resized or the grid was hidden or shown. */
+    measure() {
+      this.viewWidth = this.canvas.clientWidth;
+      this.viewHeight = this.scroller.clientHeight;
+      this.scrollTop = this.scroller.scrollTop;
+      this.relayout();
+    }
+
     relayout() {
-      const style = getComputedStyle(this.canvas);
-      const width = this.canvas.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
-      if (width <= 0) return;
+      if (!this.viewWidth) return;
       const { rows, starts } = this.view;
-      this.layout = new Layout({ count: rows.length, starts, width, size: this.size, ratio: this.ratio });
+      this.layout = new Layout({ count: rows.length, starts, width: this.viewWidth, size: this.size, ratio: this.ratio });
       this.canvas.style.height = `${Math.min(this.layout.total, MAX_HEIGHT)}px`;
       this.canvas.style.setProperty("--tile-width", `${this.layout.width}px`);
       this.canvas.style.setProperty("--tile-height", `${this.layout.height}px`);
@@ -68,17 +77,20 @@
     }
 
     schedule() {
-      this.frame ||= requestAnimationFrame(() => this.update());
+      this.frame ||= requestAnimationFrame(() => {
+        this.scrollTop = this.scroller.scrollTop;
+        this.update();
+      });
     }
 
     /** Return the height in the layout that is at the top of the view. Small steps are exact, large ones in proportion. */
     top() {
-      const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+      const { scrollTop, viewHeight } = this;
       const excess = this.layout.total - MAX_HEIGHT;
-      if (excess <= 0) this.offset = 0;
-      else if (scrollTop <= 0) this.offset = 0;
-      else if (scrollTop >= scrollHeight - clientHeight - 1) this.offset = excess;
-      else if (Math.abs(scrollTop - this.lastTop) > 3 * clientHeight) this.offset = (scrollTop / (scrollHeight - clientHeight)) * excess;
+      const end = MAX_HEIGHT - viewHeight;
+      if (excess <= 0 || scrollTop <= 0) this.offset = 0;
+      else if (scrollTop >= end) this.offset = excess;
+      else if (Math.abs(scrollTop - this.lastTop) > 3 * viewHeight) this.offset = Math.round((scrollTop / end) * excess);
       return scrollTop + this.offset;
     }
 
@@ -94,10 +106,10 @@
       cancelAnimationFrame(this.frame);
       this.frame = 0;
       if (!this.layout) return;
-      const height = this.scroller.clientHeight;
+      const height = this.viewHeight;
       const top = this.top();
       const isFast = this.speed(top) > (FAST * height) / 1000;
-      this.lastTop = this.scroller.scrollTop;
+      this.lastTop = this.scrollTop;
       const { positions, groups } = this.layout.visible(top - OVERSCAN * height, top + (1 + OVERSCAN) * height);
       const needed = new Set([...positions, ...groups.map((group) => `g${group}`)]);
       for (const [key, item] of this.used) if (!needed.has(key)) this.release(key, item);
@@ -107,9 +119,12 @@
       this.settling = setTimeout(() => this.settle(), SETTLED_MS);
     }
 
-    /** Load the images that fast scrolling left out, and put the tiles in order for screen readers. */
+    /** Fill the tiles that fast scrolling left blank, and put the tiles in order for screen readers. */
     settle() {
-      for (const item of this.used.values()) if (item.needsImage) item.loadImage();
+      for (const [key, item] of this.used) {
+        if (item.isBlank) this.fill(item, key);
+        if (item.needsImage) item.loadImage();
+      }
       const places = [...this.used].map(([key, item]) => ({ item, place: item.kind === "tile" ? key : this.view.starts[Number(key.slice(1))] - 0.5 }));
       const nodes = places.sort((a, b) => a.place - b.place).map(({ item }) => item.node);
       const isOrdered = nodes.every((node, i) => i === 0 || nodes[i - 1].compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING);
@@ -125,8 +140,9 @@
       let tile = this.used.get(position);
       if (!tile) {
         tile = this.take(position, "tile", () => new Tile());
-        this.fill(tile, position);
+        tile.setBlank(true);
       }
+      if (tile.isBlank && !isFast) this.fill(tile, position);
       tile.button.tabIndex = position === this.focused ? 0 : -1;
       const { x, y } = this.layout.place(position);
       tile.move(x, y - this.offset);
@@ -193,14 +209,16 @@
     reach(position) {
       if (!this.layout || position >= this.view.rows.length) return;
       const { y } = this.layout.place(position);
-      const height = this.scroller.clientHeight;
-      const top = this.scroller.scrollTop + this.offset;
+      const height = this.viewHeight;
+      const top = this.scrollTop + this.offset;
       if (y >= top && y + this.layout.height <= top + height) return;
       const wanted = y < top ? y - 60 : y + this.layout.height + 16 - height;
       const excess = Math.max(0, this.layout.total - MAX_HEIGHT);
       if (Math.abs(wanted - top) > height) this.offset = Math.round((excess * Math.max(0, wanted)) / this.layout.total);
       this.scroller.scrollTop = Math.max(0, wanted - this.offset);
-      this.lastTop = this.scroller.scrollTop;
+      this.scrollTop = this.scroller.scrollTop;
+      this.lastTop = this.scrollTop;
+      this.samples = [];
       this.update();
     }
 

@@ -16,8 +16,11 @@
     byId("error").textContent = error.message;
   }
 
-  /** Show the results of the state. With `keepsPlace`, the grid does not scroll to the top. */
-  gallery.refresh = async function ({ keepsPlace = true } = {}) {
+  /**
+   * Show the results of the state. With `keepsPlace`, the grid does not scroll to the top. With `isLoading`, the counts
+   * of the filters stay as they are.
+   */
+  gallery.refresh = async function ({ keepsPlace = true, isLoading = false } = {}) {
     const { table, grid, filters, toolbar, charts } = parts;
     const started = performance.now();
     const number = ++generation;
@@ -25,9 +28,13 @@
     const { match, rows, starts } = await gallery.query.run(table, state);
     if (number !== generation) return;
     const view = { rows, starts, groupName: state.group, sortName: state.sort?.name };
-    toolbar.update(state, view);
     grid.setView(view, { keepsPlace });
+    toolbar.update(state, view);
     if (state.view === "charts") charts.show(rows);
+    filters.showChips(state);
+    if (isLoading) return;
+    await gallery.dom.pause();
+    if (number !== generation) return;
     filters.update(match, state);
     gallery.lastRefresh = { number, milliseconds: performance.now() - started, rows: rows.length };
     window.dispatchEvent(new CustomEvent("refreshed"));
@@ -164,8 +171,8 @@
       }
       rated = table.loaded;
       if (performance.now() - last < REFRESH_MS) return;
+      gallery.refresh({ isLoading: last > 0 }).then(openLinked);
       last = performance.now();
-      gallery.refresh().then(openLinked);
     });
     gallery.links.fit(gallery.state, table);
     filters.build();

@@ -20,6 +20,14 @@
       await gallery.dom.pause();
       this.started = performance.now();
     }
+
+    /** Call `work` with each number below `count`, and pause between slices. */
+    async each(count, work) {
+      for (let number = 0; number < count; number++) {
+        work(number);
+        if ((number & 1023) === 1023 && this.isOver()) await this.pause();
+      }
+    }
   }
 
   /** Sort texts by their code units, which the engine does without calling a comparison. */
@@ -52,10 +60,15 @@
 
   /** Return the rank of each code of a text column. Equal lower-case texts have equal ranks. */
   async function textRanks(column) {
-    const keys = column.values.map((text) => text.slice(0, 200).toLowerCase());
+    const slices = new Slices();
+    const keys = new Array(column.values.length);
+    await slices.each(keys.length, (code) => (keys[code] = column.values[code].slice(0, 200).toLowerCase()));
+    const sorted = await sortTexts(keys);
     const ranks = new Map();
-    for (const key of await sortTexts(keys)) if (!ranks.has(key)) ranks.set(key, ranks.size);
-    return Uint32Array.from(keys, (key) => ranks.get(key));
+    await slices.each(sorted.length, (i) => ranks.has(sorted[i]) || ranks.set(sorted[i], ranks.size));
+    const byCode = new Uint32Array(keys.length);
+    await slices.each(keys.length, (code) => (byCode[code] = ranks.get(keys[code])));
+    return byCode;
   }
 
   function categoryRanks(column) {

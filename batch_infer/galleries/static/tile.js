@@ -46,6 +46,7 @@
     /** Show a row. `title` and `caption` are the lines below the image, and `total` is the number of tiles of the view. */
     show(table, { row, position, total, title, caption }) {
       if (this.row !== row) this.clearImage();
+      if (this.isBlank) this.setBlank(false);
       this.row = row;
       this.position = position;
       this.table = table;
@@ -56,6 +57,13 @@
       this.meta.textContent = caption;
       this.showNote();
       this.showRating();
+    }
+
+    /** Show nothing, while the page scrolls too fast to read. */
+    setBlank(isBlank) {
+      this.isBlank = isBlank;
+      this.node.classList.toggle("is-blank", isBlank);
+      if (isBlank) this.row = -1;
     }
 
     /** Say why there is no image, or that it is flagged. */
@@ -79,7 +87,7 @@
     }
 
     get needsImage() {
-      return !this.hasRequested && Boolean(this.table.thumbs[this.row]);
+      return !this.isBlank && !this.hasRequested && Boolean(this.table.thumbs[this.row]);
     }
 
     loadImage() {

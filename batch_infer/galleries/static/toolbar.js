@@ -9,6 +9,12 @@
 
   /** Fill a select with the names of columns. */
   function fillSelect(select, first, columns, chosen) {
+    const names = columns.map((column) => column.name).join("\n");
+    if (select.names === names) {
+      select.value = chosen ?? "";
+      return;
+    }
+    select.names = names;
     const options = columns.map((column) => make("option", { value: column.name, text: labels.label(column) }));
     select.replaceChildren(make("option", { value: "", text: first }), ...options);
     select.value = columns.some((column) => column.name === chosen) ? chosen : "";
