@@ -24,16 +24,23 @@
     return parts.join(", ");
   }
 
+  /** Make an element whose text node is reused, since new text nodes are garbage while the page scrolls. */
+  function textSpan(className) {
+    const span = make("span", { class: className });
+    span.append(document.createTextNode(""));
+    return span;
+  }
+
   class Tile {
     constructor() {
       this.image = make("img", { alt: "", decoding: "async", draggable: "false" });
       this.image.addEventListener("load", () => this.node.classList.add("has-image"));
       this.image.addEventListener("error", () => this.fail());
-      this.note = make("span", { class: "tile-note" });
-      this.badge = make("span", { class: "tile-badge" });
-      this.stars = make("span", { class: "tile-stars" });
-      this.prompt = make("span", { class: "tile-prompt" });
-      this.meta = make("span", { class: "tile-meta" });
+      this.note = textSpan("tile-note");
+      this.badge = textSpan("tile-badge");
+      this.stars = textSpan("tile-stars");
+      this.prompt = textSpan("tile-prompt");
+      this.meta = textSpan("tile-meta");
       const picture = make("span", { class: "tile-picture" }, this.image, this.note, this.badge, this.stars);
       this.button = make("button", { type: "button", class: "tile-open", tabindex: "-1" }, picture);
       this.button.append(make("span", { class: "tile-text" }, this.prompt, this.meta));
@@ -53,8 +60,8 @@
       this.node.setAttribute("aria-posinset", position + 1);
       this.node.setAttribute("aria-setsize", total);
       this.node.dataset.status = table.value("status", row) ?? "";
-      this.prompt.textContent = title.slice(0, SHOWN_PROMPT);
-      this.meta.textContent = caption;
+      this.prompt.firstChild.data = title.slice(0, SHOWN_PROMPT);
+      this.meta.firstChild.data = caption;
       this.showNote();
       this.showRating();
     }
@@ -73,14 +80,17 @@
       const thumb = this.table.thumbs[this.row];
       this.node.classList.toggle("is-hidden", hidden);
       this.node.classList.toggle("has-no-image", !thumb);
-      this.badge.textContent = status === "ok" ? (hidden ? "flagged" : "") : status;
-      this.note.textContent = thumb ? "" : this.table.reason(this.row);
+      const badge = status === "ok" ? (hidden ? "flagged" : "") : (status ?? "");
+      this.badge.firstChild.data = badge;
+      this.node.classList.toggle("has-badge", badge !== "");
+      this.note.firstChild.data = thumb ? "" : this.table.reason(this.row);
     }
 
     showRating() {
       const rating = gallery.ratings.ratingOf(this.row);
       const marked = gallery.ratings.isMarked(this.row);
-      this.stars.textContent = rating ? `★ ${rating}` : "";
+      this.stars.firstChild.data = rating ? `★ ${rating}` : "";
+      this.node.classList.toggle("has-stars", rating > 0);
       this.node.classList.toggle("is-marked", marked);
       this.mark.setAttribute("aria-pressed", marked);
       this.button.setAttribute("aria-label", describe(this.table, this.row));
@@ -105,7 +115,7 @@
     fail() {
       if (!this.hasRequested) return;
       this.node.classList.add("has-no-image");
-      this.note.textContent = "The thumbnail is missing. Make the gallery again.";
+      this.note.firstChild.data = "The thumbnail is missing. Make the gallery again.";
     }
 
     move(x, y) {
