@@ -42,6 +42,7 @@ from batch_infer.bench.subject import load_subject
 from batch_infer.bench.workload import make_rows, make_workload, size_of
 from batch_infer.chain import BatchSizes, StepLevelChain
 from batch_infer.cli.bench import format_ratio
+from batch_infer.energy import EnergyReading
 from batch_infer.errors import SettingsError
 from batch_infer.models import LatentDiffusion, architectures
 from batch_infer.models.acceleration import decode_flops, denoise_flops
@@ -144,6 +145,20 @@ def test_time_of_a_sample_is_extrapolated_by_denoiser_evaluations(quick: None, m
     assert figures["batch-infer"]["seconds"] == [2.0]
     (seconds,) = figures["one-by-one"]["seconds"]
     assert seconds == pytest.approx(2.0 * sum(evaluations) / sum(evaluations[k] for k in (0, 2, 4, 6)), abs=1e-4)
+
+
+def test_energy_is_measured_and_extrapolated_like_the_time(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender that renders takes 1.8 Wh for the rows that it renders."""
+    reading = SimpleNamespace(read=lambda: EnergyReading("GPU-a", 0, 6_480_000))
+    monkeypatch.setattr(contenders, "EnergyMeter", lambda device: reading)
+    lines = ("bench", *ROWS, "--sizes", "native", "--unguided", "0", "--rounds", "1", "--against", "one-by-one,bare")
+    done = command(*lines, "--steps", "2", "--json")
+    figures = json.loads(done.stdout)["contenders"]
+    assert figures["batch-infer"]["energy_wh"] == 1.8
+    assert figures["one-by-one"]["energy_wh"] == pytest.approx(1.8 * 9 / SAMPLED)
+    assert "energy_wh" not in figures["bare"]
+    printed = command(*lines, "--steps", "2").stdout
+    assert "energy   per image: batch-infer 0.2 Wh, one-by-one 0.45 Wh\n" in printed
 
 
 @pytest.mark.promises

@@ -16,6 +16,7 @@ from batch_infer.bench.renderers import Renderer
 from batch_infer.bench.settings import Size
 from batch_infer.bench.subject import Subject
 from batch_infer.bench.workload import Workload, size_name, size_of
+from batch_infer.energy import EnergyMeter, sum_energy
 from batch_infer.records import PromptRequest
 
 TARGET_SECONDS = 1.0
@@ -91,8 +92,12 @@ class RenderingContender(Contender):
             pass
 
     def measure(self) -> float:
+        meter = EnergyMeter(self._device.type)
         seconds = seconds_of(self._render, self._device)
+        energy = sum_energy([meter.read()])
         self.details = self._renderer.details()  # now, because a stop may interrupt the next round
+        if energy is not None:
+            self.details = {**self.details, "energy_wh": round(energy / self._share, 6)}
         return seconds / self._share
 
     def _render(self) -> None:

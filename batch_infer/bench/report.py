@@ -28,7 +28,8 @@ class Measurement:
     `seconds`: duration of the whole workload in each round; `ratio`: how many times as fast batch-infer is, None for
     batch-infer itself; `mfu`, `mfu_of_matmul`: model FLOPS utilisation relative to the device's peak and to a matrix
     product; `sampled_rows`: number of timed rows if not all rows were timed. The seconds are then extrapolated in
-    proportion to denoiser evaluations, as they always are for the bare denoiser.
+    proportion to denoiser evaluations, as they always are for the bare denoiser. `details` has `energy_wh`, the energy
+    of the whole workload in the last round, if the device reports it.
     """
 
     seconds: Sequence[float]

@@ -22,6 +22,7 @@ from batch_infer.bench import (
 from batch_infer.cli.options import POSITIVE, SHARE, FiniteRange, command, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
+from batch_infer.cli.summary import format_energy
 from batch_infer.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -133,6 +134,10 @@ def _report_lines(report: BenchReport) -> Iterator[str]:
     if peak.source != "measured matmul":
         source = f"{peak.source} {peak.tflops:.4g}; {source}"
     yield f"MFU      of {peak.tflops:.4g} TFLOP/s ({source})"
+    rows = len(report.workload.rows)
+    energies = {name: contender.details.get("energy_wh") for name, contender in report.contenders.items()}
+    if texts := [f"{name} {format_energy(energy / rows)}" for name, energy in energies.items() if energy is not None]:
+        yield f"energy   per image: {', '.join(texts)}"
     if (parity := report.parity) is not None:
         images = format_count(parity.rows, "image")
         yield f"images   {images} at most {parity.largest_difference}/255 from those of diffusers ({parity.against})"
