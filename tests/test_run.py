@@ -339,7 +339,7 @@ def test_a_file_in_place_of_out_is_refused(tmp_path: Path, table: Path) -> None:
 def test_the_summary_goes_to_stdout(table: Path, out: Path) -> None:
     first = run(table, out, "--results", "csv").stdout
     assert re.match(
-        r"3 rows · \d ok · \d flagged\n3 images in [\d.]+ s \([\d.]+ images/s, slot occupancy \d+%\), .* s in all\n",
+        r"3 rows · \d ok · \d flagged\n(flagged .*\n.*\n)?speed    .* \(3 images in .*, .* in all\)\n",
         first,
     )
     assert f"{out}/results.parquet, {out}/results.csv" in first
@@ -1121,7 +1121,7 @@ def test_a_second_run_names_the_rows_that_are_still_invalid(tmp_path: Path, out:
     table = write_csv(tmp_path / "t.csv", [["prompt", "seed"], ["a red circle", ""], [" ", "1"], [long, ""]])
     first, second = run(table, out), run(table, out, "-q")
     assert (first.code, second.code, second.stderr) == (3, 3, "")
-    assert f"  {table}, line 3 (t-00000001): the prompt is empty" in second.stdout.splitlines()
+    assert f"invalid  {table}, line 3 (t-00000001): the prompt is empty" in second.stdout.splitlines()
     assert "1 invalid · 1 prompt truncated" in second.stdout
     assert run_json(out)["summary"]["bad_results"] == [f"{table}, line 3 (t-00000001): the prompt is empty"]
     assert "no --model given" in first.stderr

@@ -278,6 +278,18 @@ def test_energy_is_the_sum_over_all_devices() -> None:
     assert summary.energy_wh is None, "that of one worker is unknown"
 
 
+def test_a_run_reports_the_energy_of_its_worker(
+    tmp_path: Path, table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = SimpleNamespace(read=lambda: EnergyReading("GPU-a", 1_000_000, 8_200_000))
+    monkeypatch.setattr("batch_infer.worker.worker.EnergyMeter", lambda device: meter)
+    done = run(table, out, "--metrics-file", tmp_path / "run.prom", "--max-failed", "9")
+    assert "energy   2 Wh on the GPU, 2 Wh per image" in done.stdout.splitlines()
+    assert run_json(out)["summary"]["energy_wh"] == run_json(out)["summary"]["energy_wh_per_image"] == 2.0
+    assert json.loads(command("status", out, "--json").stdout)["energy_wh"] == 2.0
+    assert f'batch_infer_energy_watt_hours{{out="{out}"}} 2.0' in (tmp_path / "run.prom").read_text()
+
+
 # Commands
 
 
