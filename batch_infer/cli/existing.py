@@ -86,7 +86,7 @@ def _format_progress(run: RunStatus) -> str:
     counts = [f"{count:,} {name}" for name, count in run.counts.items() if count or name in ("ok", "failed")]
     if run.remaining is not None:
         done = sum(run.counts.values())
-        share = f" ({done / (done + run.remaining):.0%} done)" if done and run.remaining else ""
+        share = f" ({100 * done // (done + run.remaining)}% done)" if done and run.remaining else ""
         counts.append(f"{run.remaining:,} left{share}")
     elif run.state == "open":
         counts.append("total unknown (Azure ML endpoint output)")
