@@ -6,6 +6,8 @@ environment and standard streams to the server.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -70,6 +72,7 @@ def serve(address: str) -> None:
     """Fork for each request. The child runs the command, and the parent answers with its exit code."""
     for name in SLOW_MODULES:
         importlib.import_module(name)
+    gc.freeze()  # Otherwise, collecting garbage would copy the memory of the server in each child
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
@@ -112,11 +115,26 @@ def _answer(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _run(program, arguments)
-        sys.exit()
+        os._exit(_run_to_end(program, arguments))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     connection.sendall(bytes([code % 256]))
     os._exit(0)
+
+
+def _run_to_end(program: str, arguments: list[str]) -> int:
+    """Run a command in this process, and return its exit code.
+
+    The caller ends the process without the interpreter's own cleanup, which would copy the memory of the server.
+    """
+    try:
+        _run(program, arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def _run(program: str, arguments: list[str]) -> None:

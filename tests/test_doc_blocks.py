@@ -35,6 +35,7 @@ SUBSTITUTIONS = (
     (r"stable-diffusion-v1-5/stable-diffusion-v1-5", "./my-checkpoint"),
     (r"--steps \d+", "--steps 2"),
     (r"--num-processes \d+", "--num-processes 0"),
+    (r"--height 512 --width 512", "--height 256 --width 256"),
     # One of its rows is invalid.
     (r"^(batch-infer run examples/tour\.csv [^#\n]*[^#\s])", r"\1 || test $? -eq 3"),
 )
