@@ -29,7 +29,7 @@ from tests.runs import command
 OBJECT_STORES = ROOT / "docs" / "object-stores.md"
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python")]
-PARSED_ONLY = 17
+PARSED_ONLY = 21
 """Number of shell and Python blocks that are only parsed. Run a new block instead of increasing it, if you can."""
 SUBSTITUTIONS = (
     (r"stable-diffusion-v1-5/stable-diffusion-v1-5", "./my-checkpoint"),
@@ -79,6 +79,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Pat
     body = {"custom_id": "img-1", "body": {"prompt": "a red circle", "n": 2, "size": "64x64"}}
     (folder / "batch.jsonl").write_text(json.dumps(body))
     (folder / "job.toml").write_text("steps = 2\n")
+    (folder / "ratings.csv").write_text("id,image_index,rating\nprompts-00000001,0,5\n")
     for name in ("my-checkpoint", "sdxl"):
         (folder / name).symlink_to(demo_folder)
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -136,7 +137,7 @@ def run_shell(block: Block, environment: Mapping[str, str]) -> None:
 
 def make_environment(programs: Path) -> dict[str, str]:
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(Path.cwd())}
 
 
 def pages_with(condition: Callable[[Block], bool]) -> list[Any]:

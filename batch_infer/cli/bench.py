@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         "--steps",
         type=lambda text: parse_steps(text) if text else None,
         metavar="A-B|N",
-        help="Steps of each row, or their range. Default: 20-50, or the model's default (see README) if that "
+        help="Steps of each row, or their range. Default: 20-50, or the model's default (see docs/models.md) if that "
         "is below 20.",
     ),
     option(

@@ -166,7 +166,7 @@ model_options = (
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",
         help="Data type of the networks. auto: float16 on a GPU (bfloat16 for Stable Diffusion 3 and for pipelines "
-        "outside the model families, see README), float32 on a CPU.",
+        "outside the model families, see docs/models.md), float32 on a CPU.",
     ),
     option(
         "--quantize",
@@ -202,7 +202,8 @@ model_options = (
         envvar="BATCH_INFER_COMPILE",
         default=None,
         help="Compile the networks with torch.compile, which takes a minute or more for each size. Default: yes on a "
-        "GPU if Triton and a C compiler are installed, but no for pipelines outside the model families (see README).",
+        "GPU if Triton and a C compiler are installed, but no for pipelines outside the model families (see "
+        "docs/models.md).",
     ),
 )
 

@@ -26,7 +26,7 @@ COMMIT_ROWS = 256
 COMMIT_SECONDS = 2.0
 """Number of seconds after which a batch of stored rows is committed, even if it is not full.
 
-The README promises three seconds. The remaining second is for storing images and flushing them to disk.
+docs/failures.md promises three seconds. The remaining second is for storing images and flushing them to disk.
 """
 STORING_AHEAD = 64
 """Maximum number of images that are not stored yet. At this limit, the device waits."""
