@@ -58,6 +58,7 @@ def show(browser: Any, gallery: Path) -> Iterator[Callable[..., Any]]:
 def test_filters_narrow_the_results_and_are_shown_as_chips(show: Callable[..., Any]) -> None:
     page = show()
     assert count(page) == "40 results"
+    assert page.locator(".tile[aria-posinset='1'] .tile-text").inner_text() == "a blue boat 0\nrow-0"
     option(page, "Status", "flagged").check()
     wait_for_count(page, "2 of 40 results")
     option(page, "Status", "failed").check()

@@ -7,6 +7,13 @@
   const NARROW = 760;
   const SHEET = 0.5; // share of the height that the panel takes on narrow screens
   const UNKNOWN_SIDE = 512;
+  const MOST_ENLARGED = 4;
+
+  /** Return the zoom level that fills the area, which enlarges small images at most MOST_ENLARGED times. */
+  function enlarge({ fit, panAreaSize, elementSize }) {
+    const filling = Math.min(panAreaSize.x / elementSize.x, panAreaSize.y / elementSize.y);
+    return Math.max(fit, Math.min(filling, MOST_ENLARGED));
+  }
 
   class Viewer {
     constructor(table, grid) {
@@ -35,6 +42,7 @@
         loop: false,
         bgOpacity: 1,
         wheelToZoom: true,
+        initialZoomLevel: enlarge,
         returnFocus: false,
         escKey: false,
         pinchToClose: false,
