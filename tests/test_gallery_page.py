@@ -159,7 +159,7 @@ def test_the_details_have_all_values_and_commands(show: Callable[..., Any], posi
 def test_a_flagged_image_is_blurred_until_it_is_asked_for(show: Callable[..., Any]) -> None:
     page = show()
     tile = page.locator(".tile[aria-posinset='6']")
-    blur = "getComputedStyle(document.querySelector('.tile[aria-posinset=\"6\"] img')).filter"
+    blur = "getComputedStyle(document.querySelector('.tile[aria-posinset=\"6\"] canvas')).filter"
     assert tile.locator(".tile-badge").inner_text() == "flagged"
     assert "blur" in page.evaluate(blur)
     open_tile(page, 6)

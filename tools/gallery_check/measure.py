@@ -182,7 +182,7 @@ def measure_scrolling(browser: Browser, page: Page) -> Iterator[tuple[str, str]]
 def measure_memory(browser: Browser, page: Page, *, is_last: bool = False) -> Iterator[tuple[str, str]]:
     """Read the JavaScript heap, and the memory of the browser's processes from /proc.
 
-    Chromium keeps up to 1,000 decoded images, and drops them when memory becomes scarce. With `is_last`, also measure
+    Chromium keeps garbage and caches, and drops them when memory becomes scarce. With `is_last`, also measure
     that, which changes how Chromium behaves afterwards.
     """
     session = page.context.new_cdp_session(page)
