@@ -62,7 +62,7 @@ demo: $(READY) ## render examples/prompts.csv with the built-in model and say wh
 test: $(READY) azure azurite ## run the tests, in a few minutes
 	$(BIN)/python -m pytest -m "not soak and not promises" -n 2 --dist worksteal
 
-promises: $(READY) azure azurite ## run the longer tests of what README promises: kills, launchers, hung workers, equal bytes
+promises: $(READY) azure azurite ## run the longer tests of what the documentation promises: kills, launchers, hung workers, equal bytes
 	$(BIN)/python -m pytest -m promises -n 3 --dist worksteal
 
 soak: $(READY) azure azurite ## run the longest tests

@@ -38,6 +38,6 @@ def completion(*, shell: str | None, quiet: bool) -> int:
         raise click.UsageError(f"the variable SHELL names no shell that can complete: give one of {', '.join(SHELLS)}")
     root = click.get_current_context().find_root()
     script = get_completion_class(name)
-    if script is not None and not quiet:
+    if script is not None:  # printed with -q too: the script is the result
         click.echo(script(root.command, {}, "batch-infer", COMPLETE_VARIABLE).source())
     return 0

@@ -43,8 +43,8 @@ def status(*, out: str, as_json: bool, quiet: bool) -> int:
     """Show the state and the progress of the run in OUT.
 
     The run may be active, stopped or finished. The output counts the results by status, and those that are left. A row
-    has one result per image. Results that a killed run committed are included. Of an active run, status also shows the
-    speed, the time left, and what needs attention; of a run that has ended, all that the run itself printed.
+    has one result per image. Results that a killed run committed are included. For an active run, status also shows
+    the speed, the time left, and what needs attention; for a run that has ended, everything that `run` printed.
 
     Exit codes: 0 success; 2 if OUT contains no run. With -q, only errors are printed.
     """

@@ -65,7 +65,7 @@ class TileCounts:
     unreadable: int = 0
 
 
-class _Made(NamedTuple):
+class _NewPictures(NamedTuple):
     """The SHA-256 of an image's bytes, its thumbnail and its preview, and what is wrong with the image."""
 
     sha256: str = ""
@@ -75,7 +75,7 @@ class _Made(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _ImageRequest:
     """An image by its path and recorded SHA-256, and which pictures of it are needed."""
 
     path: str
@@ -105,81 +105,87 @@ class TileMaker:
         """
         tiles: list[Tile] = []
 
-        def finish(wanted: _Wanted | None, work: Future[_Made] | Tile) -> None:
-            tiles.append(self._finish(wanted, work))
+        def finish(request: _ImageRequest | None, work: Future[_NewPictures] | Tile) -> None:
+            tiles.append(self._finish(request, work))
             self._done += 1
             on_progress(self._done)
 
-        waiting: deque[tuple[_Wanted | None, Future[_Made] | Tile]] = deque()
-        for wanted in _iterate_images(chunk, self._images):
-            waiting.append((wanted, self._start(wanted) if wanted else Tile()))
+        waiting: deque[tuple[_ImageRequest | None, Future[_NewPictures] | Tile]] = deque()
+        for request in _iterate_images(chunk, self._images):
+            waiting.append((request, self._start(request) if request else Tile()))
             while waiting and (len(waiting) >= self._max_waiting or isinstance(waiting[0][1], Tile)):
                 finish(*waiting.popleft())
-        for last_wanted, work in waiting:
-            finish(last_wanted, work)
+        for last_request, work in waiting:
+            finish(last_request, work)
         self._pictures.publish()
         return tiles
 
-    def _start(self, wanted: _Wanted) -> Future[_Made] | Tile:
+    def _start(self, request: _ImageRequest) -> Future[_NewPictures] | Tile:
         """Return the tile of an image whose pictures exist, or begin to make them."""
-        if not self._images.has(wanted.path):
+        if not self._images.has(request.path):
             return Tile(problem=MISSING)
-        if wanted.sha256 is not None and self._has_pictures(wanted, wanted.sha256):
+        if request.sha256 is not None and self._has_pictures(request, request.sha256):
             self.counts.kept += 1
-            return self._make_tile(wanted, wanted.sha256)
-        return self._pool.submit(_make, self._images, wanted, self._size)
+            return self._make_tile(request, request.sha256)
+        return self._pool.submit(_make, self._images, request, self._size)
 
-    def _has_pictures(self, wanted: _Wanted, sha256: str) -> bool:
-        paths = [f"thumbs/{self._thumb_name(wanted, sha256)}"]
-        if wanted.needs_preview:
+    def _has_pictures(self, request: _ImageRequest, sha256: str) -> bool:
+        paths = [f"thumbs/{self._thumb_name(request, sha256)}"]
+        if request.needs_preview:
             paths.append(f"previews/{_preview_name(sha256)}")
         return all(map(self._pictures.has, paths))
 
-    def _finish(self, wanted: _Wanted | None, work: Future[_Made] | Tile) -> Tile:
+    def _finish(self, request: _ImageRequest | None, work: Future[_NewPictures] | Tile) -> Tile:
         """Return the tile of an image, and store its pictures."""
-        if wanted is None or isinstance(work, Tile):
+        if request is None or isinstance(work, Tile):
             tile = work if isinstance(work, Tile) else Tile()
         else:
-            tile = self._store(wanted, work.result())
+            tile = self._store(request, work.result())
         self.counts.unreadable += tile.problem is not None
         return tile
 
-    def _store(self, wanted: _Wanted, made: _Made) -> Tile:
-        if made.thumb is None:
-            return Tile(problem=made.problem)
-        self._pictures.stage(f"thumbs/{self._thumb_name(wanted, made.sha256)}", made.thumb)
-        if made.preview is not None:
-            self._pictures.stage(f"previews/{_preview_name(made.sha256)}", made.preview)
+    def _store(self, request: _ImageRequest, pictures: _NewPictures) -> Tile:
+        if pictures.thumb is None:
+            return Tile(problem=pictures.problem)
+        self._pictures.stage(f"thumbs/{self._thumb_name(request, pictures.sha256)}", pictures.thumb)
+        if pictures.preview is not None:
+            self._pictures.stage(f"previews/{_preview_name(pictures.sha256)}", pictures.preview)
         self.counts.made += 1
-        return self._make_tile(wanted, made.sha256)._replace(problem=made.problem)
+        return self._make_tile(request, pictures.sha256)._replace(problem=pictures.problem)
 
-    def _make_tile(self, wanted: _Wanted, sha256: str) -> Tile:
-        preview = f"previews/{_preview_name(sha256)}" if wanted.needs_preview else None
-        return Tile(self._thumb_name(wanted, sha256), wanted.link or preview)
+    def _make_tile(self, request: _ImageRequest, sha256: str) -> Tile:
+        preview = f"previews/{_preview_name(sha256)}" if request.needs_preview else None
+        return Tile(self._thumb_name(request, sha256), request.link or preview)
 
-    def _thumb_name(self, wanted: _Wanted, sha256: str) -> str:
-        return make_name("thumbnail", self._size, wanted.is_flagged, sha256)
+    def _thumb_name(self, request: _ImageRequest, sha256: str) -> str:
+        return make_name("thumbnail", self._size, request.is_flagged, sha256)
 
 
 def _preview_name(sha256: str) -> str:
     return make_name("preview", sha256)
 
 
-def _iterate_images(chunk: pa.Table, images: Images) -> Iterator[_Wanted | None]:
+def _iterate_images(chunk: pa.Table, images: Images) -> Iterator[_ImageRequest | None]:
     """Yield the image of each result, or None for a result without one."""
     names = ("generated_image", "sha256", "status", "nsfw_content_detected")
     for path, sha256, status, is_nsfw in zip(*(chunk[name].to_pylist() for name in names), strict=True):
-        yield None if path is None else _Wanted(path, sha256, status == "flagged" or bool(is_nsfw), images.link(path))
+        yield (
+            None
+            if path is None
+            else _ImageRequest(path, sha256, status == "flagged" or bool(is_nsfw), images.link(path))
+        )
 
 
-def _make(images: Images, wanted: _Wanted, size: int) -> _Made:
+def _make(images: Images, request: _ImageRequest, size: int) -> _NewPictures:
     """Read an image and make its pictures. Raises StorageError."""
     try:
-        content = images.read(wanted.path)
+        content = images.read(request.path)
         if content is None:
-            return _Made(problem=MISSING)
+            return _NewPictures(problem=MISSING)
         sha256 = hashlib.sha256(content).hexdigest()
-        thumb, preview = make_pictures(content, size, is_blurred=wanted.is_flagged, needs_preview=wanted.needs_preview)
+        thumb, preview = make_pictures(
+            content, size, is_blurred=request.is_flagged, needs_preview=request.needs_preview
+        )
     except RowError as error:
-        return _Made(problem=str(error))
-    return _Made(sha256, thumb, preview, None if wanted.sha256 in (None, sha256) else CHANGED)
+        return _NewPictures(problem=str(error))
+    return _NewPictures(sha256, thumb, preview, None if request.sha256 in (None, sha256) else CHANGED)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,6 @@ class RescoreCounts(JsonStruct, rename={"checked": "judged", "unchecked": "unjud
     unchecked: int = 0
     failed: int = 0
     moved: int = 0
-    only_if_known: ClassVar[frozenset[str]] = frozenset({"moved"})
 
 
 class Rescorer:

@@ -32,8 +32,8 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
     since the first worker was ready, if known, and `seconds_left` is None unless the run is active. `gallery` is the
     path or URL of OUT's gallery, if it has one.
 
-    `figures` has the keys of the summary in run.json. Of an active or killed run, these are figures of half a minute
-    ago, with counts only of results by status, truncated prompts and reasons.
+    `figures` has the keys of the summary in run.json. For an active or killed run, they may be half a
+    minute old, and the only counts are those of results by status, truncated prompts and reasons.
     """
 
     state: str
@@ -51,7 +51,7 @@ class RunStatus(JsonStruct, rename={"remaining": "left"}):
 
     @property
     def summary(self) -> Summary | None:
-        """The summary with these figures, or None if there are none or somebody has changed the type of a value."""
+        """The summary with these figures, or None if there are none or a value has another type."""
         with suppress(msgspec.ValidationError):
             return Summary.from_dict(self.figures) if self.figures else None
         return None
@@ -93,7 +93,7 @@ def read_status(out: Out) -> RunStatus:
         if not holder:
             status.images_per_second = summary.images_per_second
             status.state = "stopped" if status.remaining else "finished"
-            status.figures = data["summary"] or data["merged"]
+            status.figures = data.get("summary") or data.get("merged") or {}
     else:
         status.state = "open" if is_open else status.state
         status.is_stale = status.state == "stopped" and not record.rescoring
