@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from filelock import FileLock
 
 from batch_infer.errors import LockedError, SettingsError, StoppedError, StorageError, UsageError
 from batch_infer.jobs import out as outdir
@@ -25,6 +26,7 @@ from batch_infer.manifest import Manifest
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.sinks.folder import FolderSink
 from batch_infer.store import IMAGE_FOLDERS, LocalStore, open_store
+from batch_infer.store import folder as store_folder
 from batch_infer.store.folder import find_holder
 from tests.runs import command, run, run_json
 from tests.storage import no_rows
@@ -90,6 +92,45 @@ def test_folders_that_a_refused_run_created_are_removed(tmp_path: Path) -> None:
     with outdir.locked(tmp_path / "used"):
         (tmp_path / "used" / "file").touch()
     assert {path.name for path in (tmp_path / "used").iterdir()} == {"file", ".lock"}
+
+
+@pytest.mark.parametrize("step", ["fsync_folder", "_is_locked", "FileLock"])
+def test_a_run_waits_for_a_folder_that_another_run_removes(
+    out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It creates the folder again, whenever the other run removes it."""
+    original: Callable[..., Any] = getattr(store_folder, step)
+
+    def remove_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(store_folder, step, original)
+        shutil.rmtree(out.parent)
+        return original(*arguments)
+
+    monkeypatch.setattr(store_folder, step, remove_once)
+    with outdir.locked(out):
+        assert find_holder(out) is not None
+
+
+def test_the_lock_of_a_removed_file_does_not_count(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may remove the lock file, and a third one may create and lock a new file."""
+
+    class LateLock(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            acquired = super().acquire(*arguments, **options)
+            monkeypatch.setattr(store_folder, "FileLock", FileLock)
+            (out / ".lock").unlink()
+            (out / ".lock").touch()
+            return acquired
+
+    monkeypatch.setattr(store_folder, "FileLock", LateLock)
+    with outdir.locked(out):
+        assert find_holder(out) is not None
+
+
+def test_mounts_with_changing_inode_numbers_can_be_locked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with outdir.locked(out):
+        assert find_holder(out) is not None
 
 
 def test_a_process_cannot_lock_twice(out: Path) -> None:

@@ -28,6 +28,8 @@ from batch_infer.store.files import (
 
 LOCK_SECONDS = 0.2
 """Seconds to wait for a locked folder, because `find_holder` holds the lock for a moment."""
+ATTEMPTS = 10
+"""Maximum number of attempts to lock a folder that another process may remove (see `_remove_unused`)."""
 LOCK, HOLDER = ".lock", ".holder"
 USAGE_ERRORS = {
     *(errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT),
@@ -142,9 +144,12 @@ def find_holder(folder: Path) -> str | None:
 
 
 def _remove_unused(created: Sequence[Path]) -> None:
-    """Remove the lock file and these nested folders, the innermost first, if there is nothing else in the first one."""
+    """Remove the lock file and these nested folders, the innermost first, if there is nothing else in the first one.
+
+    The caller holds the lock. `_acquire` of another process may have opened the lock file, or may create it again.
+    """
     if created and list_names(created[0]) == [LOCK]:
-        (created[0] / LOCK).unlink()  # another process that waits for this lock opens a new file
+        (created[0] / LOCK).unlink()
         for folder in created:
             folder.rmdir()
 
@@ -152,36 +157,65 @@ def _remove_unused(created: Sequence[Path]) -> None:
 def _acquire(folder: Path) -> tuple[FileLock, Sequence[Path]]:
     """Lock a folder, creating it durably if missing, and return the lock and the folders that were created.
 
-    Raises LockedError, SettingsError, StorageError.
+    Start again if another process removes the folder or the lock file in the meantime. On mounts whose inode numbers
+    change, every attempt appears to lock a removed file, and the last one is accepted. Raises LockedError,
+    SettingsError, StorageError.
     """
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            lock, created, is_current = _acquire_once(folder)
+        except Timeout:
+            holder = _read_holder(folder)
+            message = f"{folder} is locked by another run ({holder}); run again when that run has ended"
+            raise LockedError(message) from None
+        except OSError as error:
+            # FileExistsError: `Path.mkdir` raises it if the folder exists, but disappears before its next call.
+            if isinstance(error, FileExistsError | FileNotFoundError) and attempts < ATTEMPTS:
+                continue
+            error_class = SettingsError if error.errno in USAGE_ERRORS else StorageError
+            raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
+        if is_current or attempts == ATTEMPTS:
+            return lock, created
+        lock.release()
+
+
+def _acquire_once(folder: Path) -> tuple[FileLock, Sequence[Path], bool]:
+    """Create a folder and lock it. Return the lock, the created folders, and whether the locked file is still there.
+
+    Raises Timeout, OSError, SettingsError, StorageError.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_folder(path.parent)
+    path = folder / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in missing:
-            fsync_folder(path.parent)
-        _check_lock(folder / LOCK)
-        lock = FileLock(folder / LOCK)
+        _check_lock(path)
+        lock = FileLock(path)
         lock.acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / 4)
-    except Timeout:
-        holder = _read_holder(folder)
-        message = f"{folder} is locked by another run ({holder}); run again when that run has ended"
-        raise LockedError(message) from None
-    except OSError as error:
-        error_class = SettingsError if error.errno in USAGE_ERRORS else StorageError
-        raise error_class(f"cannot write to {folder}: {error.strerror or error}") from error
-    return lock, missing
+        # While the file is open, no other file can get its inode, and a removed file does not return to its path. So if
+        # it is there now, it is the file that FileLock opened. FileLock itself checks this only in recent versions.
+        status = read_status(path)
+        is_current = status is not None and os.path.samestat(os.fstat(descriptor), status)
+    finally:
+        os.close(descriptor)
+    return lock, missing, is_current
 
 
 def _check_lock(path: Path) -> None:
-    """Create a lock file if it is missing, and check that it can be locked.
+    """Check that a file can be locked.
 
     Raises SettingsError if the file system has no locks, StorageError if the lock service may be down temporarily, and
-    OSError if the file cannot be opened. This check is needed because without flock, filelock treats any existing file
-    as locked, and that lock outlives its holder.
+    FileNotFoundError. This check is needed because without flock, filelock treats any existing file as locked, and that
+    lock outlives its holder.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         _is_locked(path)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         error_class: type[BatchInferError] = SettingsError
         advice = "mount its file system with support for flock (Lustre: -o flock, NFS: -o local_lock=flock)"
