@@ -323,6 +323,20 @@ def test_an_id_of_a_formerly_invalid_row_selects_all_its_images(table: Path, out
     assert json.loads(done.stdout)["left"] == 3, "the other row is left to run"
 
 
+def test_the_result_of_a_formerly_invalid_row_stands_for_all_its_images(table: Path, out: Path) -> None:
+    """A file that lists results has one key of such a row: its id and image 0."""
+    header = ["id", "prompt", "num_images_per_prompt"]
+    write_csv(table, [header, ["a", "a red circle", 2], ["b", "a blue square", 1]])
+    assert run(table, out).code == 0
+    write_csv(table, [header, ["a", "", 2], ["b", "a blue square", 1]])
+    assert run(table, out).code == 3
+    write_csv(table, [header, ["a", "a green star", 3], ["b", "a blue square", 1]])
+    file = write_csv(table.with_name("ids.csv"), [["id", "image_index"], ["a", "0"], ["b", "0"]])
+    done = retry(out, "--ids", file, "--status", "invalid", "--json")
+    assert (rendered(done), json.loads(done.stdout)["left"]) == (3, 0)
+    assert {(row["id"], row["prompt"]) for row in results(out)} == {("a", "a green star"), ("b", "a blue square")}
+
+
 def test_many_ids_are_looked_up_quickly(tmp_path: Path) -> None:
     """Each lookup takes one query of an index, not a pass over all ids."""
     file = write_csv(tmp_path / "ids.csv", [["id"], *([f"row {number}"] for number in range(100_000))])

@@ -15,7 +15,7 @@ from batch_infer.jobs.run_json import count_scanned_results, read_settings, refu
 from batch_infer.jobs.selected_ids import SelectedIds, select_ids
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.verify import ImageRecords, find_damaged_images
-from batch_infer.planning import Item, ManifestEntry
+from batch_infer.planning import Item, ManifestEntry, is_finished
 from batch_infer.records import ResultRow
 from batch_infer.settings import C2paSigner, RetryStatus, RunSettings
 from batch_infer.sinks import make_sink, parse_member
@@ -77,8 +77,9 @@ def retry_rows(
 class _SkipOthers:
     """Skips all images except the selected ones. This is a SkipRule.
 
-    An invalid row has one result. If the row is valid now and this result is selected, all its images are selected,
-    since the rule is called for a row's images in order. Rows that are invalid now are skipped.
+    An invalid row has one result. If the row is valid now and this result is selected, all its images without a result
+    of the present row are selected, since the rule is called for a row's images in order. Rows that are invalid now are
+    skipped.
     """
 
     def __init__(self, selection: RetrySelection, ids: SelectedIds | None, store: Store) -> None:
@@ -92,12 +93,15 @@ class _SkipOthers:
         self._faults.close()
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
-        if isinstance(item, ResultRow) or (self._ids is not None and not self._ids.has(item.key)):
-            return True
+        is_listed = self._ids is None or self._ids.has(item.key)
         if item.image_index == 0:
             self._selected_row = None
-        if committed is None:
-            return self._selected_row != item.id
+        if isinstance(item, ResultRow):
+            return True
+        if self._selected_row == item.id and not is_finished(item, committed):
+            return False
+        if committed is None or not is_listed:
+            return True
         is_faulty = committed.path is not None and self._is_faulty(item.key, committed.path)
         is_selected = is_faulty or not self._statuses or committed.status in self._statuses
         if is_selected and committed.status == "invalid":
