@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from batch_infer.jobs import out as outdir
 from batch_infer.jobs.selected_ids import select_ids
 from batch_infer.models.stable_diffusion import StableDiffusion
 from tests.runs import CommandResult, assert_whole, command, hashes, images, results, run, run_json
@@ -294,6 +295,37 @@ def test_unknown_ids_are_refused_before_anything_is_rendered(table: Path, out: P
     assert attempts(out) == {"a": 1, "b": 1}
 
 
+def test_a_retry_that_is_refused_changes_nothing(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert retry(out, "--id", "x").code == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    with outdir.locked(out):
+        done = retry(out, "--id", "x")
+    assert (done.code, "is locked" in done.stderr) == (75, True), "the manifest is not read without the lock"
+
+
+def test_rows_with_an_id_are_found_in_a_table_on_standard_input(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(table, out).code == 0
+    with table.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        done = retry(out, "-", "--id", "b", "--json")
+    assert rendered(done) == 1
+    assert attempts(out) == {"a": 1, "b": 2, "c": 1}
+
+
+def test_a_lost_image_with_a_selected_id_is_in_the_tables(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    record = run_json(out)
+    del record["summary"]  # as after a kill
+    (out / "run.json").write_text(json.dumps(record))
+    (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
+    image.unlink()
+    assert rendered(retry(out, "--id", "b", "--json")) == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -342,8 +374,8 @@ def test_many_ids_are_looked_up_quickly(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "ids.csv", [["id"], *([f"row {number}"] for number in range(100_000))])
     with select_ids(("x",), str(file)) as ids:
         assert ids is not None
-        assert all(ids.has((f"row {number}", number % 3)) for number in range(0, 100_000, 10))
-        assert not any(ids.has((f"none {number}", 0)) for number in range(10_000))
+        assert all(ids.match((f"row {number}", number % 3)) for number in range(0, 100_000, 10))
+        assert not any(ids.match((f"none {number}", 0)) for number in range(10_000))
         select = "SELECT 1 FROM keys WHERE id = ? AND image_index IN (?, -1)"
         plan = ids._database.execute(f"EXPLAIN QUERY PLAN {select}", ("", 0)).fetchall()
         assert "SEARCH keys USING PRIMARY KEY" in str(plan)

@@ -23,9 +23,10 @@ from batch_infer.jobs.recovery import remove_leftovers, retry_without_damaged_pa
 from batch_infer.jobs.run_folder import RunFolder
 from batch_infer.jobs.run_json import ScanRecord, parse_record
 from batch_infer.jobs.scan import ScanResult, commit_invalid, find_changes, scan_tables
+from batch_infer.jobs.selection import ALL_UNFINISHED, RowSelection
 from batch_infer.jobs.summary import Counts, Summary, Throughput
 from batch_infer.manifest import ManifestIndex
-from batch_infer.planning import SkipRule, is_finished, order_requests, select_pending
+from batch_infer.planning import order_requests, select_pending
 from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
@@ -41,8 +42,11 @@ log = logging.getLogger("batch_infer")
 class RunExecution:
     """Runs a job on an engine."""
 
-    def __init__(self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> None:
-        self._job, self._engine, self._progress, self._stop, self._skip = job, engine, progress, stop, skip
+    def __init__(
+        self, job: Job, engine: Engine, progress: Progress, stop: Callable[[], bool], selection: RowSelection
+    ) -> None:
+        self._job, self._engine, self._progress, self._stop = job, engine, progress, stop
+        self._selection = selection
         self._store, self._folder = job.store, RunFolder(job, stop)
         self._has_uncommitted_invalid = False
         """Whether invalid rows must still be committed, because OUT was not cleared when the tables were scanned."""
@@ -86,7 +90,7 @@ class RunExecution:
         self._summary, self._throughput = Summary(), None
         self._bytes_by_size.clear()
         digest = self._job.tables.compute_digest(self._job.rules)
-        if self._skip is is_finished and (finished := recognise_finished_run(self._job, digest)) is not None:
+        if self._selection == ALL_UNFINISHED and (finished := recognise_finished_run(self._job, digest)) is not None:
             scan, counts = finished
             for notice in self._job.tables.notices:
                 log.warning("%s", notice)
@@ -114,7 +118,12 @@ class RunExecution:
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
-        scan = scan_tables(self._job, index, self._skip, str(changes), writes=self._folder.is_cleared)
+        scan = scan_tables(self._job, index, self._selection.skip, str(changes), writes=self._folder.is_cleared)
+        try:
+            self._selection.check(index)
+        except UsageError:
+            self._folder.restore_record()
+            raise
         self._has_uncommitted_invalid = not self._folder.is_cleared
         self._record_scan(scan, tables_digest)
         return scan
@@ -183,7 +192,7 @@ class RunExecution:
             carried=job.tables.carried,
             run=job.number,
         )
-        pending = select_pending(job.items(index), index, self._skip)
+        pending = select_pending(job.items(index), index, self._selection.skip)
         collisions = make_sink(self._store).collisions(index)
         marked = (collisions.mark(request, request.replaces) for request in pending)
         requests = order_requests(marked, self._slots_of)

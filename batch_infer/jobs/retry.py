@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from batch_infer.jobs import out as outdir
 from batch_infer.jobs.job import use_current_endpoint, use_signer
@@ -13,6 +14,7 @@ from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.selected_ids import SelectedIds, select_ids
+from batch_infer.jobs.selection import RowSelection
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry, is_finished
@@ -59,11 +61,9 @@ def retry_rows(
     settings = replace(settings, rerender_changed=True)  # only the selected rows are rendered, even if others changed
     if not tables:
         refuse_unrepeatable_tables(record, store.location)
-    with select_ids(selection.ids, selection.ids_file) as ids:
-        if ids is not None:
-            ids.check(store, record, settings)
-        with closing(_SkipOthers(selection, ids, store)) as skip:
-            summary = render_tables(settings, progress, stop, skip)
+    with select_ids(selection.ids, selection.ids_file) as ids, closing(_SkipOthers(selection, ids, store)) as skip:
+        rows = RowSelection(skip) if ids is None else RowSelection(skip, partial(ids.check, store.location))
+        summary = render_tables(settings, progress, stop, rows)
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(store))
     if total < earlier_total:
         log.warning(
@@ -93,7 +93,7 @@ class _SkipOthers:
         self._faults.close()
 
     def __call__(self, item: Item, committed: ManifestEntry | None) -> bool:
-        is_listed = self._ids is None or self._ids.has(item.key)
+        is_listed = self._ids is None or self._ids.match(item.key)
         if item.image_index == 0:
             self._selected_row = None
         if isinstance(item, ResultRow):

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 
 from batch_infer.autotune import Probe
@@ -18,10 +19,10 @@ from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tabl
 from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
+from batch_infer.jobs.selection import ALL_UNFINISHED, RowSelection
 from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Summary
 from batch_infer.models import ModelCard
-from batch_infer.planning import SkipRule, is_finished
 from batch_infer.provenance import check_marks
 from batch_infer.settings import RunSettings
 from batch_infer.stopping import deferred
@@ -35,11 +36,14 @@ log = logging.getLogger("batch_infer")
 
 
 def render_tables(
-    settings: RunSettings, progress: Progress, stop: Callable[[], bool] = lambda: False, skip: SkipRule = is_finished
+    settings: RunSettings,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    selection: RowSelection = ALL_UNFINISHED,
 ) -> Summary:
     """Render the tables into OUT, continuing earlier runs unless --overwrite is given. Raises BatchInferError."""
     with _in_turn(stop):
-        return _render_tables(settings, progress, stop, skip)
+        return _render_tables(settings, progress, stop, selection)
 
 
 @contextmanager
@@ -60,7 +64,9 @@ def _in_turn(stop: Callable[[], bool]) -> Iterator[None]:
             _rendering.release()
 
 
-def _render_tables(settings: RunSettings, progress: Progress, stop: Callable[[], bool], skip: SkipRule) -> Summary:
+def _render_tables(
+    settings: RunSettings, progress: Progress, stop: Callable[[], bool], selection: RowSelection
+) -> Summary:
     started = time.monotonic()
     settings = make_paths_absolute(settings)
     check_sign_key(settings.output.sign_key)
@@ -77,7 +83,7 @@ def _render_tables(settings: RunSettings, progress: Progress, stop: Callable[[],
             with make_engine(settings, choose_actor_threads(settings, existing), rank, store) as engine:
                 job = prepare(settings, store, existing, tables, card, engine.detect_device())
                 with _run_log(store):
-                    execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, skip))
+                    execution = RunExecution(job, engine, progress, stop, _recover_if_needed(job, selection))
                     return execution.execute(started)
 
 
@@ -109,15 +115,16 @@ def _read_rank(settings: RunSettings) -> RankInfo | None:
     return rank
 
 
-def _recover_if_needed(job: Job, skip: SkipRule) -> SkipRule:
+def _recover_if_needed(job: Job, selection: RowSelection) -> RowSelection:
     """Recover OUT if the earlier run did not end cleanly, unless --overwrite is given.
 
-    Return a rule that skips what `skip` does, except images that are missing or damaged.
+    Return the selection with the images that are missing or damaged.
     """
     if job.settings.overwrite or ended_cleanly(job.earlier):
-        return skip
+        return selection
     missing = recover(job.store, job.record["recover_from"])
-    return lambda item, committed: item.key not in missing and skip(item, committed)
+    # Call the rule with missing images too: it may count the rows.
+    return replace(selection, skip=lambda item, committed: selection.skip(item, committed) and item.key not in missing)
 
 
 @contextmanager

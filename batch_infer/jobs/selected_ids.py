@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from batch_infer.errors import SettingsError, UsageError
-from batch_infer.jobs.job import open_tables
-from batch_infer.jobs.run_json import read_rules
-from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import make_finished_check
-from batch_infer.settings import RunSettings
-from batch_infer.store import Store, temporary_database
+from batch_infer.manifest import ManifestIndex
+from batch_infer.store import temporary_database
 from batch_infer.table import read_keys
 
 MAX_LISTED = 5
@@ -55,26 +50,24 @@ class SelectedIds:
         rows = ((name, ALL_IMAGES if index is None else index) for name, index in keys)
         self._database.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?, 0)", rows)
 
-    def has(self, key: tuple[str, int]) -> bool:
-        """Return whether an image is selected."""
-        select = f"SELECT 1 FROM keys WHERE id = ? AND image_index IN (?, {ALL_IMAGES})"
-        return self._database.execute(select, key).fetchone() is not None
+    def match(self, key: tuple[str, int]) -> bool:
+        """Return whether an image of the tables is selected, and remember that the tables have it."""
+        where = f"WHERE id = ? AND image_index IN (?, {ALL_IMAGES})"
+        matches = self._database.execute(f"SELECT is_in_tables FROM keys {where}", key).fetchall()
+        if (0,) in matches:
+            self._database.execute(f"UPDATE keys SET is_in_tables = 1 {where}", key)
+        return bool(matches)
 
-    def check(self, store: Store, record: Mapping[str, Any], settings: RunSettings) -> None:
-        """Check that OUT has a result of each selected image, and that the tables have its row.
+    def check(self, location: str, index: ManifestIndex) -> None:
+        """Check that OUT has a result of each selected image, and that `match` was called with it.
 
-        Raises SettingsError, and the errors of reading the tables and the manifest.
+        Raises UsageError, which names OUT by its location.
         """
-        with Manifest(store).index(on_damage=lambda _: None) as index:
-            if unknown := list(self._find_unknown(index)):
-                raise SettingsError(
-                    f"{store.location} has no result with {_list(unknown)}: check the ids, or render new rows with "
-                    "`batch-infer run`"
-                )
-            mark = f"UPDATE keys SET is_in_tables = 1 WHERE id = ? AND image_index IN (?, {ALL_IMAGES})"
-            with open_tables(settings) as tables:
-                items = tables.read_rows(read_rules(record, store.location), make_finished_check(index))
-                self._database.executemany(mark, (item.key for item in items))
+        if unknown := list(self._find_unknown(index)):
+            raise SettingsError(
+                f"{location} has no result with {_list(unknown)}: check the ids, or render new rows with "
+                "`batch-infer run`"
+            )
         rows = self._database.execute("SELECT id, image_index FROM keys WHERE NOT is_in_tables")
         if missing := list(rows):
             raise UsageError(
