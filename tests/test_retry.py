@@ -222,6 +222,12 @@ def test_a_run_json_without_settings_is_named(table: Path, out: Path) -> None:
 # Ids
 
 
+def lose(out: Path, name: str) -> None:
+    """Remove the image of a row."""
+    (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == name)
+    image.unlink()
+
+
 def rendered(done: CommandResult) -> int:
     assert done.code == 0, done.stderr
     return int(json.loads(done.stdout)["rendered"])
@@ -234,6 +240,18 @@ def test_rows_with_an_id_are_rendered_again_whatever_their_status(table: Path, o
     assert attempts(out) == {"a": 2, "b": 1, "c": 2}
     assert hashes(out) == before
     assert_whole(out)
+
+
+def test_the_reasons_of_a_retry_are_logged(table: Path, out: Path) -> None:
+    assert run(table, out).code == 0
+    assert "1 to render: 1 selected by id;" in retry(out, "--id", "a").stderr
+    lose(out, "b")
+    assert "1 to render: 1 missing or damaged;" in retry(out, "--status", "missing").stderr
+    lose(out, "b")
+    record = run_json(out)
+    del record["summary"]  # as after a kill
+    (out / "run.json").write_text(json.dumps(record))
+    assert "2 to render: 1 selected by id, 1 missing or damaged;" in retry(out, "--id", "a").stderr
 
 
 @pytest.mark.parametrize(
@@ -321,8 +339,7 @@ def test_a_lost_image_with_a_selected_id_is_in_the_tables(table: Path, out: Path
     record = run_json(out)
     del record["summary"]  # as after a kill
     (out / "run.json").write_text(json.dumps(record))
-    (image,) = (out / row["generated_image"] for row in results(out) if row["id"] == "b")
-    image.unlink()
+    lose(out, "b")
     assert rendered(retry(out, "--id", "b", "--json")) == 1
 
 

@@ -17,6 +17,7 @@ from batch_infer.errors import DamagedPartError, SettingsError, StorageError, Ta
 from batch_infer.jobs import (
     Counts,
     Job,
+    RowSelection,
     check_identity,
     create_run_json,
     make_results_schema,
@@ -161,7 +162,7 @@ class MiniBatchScorer:
             owner = getattr(entry, "source_file", source[0])
             return is_finished(item, entry) and (owner == source[0] or owner not in folder.existing)
 
-        scan_tables(job, self._index, is_skipped)
+        scan_tables(job, self._index, RowSelection(is_skipped))
         self._update_index()
         pending = select_pending(job.items(self._index), self._index, is_skipped)
         self._renderer.render(job, pending, self._index)

@@ -23,6 +23,7 @@ from batch_infer.jobs.rescorer import RescoreCounts
 from batch_infer.jobs.retry import RetrySelection, retry_rows
 from batch_infer.jobs.run import join_run, render_tables
 from batch_infer.jobs.scan import ScanResult, format_reasons, scan_tables
+from batch_infer.jobs.selection import RowSelection
 from batch_infer.jobs.status import RunStatus, read_status
 from batch_infer.jobs.summary import MAX_BAD_RESULTS, Counts, Summary, Throughput
 from batch_infer.jobs.verify import Problem, Sample, Verification, VerifyOptions, verify_run
@@ -47,6 +48,7 @@ __all__ = [
     "Progress",
     "RescoreCounts",
     "RetrySelection",
+    "RowSelection",
     "RunStatus",
     "Sample",
     "ScanResult",

@@ -118,7 +118,7 @@ class RunExecution:
         changes = find_changes(self._job, index)
         changes.refuse(self._job)
         self._folder.update_record()
-        scan = scan_tables(self._job, index, self._selection.skip, str(changes), writes=self._folder.is_cleared)
+        scan = scan_tables(self._job, index, self._selection, str(changes), writes=self._folder.is_cleared)
         try:
             self._selection.check(index)
         except UsageError:

@@ -14,7 +14,7 @@ from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.run import render_tables
 from batch_infer.jobs.run_json import count_scanned_results, read_settings, refuse_unrepeatable_tables
 from batch_infer.jobs.selected_ids import SelectedIds, select_ids
-from batch_infer.jobs.selection import RowSelection
+from batch_infer.jobs.selection import LOST, RowSelection
 from batch_infer.jobs.summary import Summary
 from batch_infer.jobs.verify import ImageRecords, find_damaged_images
 from batch_infer.planning import Item, ManifestEntry, is_finished
@@ -37,6 +37,12 @@ class RetrySelection:
     statuses: tuple[RetryStatus, ...] = ()
     ids: tuple[str, ...] = ()
     ids_file: str | None = None
+
+    def explain(self, _: Item, committed: ManifestEntry) -> str | None:
+        """Return why a selected row is rendered again, or None if the reason is the status of its result."""
+        if not self.statuses:
+            return "selected by id"
+        return None if committed.status in self.statuses else LOST
 
 
 def retry_rows(
@@ -62,7 +68,9 @@ def retry_rows(
     if not tables:
         refuse_unrepeatable_tables(record, store.location)
     with select_ids(selection.ids, selection.ids_file) as ids, closing(_SkipOthers(selection, ids, store)) as skip:
-        rows = RowSelection(skip) if ids is None else RowSelection(skip, partial(ids.check, store.location))
+        rows = RowSelection(skip, explain=selection.explain)
+        if ids is not None:
+            rows = replace(rows, check=partial(ids.check, store.location))
         summary = render_tables(settings, progress, stop, rows)
     earlier_total, total = count_scanned_results(record), count_scanned_results(outdir.read_existing_run(store))
     if total < earlier_total:

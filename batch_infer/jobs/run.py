@@ -19,7 +19,7 @@ from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tabl
 from batch_infer.jobs.progress import Progress
 from batch_infer.jobs.recovery import recover
 from batch_infer.jobs.run_json import ended_cleanly
-from batch_infer.jobs.selection import ALL_UNFINISHED, RowSelection
+from batch_infer.jobs.selection import ALL_UNFINISHED, LOST, RowSelection
 from batch_infer.jobs.signing import check_sign_key
 from batch_infer.jobs.summary import Summary
 from batch_infer.models import ModelCard
@@ -124,7 +124,11 @@ def _recover_if_needed(job: Job, selection: RowSelection) -> RowSelection:
         return selection
     missing = recover(job.store, job.record["recover_from"])
     # Call the rule with missing images too: it may count the rows.
-    return replace(selection, skip=lambda item, committed: selection.skip(item, committed) and item.key not in missing)
+    return replace(
+        selection,
+        skip=lambda item, committed: selection.skip(item, committed) and item.key not in missing,
+        explain=lambda item, committed: LOST if item.key in missing else selection.explain(item, committed),
+    )
 
 
 @contextmanager

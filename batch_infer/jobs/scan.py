@@ -10,9 +10,10 @@ from typing import Any
 from batch_infer.errors import SettingsError
 from batch_infer.jobs.job import Job
 from batch_infer.jobs.run_json import parse_record
+from batch_infer.jobs.selection import RowSelection
 from batch_infer.jobs.summary import JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
-from batch_infer.planning import Item, ManifestEntry, SkipRule, make_finished_check, split_batches
+from batch_infer.planning import Item, ManifestEntry, make_finished_check, split_batches
 from batch_infer.records import FINAL_STATUSES, PromptRequest, ResultRow
 from batch_infer.sinks import make_sink
 from batch_infer.table import RowRules
@@ -57,7 +58,8 @@ class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", 
     changes: str = ""
     uncommitted: int = 0
 
-    def add(self, item: Item, committed: ManifestEntry | None, *, skip: bool) -> None:
+    def add(self, item: Item, committed: ManifestEntry | None, *, skip: bool, reason: str | None = None) -> None:
+        """Count a result. `reason` is why it is pending although it is current, if not for its status."""
         self.total += 1
         current = committed if committed is not None and committed.fingerprint == item.fingerprint else None
         if isinstance(item, ResultRow):
@@ -69,7 +71,7 @@ class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", 
             self.skipped[status] = self.skipped.get(status, 0) + 1
         else:
             self.pending += 1
-            reason = explain_pending(item, committed)
+            reason = explain_pending(item, committed, reason)
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
             size = item.params.height, item.params.width
             if size not in self.sizes:
@@ -81,15 +83,18 @@ class ScanResult(JsonStruct, rename={"finished": "done", "skipped": "standing", 
         return format_reasons(self.reasons, self.changes)
 
 
-def explain_pending(item: Item, committed: ManifestEntry | None) -> str:
-    """Return why an item with this committed result is pending."""
+def explain_pending(item: Item, committed: ManifestEntry | None, current_reason: str | None = None) -> str:
+    """Return why an item with this committed result is pending.
+
+    `current_reason` is the reason if the result is current, or None if its status is the reason.
+    """
     if committed is None:
         return "new"
     if committed.status == "invalid":
         return "invalid before"
     if committed.fingerprint != item.fingerprint:
         return "changed"
-    return "finished before" if committed.status == "ok" else f"{committed.status} before"
+    return current_reason or f"{committed.status} before"
 
 
 def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
@@ -101,7 +106,7 @@ def format_reasons(reasons: Mapping[str, int], changes: str) -> str:
 
 
 def scan_tables(
-    job: Job, index: ManifestIndex, skip: SkipRule, changes: str = "", *, writes: bool = True
+    job: Job, index: ManifestIndex, selection: RowSelection, changes: str = "", *, writes: bool = True
 ) -> ScanResult:
     """Count the results of the tables, and commit new invalid rows, which need no device.
 
@@ -115,8 +120,9 @@ def scan_tables(
         nonlocal new_invalid
         for item in job.items(index):
             committed = index.find(item.key)
-            is_skipped = skip(item, committed)
-            result.add(item, committed, skip=is_skipped)
+            is_skipped = selection.skip(item, committed)
+            reason = selection.explain(item, committed) if committed and not is_skipped else None
+            result.add(item, committed, skip=is_skipped, reason=reason)
             if isinstance(item, ResultRow) and not is_skipped:
                 new_invalid += 1
                 level = logging.WARNING if new_invalid <= MAX_LOGGED_INVALID else logging.DEBUG
