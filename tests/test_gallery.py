@@ -128,15 +128,15 @@ def test_the_gallery_shows_every_result(finished: Callable[[str], Path], sink: s
 
 def test_the_summary_is_a_few_lines(out: Path) -> None:
     path_of(out, "a").unlink()
-    done = command("gallery", out, "--limit", "3")
+    done = command("gallery", out, "--max-results", "3")
     assert done.code == 0
     assert done.stdout.splitlines() == [
         f"gallery  {out}/gallery/index.html",
         "3 results · 2 thumbnails made",
-        "2 results left out by --limit or --status: give a larger --limit or other statuses to include them",
+        "2 results left out by --max-results or --only-status: give a larger number or other statuses",
         f"1 image missing or damaged: `batch-infer retry {out} --status missing --status damaged` renders them again",
     ]
-    assert command("gallery", out, "--limit", "3", "-q").stdout == ""
+    assert command("gallery", out, "--max-results", "3", "-q").stdout == ""
     (row, *_) = read_rows(out / "gallery")
     assert (row["_thumb"], row["_image"], row["_problem"]) == (None, None, "its file is missing")
 
@@ -159,11 +159,11 @@ def test_a_changed_image_gets_a_new_thumbnail_and_the_old_one_is_removed(out: Pa
 
 
 def test_statuses_and_the_limit_select_results(out: Path) -> None:
-    report = gallery(out, "--status", "ok", "--status", "invalid", "--limit", "2")
+    report = gallery(out, "--only-status", "ok", "--only-status", "invalid", "--max-results", "2")
     assert (report["results"], report["left_out"]) == (2, 3)
     assert [row["id"] for row in read_rows(out / "gallery")] == ["a", HOSTILE]
     assert read_meta(out / "gallery")["left_out"] == 3
-    assert gallery(out, "--status", "failed")["results"] == 0
+    assert gallery(out, "--only-status", "failed")["results"] == 0
 
 
 def test_an_unfinished_run_is_shown_from_its_manifest(out: Path) -> None:
@@ -178,7 +178,7 @@ def test_an_unfinished_run_is_shown_from_its_manifest(out: Path) -> None:
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))
     gallery(out)
     assert read_rows(out / "gallery") == expected
-    report = gallery(out, "--status", "flagged")
+    report = gallery(out, "--only-status", "flagged")
     assert (report["results"], report["left_out"]) == (1, 4)
 
 
@@ -418,14 +418,43 @@ def test_the_time_limit_ends_a_gallery_and_keeps_the_old_page(out: Path) -> None
 
 
 def test_python_makes_a_gallery(out: Path, tmp_path: Path) -> None:
-    made = batch_infer.gallery(out, status="ok", limit=2, threads=1)
+    made = batch_infer.gallery(out, only_status="ok", max_results=2, thumbnail_threads=1)
     assert isinstance(made, batch_infer.Gallery)
     assert (made.path, made.results, made.left_out) == (str(out / "gallery/index.html"), 2, 3)
-    assert batch_infer.gallery(out, tmp_path / "to", status=["ok", "flagged"]).results == 4
+    assert batch_infer.gallery(out, tmp_path / "to", only_status=["ok", "flagged"]).results == 4
     assert callable(batch_infer.gallery), "no module has replaced the function"
-    for options in ({"limit": 0}, {"threads": 1.5}, {"status": "done"}, {"thumbnail_size": "x"}):
-        with pytest.raises(SettingsError):
-            batch_infer.gallery(out, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_results": 0}, {"max_results": True}, {"only_status": "done"}, {"only_status": ["ok", "missing"]}),
+        *({"thumbnail_size": 31}, {"thumbnail_size": "x"}, {"thumbnail_threads": 0}, {"thumbnail_threads": 1.5}),
+        {"time_limit": "soon"},
+    ],
+    ids=str,
+)
+def test_python_refuses_what_the_command_refuses(out: Path, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(SettingsError, match=f"^{name}="):
+        batch_infer.gallery(out, **options)
+    assert not (out / "gallery").exists()
+
+
+def test_errors_name_the_arguments_of_python(out: Path) -> None:
+    with pytest.raises(SettingsError, match="^to .* is in a folder of "):
+        batch_infer.gallery(out, out / "images")
+
+
+def test_settings_for_other_commands_do_not_change_the_gallery(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of options serves several commands: `limit`, `status` and `threads` are of `run` and `retry`."""
+    monkeypatch.setenv("BATCH_INFER_STATUS", "missing")
+    monkeypatch.setenv("BATCH_INFER_THREADS", "1")
+    (out.parent / "job.toml").write_text("limit = 1\n")
+    assert gallery(out, "--config", out.parent / "job.toml")["results"] == 5
+    monkeypatch.setenv("BATCH_INFER_ONLY_STATUS", "ok")
+    (out.parent / "job.toml").write_text("max-results = 2\n")
+    assert gallery(out, "--config", out.parent / "job.toml")["results"] == 2
 
 
 def test_python_stops_at_the_time_limit(out: Path) -> None:

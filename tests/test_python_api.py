@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -29,6 +29,7 @@ from batch_infer import spawning
 from batch_infer.api.calls import name_arguments
 from batch_infer.autotune.probe import Probe
 from batch_infer.cli.keywords import options_by_keyword
+from batch_infer.cli.main import commands
 from batch_infer.errors import (
     BatchInferError,
     ModelError,
@@ -72,15 +73,22 @@ def run(table: Any, out: Path, **options: Any) -> batch_infer.Summary:
 def test_arguments_are_the_options_of_the_command() -> None:
     parameters = dict(inspect.signature(batch_infer.run).parameters)
     del parameters["table"], parameters["progress"]
-    options = options_by_keyword()
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
+    check_parameters(parameters, options_by_keyword())
+    assert inspect.signature(batch_infer.plan).parameters == inspect.signature(batch_infer.run).parameters
+    parameters = dict(inspect.signature(batch_infer.gallery).parameters)
+    del parameters["out"], parameters["progress"]
+    check_parameters(parameters, options_by_keyword(commands.commands["gallery"]))
+
+
+def check_parameters(parameters: Mapping[str, inspect.Parameter], options: Mapping[str, click.Option]) -> None:
+    """Check that the parameters have the names, the order and the defaults of the options."""
     assert list(parameters) == list(options)
     context = click.Context(click.Command("run"))
     for name, parameter in parameters.items():
         default = options[name].get_default(context)
         known = default if isinstance(default, (str, int, float, bool)) else None
-        assert parameter.kind is parameter.KEYWORD_ONLY
         assert str(parameter.default) == str(() if options[name].multiple else known), name
-    assert inspect.signature(batch_infer.plan).parameters == inspect.signature(batch_infer.run).parameters
 
 
 def test_importing_the_package_loads_no_library() -> None:
@@ -372,7 +380,7 @@ def test_a_plan_names_the_refusal(tmp_path: Path) -> None:
     ],
 )
 def test_errors_name_the_arguments_of_the_call(message: str, named: str) -> None:
-    assert name_arguments(message) == named
+    assert name_arguments(message, options_by_keyword()) == named
 
 
 def test_the_time_limit_raises(tmp_path: Path) -> None:

@@ -49,18 +49,26 @@ def make_settings(table: Table, keywords: Mapping[str, Any]) -> Iterator[tuple[s
     if read_rank_info() is not None:
         raise SettingsError("batch_infer.run does not run under a launcher: use the command `batch-infer run`")
     arguments, tables = name_tables(table)
-    with in_memory_tables(tables):
-        try:
-            yield cli.make_settings(arguments, keywords)
-        except BatchInferError as error:
-            if len(error.args) == 1 and isinstance(error.args[0], str):
-                error.args = (name_arguments(error.args[0]),)
-            raise
+    with in_memory_tables(tables), named_arguments(cli.options_by_keyword()):
+        yield cli.make_settings(arguments, keywords)
 
 
-def name_arguments(message: str) -> str:
-    """Replace the options in a message by the arguments of `run`, except in commands, which are in backquotes."""
-    options = cli.options_by_keyword()
+@contextmanager
+def named_arguments(options: Mapping[str, click.Option]) -> Iterator[None]:
+    """Inside the context, let the messages of errors name the arguments of a function instead of its options."""
+    try:
+        yield
+    except BatchInferError as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (name_arguments(error.args[0], options),)
+        raise
+
+
+def name_arguments(message: str, options: Mapping[str, click.Option]) -> str:
+    """Replace the options in a message by the arguments of a function, except in commands, which are in backquotes.
+
+    `options` are those of the command, by the name of the argument.
+    """
 
     def name(match: re.Match[str]) -> str:
         keyword = match[1].replace("-", "_")

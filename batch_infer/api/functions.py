@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from batch_infer import cli
 from batch_infer import settings as s
@@ -20,6 +20,7 @@ from batch_infer.api.calls import (
     make_settings,
     name_arguments,
     name_tables,
+    named_arguments,
     parse_out,
     parse_time_limit,
     stoppable,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+GALLERY_COMMAND = cli.commands.commands["gallery"]
 
 
 def run(
@@ -170,8 +172,8 @@ def _takes_arguments_of(other: Callable[P, object]) -> Callable[[Callable[..., T
 def plan(table: Table, **options: Any) -> Plan:
     """Return what `run` with the same arguments would do, without rendering.
 
-    `time_limit`, `metrics_file` and `progress` have no effect. If `run` would refuse changed defaults, `refusal` is its
-    message. Raises the other errors that `run` raises before it renders.
+    `time_limit`, `metrics_file`, `gallery` and `progress` have no effect. If `run` would refuse changed defaults,
+    `refusal` is its message. Raises the other errors that `run` raises before it renders.
     """
     with make_settings(table, options) as (settings, _):
         first_results: list[str] = []
@@ -182,7 +184,7 @@ def plan(table: Table, **options: Any) -> Plan:
 
         plan = make_plan(settings, report)
     plan.bad_results = first_results
-    plan.refusal = plan.refusal and name_arguments(plan.refusal)
+    plan.refusal = plan.refusal and name_arguments(plan.refusal, cli.options_by_keyword())
     return plan
 
 
@@ -195,10 +197,10 @@ def gallery(
     out: PathLike,
     to: PathLike | None = None,
     *,
-    limit: int = MAX_RESULTS,
-    status: Status | Sequence[Status] = (),
+    max_results: int = MAX_RESULTS,
+    only_status: Status | Sequence[Status] = (),
     thumbnail_size: int = THUMBNAIL_SIZE,
-    threads: int | None = None,
+    thumbnail_threads: int | None = None,
     time_limit: float | str | None = None,
     progress: bool = False,
 ) -> Gallery:
@@ -207,17 +209,14 @@ def gallery(
     Arguments are the options of `batch-infer gallery`. Raises UsageError, and RetryableError, for example at the time
     limit.
     """
-    statuses = cast("tuple[Status, ...]", (status,) if isinstance(status, str) else tuple(status))
-    for name, value in (("limit", limit), ("thumbnail_size", thumbnail_size), ("threads", threads or 1)):
-        if not isinstance(value, int) or value < 1:
-            raise SettingsError(f"{name}={value!r}: pass a whole number from 1")
-    if unknown := [name for name in statuses if name not in get_args(Status)]:
-        raise SettingsError(f"status={unknown[0]!r}: pass {', '.join(get_args(Status))}, or several of them")
+    values = cli.convert_keywords(GALLERY_COMMAND, locals())
+    sizes = values["thumbnail_size"], values["thumbnail_threads"]
     target = None if to is None else parse_out(to)
-    options = GalleryOptions(target, limit, statuses, thumbnail_size, threads)
+    options = GalleryOptions(target, values["max_results"], values["statuses"], *sizes)
     bar_type = cli.find_bar_type() if progress else None
     with (
-        stoppable(parse_time_limit(time_limit), hint=OLD_PAGE) as stop,
+        named_arguments(cli.options_by_keyword(GALLERY_COMMAND)),
+        stoppable(values["time_limit"], hint=OLD_PAGE) as stop,
         closing(cli.CheckProgress("image", "added", shown=progress, bar_type=bar_type)) as check_progress,
     ):
 

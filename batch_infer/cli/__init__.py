@@ -5,7 +5,7 @@ Slow libraries are imported only when a command runs, so that --help is fast.
 
 from batch_infer.cli.config import detect_log_format, with_suggestion
 from batch_infer.cli.gallery import update_gallery
-from batch_infer.cli.keywords import make_settings, options_by_keyword
+from batch_infer.cli.keywords import convert_keywords, make_settings, options_by_keyword
 from batch_infer.cli.logs import is_json, log_error, restore_stderr, set_up_logging
 from batch_infer.cli.main import commands, settings_from_environment
 from batch_infer.cli.metrics import Metrics
@@ -21,6 +21,7 @@ __all__ = [
     "ProgressBar",
     "ProgressGroup",
     "commands",
+    "convert_keywords",
     "detect_log_format",
     "find_bar_type",
     "format_count",

@@ -52,16 +52,16 @@ THUMBNAIL_SIZES = click.IntRange(32, 1024)
         "Use it for a private bucket. Default: OUT/gallery, which links to the images of OUT.",
     ),
     option(
-        "--limit",
+        "--max-results",
         type=POSITIVE,
         default=100_000,
         metavar="N",
         help="Show only the first N results. The page keeps all rows in memory.",
     ),
     option(
-        "--status",
+        "--only-status",
         "statuses",
-        envvar="BATCH_INFER_STATUS",
+        envvar="BATCH_INFER_ONLY_STATUS",
         type=click.Choice(get_args(Status)),
         multiple=True,
         help="Show only results with this status. Repeatable.",
@@ -73,7 +73,12 @@ THUMBNAIL_SIZES = click.IntRange(32, 1024)
         metavar="PX",
         help="Longer side of the thumbnails. They are never larger than their images.",
     ),
-    option("--threads", type=POSITIVE, metavar="N", help="Threads that make thumbnails. Default: one per core."),
+    option(
+        "--thumbnail-threads",
+        type=POSITIVE,
+        metavar="N",
+        help="Threads that make thumbnails. Default: one per core, and at least 16 for an object store.",
+    ),
     check_time_limit_option,
     json_option,
     progress_option,
@@ -82,10 +87,10 @@ def gallery(
     *,
     out: str,
     to: str | None,
-    limit: int,
+    max_results: int,
     statuses: tuple[Status, ...],
     thumbnail_size: int,
-    threads: int | None,
+    thumbnail_threads: int | None,
     time_limit: float | None,
     as_json: bool,
     no_progress: bool,
@@ -112,7 +117,7 @@ def gallery(
             if stop():
                 raise stop.error()
 
-        options = GalleryOptions(to, limit, statuses, thumbnail_size, threads)
+        options = GalleryOptions(to, max_results, statuses, thumbnail_size, thumbnail_threads)
         result = make_gallery(out, options, report, out)
     if not quiet:
         print_result(gallery_lines(result, out), result.as_dict() if as_json else None)
@@ -150,7 +155,7 @@ def gallery_lines(result: Gallery, out: str) -> Iterator[str]:
     yield f"{format_count(result.results, 'result')} · {format_count(result.made, 'thumbnail')} made{kept}"
     if result.left_out:
         left_out = format_count(result.left_out, "result")
-        yield f"{left_out} left out by --limit or --status: give a larger --limit or other statuses to include them"
+        yield f"{left_out} left out by --max-results or --only-status: give a larger number or other statuses"
     if result.unreadable:
         yield (
             f"{format_count(result.unreadable, 'image')} missing or damaged: `batch-infer retry {out} --status missing "

@@ -1,9 +1,10 @@
-"""Turn the keyword arguments of `batch_infer.run` into settings, with the checks of the command's options."""
+"""Check keyword arguments of the Python API as options of the commands, and turn those of `run` into settings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -20,18 +21,25 @@ def make_settings(tables: tuple[str, ...], keywords: Mapping[str, Any]) -> tuple
     Keywords have the long names of the options, with underscores for hyphens. Neither BATCH_INFER_ variables nor
     configuration files are read, but the variables of the content safety service are.
     """
-    context = click.Context(run)
-    values: dict[str, Any] = {"tables": tables}
-    for name, option in options_by_keyword().items():
-        values[str(option.name)] = _convert(name, keywords.get(name), option, context)
+    values = {"tables": tables, **convert_keywords(run, keywords)}
     return make_run_settings(values), values
 
 
-def options_by_keyword() -> dict[str, click.Option]:
-    """Return the options of `run` for which `batch_infer.run` has a keyword argument."""
+def convert_keywords(command: click.Command, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a command's options under click's names. Raises SettingsError.
+
+    An option without a keyword, or with None, has its default.
+    """
+    context = click.Context(command)
+    options = options_by_keyword(command)
+    return {str(option.name): _convert(name, keywords.get(name), option, context) for name, option in options.items()}
+
+
+def options_by_keyword(command: click.Command = run) -> dict[str, click.Option]:
+    """Return the options of a command for which its function in Python has a keyword argument."""
     names = {
         next(opt for opt in option.opts if opt.startswith("--")).removeprefix("--").replace("-", "_"): option
-        for option in run.params
+        for option in command.params
         if isinstance(option, click.Option)
     }
     shell_only = ("config", "json", "no_progress", "quiet", "verbose", "log_format")
@@ -71,4 +79,5 @@ def _to_text(name: str, value: Any) -> str:
         return os.fsdecode(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise SettingsError(f"{name}={value!r}: pass a string or a number")
-    return str(value)
+    text = str(value)
+    return f"{Decimal(text):f}" if isinstance(value, float) and "e-" in text else text  # durations have no exponents

@@ -33,12 +33,13 @@ FOLDERS_LISTED = 64
 class GalleryOptions:
     """What to show and where.
 
-    `to` is a folder or URL for a gallery that contains all that it shows, or None for OUT/gallery. At most `limit`
-    results are shown, and with `statuses` only those with one of them. `threads` is None for one per core.
+    `to` is a folder or URL for a gallery that contains all that it shows, or None for OUT/gallery. At most
+    `max_results` results are shown, and with `statuses` only those with one of them. `threads` is None for one per
+    core.
     """
 
     to: str | None = None
-    limit: int = MAX_RESULTS
+    max_results: int = MAX_RESULTS
     statuses: tuple[Status, ...] = ()
     thumbnail_size: int = THUMBNAIL_SIZE
     threads: int | None = None
@@ -47,9 +48,9 @@ class GalleryOptions:
 class Gallery(JsonStruct):
     """A gallery that was made. `path` is the page to open.
 
-    `results` is the number of results that it shows, and `left_out` that of results that `limit` or `statuses` left
-    out. `made` and `kept` are the numbers of thumbnails that were made and that existed. `unreadable` is the number of
-    images that are missing or damaged.
+    `results` is the number of results that it shows, and `left_out` that of results that `max_results` or `statuses`
+    left out. `made` and `kept` are the numbers of thumbnails that were made and that existed. `unreadable` is the
+    number of images that are missing or damaged.
     """
 
     path: str
@@ -76,7 +77,7 @@ def make_gallery(
     store = open_store(to_absolute(out))
     outdir.read_existing_run(store)
     target = _open_target(store, options.to)
-    snapshot, left_out = take_snapshot(store, options.statuses, options.limit)
+    snapshot, left_out = take_snapshot(store, options.statuses, options.max_results)
     with snapshot, target.locked() as gallery_store:
         images = _Images(store, is_linked=options.to is None)
         cores = count_cores()

@@ -54,8 +54,8 @@ def main() -> None:
     measure("verify --quick", [*BATCH_INFER, "verify", OUT, "--quick"], folder)
     if arguments.images:
         limit = str(arguments.rows)
-        measure("gallery", [*BATCH_INFER, "gallery", OUT, "--limit", limit], folder)
-        measure("gallery, again", [*BATCH_INFER, "gallery", OUT, "--limit", limit], folder)
+        measure("gallery", [*BATCH_INFER, "gallery", OUT, "--max-results", limit], folder)
+        measure("gallery, again", [*BATCH_INFER, "gallery", OUT, "--max-results", limit], folder)
         measure("sha256sum, cold", HASH, folder)
         seconds = measure("verify", [*BATCH_INFER, "verify", OUT], folder)
         print(f"{seconds / measure('sha256sum', HASH, folder):.2f} times the time of sha256sum")
