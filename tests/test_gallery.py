@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -377,34 +378,55 @@ def test_a_run_makes_and_updates_its_gallery(table: Path, tmp_path: Path) -> Non
 
 
 def test_a_failing_gallery_does_not_change_the_exit_code(table: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "o ut"
     (out / "gallery").mkdir(parents=True)
     (out / "gallery/photo.jpg").write_bytes(b"x")
     done = runs.run(table, out, *OPTIONS, "--gallery")
     assert done.code == 0
     assert "the gallery is not updated" in done.stderr
-    assert f"run `batch-infer gallery {out}`" in done.stderr
+    assert f"run `batch-infer gallery '{out}'` to make it later" in done.stderr
 
 
-def test_a_stop_during_the_gallery_does_not_change_the_exit_code(
-    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (StopRequested(), "the gallery is not updated, because the command was stopped: run `batch-infer gallery"),
+        (pa.ArrowInvalid("odd"), "the gallery is not updated because of a bug; the results are complete\nTraceback"),
+    ],
+)
+def test_a_run_whose_gallery_is_interrupted_ends_as_without_it(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise StopRequested
+    """The results, the metrics and the exit code are those of the run, and the summary says that the page is old."""
+    gallery(out)
+    metrics = out.parent / "m.prom"
 
-    monkeypatch.setattr(jobs, "make_gallery", stop)
-    done = runs.run(table, out, *OPTIONS, "--gallery")
-    assert (done.code, "the gallery is not updated: it was stopped" in done.stderr) == (0, True)
+    def fail(*_: object, **__: object) -> None:
+        assert re.search(r"^batch_infer_running{.*} 0", metrics.read_text(), re.MULTILINE), "they do not wait for it"
+        raise error
+
+    monkeypatch.setattr(jobs, "make_gallery", fail)
+    path_of(out, "a").unlink()
+    done = command("retry", out, "--status", "missing", "--gallery", "--metrics-file", metrics)
+    assert (done.code, message in done.stderr) == (0, True), done.stderr
+    assert re.search(r"^batch_infer_exit_code{.*} 0", metrics.read_text(), re.MULTILINE)
+    assert f"{out}/gallery/index.html (without the new images; update it with" in done.stdout
 
 
-@pytest.mark.parametrize("seconds", [1000.0, -1.0])
-def test_after_a_stop_the_gallery_is_made_if_there_is_time(
-    out: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, caplog: pytest.LogCaptureFixture
+def test_a_stopped_run_makes_no_gallery(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not cli_gallery.update_gallery(str(out), lambda: True)
+    assert "because the command was stopped" in caplog.text
+    assert not (out / "gallery").exists()
+
+
+def test_a_run_does_not_wait_for_another_command_that_makes_its_gallery(
+    out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cli_gallery, "QUICK_SECONDS", seconds)
-    cli_gallery.update_gallery(str(out), lambda: True)
-    assert (out / "gallery/index.html").exists() == (seconds > 0)
-    assert ("the gallery is not updated: there was no time" in caplog.text) == (seconds < 0)
+    gallery(out)
+    with open_store(out / "gallery").locked():
+        assert not cli_gallery.update_gallery(str(out), lambda: False)
+    assert f"another command is making it: run `batch-infer gallery {out}` after that" in caplog.text
+    assert cli_gallery.update_gallery(str(out), lambda: False)
 
 
 def test_the_time_limit_ends_a_gallery_and_keeps_the_old_page(out: Path) -> None:

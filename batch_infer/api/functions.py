@@ -129,8 +129,8 @@ def run(
             has_too_many = not settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows)
             code = StoppedError.exit_code if summary.unfinished else TooManyFailedError.exit_code * has_too_many
             metrics.conclude(summary, code)
-            if gallery:
-                cli.update_gallery(settings.out, stop)
+        if gallery:
+            cli.update_gallery(settings.out, stop)
     if summary.unfinished:
         reason = f"{TIME_LIMIT} was reached" if stop.reason == TIME_LIMIT else "stopped early"
         left = cli.format_count(summary.unfinished, "image")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, get_args
@@ -22,21 +20,19 @@ from batch_infer.cli.options import (
     progress_option,
 )
 from batch_infer.cli.progress import CheckProgress
-from batch_infer.cli.report import format_count, print_result, stoppable
-from batch_infer.errors import BatchInferError, StoppedError
+from batch_infer.cli.report import format_count, line, print_result, quote_command, stoppable
+from batch_infer.errors import BatchInferError, LockedError
 from batch_infer.records import Status
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Gallery
 
-QUICK_SECONDS = 2.0
-"""Number of seconds for the gallery of a run that a signal or the time limit stopped."""
 gallery_option = option(
     "--gallery",
     is_flag=True,
-    help="At the end, make or update the page of `batch-infer gallery OUT`. An error in this does not change the exit "
-    "code.",
+    help="At the end, make or update the page of `batch-infer gallery OUT`, unless the run was stopped. An error in "
+    "this does not change the exit code.",
 )
 """The option of `run` and `retry`."""
 THUMBNAIL_SIZES = click.IntRange(32, 1024)
@@ -124,40 +120,51 @@ def gallery(
     return 0
 
 
-def update_gallery(out: str, stop: Callable[[], bool]) -> None:
-    """Make or update OUT/gallery at the end of a run. Log a warning if that fails or there is no time.
+def update_gallery(out: str, stop: Callable[[], bool]) -> bool:
+    """Make or update OUT/gallery at the end of a run, and return whether it is up to date.
 
-    After a stop, this takes at most QUICK_SECONDS.
+    Nothing that goes wrong ends the caller: a warning says that the gallery is not updated, or a bug's traceback is
+    logged. After a stop, nothing is done, because a run must end within seconds.
     """
-    deadline = time.monotonic() + QUICK_SECONDS if stop() else math.inf
+    again = quote_command("gallery", out)
+    with deferred(GRACE_SECONDS):
+        try:
+            for text in gallery_lines(_make_unless_stopped(out, stop), out):
+                log.info("%s", text)
+        except StopRequested:
+            log.warning("the gallery is not updated, because the command was stopped: run %s to make it", again)
+        except LockedError:
+            log.warning("the gallery is not updated, because another command is making it: run %s after that", again)
+        except (BatchInferError, OSError) as error:
+            log.warning("the gallery is not updated: %s; run %s to make it later", error, again)
+        except Exception:  # noqa: BLE001  # the run is complete, so its exit code must not be that of a bug
+            log.exception("the gallery is not updated because of a bug; the results are complete")
+        else:
+            return True
+    return False
+
+
+def _make_unless_stopped(out: str, stop: Callable[[], bool]) -> Gallery:
+    """Make the gallery. Raises StopRequested if `stop` returns true before or between two results."""
 
     def check(done: int, total: int) -> None:
-        if time.monotonic() > deadline or (deadline == math.inf and stop()):
-            raise StoppedError("there was no time")
+        if stop():
+            raise StopRequested
 
-    try:
-        with deferred(GRACE_SECONDS):
-            from batch_infer.jobs import make_gallery
+    check(0, 0)
+    from batch_infer.jobs import make_gallery
 
-            result = make_gallery(out, on_progress=check, shown_out=out)
-    except (BatchInferError, OSError, StopRequested) as error:
-        reason = "it was stopped" if isinstance(error, StopRequested) else error
-        log.warning("the gallery is not updated: %s; run `batch-infer gallery %s`", reason, out)
-        return
-    for line in gallery_lines(result, out):
-        log.info("%s", line)
+    return make_gallery(out, on_progress=check, shown_out=out)
 
 
 def gallery_lines(result: Gallery, out: str) -> Iterator[str]:
     """Yield the lines that describe a gallery."""
-    yield f"gallery  {result.path}"
+    yield line("gallery", result.path)
     kept = f", {result.kept:,} kept" if result.kept else ""
     yield f"{format_count(result.results, 'result')} · {format_count(result.made, 'thumbnail')} made{kept}"
     if result.left_out:
         left_out = format_count(result.left_out, "result")
         yield f"{left_out} left out by --max-results or --only-status: give a larger number or other statuses"
     if result.unreadable:
-        yield (
-            f"{format_count(result.unreadable, 'image')} missing or damaged: `batch-infer retry {out} --status missing "
-            "--status damaged` renders them again"
-        )
+        retry = quote_command("retry", out, "--status", "missing", "--status", "damaged")
+        yield f"{format_count(result.unreadable, 'image')} missing or damaged: {retry} renders them again"

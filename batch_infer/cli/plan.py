@@ -46,8 +46,8 @@ def plan(*, time_limit: float | None, as_json: bool, quiet: bool, **options: Any
     denoiser evaluations (a row with guidance usually takes two per step; the key in --json is row_forwards), time, disk
     space and, with --price-per-hour, cost. Rows that are already finished in OUT add nothing to these figures. The time
     is estimated from a short calibration or the last run; both are remembered. With --time-limit, plan says whether the
-    limit is sufficient (with -q, only if it is not). For a pipeline outside the model families (see docs/models.md),
-    plan loads the weights.
+    limit is sufficient (with -q, only if it is not). --gallery and --metrics-file have no effect. For a pipeline
+    outside the model families (see docs/models.md), plan loads the weights.
 
     Exit codes: as for `run`; 3 if more rows are invalid than --max-failed allows.
     """

@@ -148,27 +148,27 @@ def _execute(
     `render` returns None on a launcher's higher ranks; rank 0 prints the summary.
     """
     quiet = options["quiet"]
-    with metrics, stoppable(time_limit) as stop:
-        progress = make_progress(shown=not (quiet or options["no_progress"]))
-        result = render(ProgressGroup(progress, metrics), stop)
-        if result is None:
-            return 0
-        summary, settings = result
-        metrics.model = settings.model.name or "demo"
-        code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else CHECK_FAILED
-        # After a retry, the remaining rows are left to `run`, so they do not change the exit code.
-        if summary.unfinished or (summary.counts.remaining and not is_retry):
-            code = StoppedError.exit_code
-        metrics.conclude(summary, code)
-        if options["gallery"]:
-            update_gallery(settings.out, stop)
+    with stoppable(time_limit) as stop:
+        with metrics:
+            progress = make_progress(shown=not (quiet or options["no_progress"]))
+            result = render(ProgressGroup(progress, metrics), stop)
+            if result is None:
+                return 0
+            summary, settings = result
+            metrics.model = settings.model.name or "demo"
+            code = 0 if settings.max_failed.allows(summary.counts.bad_rows, summary.counts.rows) else CHECK_FAILED
+            # After a retry, the remaining rows are left to `run`, so they do not change the exit code.
+            if summary.unfinished or (summary.counts.remaining and not is_retry):
+                code = StoppedError.exit_code
+            metrics.conclude(summary, code)
+        has_current_gallery = options["gallery"] and update_gallery(settings.out, stop)
     log_time_limit(stop, summary.unfinished)
     if code or not quiet:
         from batch_infer.jobs import find_gallery
 
         gallery = find_gallery(settings.out)
         data = {**summary.as_dict(), **({} if gallery is None else {"gallery": gallery})}
-        has_new_images = summary.rendered > 0 and not options.get("gallery")
+        has_new_images = summary.rendered > 0 and not has_current_gallery
         place = Place.of(settings, settings.out, gallery, has_new_images=has_new_images)
         print_result(summary_lines(summary, place), data if options["as_json"] else None)
     return code
