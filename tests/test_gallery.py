@@ -172,9 +172,12 @@ def test_an_unfinished_run_is_shown_from_its_manifest(out: Path) -> None:
     gallery(out)
     expected = read_rows(out / "gallery")
     record = run_json(out)
-    (out / "results.parquet").write_bytes(b"damaged")
-    gallery(out)
-    assert read_rows(out / "gallery") == expected
+    content = (out / "results.parquet").read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for damaged in (b"damaged", content[:4] + bytes(footer - 4) + content[footer:]):
+        (out / "results.parquet").write_bytes(damaged)
+        gallery(out)
+        assert read_rows(out / "gallery") == expected
     (out / "results.parquet").unlink()
     (out / "run.json").write_text(json.dumps({**record, "summary": None}))
     gallery(out)

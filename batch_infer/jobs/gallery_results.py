@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import NamedTuple
 
@@ -42,11 +42,14 @@ def take_snapshot(store: Store, statuses: Collection[Status], limit: int) -> tup
     The results are in table order. An active run may remove parts in the meantime, because it has combined them. The
     results are then read again. Raises StorageError, and UsageError, for example if a part is damaged.
     """
+    record = outdir.read_existing_run(store)
+    if (snapshot := _copy_merged(store, parse_record(record), statuses, limit)) is not None:
+        return snapshot
     for tries_left in reversed(range(TRIES)):
         parts = {part.name for part in Manifest(store).parts()}
         try:
-            with _open_results(store, statuses, limit) as results:
-                return _copy(results)
+            with Manifest(store).index(on_damage=_warn_about_damage) as index:
+                return _copy(_read_manifest(index, record.get("tables", ()), statuses, limit))
         except StorageError:
             if not tries_left or parts <= {part.name for part in Manifest(store).parts()}:
                 raise
@@ -62,34 +65,24 @@ def _copy(results: _Results) -> tuple[Snapshot, int]:
         return snapshot, results.total - snapshot.rows
 
 
-@contextmanager
-def _open_results(store: Store, statuses: Collection[Status], limit: int) -> Iterator[_Results]:
-    record = outdir.read_existing_run(store)
-    with ExitStack() as stack:
-        file = _open_merged(store, parse_record(record), stack)
-        if file is not None:
-            yield _read_merged(file, statuses, limit)
-        else:
-            index = stack.enter_context(Manifest(store).index(on_damage=_warn_about_damage))
-            yield _read_manifest(index, record.get("tables", ()), statuses, limit)
-
-
 def _warn_about_damage(error: DamagedPartError) -> None:
     log.warning("the gallery does not show the results in %s, which is damaged (%s)", error.part, error.reason)
 
 
-def _open_merged(store: Store, record: RunRecord, stack: ExitStack) -> pq.ParquetFile | None:
-    """Open results.parquet if it has all results: the run has ended and merged them. Otherwise return None."""
+def _copy_merged(
+    store: Store, record: RunRecord, statuses: Collection[Status], limit: int
+) -> tuple[Snapshot, int] | None:
+    """Copy the results of results.parquet if it has all: the run has ended and merged them. Otherwise return None."""
     has_tables = bool(record.settings and record.settings.table.tables)  # workers of an endpoint may still commit
     if record.summary is None or record.rescoring or not has_tables:
         return None
     try:
-        stream = stack.enter_context(store.open_file(RESULTS_PARQUET))
-        file = stack.enter_context(pq.ParquetFile(stream))
-    except (OSError, pa.ArrowException) as error:
+        with store.open_file(RESULTS_PARQUET) as stream, pq.ParquetFile(stream) as file:
+            if file.metadata.num_rows == record.summary.results:
+                return _copy(_read_merged(file, statuses, limit))
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # also from a damaged page in the middle
         log.debug("%s cannot be read, so the manifest is: %s", store.locate(RESULTS_PARQUET), first_line(error))
-        return None
-    return file if file.metadata.num_rows == record.summary.results else None
+    return None
 
 
 def _read_merged(file: pq.ParquetFile, statuses: Collection[Status], limit: int) -> _Results:
