@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from batch_infer.errors import StoppedError
+from batch_infer.errors import RowError, StoppedError
 from batch_infer.galleries import Snapshot
 from batch_infer.galleries.scripts import to_script
+from batch_infer.galleries.thumbnails import make_pictures
 from tests.gallery_files import MemoryImages, make_table, pictures, read_meta, read_rows, write
 
 HOSTILE = [
@@ -257,6 +258,14 @@ def test_a_huge_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("batch_infer.galleries.thumbnails.MAX_PIXELS", 100)
     write(tmp_path, make_table([{"generated_image": "images/a"}]), {"images/a": picture()})
     assert read_rows(tmp_path)[0]["_problem"] == "its image has 200 x 100 pixels, which is too large"
+
+
+def test_an_image_that_webp_cannot_hold_is_not_called_damaged() -> None:
+    wide = picture(16_384, 10)
+    thumb, preview = make_pictures(wide, 64, is_blurred=False, needs_preview=False)
+    assert (Image.open(io.BytesIO(thumb)).width, preview) == (64, None)
+    with pytest.raises(RowError, match="^its copy for the page cannot be encoded"):
+        make_pictures(wide, 64, is_blurred=False, needs_preview=True)
 
 
 def test_an_interrupted_update_leaves_the_old_page(tmp_path: Path) -> None:

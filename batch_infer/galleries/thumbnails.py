@@ -6,7 +6,7 @@ import io
 
 from PIL import Image, ImageFilter
 
-from batch_infer.errors import RowError
+from batch_infer.errors import RowError, first_line
 from batch_infer.images import opened_image
 
 MAX_PIXELS = 1 << 26
@@ -29,21 +29,28 @@ def make_pictures(content: bytes, size: int, *, is_blurred: bool, needs_preview:
     with opened_image(content) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RowError(f"its image has {image.width} x {image.height} pixels, which is too large")
-        preview = None
-        if needs_preview:
+        if needs_preview or image.mode not in ("RGB", "L"):
             picture = image.convert("RGB")
-            preview = _encode(picture, PREVIEW_QUALITY)
-        else:
-            picture = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        # A JPEG image must not be loaded before, so that it is decoded at a fraction of its size.
-        picture.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-        picture = picture.convert("RGB")
-        if is_blurred:
-            picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) * BLUR_SHARE))
-        return _encode(picture, THUMBNAIL_QUALITY), preview
+        else:  # a JPEG image must not be loaded before, so that it is decoded at a fraction of its size
+            _reduce(image, size)
+            picture = image.convert("RGB")
+    preview = _encode(picture, PREVIEW_QUALITY) if needs_preview else None
+    _reduce(picture, size)
+    if is_blurred:
+        picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) * BLUR_SHARE))
+    return _encode(picture, THUMBNAIL_QUALITY), preview
+
+
+def _reduce(picture: Image.Image, size: int) -> None:
+    """Reduce a larger picture in place to `size` pixels on the longer side."""
+    picture.thumbnail((size, size), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
 
 
 def _encode(picture: Image.Image, quality: int) -> bytes:
+    """Encode a picture as WebP. Raises RowError, for example for more than 16,383 pixels on a side."""
     stream = io.BytesIO()
-    picture.save(stream, "webp", quality=quality, method=WEBP_METHOD, exif=b"", xmp=b"", icc_profile=b"")
+    try:
+        picture.save(stream, "webp", quality=quality, method=WEBP_METHOD, exif=b"", xmp=b"", icc_profile=b"")
+    except (OSError, ValueError) as error:
+        raise RowError(f"its copy for the page cannot be encoded ({first_line(error)})") from error
     return stream.getvalue()
