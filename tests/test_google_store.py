@@ -161,7 +161,7 @@ def test_files_and_images() -> None:
 def test_the_lock() -> None:
     store = ObjectStore(StoreAddress("gs://bucket/out"))
     with store.locked() as locked:
-        with pytest.raises(LockedError, match="gs://bucket/out is locked by another run"), store.locked():
+        with pytest.raises(LockedError, match="gs://bucket/out is locked by another command"), store.locked():
             pass
         assert isinstance(locked._lock, Lease)
         generation = locked._lock._version

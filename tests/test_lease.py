@@ -122,7 +122,7 @@ def test_a_lease_is_refused_until_it_ends(service: Service) -> None:
     with pytest.raises(LockedError) as error:
         acquire(service)
     assert str(error.value) == (
-        f"{OUT} is locked by another run ({holder}); run again when that run has ended or, if it has crashed, when its"
+        f"{OUT} is locked by another command ({holder}); run again when that has ended or, if it has crashed, when its"
         " lease ends, in 1 seconds"
     )
     service.now += 1

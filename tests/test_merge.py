@@ -373,4 +373,4 @@ def test_a_locked_folder_is_not_merged(tmp_path: Path) -> None:
     with outdir.locked(tmp_path):
         done = command("merge", tmp_path)
     assert done.code == 75
-    assert "is locked by another run" in done.stderr
+    assert "is locked by another command" in done.stderr

@@ -366,7 +366,7 @@ def test_a_locked_out_is_refused(store: ObjectStore, bucket: Bucket) -> None:
         assert f"process {os.getpid()}, since " in holder
         with pytest.raises(LockedError) as error, open_store(store.location).locked():
             pass
-        assert str(error.value).startswith(f"{store.location} is locked by another run ({holder}); run again when ")
+        assert str(error.value).startswith(f"{store.location} is locked by another command ({holder}); run again when ")
         locked.check()
         worker = open_store(locked.address)
         worker.check()

@@ -58,7 +58,7 @@ def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_names_the_holder_of_the_lock(out: Path, holder: subprocess.Popen[str]) -> None:
-    sentence = rf"deep/out is locked by another run \(.*process {holder.pid}, since .* UTC\)"
+    sentence = rf"deep/out is locked by another command \(.*process {holder.pid}, since .* UTC\)"
     with pytest.raises(LockedError, match=sentence), outdir.locked(out):
         pytest.fail("held twice")
     assert LockedError.exit_code == 75

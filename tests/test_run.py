@@ -1001,7 +1001,7 @@ def test_a_signal_stops_a_run_cleanly(
         assert wait_for(process, lambda: bool(images(out)))
         second = run(long_table, out, *STEPS)
         assert second.code == 75
-        assert "is locked by another run (" in second.stderr
+        assert "is locked by another command (" in second.stderr
         assert f"process {process.pid}," in second.stderr
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=600)

@@ -192,7 +192,7 @@ def test_a_locked_out_names_its_holder(store: Store, place: str) -> None:
     holder = store.find_holder()
     assert holder is not None
     assert f"process {os.getpid()}, since " in holder
-    with pytest.raises(LockedError, match=f"is locked by another run .*process {os.getpid()}"):
+    with pytest.raises(LockedError, match=f"is locked by another command .*process {os.getpid()}"):
         open_store(store.location).locked().__enter__()
     with open_store(f"{place}/another").locked() as another:
         assert another.find_holder() is not None

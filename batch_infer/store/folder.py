@@ -168,7 +168,7 @@ def _acquire(folder: Path) -> tuple[FileLock, Sequence[Path]]:
             lock, created, is_current = _acquire_once(folder)
         except Timeout:
             holder = _read_holder(folder)
-            message = f"{folder} is locked by another run ({holder}); run again when that run has ended"
+            message = f"{folder} is locked by another command ({holder}); run again when that has ended"
             raise LockedError(message) from None
         except OSError as error:
             # FileExistsError: `Path.mkdir` raises it if the folder exists, but disappears before its next call.

@@ -93,7 +93,7 @@ class Lease:
             if version is not None:
                 self._version = version
                 return
-        raise LockedError(f"{self.file.out} is locked by another run; run again when that run has ended")
+        raise LockedError(f"{self.file.out} is locked by another command; run again when that has ended")
 
     def check_conditions(self) -> None:
         """Raise SettingsError if the service ignores the conditions of puts, as some with the API of S3 do.
@@ -111,7 +111,7 @@ class Lease:
 
     def _make_locked_error(self, record: LeaseRecord) -> LockedError:
         return LockedError(
-            f"{self.file.out} is locked by another run ({record.holder}); run again when that run has ended or, if it"
+            f"{self.file.out} is locked by another command ({record.holder}); run again when that has ended or, if it"
             f" has crashed, when its lease ends, in {max(1, round(record.remaining))} seconds"
         )
 
