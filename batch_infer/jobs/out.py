@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,13 +17,13 @@ from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_tempor
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
 RUN_JSON = "run.json"
-GALLERY = "gallery/index.html"
 OWN_NAMES = (*FOLDERS, *(name for name in RESULTS if name not in SHARED_NAMES), RUN_JSON)
 _REMEDY = "restore it from a copy, or remove it to continue from the manifest, or start anew in another --out"
 CLEARING = "overwriting"
 """Key that run.json contains from when --overwrite begins to remove the old files of OUT until all are removed."""
 GALLERY_FOLDER = "gallery"
-"""The folder of the gallery. `run` and `plan` do not read tables in it, and --overwrite removes it."""
+"""The folder of the gallery. Tables in it are refused, and --overwrite removes it."""
+GALLERY = f"{GALLERY_FOLDER}/index.html"
 
 
 @contextmanager
@@ -150,9 +151,10 @@ def refuse_while_rescoring(out: str, record: Mapping[str, Any] | None) -> None:
     """Raise UsageError if a rescore is unfinished, since OUT then contains results under different safety settings."""
     if (record or {}).get("rescoring"):
         mode = require(parse_record(record).settings, "settings", out).safety.mode
+        command = shlex.join(("batch-infer", "rescore", out, "--safety", mode))
         raise SettingsError(
-            f"a rescore of {out} is unfinished: continue it with `batch-infer rescore {out} --safety {mode}` and its"
-            " other options, or start anew with `run --overwrite`"
+            f"a rescore of {out} is unfinished: continue it with `{command}` and its other options, or start anew with "
+            "`run --overwrite`"
         )
 
 
