@@ -192,6 +192,48 @@ def test_the_keyboard_does_everything(show: Callable[..., Any]) -> None:
     assert page.is_visible("#dialog-help")
 
 
+def test_tab_and_page_keys_reach_the_tiles_after_scrolling(show: Callable[..., Any]) -> None:
+    page = show()
+    page.set_viewport_size({"width": 700, "height": 420})
+    tile = page.locator(".tile[aria-posinset='1']")
+    tile.locator(".tile-open").focus()
+    page.keyboard.press("PageDown")
+    first = int(page.locator(".tile:focus-within").get_attribute("aria-posinset"))
+    assert first > 1
+    for _ in range(20):
+        page.keyboard.press("PageDown")
+    assert int(page.locator(".tile:focus-within").get_attribute("aria-posinset")) > first
+    page.keyboard.press("Home")
+    page.evaluate("document.getElementById('grid').scrollTop = 1e6")
+    wait_until(page, "document.querySelector(\".tile:not([hidden])[aria-posinset='40']\")")
+    assert tile.evaluate("node => node.contains(document.activeElement)")
+    page.locator("#direction").evaluate("node => { node.disabled = false; node.focus(); }")
+    reachable = "document.querySelector('.tile:not([hidden]):has([tabindex=\"0\"])')"
+    wait_until(page, f"{reachable}?.ariaPosInSet > 10")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    assert page.evaluate(f"{reachable}.contains(document.activeElement)")
+
+
+def test_a_key_that_is_held_down_rates_once(show: Callable[..., Any]) -> None:
+    page = show()
+    page.keyboard.press("ArrowDown")
+    for key in ("4", "m"):
+        for _ in range(2):
+            page.keyboard.down(key)
+        page.keyboard.up(key)
+    tile = page.locator(".tile:focus-within")
+    assert tile.locator(".tile-open").get_attribute("aria-label") == "a blue boat 0, row-0, rated 4 of 5, marked"
+
+
+def test_tiles_of_one_group_have_different_names(show: Callable[..., Any]) -> None:
+    page = show("group=prompt&q=fox")
+    names = page.eval_on_selector_all(".tile-open", "nodes => nodes.map((node) => node.ariaLabel)")
+    assert len(set(names)) == len(names) > 8
+    assert f"seed {SEED + 4} · guidance 5 · note note 4, {QUOTED}, a red fox 1" in names
+    assert any("failed, Out of memory., a red fox 1" in name for name in names)
+
+
 def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp_path: Path) -> None:
     page = show()
     open_tile(page, 13)
@@ -208,7 +250,7 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
     with page.expect_download() as download:
         page.click("[data-export=rated]")
     download.value.save_as(tmp_path / "ratings.csv")
-    with (tmp_path / "ratings.csv").open(newline="", encoding="utf-8") as file:
+    with (tmp_path / "ratings.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     common = {"status": "ok", "image_index": "0", "rating": "", "mark": "0"}
     assert rows == [

@@ -32,7 +32,7 @@
 
     /** Name the value of a code. */
     labelOf(code) {
-      return code === NO_CODE ? gallery.labels.nothing(this) : gallery.labels.value(this, this.values[code]);
+      return code === NO_CODE ? gallery.labels.nothing(this) : gallery.labels.value(this, this.values[code]) || gallery.labels.EMPTY;
     }
   }
 

@@ -31,7 +31,7 @@
       const box = make("input", { type: "checkbox", onchange: () => this.change() });
       const count = make("span", { class: "facet-count" });
       const dot = this.column.name === "status" ? make("span", { class: "status-dot", "data-status": name }) : null;
-      const text = make("span", { class: code === gallery.NO_CODE ? "facet-name is-nothing" : "facet-name", text: name, title: name });
+      const text = make("span", { class: code === gallery.NO_CODE ? "facet-name is-nothing" : "facet-name", text: name, title: name, dir: "auto" });
       const node = make("label", { class: "facet-option" }, box, dot, text, count);
       this.options.set(code, { code, name, box, count, node, key: gallery.query.keyOf(this.column, code) });
       this.list.append(node);

@@ -29,6 +29,7 @@
       this.ratio = 1;
       this.scrollTop = 0; // read only when the layout is clean: reading it would force a layout otherwise
       scroller.addEventListener("scroll", () => this.schedule(), { passive: true });
+      this.canvas.addEventListener("focusout", () => this.schedule()); // the tile may be out of view
       new ResizeObserver(() => this.measure()).observe(scroller);
     }
 
@@ -36,6 +37,7 @@
     setView(view, { keepsPlace }) {
       this.view = view;
       this.captionColumns.clear();
+      const hadFocus = this.canvas.contains(document.activeElement);
       if (!keepsPlace) {
         this.focused = 0;
         this.offset = 0;
@@ -47,6 +49,12 @@
       this.reassign();
       this.focused = Math.min(this.focused, Math.max(0, view.rows.length - 1));
       this.relayout();
+      if (hadFocus && !this.hasFocus()) this.focus(this.focused);
+    }
+
+    /** Whether the keyboard focus is in the tile at `focused`. */
+    hasFocus() {
+      return this.used.get(this.focused)?.node.contains(document.activeElement) ?? false;
     }
 
     setSize(size) {
@@ -84,7 +92,7 @@
     }
 
     /** Return the height in the layout that is at the top of the view. Small steps are exact, large ones in proportion. */
-    top() {
+    computeTop() {
       const { scrollTop, viewHeight } = this;
       const excess = this.layout.total - MAX_HEIGHT;
       const end = MAX_HEIGHT - viewHeight;
@@ -95,7 +103,7 @@
     }
 
     /** Return the speed of scrolling over the last SPEED_MS, in px per ms. */
-    speed(top) {
+    measureSpeed(top) {
       const now = performance.now();
       this.samples = this.samples.filter(({ time }) => now - time < SPEED_MS);
       this.samples.push({ time: now, top });
@@ -107,10 +115,11 @@
       this.frame = 0;
       if (!this.layout) return;
       const height = this.viewHeight;
-      const top = this.top();
-      const isFast = this.speed(top) > (FAST * height) / 1000;
+      const top = this.computeTop();
+      const isFast = this.measureSpeed(top) > (FAST * height) / 1000;
       this.lastTop = this.scrollTop;
       const { positions, groups } = this.layout.visible(top - OVERSCAN * height, top + (1 + OVERSCAN) * height);
+      if (this.hasFocus() && !positions.includes(this.focused)) positions.push(this.focused); // a hidden tile would lose the focus
       const needed = new Set([...positions, ...groups.map((group) => `g${group}`)]);
       for (const [key, item] of this.used) if (!needed.has(key)) this.release(key, item);
       for (const position of positions) this.showTile(position, isFast);
@@ -119,14 +128,15 @@
       this.settling = setTimeout(() => this.settle(), SETTLED_MS);
     }
 
-    /** Fill the tiles that fast scrolling left blank, and put the tiles in order for screen readers. */
+    /** Fill the tiles that fast scrolling left blank, and prepare the tiles for the keyboard and for screen readers. */
     settle() {
+      this.keepReachable();
       for (const [key, item] of this.used) {
         if (item.isBlank) this.fill(item, key);
         if (item.needsImage) item.loadImage();
       }
-      const places = [...this.used].map(([key, item]) => ({ item, place: item.kind === "tile" ? key : this.view.starts[Number(key.slice(1))] - 0.5 }));
-      const nodes = places.sort((a, b) => a.place - b.place).map(({ item }) => item.node);
+      const items = [...this.used].map(([key, item]) => ({ item, order: item.kind === "tile" ? key : this.view.starts[Number(key.slice(1))] - 0.5 }));
+      const nodes = items.sort((a, b) => a.order - b.order).map(({ item }) => item.node);
       const isOrdered = nodes.every((node, i) => i === 0 || nodes[i - 1].compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING);
       if (isOrdered) return;
       const active = nodes.findIndex((node) => node.contains(document.activeElement)); // would lose the focus if moved
@@ -134,6 +144,18 @@
         if (i < active) this.canvas.insertBefore(node, nodes[active]);
         else if (i > active) this.canvas.append(node);
       });
+    }
+
+    /** Let Tab reach the first tile in view if the one that it reached was scrolled away. */
+    keepReachable() {
+      if (this.used.has(this.focused)) return;
+      const top = this.scrollTop + this.offset;
+      const positions = [...this.used.keys()].filter((key) => typeof key === "number").sort((a, b) => a - b);
+      const isBelow = (height) => positions.find((position) => this.layout.locate(position).y >= height);
+      const first = isBelow(top) ?? isBelow(top - this.layout.height) ?? positions[0];
+      if (first === undefined) return;
+      this.focused = first;
+      this.used.get(first).button.tabIndex = 0;
     }
 
     showTile(position, isFast) {
@@ -144,36 +166,43 @@
       }
       if (tile.isBlank && !isFast) this.fill(tile, position);
       tile.button.tabIndex = position === this.focused ? 0 : -1;
-      const { x, y } = this.layout.place(position);
-      tile.move(x, y - this.offset);
+      const { x, y } = this.layout.locate(position);
+      tile.move(x, Math.min(y - this.offset, MAX_HEIGHT)); // the focused tile may be far below the view
       if (!isFast && tile.needsImage) tile.loadImage();
     }
 
     showHeader(group) {
       const header = this.used.get(`g${group}`) ?? this.take(`g${group}`, "header", () => new GroupHeader());
-      const start = this.view.starts[group];
-      const column = this.table.get(this.view.groupName);
-      const cell = column.value(this.view.rows[start]);
-      header.show(
-        cell === null ? gallery.labels.nothing(column) : gallery.labels.value(column, cell),
-        gallery.labels.plural(this.view.starts[group + 1] - start, "result"),
-      );
+      const size = this.view.starts[group + 1] - this.view.starts[group];
+      header.show(this.nameGroup(group), gallery.labels.plural(size, "result"));
       header.move(0, this.layout.tops[group] - this.offset);
     }
 
-    /** Return the two lines of a tile: in a group of one prompt, the values in which its results differ. */
-    words(row, position) {
+    /** Name the value that the results of a group share. */
+    nameGroup(group) {
+      const column = this.table.get(this.view.groupName);
+      const cell = column.value(this.view.rows[this.view.starts[group]]);
+      return cell === null ? gallery.labels.nothing(column) : gallery.labels.value(column, cell) || gallery.labels.EMPTY;
+    }
+
+    /** Return the two lines of a tile, which in a group of one prompt are the values in which its results differ, and its group. */
+    describe(row, position) {
       const { captions } = gallery;
       const prompt = this.table.value("prompt", row) || this.table.value("id", row);
-      if (this.view.groupName !== "prompt") return { title: prompt, caption: captions.plain(this.table, row, this.view.sortName) };
+      const name = captions.plain(this.table, row, this.view.sortName);
+      if (!this.view.starts) return { title: prompt, caption: name, groupName: "" };
       const group = gallery.lastAtMost(this.view.starts.subarray(0, this.view.starts.length - 1), position);
+      const groupName = this.nameGroup(group);
+      if (this.view.groupName !== "prompt") {
+        const column = this.table.get(this.view.groupName);
+        return { title: prompt, caption: name, groupName: `${gallery.labels.shortLabel(column)} ${groupName}` };
+      }
       if (!this.captionColumns.has(group)) {
         const rows = this.view.rows.subarray(this.view.starts[group], this.view.starts[group + 1]);
         this.captionColumns.set(group, captions.differing(this.table, rows, this.view.groupName));
       }
       const values = captions.join(this.captionColumns.get(group), row);
-      const name = captions.plain(this.table, row, this.view.sortName);
-      return { title: values || prompt, caption: name };
+      return { title: values || prompt, caption: name, groupName };
     }
 
     take(key, kind, create) {
@@ -202,13 +231,13 @@
 
     fill(tile, position) {
       const row = this.view.rows[position];
-      tile.show(this.table, { row, position, total: this.view.rows.length, ...this.words(row, position) });
+      tile.show(this.table, { row, position, total: this.view.rows.length, ...this.describe(row, position) });
     }
 
     /** Scroll so that a tile is in view. */
     reach(position) {
       if (!this.layout || position >= this.view.rows.length) return;
-      const { y } = this.layout.place(position);
+      const { y } = this.layout.locate(position);
       const height = this.viewHeight;
       const top = this.scrollTop + this.offset;
       if (y >= top && y + this.layout.height <= top + height) return;
@@ -229,6 +258,14 @@
       this.reach(this.focused);
       this.update();
       this.used.get(this.focused)?.button.focus({ preventScroll: true });
+    }
+
+    /** Move the keyboard focus up (-1) or down (1) by the rows of tiles that fit into the view. */
+    focusPage(direction) {
+      let position = this.focused;
+      const rows = Math.max(1, Math.floor(this.viewHeight / this.layout.pitch));
+      for (let row = 0; row < rows; row++) position = this.layout.neighbour(position, direction);
+      this.focus(position);
     }
 
     /** Show a changed rating, or that a flagged image may be seen. */

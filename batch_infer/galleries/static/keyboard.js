@@ -6,9 +6,10 @@
 
   const isTyping = (target) => target.closest?.("input, select, textarea, [contenteditable]");
 
-  /** Rate or mark a row if the key does. Returns whether it did. */
-  function rateByKey(key, row) {
+  /** Rate or mark a row if the key does. Returns whether it does. A key that is held down counts once. */
+  function rateByKey({ key, repeat }, row) {
     if (row === undefined || row === null) return false;
+    if (repeat) return /^[0-5m]$/.test(key);
     if (/^[0-5]$/.test(key)) gallery.ratings.rate(row, key === "0" ? gallery.ratings.ratingOf(row) : Number(key));
     else if (key === "m") gallery.ratings.toggleMark(row);
     else return false;
@@ -22,6 +23,8 @@
       grid.focus(step === -Infinity ? 0 : step === Infinity ? last : grid.focused + step);
     } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
       grid.focus(grid.layout.neighbour(grid.focused, event.key === "ArrowUp" ? -1 : 1));
+    } else if (event.key === "PageUp" || event.key === "PageDown") {
+      grid.focusPage(event.key === "PageUp" ? -1 : 1);
     } else return false;
     return true;
   }
@@ -29,7 +32,7 @@
   function inViewer(event, viewer) {
     if (event.key === "Escape") viewer.close();
     else if (event.key === "i") viewer.togglePanel();
-    else return rateByKey(event.key, viewer.row);
+    else return rateByKey(event, viewer.row);
     return true;
   }
 
@@ -39,7 +42,7 @@
     else if (event.key === "?") openDialog("help");
     else if (tile && moveInGrid(event, grid)) return true;
     else if (!tile && event.target === document.body && event.key.startsWith("Arrow") && grid.view.rows.length) grid.focus(grid.focused);
-    else return rateByKey(event.key, tile?.row);
+    else return rateByKey(event, tile?.row);
     return true;
   }
 

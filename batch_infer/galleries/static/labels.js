@@ -3,6 +3,7 @@
 
 (function (gallery) {
   const LABELS = {
+    __proto__: null, // a carried column may have the name of a method of objects
     id: "ID",
     image_index: "Image index",
     nsfw_content_detected: "NSFW",
@@ -24,8 +25,9 @@
     rating: "Rating",
     mark: "Mark",
   };
-  const SHORT = { num_inference_steps: "steps", guidance_scale: "guidance", guidance_rescale: "rescale" };
-  const NOTHING = { nsfw_content_detected: "not checked", rating: "not rated", mark: "not marked" };
+  const SHORT = { __proto__: null, num_inference_steps: "steps", guidance_scale: "guidance", guidance_rescale: "rescale" };
+  const NOTHING = { __proto__: null, nsfw_content_detected: "not checked", rating: "not rated", mark: "not marked" };
+  const EMPTY = "(empty)"; // the name of an empty text among other values
   const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
   /** Name a column: carried columns keep the user's spelling. */
@@ -82,5 +84,5 @@
     return String(cell);
   }
 
-  gallery.labels = { label, shortLabel, nothing, number, count, plural, time, duration, value };
+  gallery.labels = { EMPTY, label, shortLabel, nothing, number, count, plural, time, duration, value };
 })((window.BatchInferGallery ??= {}));

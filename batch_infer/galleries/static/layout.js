@@ -36,8 +36,8 @@
       return gallery.lastAtMost(this.starts.subarray(0, this.starts.length - 1), position);
     }
 
-    /** Return the place of a tile. */
-    place(position) {
+    /** Return where a tile is. */
+    locate(position) {
       const index = this.tops ? this.groupOf(position) : 0;
       const offset = position - (this.tops ? this.starts[index] : 0);
       const top = this.tops ? this.tops[index] + HEADER_HEIGHT : 0;
@@ -71,13 +71,13 @@
 
     /** Return the position one row above (-1) or below (1) another, or the same one at the ends. */
     neighbour(position, direction) {
-      const { x, y } = this.place(position);
+      const { x, y } = this.locate(position);
       const step = direction * this.columns;
       if (!this.tops) return position + step >= 0 && position + step < this.count ? position + step : position;
       const near = Math.max(0, Math.min(this.count - 1, position + step));
       for (let other = near; other >= 0 && other < this.count && other !== position; other -= direction) {
-        const place = this.place(other);
-        if (place.y !== y && place.x <= x) return other;
+        const candidate = this.locate(other);
+        if (candidate.y !== y && candidate.x <= x) return other;
       }
       return Math.max(0, Math.min(this.count - 1, position + direction));
     }

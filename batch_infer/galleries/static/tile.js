@@ -8,25 +8,14 @@
 
   const isFlagged = (table, row) => table.value("status", row) === "flagged" || table.value("nsfw_content_detected", row) === true;
 
-  /** Whether the image of a row is hidden until someone asks for it. */
+  /** Whether the image of a row is hidden until the reader reveals it. */
   function isHidden(table, row) {
     return isFlagged(table, row) && !revealed.has(row);
   }
 
-  /** Describe a result in one sentence for screen readers. */
-  function describe(table, row) {
-    const status = table.value("status", row);
-    const rating = gallery.ratings.ratingOf(row);
-    const parts = [(table.value("prompt", row) ?? table.value("id", row) ?? "").slice(0, SHOWN_PROMPT)];
-    if (status !== "ok") parts.push(status);
-    if (rating) parts.push(`rated ${rating} of 5`);
-    if (gallery.ratings.isMarked(row)) parts.push("marked");
-    return parts.join(", ");
-  }
-
   /** Make an element whose text node is reused, since new text nodes are garbage while the page scrolls. */
   function textSpan(className) {
-    const span = make("span", { class: className });
+    const span = make("span", { class: className, dir: "auto" });
     span.append(document.createTextNode(""));
     return span;
   }
@@ -54,12 +43,13 @@
     }
 
     /** Show a row. `title` and `caption` are the lines below the image, and `total` is the number of tiles of the view. */
-    show(table, { row, position, total, title, caption }) {
+    show(table, { row, position, total, title, caption, groupName }) {
       if (this.row !== row) this.clearImage();
       if (this.isBlank) this.setBlank(false);
       this.row = row;
       this.position = position;
       this.table = table;
+      this.groupName = groupName.slice(0, SHOWN_PROMPT);
       this.node.setAttribute("aria-posinset", position + 1);
       this.node.setAttribute("aria-setsize", total);
       this.node.dataset.status = table.value("status", row) ?? "";
@@ -96,7 +86,16 @@
       this.node.classList.toggle("has-stars", rating > 0);
       this.node.classList.toggle("is-marked", marked);
       this.mark.setAttribute("aria-pressed", marked);
-      this.button.setAttribute("aria-label", describe(this.table, this.row));
+      this.showName();
+    }
+
+    /** Name the tile for screen readers: all that it shows, then its group. */
+    showName() {
+      const [title, caption, badge, note] = [this.prompt, this.meta, this.badge, this.note].map((span) => span.firstChild.data);
+      const rating = gallery.ratings.ratingOf(this.row);
+      const parts = [title, caption, badge, rating ? `rated ${rating} of 5` : "", gallery.ratings.isMarked(this.row) ? "marked" : "", note];
+      if (this.groupName !== title) parts.push(this.groupName);
+      this.button.setAttribute("aria-label", parts.filter(Boolean).join(", "));
     }
 
     get needsImage() {
@@ -142,6 +141,7 @@
       if (!this.hasRequested) return;
       this.node.classList.add("has-no-image");
       this.note.firstChild.data = "The thumbnail is missing. Make the gallery again.";
+      this.showName();
     }
 
     move(x, y) {
@@ -152,7 +152,7 @@
   /** The header of a group: its value, and how many results it has. */
   class GroupHeader {
     constructor() {
-      this.title = make("span", { class: "group-title" });
+      this.title = make("span", { class: "group-title", dir: "auto" });
       this.count = make("span", { class: "group-count" });
       this.node = make("div", { class: "group-header", role: "presentation" }, icon("layers"), this.title, this.count);
     }
