@@ -215,6 +215,22 @@ def test_tab_and_page_keys_reach_the_tiles_after_scrolling(show: Callable[..., A
     assert page.evaluate(f"{reachable}.contains(document.activeElement)")
 
 
+def test_a_rebuilt_control_keeps_the_focus(show: Callable[..., Any]) -> None:
+    page = show("is.status=ok&is.style=ink")
+    page.locator(".chip").first.focus()
+    page.keyboard.press("Enter")
+    wait_for_count(page, "20 of 40 results")
+    assert page.locator(".chip:focus").inner_text() == "style: ink"
+    page.keyboard.press("Enter")
+    wait_until(page, "document.activeElement.id === 'search'")
+    open_tile(page, 1)
+    for label in ("Rate 4 of 5", "Mark (key m)"):
+        page.get_by_label(label, exact=True).focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == label
+        assert page.get_by_label(label, exact=True).get_attribute("aria-pressed") == "true"
+
+
 def test_a_key_that_is_held_down_rates_once(show: Callable[..., Any]) -> None:
     page = show()
     page.keyboard.press("ArrowDown")

@@ -45,16 +45,29 @@
 
     /** Make the sections, again when all rows are loaded: only then it is known which columns have more than one value. */
     build() {
-      const isOpen = new Map([...this.sections.values()].map(({ column, details }) => [column.name, details.open]));
-      this.sections.clear();
-      this.container.replaceChildren();
+      const former = this.sections;
+      const { activeElement } = document;
+      const focused = [...former.values()].find(({ details }) => details.contains(activeElement));
+      this.sections = new Map();
+      const nodes = [];
       for (const { title, columns } of arrange(this.table)) {
-        if (title) this.container.append(make("h2", { class: "filter-group", text: title }));
+        if (title) nodes.push(make("h2", { class: "filter-group", text: title }));
         columns.forEach((column, index) => {
           const opens = (!title && !column.local) || (title === "Your columns" && index < OPEN_CARRIED && column.codes);
-          this.container.append(this.makeSection(column, isOpen.get(column.name) ?? opens));
+          nodes.push(this.keepSection(former.get(column.name)) ?? this.makeSection(column, former.get(column.name)?.details.open ?? opens));
         });
       }
+      this.container.replaceChildren(...nodes);
+      if (!focused) return;
+      const summary = this.sections.get(focused.column.name)?.details.firstChild;
+      (activeElement.isConnected ? activeElement : summary)?.focus({ preventScroll: true });
+    }
+
+    /** Return the node of a section that stays as it is: the values of categories are known from the beginning. */
+    keepSection(section) {
+      if (!section || section.isRange) return null;
+      this.sections.set(section.column.name, section);
+      return section.details;
     }
 
     makeSection(column, isOpen) {
@@ -108,7 +121,9 @@
         if (column) chips.push(this.chip(`${labels.label(column)}: ${formatRange(column, range)}`, () => gallery.change("ranges", name, null)));
       }
       if (chips.length > 1) chips.push(make("button", { type: "button", class: "link-button", text: "Clear all", onclick: gallery.clearFilters }));
+      const index = [...this.chips.children].indexOf(document.activeElement);
       this.chips.replaceChildren(...chips);
+      if (index >= 0) (chips[index] ?? chips.at(-1) ?? focusable("filters-button") ?? focusable("search"))?.focus();
     }
 
     nameOf(column, key) {
@@ -117,8 +132,14 @@
     }
 
     chip(text, onclick) {
-      return make("button", { type: "button", class: "chip", "aria-label": `Remove filter ${text}`, title: text, onclick }, make("span", { text }), icon("close"));
+      return make("button", { type: "button", class: "chip", "aria-label": `Remove filter ${text}`, title: text, onclick }, make("span", { text, dir: "auto" }), icon("close"));
     }
+  }
+
+  /** Return an element if it is shown. */
+  function focusable(id) {
+    const element = document.getElementById(id);
+    return element.offsetParent && element;
   }
 
   function formatRange(column, { min, max }) {

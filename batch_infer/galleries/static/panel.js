@@ -15,7 +15,7 @@
     for (const description of table.meta.columns) {
       const { name } = description;
       if (name.startsWith("_")) continue;
-      const cell = details?.[name] ?? table.value(name, row) ?? null;
+      const cell = (details && Object.hasOwn(details, name) ? details[name] : null) ?? table.value(name, row) ?? null;
       values.set(name, { column: description, cell: description.kind === "category" && description.detail && cell !== null ? description.values[cell] : cell });
     }
     return values;
@@ -38,7 +38,7 @@
     const exact = column.kind === "time" ? new Date(cell * 1000).toISOString() : typeof cell === "number" ? String(cell) : text;
     const button = iconButton("copy", `Copy ${name}`, () => copy(exact, `${name} copied`), "copy-value");
     const className = text.length > 60 ? "value is-long" : "value";
-    return make("div", { class: className }, make("dt", { text: name }), make("dd", {}, make("span", { class: "value-text", text }), button));
+    return make("div", { class: className }, make("dt", { text: name }), make("dd", {}, make("span", { class: "value-text", text, dir: "auto" }), button));
   }
 
   function list(title, entries) {
@@ -58,7 +58,7 @@
         type: "button",
         class: value <= rating ? "star is-on" : "star",
         "aria-label": `Rate ${value} of 5`,
-        "aria-pressed": value === rating,
+        "aria-pressed": String(value === rating),
         title: `Rate ${value} of 5 (key ${value})`,
         onclick: () => onRate(value),
       }, icon("star")),
@@ -82,6 +82,7 @@
       const used = new Set([...PARAMETERS, ...OUTCOME, ...TEXTS, "safety_scores"]);
       const all = [...values.values()];
       const scrollTop = this.row === ofRow ? this.node.scrollTop : 0;
+      const restoreFocus = this.rememberFocus();
       this.row = ofRow;
       this.node.replaceChildren(
         ...[
@@ -101,6 +102,18 @@
         ].filter(Boolean),
       );
       this.node.scrollTop = scrollTop;
+      restoreFocus();
+    }
+
+    /** Return a function that focuses the control that has the focus now, or the panel, after its content was replaced. */
+    rememberFocus() {
+      const { activeElement } = document;
+      if (!this.node.contains(activeElement) || activeElement === this.node) return () => {};
+      const nameOf = (button) => button.getAttribute("aria-label") ?? button.textContent;
+      const name = nameOf(activeElement);
+      const same = () => [...this.node.querySelectorAll("button")].filter((button) => nameOf(button) === name);
+      const index = same().indexOf(activeElement);
+      return () => (same()[index] ?? this.node).focus({ preventScroll: true });
     }
 
     header(ofRow, place) {
@@ -118,13 +131,13 @@
 
     problem(ofRow) {
       const error = this.table.value("error", ofRow) ?? this.table.problems.get(ofRow);
-      return error ? make("p", { class: "panel-error", "data-status": this.table.value("status", ofRow), text: error }) : null;
+      return error ? make("p", { class: "panel-error", "data-status": this.table.value("status", ofRow), text: error, dir: "auto" }) : null;
     }
 
     text(entry, name) {
       if (!entry?.cell) return null;
       const button = iconButton("copy", `Copy ${name}`, () => copy(entry.cell, `${name} copied`), "copy-value");
-      return make("section", { class: "panel-text" }, make("h3", { text: name }), make("div", {}, make("p", { text: entry.cell }), button));
+      return make("section", { class: "panel-text" }, make("h3", { text: name }), make("div", {}, make("p", { text: entry.cell, dir: "auto" }), button));
     }
 
     /** Other images of the same prompt, to compare seeds and settings. */
