@@ -250,6 +250,25 @@ def test_tiles_of_one_group_have_different_names(show: Callable[..., Any]) -> No
     assert any("failed, Out of memory., a red fox 1" in name for name in names)
 
 
+@pytest.mark.parametrize(("works", "message"), [(True, "Command copied"), (False, "Copying failed.")])
+def test_copying_works_without_the_clipboard(show: Callable[..., Any], works: bool, message: str) -> None:
+    page = show()
+    page.evaluate(
+        f"""() => {{
+            Object.defineProperty(navigator, "clipboard", {{ value: undefined }});
+            document.execCommand = () => {{
+                window.copied = document.activeElement.value;
+                return {str(works).lower()};
+            }};
+        }}"""
+    )
+    page.click("[data-dialog=export]")
+    page.click("#copy-retry")
+    wait_until(page, f"document.querySelector('dialog[open] #toast').textContent.startsWith('{message}')")
+    assert page.evaluate("window.copied") == page.inner_text("#retry-command")
+    assert page.evaluate("document.activeElement.id") == "copy-retry"
+
+
 def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp_path: Path) -> None:
     page = show()
     open_tile(page, 13)
@@ -308,6 +327,21 @@ def test_the_page_fits_a_phone(browser: Any, gallery: Path) -> None:
         page.locator(".tile[aria-posinset='1'] .tile-open").tap()
         page.locator(".panel-wait").wait_for(state="detached")
         assert page.evaluate("document.querySelector('.panel').getBoundingClientRect().right") == 360
+
+
+def test_the_filters_of_a_phone_keep_the_focus_until_they_are_closed(browser: Any, gallery: Path) -> None:
+    with open_context(browser, viewport={"width": 360, "height": 700}) as opened:
+        page = opened.goto(gallery)
+        page.click("#filters-button")
+        assert page.evaluate("document.activeElement.id") == "filters-close"
+        page.keyboard.press("Shift+Tab")
+        assert not page.evaluate("document.querySelector('.main, .topbar').contains(document.activeElement)")
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.id") == "filters-button"
+        page.click("#filters-button")
+        page.set_viewport_size({"width": 1200, "height": 700})
+        page.wait_for_selector("#scrim", state="hidden")
+        wait_until(page, "!document.querySelector('.main').inert")
 
 
 def test_a_gallery_without_results_says_so(browser: Any, tmp_path: Path) -> None:

@@ -33,29 +33,44 @@
     return make("button", { type: "button", class: `icon-button ${className}`, "aria-label": label, title: label, onclick }, icon(name));
   }
 
+  /** Return the open dialog, or the page: what is outside an open dialog is behind it and takes no input. */
+  const topmost = () => document.querySelector("dialog[open]") ?? document.body;
+
   let toastTimer = 0;
 
   /** Show a short message at the bottom of the page, and announce it to screen readers. */
   function toast(message) {
     const box = document.getElementById("toast");
+    if (box.parentNode !== topmost()) topmost().append(box);
     box.textContent = message;
     box.classList.add("is-shown");
     clearTimeout(toastTimer);
     toastTimer = setTimeout(() => box.classList.remove("is-shown"), 2500);
   }
 
-  async function copy(text, what = "Copied") {
+  /** Copy text in browsers that refuse the clipboard to files. Returns whether it worked. */
+  function copySelection(text) {
+    const { activeElement } = document;
+    const area = make("textarea", { class: "visually-hidden", "aria-hidden": "true" });
+    area.value = text;
+    (document.querySelector("dialog[open]") ?? document.querySelector(".pswp--open") ?? document.body).append(area);
+    area.focus({ preventScroll: true });
+    area.select();
+    const isCopied = document.execCommand("copy");
+    area.remove();
+    activeElement?.focus({ preventScroll: true });
+    return isCopied;
+  }
+
+  /** Copy text, then show `message`. */
+  async function copy(text, message = "Copied") {
+    let isCopied = true;
     try {
       await navigator.clipboard.writeText(text);
     } catch {
-      const area = make("textarea", { class: "visually-hidden", "aria-hidden": "true" });
-      area.value = text;
-      (document.querySelector(".pswp--open") ?? document.body).append(area);
-      area.select();
-      document.execCommand("copy");
-      area.remove();
+      isCopied = copySelection(text);
     }
-    toast(what);
+    toast(isCopied ? message : "Copying failed. Select the text and copy it.");
   }
 
   /** Let the browser paint and handle input before the caller continues. */

@@ -55,16 +55,7 @@
       theme.addEventListener("change", () => gallery.theme.choose(theme.value));
       show();
       this.showSize();
-      const filters = byId("filters");
-      const toggle = (isOpen) => {
-        filters.classList.toggle("is-open", isOpen);
-        byId("filters-button").setAttribute("aria-expanded", isOpen);
-        byId("scrim").hidden = !isOpen;
-        if (isOpen) byId("filters-close").focus();
-      };
-      byId("filters-button").addEventListener("click", () => toggle(!filters.classList.contains("is-open")));
-      for (const id of ["filters-close", "scrim", "filters-done"]) byId(id).addEventListener("click", () => toggle(false));
-      filters.addEventListener("keydown", (event) => event.key === "Escape" && toggle(false));
+      gallery.drawer.bind();
     }
 
     showSize() {
@@ -79,7 +70,10 @@
     }
 
     openDialog(name) {
-      if (name === "export") this.showExport();
+      if (name === "export") {
+        this.showExport();
+        byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES.marked);
+      }
       byId(`dialog-${name}`).showModal();
     }
 
@@ -89,13 +83,14 @@
       return kind === "marked" ? rows.filter((row) => gallery.ratings.isMarked(row)) : rows;
     }
 
+    /** Show how many results each table has. Tables can be saved once all results are loaded. */
     showExport() {
+      const isComplete = this.table.loaded >= this.table.size;
       for (const button of document.querySelectorAll("[data-export]")) {
         const rows = this.rowsOf(button.dataset.export);
-        button.querySelector(".export-count").textContent = labels.plural(rows.length, "result");
-        button.disabled = rows.length === 0;
+        button.querySelector(".export-count").textContent = isComplete ? labels.plural(rows.length, "result") : "Loading";
+        button.disabled = !isComplete || rows.length === 0;
       }
-      byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES.marked);
     }
 
     export(kind) {
@@ -130,6 +125,7 @@
       byId("filters-done").textContent = `Show ${labels.plural(view.rows.length, "result")}`;
       byId("loading").textContent = loaded < size ? `Loading ${Math.floor((100 * loaded) / size)}%` : "";
       byId("left-out").textContent = meta.left_out ? `${labels.plural(meta.left_out, "more result")} not in this gallery` : "";
+      if (byId("dialog-export").open) this.showExport();
       this.showEmpty(state, view, loaded >= size);
     }
 
