@@ -295,6 +295,33 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
     assert shlex.split(page.inner_text("#retry-command")) == ["batch-infer", "retry", "--ids", "ratings.csv", OUT]
 
 
+def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Path) -> None:
+    page = show("is.status=failed")
+    page.evaluate("BatchInferGallery.table.get('prompt').values[1] = '=SUM(1)'")
+    page.evaluate("BatchInferGallery.table.loaded--")
+    page.click("[data-dialog=export]")
+    assert page.is_disabled("[data-export=shown]")
+    page.evaluate("BatchInferGallery.table.loaded++ && BatchInferGallery.refresh()")
+    with page.expect_download() as download:
+        page.click("[data-export=shown]")
+    download.value.save_as(tmp_path / "results.csv")
+    content = (tmp_path / "results.csv").read_bytes()
+    assert content.startswith(b"\xef\xbb\xbfid,image_index")
+    assert content.endswith(b",'=SUM(1)\r\n")
+
+
+def test_damaged_ratings_are_ignored(show: Callable[..., Any]) -> None:
+    page = show()
+    page.evaluate("""() => {
+        const key = `batch-infer-gallery:${BatchInferGallery.table.meta.gallery_id}`;
+        localStorage.setItem(key, JSON.stringify({ "row-0\\u00000": 5, "row-0\\u00001": [3, 0] }));
+    }""")
+    page.reload()
+    page.wait_for_selector("html[data-loaded]", state="attached")
+    stars = [page.locator(f".tile[aria-posinset='{position}'] .tile-stars").text_content() for position in (1, 2)]
+    assert stars == ["", "★ 3"]
+
+
 def test_a_hostile_prompt_is_only_text(show: Callable[..., Any]) -> None:
     page = show("group=prompt&q=onerror")
     assert page.locator(".group-title").first.text_content() == HOSTILE

@@ -259,6 +259,7 @@ def test_the_reasons_of_a_retry_are_logged(table: Path, out: Path) -> None:
     [
         ("ids.txt", "a\n\nc\n"),
         ("ids.csv", 'id,image_index,rating,mark,status,seed,prompt\nc,0,5,x,ok,1,"a, b"\na,,1,,ok,2,x\n'),
+        ("ids.csv", "\ufeffid,image_index\nc,0\na,0\n"),
         ("ids.jsonl", '{"id": "a", "note": 1}\n{"id": "c", "image_index": 0}\n'),
         ("ids.csv.gz", None),
     ],

@@ -25,7 +25,7 @@
     } catch {
       // A damaged entry is replaced on the next rating.
     }
-    saved = value && typeof value === "object" ? value : {};
+    saved = Object.fromEntries(Object.entries(value ?? {}).filter(([, entry]) => Array.isArray(entry)));
   }
 
   function open(ofTable) {
@@ -97,12 +97,15 @@
     return /[",\r\n]/.test(text) || text !== text.trim() ? `"${text.replaceAll('"', '""')}"` : text;
   }
 
-  /** Return rows as CSV, which `batch-infer retry --ids` accepts. */
+  /** Put an apostrophe before text that spreadsheets would run as a formula. */
+  const disarm = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+
+  /** Return rows as CSV, which `batch-infer retry --ids` accepts. Excel recognises UTF-8 by the byte order mark. */
   function toCsv(rows) {
-    const lines = ["id,image_index,rating,mark,status,seed,prompt"];
+    const lines = ["\ufeffid,image_index,rating,mark,status,seed,prompt"];
     for (const row of rows) {
       const values = [table.value("id", row), table.value("image_index", row) ?? 0, ratingOf(row) || null, isMarked(row) ? 1 : 0];
-      for (const name of ["status", "seed", "prompt"]) values.push(table.value(name, row));
+      values.push(table.value("status", row), table.value("seed", row), disarm(table.value("prompt", row) ?? ""));
       lines.push(values.map(cell).join(","));
     }
     return `${lines.join("\r\n")}\r\n`;
