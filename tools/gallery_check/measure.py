@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page, ViewportSize
 
 MIB = 1024**2
+LOADING_SECONDS = 120
 DESKTOP: ViewportSize = {"width": 1440, "height": 900}
 
 WATCH = """
@@ -109,7 +111,7 @@ def open_page(browser: Browser, url: str, problems: Problems, **options: Any) ->
         page = context.new_page()
         problems.watch(page)
         page.goto(url)
-        page.wait_for_selector("html[data-loaded]", state="attached", timeout=120_000)
+        page.wait_for_selector("html[data-loaded]", state="attached", timeout=LOADING_SECONDS * 1000)
         yield page
 
 
@@ -143,7 +145,10 @@ def measure_opening(browser: Browser, url: str, problems: Problems) -> Iterator[
         page.add_init_script(WATCH)
         with TaskTimes(browser, page) as tasks:
             page.goto(url)
+            deadline = time.monotonic() + LOADING_SECONDS
             while not page.evaluate("window.times.images && window.times.loaded"):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{url} has not shown all results after {LOADING_SECONDS} s")
                 page.wait_for_timeout(100)
         times = page.evaluate("window.times")
     yield "first tiles", f"{times['tiles']:.0f} ms"
