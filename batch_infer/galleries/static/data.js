@@ -117,7 +117,9 @@
     try {
       const { columns } = await pending;
       const offset = row - number * table.meta.chunk;
-      return Object.fromEntries(Object.entries(columns).map(([name, cells]) => [name, cells[offset]]));
+      const values = Object.create(null); // a column may have the name of a method of objects
+      for (const [name, cells] of Object.entries(columns)) values[name] = cells[offset];
+      return values;
     } catch (error) {
       details.delete(number);
       throw error;

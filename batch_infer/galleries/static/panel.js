@@ -15,7 +15,7 @@
     for (const description of table.meta.columns) {
       const { name } = description;
       if (name.startsWith("_")) continue;
-      const cell = (details && Object.hasOwn(details, name) ? details[name] : null) ?? table.value(name, row) ?? null;
+      const cell = details?.[name] ?? table.value(name, row) ?? null;
       values.set(name, { column: description, cell: description.kind === "category" && description.detail && cell !== null ? description.values[cell] : cell });
     }
     return values;
