@@ -200,6 +200,7 @@ def test_moved_tables_can_be_named(table: Path, out: Path, tmp_path: Path) -> No
     ("arguments", "sentence"),
     [
         ((), "give --status, --id or --ids to select the rows to render"),
+        (("--ids", ""), "--ids is empty: name a file or URL"),
         (("--status", "ok"), "'ok' is not one of"),
         (("--status", "failed"), "contains no run: it has no run.json"),
     ],
@@ -350,6 +351,7 @@ def test_a_lost_image_with_a_selected_id_is_in_the_tables(table: Path, out: Path
         ([["name"], ["a"]], "has no column 'id'; its columns are 'name'"),
         ([["id", "image_index"], ["a", "x"]], "image_index 'x' is not a whole number"),
         ([["id", "image_index"], ["", "1"]], "the id is empty"),
+        ([["id", "image_index"]], "ids.csv has no ids, so no rows are selected"),
     ],
 )
 def test_files_without_ids_are_refused(table: Path, out: Path, rows: list[list[str]], sentence: str) -> None:

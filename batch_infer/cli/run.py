@@ -123,6 +123,8 @@ def retry(
     Exit codes: as for `run`, except that rows without a result do not cause 75.
     """
 
+    if ids_file == "":
+        raise click.UsageError("--ids is empty: name a file or URL, or give - for standard input")
     if not (statuses or ids or ids_file):
         raise click.UsageError("give --status, --id or --ids to select the rows to render")
 

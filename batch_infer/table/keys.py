@@ -22,14 +22,19 @@ def read_keys(path: str) -> Iterator[tuple[str, int | None]]:
     """Yield the id and image index of each row of a file, a URL or standard input (-).
 
     The image index is None, which selects all images of the row, if the cell is empty or there is no column
-    `image_index`. Raises TableError, also for a row without an id, ServiceError and StorageError.
+    `image_index`. Raises TableError, also if there are no ids or a row has none, ServiceError and StorageError.
     """
+    has_ids = False
     with closing(Scratch()) as scratch:
         files, _ = find_files((path,), Path(), scratch)
         for file in files:
             if file.error is not None:
                 raise TableError(file.error)
-            yield from _read(open_reader(file, "id", scratch))
+            for key in _read(open_reader(file, "id", scratch)):
+                has_ids = True
+                yield key
+        if not has_ids:
+            raise TableError(f"{', '.join(file.name for file in files)} has no ids, so no rows are selected")
 
 
 def _read(reader: Reader) -> Iterator[tuple[str, int | None]]:
