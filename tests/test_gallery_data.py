@@ -56,11 +56,11 @@ def test_hostile_texts_are_only_data(tmp_path: Path) -> None:
 
 
 def test_columns_may_have_the_names_of_the_page(tmp_path: Path) -> None:
-    names = ("_thumb", "_problem", "_image", "__proto__", "prompt_2")
+    names = ("_thumb", "_problem", "_image", "__proto__", "mark", "safety_scores.a", "rating", "input_rating", "free")
     write(tmp_path, make_table([dict.fromkeys(names, "x")], **dict.fromkeys(names, pa.string())))
     (row,) = read_rows(tmp_path)
-    assert [row[f"input_{name}"] for name in names[:4]] == ["x"] * 4
-    assert (row["_thumb"], row["_problem"], row["_image"], row["prompt_2"]) == (None, None, None, "x")
+    assert [row[f"input_{name}"] for name in (*names[:6], "input_rating")] == ["x"] * 7
+    assert (row["_thumb"], row["_problem"], row["_image"], row["free"]) == (None, None, None, "x")
     assert b'"__proto__"' not in (tmp_path / "data/rows-00000.js").read_bytes()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
@@ -26,14 +26,27 @@ MAX_SAFE_INTEGER = 2**53 - 1
 """JavaScript reads larger numbers inexactly, so they are written as text."""
 MAX_SECONDS = 8_640_000_000_000
 """JavaScript's dates end this many seconds after 1970."""
-RESERVED = frozenset({"_thumb", "_problem", "_image", "__proto__"})
+RESERVED = frozenset({"_thumb", "_problem", "_image", "rating", "mark", "__proto__"})
 """Names that a column of a table must not have in the gallery. The last one has a meaning in scripts."""
+_SCORE_PREFIX = "safety_scores."
+"""Beginning of the names that the page gives to the safety scores."""
 _TEXTS = frozenset({"id", "prompt", "error"})
 _DETAILS = frozenset(
     {"generated_image", "sha256", "pixels_sha256", "image_bytes", "fingerprint", "prompt_tokens", "slots"}
 )
 _RESULTS = frozenset(column.name for column in RESULT_COLUMNS)
 _UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+
+
+def choose_names(names: Sequence[str]) -> list[str]:
+    """Return the names of columns in the gallery, which differ from each other and from those that the page uses."""
+    chosen: list[str] = []
+    for name in names:
+        renamed = name
+        while renamed in RESERVED or renamed.startswith(_SCORE_PREFIX) or (renamed != name and renamed in names):
+            renamed = f"input_{renamed}"
+        chosen.append(renamed)
+    return chosen
 
 
 def choose_kind(field: pa.Field) -> Kind:
@@ -59,10 +72,10 @@ class Column:
     First pass all values to `observe`, then convert them with `to_row_values` and `to_detail_values`.
     """
 
-    def __init__(self, field: pa.Field) -> None:
+    def __init__(self, field: pa.Field, name: str) -> None:
         self.source = field.name
         """The name in the results. `name` is that in the gallery."""
-        self.name = f"input_{field.name}" if field.name in RESERVED else field.name
+        self.name = name
         self.is_carried = field.name not in _RESULTS
         self._kind = choose_kind(field)
         self._longest = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batch_infer.galleries.columns import Column
+from batch_infer.galleries.columns import Column, choose_names
 from batch_infer.store import create_temporary, temporary_file_errors, temporary_folder
 
 CHUNK_ROWS = 1000
@@ -21,7 +21,7 @@ class Snapshot:
 
     def __init__(self, schema: pa.Schema) -> None:
         """Create the temporary file. Raises StorageError."""
-        self.columns = [Column(field) for field in schema]
+        self.columns = list(map(Column, schema, choose_names(schema.names)))
         self.rows = 0
         self.statuses: Counter[str] = Counter()
         self._schema = schema

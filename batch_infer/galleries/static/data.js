@@ -43,7 +43,7 @@
       this.thumbs = new Array(meta.rows).fill(null);
       this.problems = new Map();
       for (const description of meta.columns) {
-        if (!description.detail && !description.name.startsWith("_")) this.add(description);
+        if (!description.detail) this.add(description);
       }
     }
 

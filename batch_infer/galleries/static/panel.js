@@ -14,7 +14,6 @@
     const values = new Map();
     for (const description of table.meta.columns) {
       const { name } = description;
-      if (name.startsWith("_")) continue;
       const cell = details?.[name] ?? table.value(name, row) ?? null;
       values.set(name, { column: description, cell: description.kind === "category" && description.detail && cell !== null ? description.values[cell] : cell });
     }
