@@ -81,7 +81,7 @@
       this.codes = new Int32Array(size).fill(-1);
       this.values = [];
       this.blocks = [];
-      this.numbers = new Map();
+      this.codesByText = new Map();
       this.isSearched = false;
     }
 
@@ -89,10 +89,10 @@
       const first = this.values.length;
       for (let i = 0; i < cells.length; i++) {
         if (cells[i] === null) continue;
-        let code = this.numbers.get(cells[i]);
+        let code = this.codesByText.get(cells[i]);
         if (code === undefined) {
           code = this.values.push(cells[i]) - 1;
-          this.numbers.set(cells[i], code);
+          this.codesByText.set(cells[i], code);
         }
         this.codes[start + i] = code;
       }
@@ -127,7 +127,7 @@
 
     /** Release what only loading needs. */
     finish() {
-      this.numbers = null;
+      this.codesByText = null;
     }
   }
 

@@ -6,8 +6,8 @@
 
   /** Split a search into terms: words, "phrases", and either with a minus sign before it to exclude. */
   function parseText(text) {
-    const parts = text.toLowerCase().match(/-?"[^"]+"|\S+/g) ?? [];
-    return parts
+    const parts = new Set(text.toLowerCase().match(/-?"[^"]+"|\S+/g));
+    return [...parts]
       .map((part) => ({ excludes: part.length > 1 && part.startsWith("-"), term: part }))
       .map(({ excludes, term }) => ({ excludes, term: term.slice(excludes ? 1 : 0).replaceAll('"', "").trim() }))
       .filter(({ term }) => term);
@@ -26,12 +26,20 @@
     return rows;
   }
 
-  /** Return the tests of a state: objects with a name, and `passes`, which has one byte per row or per code. */
-  function makeTests(table, state) {
-    const tests = parseText(state.text).map(({ term, excludes }) => {
+  /** Return the test of a search: whether a row lacks a term, or has one that is excluded. */
+  function makeTextTest(table, terms) {
+    const failing = new Uint8Array(table.loaded);
+    for (const { term, excludes } of terms) {
       const rows = rowsWithTerm(table, term);
-      return { name: null, fails: excludes ? (row) => rows[row] : (row) => !rows[row] };
-    });
+      for (let row = 0; row < rows.length; row++) if (rows[row] === Number(excludes)) failing[row] = 1;
+    }
+    return { name: null, fails: (row) => failing[row] };
+  }
+
+  /** Return the tests of a state: objects with the name of a column, or null, and a function that says whether a row fails. */
+  function makeTests(table, state) {
+    const terms = parseText(state.text);
+    const tests = terms.length ? [makeTextTest(table, terms)] : [];
     for (const [name, wanted] of state.facets) {
       const column = table.get(name);
       if (!(column?.codes instanceof Uint8Array)) continue;
@@ -59,11 +67,11 @@
       this.size = table.loaded;
       this.tests = makeTests(table, state);
       this.failures = new Uint8Array(this.size);
-      this.lastFailure = new Uint8Array(this.size);
+      this.lastFailure = new Uint16Array(this.size);
       this.tests.forEach(({ fails }, index) => {
         for (let row = 0; row < this.size; row++) {
           if (!fails(row)) continue;
-          this.failures[row]++;
+          if (this.failures[row] < 2) this.failures[row]++; // more than one are all the same
           this.lastFailure[row] = index;
         }
       });
