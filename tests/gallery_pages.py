@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from batch_infer.galleries import GalleryInfo, Snapshot, TileOptions, write_gallery
@@ -41,8 +43,8 @@ def make_result(number: int) -> dict[str, Any]:
         "nsfw_content_detected": None if status == "failed" else status == "flagged",
         **{"num_inference_steps": 20 + prompt_number, "guidance_scale": 5.0 + index, "width": 64, "height": 64},
         **{"seconds": 1 + (number * 7 % 40) / 10, "finished_at": START + timedelta(seconds=number)},
-        "safety_scores": [{"category": "violence", "score": number / 40}],
-        **{"style": ("oil", "ink")[prompt_number % 2], "note": f"note {number}"},
+        "safety_scores": [{"category": "violence", "score": (number + 2) / 43}],
+        **{"style": ("oil", "ink")[prompt_number % 2], "note": f"note {number}", "rating": "ab"[prompt_number % 2]},
     }
 
 
@@ -65,14 +67,21 @@ class Images:
         return f"../{path}"
 
 
-def make_gallery(folder: Path, rows: int) -> Path:
-    schema = pa.schema([*SCHEMA, ("style", pa.string()), ("note", pa.string())])
+class NoImages(Images):
+    """Images that were removed."""
+
+    def has(self, path: str) -> bool:
+        return False
+
+
+def make_gallery(folder: Path, rows: int, images: type[Images] = Images) -> Path:
+    schema = pa.schema([*SCHEMA, ("style", pa.string()), ("note", pa.string()), ("rating", pa.string())])
     with Snapshot(schema) as snapshot, open_store(folder / "gallery").locked() as store:
         snapshot.add(pa.Table.from_pylist([make_result(number) for number in range(rows)], schema))
         summary = {"stage_shares": {"denoise": 0.9, "decode": 0.1}}
         run = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary}
         info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, run)
-        write_gallery(store, snapshot, Images(folder), info, TileOptions(64, 1))
+        write_gallery(store, snapshot, images(folder), info, TileOptions(64, 1))
     return folder / "gallery" / "index.html"
 
 
@@ -94,8 +103,24 @@ class Opened:
 
     def goto(self, path: Path, link: str = "") -> Any:
         self.page.goto(f"{path.as_uri()}#{link}")
-        self.page.wait_for_selector("html[data-loaded]", state="attached")
+        self.wait_for_data()
         return self.page
+
+    def wait_for_data(self) -> None:
+        self.page.wait_for_selector("html[data-loaded]", state="attached")
+
+
+@contextmanager
+def launch_browser() -> Iterator[Any]:
+    """Yield Chromium, or skip the test if a program or package is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @contextmanager

@@ -4,7 +4,13 @@
 (function (gallery) {
   const EMPTY = { text: "", sort: null, group: null, view: "images", open: null };
 
-  const emptyState = () => ({ ...EMPTY, facets: new Map(), ranges: new Map() });
+  const WRITE_MS = 400; // Safari refuses more than 100 changes of the address in 30 seconds
+  let timer = null; // while it runs, changes of the address wait
+  let isDue = false;
+
+  const noFilters = () => ({ text: "", facets: new Map(), ranges: new Map() });
+
+  const emptyState = () => ({ ...EMPTY, ...noFilters() });
 
   /** Return the text after the # for a state. Default values are left out. */
   function encode(state) {
@@ -55,25 +61,51 @@
     return state;
   }
 
-  /** Drop filters, order and grouping by columns that this gallery lacks. */
+  const hasValues = (column) => column.codes instanceof Uint8Array;
+  const hasNumbers = (column) => Boolean(column.numbers);
+  const hasGroups = (column) => Boolean(column.codes);
+  const hasOrder = (column) => hasNumbers(column) || hasGroups(column);
+
+  /** Drop filters, order and grouping by columns that this gallery lacks, or whose kind does not allow them. */
   function fit(state, table) {
-    const isOpen = table.loaded < table.size; // columns of scores appear while the rows load
-    const known = (name) => isOpen || table.columns.has(name);
-    for (const filters of [state.facets, state.ranges]) {
-      for (const name of filters.keys()) if (!known(name)) filters.delete(name);
-    }
-    if (state.sort && !known(state.sort.name)) state.sort = null;
-    if (state.group && !known(state.group)) state.group = null;
+    const isLoading = table.loaded < table.size; // columns of scores appear while the rows load
+    const fits = (name, test) => (table.columns.has(name) ? test(table.get(name)) : isLoading);
+    for (const name of state.facets.keys()) if (!fits(name, hasValues)) state.facets.delete(name);
+    for (const name of state.ranges.keys()) if (!fits(name, hasNumbers)) state.ranges.delete(name);
+    if (state.sort && !fits(state.sort.name, hasOrder)) state.sort = null;
+    if (state.group && !fits(state.group, hasGroups)) state.group = null;
     return state;
   }
 
-  /** Put a state into the address. With `push`, the browser's Back button returns to the state before. */
-  function write(state, push = false) {
+  function put(state, push = false) {
     const url = `#${encode(state)}`;
     if (url === (window.location.hash || "#")) return;
-    if (push) window.history.pushState({ pushed: true }, "", url);
-    else window.history.replaceState(window.history.state, "", url);
+    try {
+      if (push) window.history.pushState({ pushed: true }, "", url);
+      else window.history.replaceState(window.history.state, "", url);
+    } catch (error) {
+      if (error.name !== "SecurityError") throw error; // too many changes: the next one has these too
+    }
   }
 
-  gallery.links = { encode, decode, fit, write, emptyState };
+  /** Put a state into the address now. With `push`, the browser's Back button returns to the state before. */
+  function write(state, push = false) {
+    if (push && timer !== null) put({ ...state, open: null });
+    clearTimeout(timer);
+    timer = null;
+    put(state, push);
+  }
+
+  /** Put the state of the page into the address, at most once per WRITE_MS. */
+  function writeSoon() {
+    isDue = timer !== null;
+    if (isDue) return;
+    put(gallery.state);
+    timer = setTimeout(() => {
+      timer = null;
+      if (isDue) writeSoon();
+    }, WRITE_MS);
+  }
+
+  gallery.links = { encode, decode, fit, write, writeSoon, emptyState, noFilters };
 })((window.BatchInferGallery ??= {}));

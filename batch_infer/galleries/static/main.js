@@ -7,6 +7,8 @@
   let parts = null;
   let leaving = null; // while the browser goes back: the function that ends the wait, and its promise
   let generation = 0;
+  let shown = 0; // the generation that the page shows
+  let isOutdated = false; // whether a rating may have changed which results are shown while an image was open
 
   gallery.state = gallery.links.decode(window.location.hash);
 
@@ -21,18 +23,22 @@
    * of the filters stay as they are.
    */
   gallery.refresh = async function ({ keepsPlace = true, isLoading = false } = {}) {
-    const { table, grid, filters, toolbar, charts } = parts;
+    const { table, grid, filters, toolbar, charts, viewer } = parts;
     const started = performance.now();
     const number = ++generation;
-    const { state } = gallery;
+    isOutdated = false;
+    const state = gallery.links.fit(gallery.state, table);
     const { match, rows, starts } = await gallery.query.run(table, state);
     if (number !== generation) return;
-    const view = { rows, starts, groupName: state.group, sortName: state.sort?.name };
+    shown = number;
+    const view = { rows, starts, isComplete: match.size === table.size, groupName: state.group, sortName: state.sort?.name };
     grid.setView(view, { keepsPlace });
+    viewer.setRows(rows);
     toolbar.update(state, view);
     if (state.view === "charts") charts.show(rows);
     filters.showChips(state);
-    if (isLoading) return;
+    const later = openLinked();
+    if (later || isLoading) return later;
     await gallery.dom.pause();
     if (number !== generation) return;
     filters.update(match, state);
@@ -40,11 +46,13 @@
     window.dispatchEvent(new CustomEvent("refreshed"));
   };
 
-  /** Change the state and show its results. */
+  /** Change the state and show its results. An image of the address that is not loaded yet does not open any more. */
   gallery.setState = function (changes) {
-    gallery.state = { ...gallery.state, ...changes };
-    gallery.links.write(gallery.state);
-    return gallery.refresh({ keepsPlace: false });
+    const open = parts.viewer.isOpen ? gallery.state.open : null;
+    gallery.state = { ...gallery.state, open, ...changes };
+    const refreshed = gallery.refresh({ keepsPlace: false });
+    gallery.links.writeSoon();
+    return refreshed;
   };
 
   /** Set or remove the filter of a column. `kind` is "facets" or "ranges". */
@@ -55,15 +63,17 @@
     gallery.setState({ [kind]: filters });
   };
 
-  gallery.clearFilters = () => gallery.setState({ text: "", facets: new Map(), ranges: new Map() });
+  gallery.clearFilters = () => gallery.setState(gallery.links.noFilters());
+
+  const nameOf = (row) => ({ id: parts.table.value("id", row), image: parts.table.value("image_index", row) ?? 0 });
 
   /** Called by the viewer when it shows a row: put the row into the address. */
   gallery.opened = function (row) {
-    const { table } = parts;
     const wasOpen = gallery.state.open !== null;
-    gallery.state.open = { id: table.value("id", row), image: table.value("image_index", row) ?? 0 };
+    gallery.state.open = nameOf(row);
     if (leaving) leaving.promise.then(() => gallery.links.write(gallery.state, true));
-    else gallery.links.write(gallery.state, !wasOpen);
+    else if (wasOpen) gallery.links.writeSoon();
+    else gallery.links.write(gallery.state, true);
   };
 
   /** Go back to the address before an image was opened, without following it. */
@@ -75,33 +85,38 @@
   }
 
   /** Called by the viewer when it has closed: remove the row from the address, and focus its tile. */
-  gallery.closed = function (position) {
+  gallery.closed = async function (row) {
+    const { grid, viewer } = parts;
     if (gallery.state.open !== null) {
       gallery.state.open = null;
-      if (window.history.state?.pushed) leave();
-      else gallery.links.write(gallery.state);
+      if (!leaving && window.history.state?.pushed) leave();
+      else if (!leaving) gallery.links.write(gallery.state);
     }
-    if (gallery.state.view === "images") parts.grid.focus(position);
+    if (isOutdated) await gallery.refresh();
+    if (viewer.isOpen || gallery.state.view !== "images") return;
+    const position = grid.view.rows.indexOf(row);
+    grid.focus(position < 0 ? grid.focused : position);
   };
 
-  /** Open a row, without the filters if they leave it out. */
+  /** Open a row that the filters leave out, without them. */
   gallery.openRow = async function (row) {
-    const { grid, viewer } = parts;
-    if (!grid.view.rows.includes(row)) {
-      viewer.close(true);
-      await gallery.clearFilters();
-    }
-    viewer.open(grid.view.rows.indexOf(row));
+    await parts.viewer.close(true);
+    await gallery.setState({ ...gallery.links.noFilters(), open: nameOf(row) });
   };
 
-  /** Open the row of the address once it is loaded. */
+  /**
+   * Open the row of the address if it is among the results that the page shows. Once all rows are loaded, clear the
+   * filters if they leave it out, and return a promise.
+   */
   function openLinked() {
-    const { table, viewer } = parts;
+    const { table, grid, viewer } = parts;
     const { open } = gallery.state;
-    if (!open || viewer.isOpen) return;
+    if (!open || viewer.isOpen || shown !== generation) return null;
     const row = table.find(open.id, open.image);
-    if (row >= 0) gallery.openRow(row);
-    else if (table.loaded >= table.size) gallery.setState({ open: null });
+    const position = row < 0 ? -1 : grid.view.rows.indexOf(row);
+    if (position >= 0) viewer.open(position);
+    else if (grid.view.isComplete) return gallery.setState(row < 0 ? { open: null } : { ...gallery.links.noFilters(), open });
+    return null;
   }
 
   /** Follow the address after Back, Forward, or an edit by hand. */
@@ -109,15 +124,17 @@
     if (leaving) {
       leaving.end();
       leaving = null;
+      gallery.links.write({ ...gallery.state, open: null }); // the view may have changed while the image was open
       return;
     }
-    const state = gallery.links.decode(window.location.hash);
-    if (gallery.links.encode(state) === gallery.links.encode(gallery.state)) return;
-    const onlyRow = gallery.links.encode({ ...state, open: null }) === gallery.links.encode({ ...gallery.state, open: null });
-    gallery.state = gallery.links.fit(state, parts.table);
-    parts.viewer.close(true);
-    if (!onlyRow) await gallery.refresh({ keepsPlace: false });
-    openLinked();
+    const { encode, decode, fit } = gallery.links;
+    const state = fit(decode(window.location.hash), parts.table);
+    if (encode(state) === encode(gallery.state)) return;
+    const onlyRow = encode({ ...state, open: null }) === encode({ ...gallery.state, open: null });
+    gallery.state = state;
+    await parts.viewer.close(true);
+    if (onlyRow && !isOutdated) await openLinked();
+    else await gallery.refresh({ keepsPlace: onlyRow });
   }
 
   function bind({ table, grid, viewer, toolbar }) {
@@ -132,7 +149,9 @@
       grid.updateRow(event.detail);
       const { state } = gallery;
       const isUsed = (name) => state.facets.has(name) || state.group === name || state.sort?.name === name;
-      if (!viewer.isOpen && (isUsed("rating") || isUsed("mark"))) gallery.refresh();
+      const isRegrouped = isUsed("rating") || isUsed("mark");
+      isOutdated ||= isRegrouped && viewer.isOpen;
+      if (isRegrouped && !viewer.isOpen) gallery.refresh();
       else if (table.loaded >= table.size) parts.filters.update(new gallery.query.Match(table, state), state);
     });
     window.addEventListener("popstate", followAddress);
@@ -171,14 +190,12 @@
       }
       rated = table.loaded;
       if (performance.now() - last < REFRESH_MS) return;
-      gallery.refresh({ isLoading: last > 0 }).then(openLinked);
+      gallery.refresh({ isLoading: last > 0 });
       last = performance.now();
     });
-    gallery.links.fit(gallery.state, table);
     filters.build();
     await gallery.dom.pause();
     await gallery.refresh();
-    openLinked();
     document.documentElement.dataset.loaded = table.loaded;
   }
 

@@ -35,8 +35,11 @@
 
     /** Open the row at a position of the grid's view. */
     open(position) {
-      if (this.isOpen) return;
+      if (this.isOpen || position < 0) return;
       this.rows = this.grid.view.rows;
+      this.isQuiet = false;
+      this.indices = new Set();
+      this.ended = new Promise((resolve) => (this.resolveEnded = resolve));
       this.pswp = new PhotoSwipe({
         index: position,
         loop: false,
@@ -90,14 +93,44 @@
       document.getElementById("app").inert = false;
       this.pswp = null;
       this.images.clear();
-      if (!this.isQuiet) gallery.closed(this.rows.indexOf(this.row));
-      this.isQuiet = false;
+      if (!this.isQuiet) gallery.closed(this.row);
+      this.resolveEnded();
     }
 
-    /** Close the view. With `quiet`, the address stays as it is. */
-    close(quiet = false) {
-      this.isQuiet = quiet;
-      this.pswp?.destroy();
+    /** Close the view. With `isQuiet`, the address stays as it is. The promise resolves when another image can be opened. */
+    close(isQuiet = false) {
+      const { pswp } = this;
+      if (!pswp) return Promise.resolve();
+      this.isQuiet ||= isQuiet;
+      if (!pswp.opener.isOpen && !pswp.isDestroying) pswp.on("openingAnimationEnd", () => pswp.isDestroying || pswp.destroy());
+      else if (!pswp.isDestroying) pswp.destroy();
+      return this.ended;
+    }
+
+    /** Continue in the rows of another view, if it has the open one. */
+    setRows(rows) {
+      const { pswp } = this;
+      const position = pswp && !pswp.isDestroying ? rows.indexOf(this.row) : -1;
+      if (position < 0) return;
+      const { currIndex: former } = pswp;
+      const isSame = (step) => this.rows[former + step] === rows[position + step];
+      const isKept = position === former && isSame(-1) && isSame(1);
+      this.rows = rows;
+      if (!isKept) this.replaceNeighbours(position);
+      pswp.dispatch("change");
+    }
+
+    /** Move the open slide to another position, and load the slides before and after it again. */
+    replaceNeighbours(position) {
+      const { pswp } = this;
+      for (const index of this.indices) pswp.contentLoader.removeByIndex(index);
+      this.indices.clear();
+      pswp.potentialIndex += position - pswp.currIndex; // differs from currIndex during a swipe
+      pswp.currIndex = position;
+      pswp.currSlide.index = pswp.currSlide.content.index = position;
+      const [before, , after] = pswp.mainScroll.itemHolders;
+      pswp.setContent(before, position - 1, true);
+      pswp.setContent(after, position + 1, true);
     }
 
     /** Called for another slide, and also when the content of a slide was replaced. */
@@ -164,6 +197,7 @@
     /** Make the content of slides without an image: a reason, or a flagged image that can be shown. */
     loadContent(event) {
       const { content } = event;
+      this.indices.add(content.index);
       if (content.data.type !== "notice") return;
       event.preventDefault();
       const { row } = content.data;
