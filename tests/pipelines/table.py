@@ -17,7 +17,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 INTRODUCTION = """\
 # Which pipelines batch rows
 
-In a pipeline without a [model family](../README.md#models), each row runs the pipeline's own `__call__`, and rows of
+In a pipeline without a [model family](models.md), each row runs the pipeline's own `__call__`, and rows of
 one image size share the calls of its networks. Rows may differ in their texts, steps, guidance and seeds.
 
 Which rows share denoiser calls depends on the pipeline, and is tested when a model is loaded. A call is shared only if
