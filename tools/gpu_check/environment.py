@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+from batch_infer import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "batch-infer"
@@ -41,12 +42,9 @@ def version_of(distribution: str) -> str | None:
 
 def write_metadata(folder: Path) -> Path:
     """Write the metadata of batch-infer, which reads its own version from there. Return the folder."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    match = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    version = match[1] if match else "0"
-    target = folder / f"batch_infer-{version}.dist-info"
+    target = folder / f"batch_infer-{__version__}.dist-info"
     target.mkdir(parents=True)
-    lines = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n"
+    lines = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {__version__}\n"
     (target / "METADATA").write_text(lines, encoding="utf-8")
     return folder
 
