@@ -19,6 +19,8 @@ from batch_infer.carried.result_types import to_plain_type, to_result_type
 from batch_infer.carried.values import to_array, to_values
 
 Convert = Callable[[Any], Any]
+NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError)
+"""Errors of Arrow for a value beyond the range or precision of Python's type. KeyError is an unknown zone of pytz."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def make_python_reader(dtype: pa.DataType) -> Convert | None:
     def read(value: Any) -> Any:
         try:
             return to_array([value], result)[0].as_py()
-        except (ValueError, OverflowError):  # beyond the range or precision of Python's type
+        except NO_PYTHON_VALUE:
             return to_text(value, result)
 
     return read
@@ -117,6 +119,6 @@ def to_python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
     """
     dtype = to_result_type(array.type)
     if "time64[ns]" not in str(dtype):  # datetime.time would lose the nanoseconds
-        with suppress(ValueError, OverflowError):
+        with suppress(*NO_PYTHON_VALUE):
             return list(array.to_pylist())
     return [_to_json_value(value, dtype) for value in to_values(array)]
