@@ -74,7 +74,16 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+READS_NULL_ARRAYS = int(pa.__version__.split(".")[0]) >= 26
+ARRAY = pytest.param(
+    "array",
+    marks=pytest.mark.xfail(
+        not READS_NULL_ARRAYS, reason="Arrow reads no null list of a fixed size from Parquet", raises=pa.ArrowInvalid
+    ),
+)
+
+
+@pytest.mark.parametrize("name", [ARRAY if name == "array" else name for name in EXACT])
 def test_a_column_is_carried_unchanged(name: str) -> None:
     """This holds for results.parquet. Writing results.csv and results.jsonl does not fail."""
     column = EXACT[name]
