@@ -10,7 +10,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cu126
 ARG EXTRAS=s3,gs,abfss,https,lora,long-prompts,azure,nvml
 ENV PATH=/opt/batch-infer/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-# torch is a layer of its own, because it is large and changes rarely.
+# torch has a separate layer, because it is large and changes rarely.
 COPY requirements.lock ./
 RUN python -m venv /opt/batch-infer \
     && pip install --index-url "$TORCH_INDEX" "$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.lock)"

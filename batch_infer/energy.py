@@ -43,7 +43,7 @@ class EnergyMeter:
 def _open_counter() -> tuple[str, Callable[[], int | None]] | None:
     """Return the UUID of this process's GPU and a function that reads its counter in mJ.
 
-    Return None without nvidia-ml-py or NVIDIA's driver, and for a part of a GPU (MIG), which has no counter of its own.
+    Return None without nvidia-ml-py or NVIDIA's driver, and for a part of a GPU (MIG), which has no separate counter.
     A GPU older than Volta has a UUID, but its counter cannot be read.
     """
     try:

@@ -90,7 +90,7 @@
     }
   }
 
-  /** Load all rows, two files ahead, and call `onProgress` after each file. Each file is a task of its own. */
+  /** Load all rows, two files ahead, and call `onProgress` after each file. Each file is a separate task. */
   async function loadRows(table, onProgress) {
     const waiting = [];
     let requested = 0;
