@@ -79,6 +79,12 @@
     return new Promise((resolve) => setTimeout(resolve, 0));
   }
 
+  /** Call a function when the browser has nothing else to do, or soon. Some browsers cannot tell. */
+  function whenIdle(callback) {
+    if (window.requestIdleCallback) window.requestIdleCallback(callback, { timeout: 100 });
+    else setTimeout(callback, 30);
+  }
+
   /** Offer text as a file to save. */
   function save(name, text) {
     const url = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
@@ -91,5 +97,5 @@
 
   const reducesMotion = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-  gallery.dom = { make, icon, iconButton, toast, copy, pause, save, reducesMotion };
+  gallery.dom = { make, icon, iconButton, toast, copy, pause, whenIdle, save, reducesMotion };
 })((window.BatchInferGallery ??= {}));

@@ -124,6 +124,7 @@
       for (const [key, item] of this.used) if (!needed.has(key)) this.release(key, item);
       for (const position of positions) this.showTile(position, isFast);
       for (const group of groups) this.showHeader(group);
+      if (!isFast) this.loadSoon();
       clearTimeout(this.settling);
       this.settling = setTimeout(() => this.settle(), SETTLED_MS);
     }
@@ -131,10 +132,8 @@
     /** Fill the tiles that fast scrolling left blank, and prepare the tiles for the keyboard and for screen readers. */
     settle() {
       this.keepReachable();
-      for (const [key, item] of this.used) {
-        if (item.isBlank) this.fill(item, key);
-        if (item.needsImage) item.loadImage();
-      }
+      for (const [key, item] of this.used) if (item.isBlank) this.fill(item, key);
+      this.loadImages();
       const items = [...this.used].map(([key, item]) => ({ item, order: item.kind === "tile" ? key : this.view.starts[Number(key.slice(1))] - 0.5 }));
       const nodes = items.sort((a, b) => a.order - b.order).map(({ item }) => item.node);
       const isOrdered = nodes.every((node, i) => i === 0 || nodes[i - 1].compareDocumentPosition(node) & Node.DOCUMENT_POSITION_FOLLOWING);
@@ -168,7 +167,20 @@
       tile.button.tabIndex = position === this.focused ? 0 : -1;
       const { x, y } = this.layout.locate(position);
       tile.move(x, Math.min(y - this.offset, MAX_HEIGHT)); // the focused tile may be far below the view
-      if (!isFast && tile.needsImage) tile.loadImage();
+    }
+
+    /** Load the images of the tiles when the page has shown them and the counts, both of which loading would delay. */
+    loadSoon() {
+      if (this.isLoading) return;
+      this.isLoading = true;
+      gallery.dom.whenIdle(() => {
+        this.isLoading = false;
+        this.loadImages();
+      });
+    }
+
+    loadImages() {
+      for (const item of this.used.values()) if (item.needsImage) item.loadImage();
     }
 
     showHeader(group) {
