@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
+import threading
+import warnings
 
 # Set before torch and transformers are imported, and inherited by child processes: spinning threads slow each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +23,7 @@ import pytest
 from hypothesis import settings
 
 from batch_infer.autotune.probe import Probe
+from batch_infer.cli.logs import restore_stderr, set_log_format
 from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import Stopper
 
@@ -52,6 +57,28 @@ def _temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _initial_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start each test with Python's initial logging, which a command in this process changes and does not restore."""
+    for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    pytests = warnings.showwarning
+    _reset_logging()
+    warnings.showwarning = pytests  # captureWarnings(False) has put back that of another test
+    yield
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    for name in ("batch_infer", "py.warnings", "stderr"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
+    logging.captureWarnings(False)
+    restore_stderr()
+    set_log_format("text")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import logging
 import re
 import shlex
 import subprocess
@@ -100,14 +99,6 @@ def report() -> dict[str, Any]:
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return dict(json.loads(process.stdout))
-
-
-@pytest.fixture
-def _restored_logging() -> Iterator[None]:
-    log = logging.getLogger("batch_infer")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
 
 
 def spec(name: str) -> dict[str, Any]:
@@ -271,7 +262,6 @@ def test_the_image_has_the_dependencies_of_batch_infer() -> None:
         assert "*" in source or (EXAMPLE / "environment" / source).is_file()
 
 
-@pytest.mark.usefixtures("_restored_logging")
 def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = sorted(map(str, (EXAMPLE / "batch" / "prompts").iterdir()))
     small = {**variables("batch"), "AZUREML_BI_OUTPUT_PATH": str(tmp_path), **quick()}
@@ -291,7 +281,6 @@ def test_the_batch_script_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all((tmp_path / name).is_file() for name in frame["generated_image"])  # no row is invalid
 
 
-@pytest.mark.usefixtures("_restored_logging")
 def test_the_online_script_scores_the_sample_request(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**variables("online"), **quick()}.items():
         monkeypatch.setenv(name, value)

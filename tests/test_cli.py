@@ -31,12 +31,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True)
-def _restore_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(logs.log, name, getattr(logs.log, name))
-
-
 def rows(*statuses: Any) -> list[ResultRow]:
     return [
         ResultRow(id=f"{i}", image_index=0, prompt="x", status=status, finished_at=utc_now(), source_file="t.csv",

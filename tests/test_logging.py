@@ -9,9 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 
 from batch_infer.cli import commands, logs, progress
-from batch_infer.cli.logs import restore_stderr, set_log_format, set_up_logging
+from batch_infer.cli.logs import set_log_format, set_up_logging
 from batch_infer.cli.progress import ProgressBar, ProgressLog, make_progress
 from batch_infer.cli.report import stoppable
 from batch_infer.jobs.scan import ScanResult
@@ -27,23 +25,6 @@ from batch_infer.models import DEMO_MODEL
 from batch_infer.stopping import deferred
 from tests.runs import command, run
 from tests.tables import write_csv
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging and hooks, which a command leaves changed because its process ends."""
-    for name in ("", "py.warnings", "stderr", "batch_infer"):
-        for what in ("handlers", "level", "propagate"):
-            monkeypatch.setattr(logging.getLogger(name), what, getattr(logging.getLogger(name), what))
-    for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    before = warnings.showwarning
-    logging.captureWarnings(False)  # another test may have enabled it
-    warnings.showwarning = before
-    yield
-    logging.captureWarnings(False)
-    restore_stderr()
-    set_log_format("text")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from batch_infer.cli import progress
-from batch_infer.cli.logs import log, set_up_logging
+from batch_infer.cli.logs import set_up_logging
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.progress import ProgressBar, ProgressGroup, ProgressLog
 from batch_infer.engines.local import LocalEngine
@@ -45,12 +45,6 @@ class Clock:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _restore_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(log, name, getattr(log, name))
 
 
 @pytest.fixture
