@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -298,11 +299,15 @@ def test_merge_does_not_replace_the_only_copy_of_a_changed_part(out: Path, is_re
         (lambda out: image_of(out, "c").write_bytes(b"no image"), "retry {} --status damaged"),
         (lambda out: (out / "images" / "x.png").write_bytes(b"x"), "Orphan images belong to no result"),
         (lambda out: edit(out / "results.parquet", lambda table: table.slice(1)), "merge {}"),
+        (lambda out: (out / "results.parquet").unlink(), "merge {}"),
     ],
 )
 def test_each_problem_names_its_remedy(out: Path, damage: Callable[[Path], object], remedy: str) -> None:
-    damage(out)
-    assert remedy.format(out) in command("verify", out).stdout.splitlines()[-1]
+    spaced = out.rename(out.with_name("my out"))
+    damage(spaced)
+    lines = command("verify", spaced).stdout.splitlines()
+    assert remedy.format(shlex.quote(str(spaced))) in lines[-1]
+    assert f"merge {spaced}" not in "".join(lines)
 
 
 def test_seed_without_sample_is_refused(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ def verify(
 
 
 def _lines(result: Verification, out: str) -> Iterator[str]:
+    quoted = shlex.quote(out)
     counts = [f"{count:,} {kind}" for kind, count in result.counts.items()]
     statuses = ", ".join(f"{count:,} {status}" for status, count in result.statuses.items())
     yield " · ".join(
@@ -146,12 +148,12 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
     if result.marked_count:
         yield (
             f"{format_count(result.marked_count, 'result')} marked as failed. Run `batch-infer run` or "
-            f"`batch-infer retry {out} --status failed` to render them again."
+            f"`batch-infer retry {quoted} --status failed` to render them again."
         )
-    yield from _find_remedies(result, out)
+    yield from _find_remedies(result, quoted)
 
 
-def _find_remedies(result: Verification, out: str) -> Iterator[str]:
+def _find_remedies(result: Verification, quoted: str) -> Iterator[str]:
     # Repeated and missing rows need another remedy in results.* than in the manifest.
     kinds = result.counts.keys() - {"missing_row", "duplicate_row"}
     for problem in result.problems:
@@ -165,8 +167,8 @@ def _find_remedies(result: Verification, out: str) -> Iterator[str]:
     if result.marked_count:
         kinds -= {"missing_image", "truncated_image", "wrong_image", "results_differ"}
     elif "failed" in result.statuses:
-        yield f"Run `batch-infer retry {out} --status failed` to render failed rows again."
-    yield from dict.fromkeys(remedy.format(out=out) for kind, remedy in _REMEDIES.items() if kind in kinds)
+        yield f"Run `batch-infer retry {quoted} --status failed` to render failed rows again."
+    yield from dict.fromkeys(remedy.format(out=quoted) for kind, remedy in _REMEDIES.items() if kind in kinds)
 
 
 def _sample_lines(sample: Sample) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -69,7 +70,7 @@ def check_results(
                 ):
                     comparison.find(_convert_to_stored(read_expected(), schema))
     except FileNotFoundError:
-        detail = f"it is missing: write it with `batch-infer merge {store.location}`"
+        detail = f"it is missing: write it with `{shlex.join(('batch-infer', 'merge', store.location))}`"
         problems.add("results_differ", detail, path=RESULTS_PARQUET)
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
