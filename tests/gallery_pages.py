@@ -74,12 +74,13 @@ class NoImages(Images):
         return False
 
 
-def make_gallery(folder: Path, rows: int, images: type[Images] = Images) -> Path:
+def make_gallery(folder: Path, rows: int, images: type[Images] = Images, **run: Any) -> Path:
+    """Make a gallery. `run` are further figures of the run."""
     schema = pa.schema([*SCHEMA, ("style", pa.string()), ("note", pa.string()), ("rating", pa.string())])
     with Snapshot(schema) as snapshot, open_store(folder / "gallery").locked() as store:
         snapshot.add(pa.Table.from_pylist([make_result(number) for number in range(rows)], schema))
         summary = {"stage_shares": {"denoise": 0.9, "decode": 0.1}}
-        run = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary}
+        run = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary, **run}
         info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, run)
         write_gallery(store, snapshot, images(folder), info, TileOptions(64, 1))
     return folder / "gallery" / "index.html"

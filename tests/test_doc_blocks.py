@@ -80,6 +80,11 @@ def template(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Pat
     (folder / "batch.jsonl").write_text(json.dumps(body))
     (folder / "job.toml").write_text("steps = 2\n")
     (folder / "ratings.csv").write_text("id,image_index,rating\nprompts-00000001,0,5\n")
+    (folder / "marked.csv").write_text(
+        "id,image_index,rating,mark,status,seed,height,width,num_inference_steps,guidance_scale,guidance_rescale,prompt\n"
+        "prompts-00000001,0,5,1,ok,7,64,64,3,5,0,a red circle\n"
+        "prompts-00000001,1,4,1,ok,8,64,64,3,5,0,a red circle\n"
+    )
     for name in ("my-checkpoint", "sdxl"):
         (folder / name).symlink_to(demo_folder)
     (folder / "examples").symlink_to(ROOT / "examples")

@@ -47,6 +47,7 @@ FILES = [
     "pub.pem",
     "chain.pem",
     "ratings.csv",
+    "marked.csv",
 ]
 """Files that options in shell blocks name."""
 OTHER_OPTIONS = {"--build-arg", "--user", "--filename", "--time", "--signal"}

@@ -287,11 +287,16 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
     download.value.save_as(tmp_path / "ratings.csv")
     with (tmp_path / "ratings.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    common = {"status": "ok", "image_index": "0", "rating": "", "mark": "0"}
+    common = {"status": "ok", "image_index": "0", "rating": "", "mark": "0", "negative_prompt": "", "height": "64"}
+    common |= {"width": "64", "guidance_rescale": ""}
+    first = {"image_index": "3", "mark": "1", "seed": str(SEED + 7), "num_inference_steps": "21", "guidance_scale": "8"}
+    last = {"rating": "4", "seed": str(SEED + 12), "num_inference_steps": "23", "guidance_scale": "5"}
     assert rows == [
-        common | {"id": QUOTED, "image_index": "3", "mark": "1", "seed": str(SEED + 7), "prompt": "a red fox 1"},
-        common | {"id": "row-3", "rating": "4", "seed": str(SEED + 12), "prompt": HOSTILE},
+        common | first | {"id": QUOTED, "prompt": "a red fox 1"},
+        common | last | {"id": "row-3", "prompt": HOSTILE},
     ]
+    run = "batch-infer run --column id= --out other ratings.csv"
+    assert page.inner_text("#run-command") == run
     assert shlex.split(page.inner_text("#retry-command")) == ["batch-infer", "retry", "--ids", "ratings.csv", OUT]
 
 
@@ -307,7 +312,23 @@ def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Pa
     download.value.save_as(tmp_path / "results.csv")
     content = (tmp_path / "results.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbfid,image_index")
-    assert content.endswith(b",'=SUM(1)\r\n")
+    assert content.endswith(b",'=SUM(1),\r\n")
+
+
+def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path) -> None:
+    path = make_gallery(tmp_path / "out", 8, on_flagged="blank", model_option="my model")
+    with open_context(browser) as opened:
+        page = opened.goto(path)
+        assert page.locator(".tile[aria-posinset='6'] .tile-note").inner_text() == "The image was flagged."
+        open_tile(page, 6)
+        words = "The safety checker flagged this image. A black image is stored in its place."
+        assert words in page.locator(".notice-box p").all_inner_texts()
+        assert page.locator(".notice-box button, .notice-blur").count() == 0
+        assert page.get_by_text("export-recipe").count() == 1
+        page.keyboard.press("Escape")
+        page.click("[data-dialog=export]")
+        expected = "batch-infer run --model 'my model' --column id= --out other marked.csv"
+        assert page.inner_text("#run-command") == expected
 
 
 def test_damaged_ratings_are_ignored(show: Callable[..., Any]) -> None:

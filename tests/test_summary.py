@@ -51,6 +51,7 @@ def test_a_large_run_says_where_the_time_the_energy_and_the_money_went() -> None
                       energy_wh=1234.5, processes=4)  # fmt: skip
     assert summarize(summary, gallery="/x/o/gallery/index.html") == [
         "12,000 rows · 11,900 ok · 100 flagged",
+        "flagged  -> stored as black images; to see them, render into another --out with --on-flagged keep",
         "speed    3.33 images/s (12,000 images in 1 h 00 min, 1 h 01 min in all)",
         "time     denoise 80% · decode 18% · encode 2%, slot occupancy 96%, MFU 41.2%",
         "energy   1.23 kWh on the GPUs, 0.103 Wh per image",
@@ -148,13 +149,28 @@ def test_one_truncated_prompt_is_located() -> None:
 def test_a_run_warns_if_most_images_are_flagged(flagged: int, share: str | None) -> None:
     lines = summarize(Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged)))
     assert (f"flagged  {share} images are flagged" in lines) == (share is not None)
-    advice = "         -> check the prompts, or render into another --out with --on-flagged keep"
-    assert (advice in lines) == (share is not None)
+    advice = "render into another --out with --on-flagged keep"
+    assert (f"         -> check the prompts, or {advice}" in lines) == (share is not None)
+    assert (f"flagged  -> stored as black images; to see them, {advice}" in lines) == (flagged == 2)
 
 
 def test_flagged_images_that_were_kept_can_be_looked_at() -> None:
     lines = summarize(Summary(Counts(rows=1, images=1, flagged=1)), safety=SafetySettings(on_flagged="quarantine"))
-    assert "         -> check the prompts, or look at them" in lines
+    assert "         -> check the prompts, or look at the images" in lines
+
+
+def test_what_the_safety_checks_found_is_located() -> None:
+    reasons = [
+        Reason("flagged", 2, "t.csv, line 3 (b)", "the safety check flagged the image (concept_0 +0.131)"),
+        Reason("blocked", 1, "t.csv, line 4 (c)", "the prompt was blocked"),
+    ]
+    lines = summarize(Summary(Counts(rows=6, images=5, ok=3, flagged=2, blocked=1, reasons=reasons)))
+    assert lines[1:5] == [
+        "blocked  t.csv, line 4 (c): the prompt was blocked",
+        "         -> change these prompts, then run the same command again",
+        "flagged  t.csv, line 3 (b): the safety check flagged the image (concept_0 +0.131) (1 more like it)",
+        "         -> stored as black images; to see them, render into another --out with --on-flagged keep",
+    ]
 
 
 def test_deaths_of_workers_are_reported_with_their_logs() -> None:
@@ -205,6 +221,9 @@ def test_errors_that_differ_only_in_numbers_and_quoted_texts_have_one_reason() -
         bad_row(2, "invalid", "duplicate id 'e'"),
         bad_row(3, "invalid", 'duplicate id "it\'s"'),
         bad_row(4, "failed", "height 63 is not a multiple of 8; the nearest is 64"),
+        bad_row(5, "flagged", "the safety check flagged the image (concept_0 +0.131)"),
+        bad_row(6, "flagged", "the safety check flagged the image (special_care_0 +0.02)"),
+        bad_row(7, "blocked", "the prompt was blocked (Violence 6)"),
     ]
     for counts in (count(rows), by_row := Counts()):
         if counts is by_row:
@@ -214,6 +233,8 @@ def test_errors_that_differ_only_in_numbers_and_quoted_texts_have_one_reason() -
             ("invalid", 2, "t.csv, row 0 (r0)", rows[0].error),
             ("invalid", 2, "t.csv, row 2 (r2)", rows[2].error),
             ("failed", 1, "t.csv, row 4 (r4)", rows[4].error),
+            ("flagged", 2, "t.csv, row 5 (r5)", rows[5].error),
+            ("blocked", 1, "t.csv, row 7 (r7)", rows[7].error),
         ]
 
 

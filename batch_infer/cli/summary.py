@@ -33,6 +33,9 @@ LEAST_SHARE = 0.005
 LEAST_RATE = 0.1
 """Images per second below which the seconds per image say more."""
 
+_STORED = {"blank": "stored as black images", "blur": "stored blurred", "drop": "not stored"}
+"""What happens to flagged images, by the policies that do not keep them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -105,21 +108,30 @@ def _result_lines(counts: Counts, place: Place, *, has_ended: bool) -> Iterator[
         first = f": {'first ' * (counts.truncated > 1)}{counts.first_truncated}" if counts.first_truncated else ""
         yield line("prompts", f"{counts.truncated:,} {ends}{first}")
         yield line("", "-> shorten them, or render into another --out with --long-prompts")
+    yield from _reason_lines(counts, "blocked", "change these prompts, then run the same command again")
+    yield from _flagged_lines(counts, place.safety)
+
+
+def _flagged_lines(counts: Counts, safety: SafetySettings) -> Iterator[str]:
+    stored = _STORED.get(safety.policy)
+    keep = "render into another --out with --on-flagged keep"
+    label, remedy = "flagged", f"{stored}; to see them, {keep}" if stored else "look at the images"
     if counts.flagged > counts.ok:
-        share = "most" if counts.ok else "all"
-        is_kept = place.safety.policy in ("keep", "quarantine")
-        remedy = "look at them" if is_kept else "render into another --out with --on-flagged keep"
-        yield line("flagged", f"{share} images are flagged")
-        yield line("", f"-> check the prompts, or {remedy}")
+        yield line(label, f"{'most' if counts.ok else 'all'} images are flagged")
+        label, remedy = "", f"check the prompts, or {keep if stored else remedy}"
+    yield from _reason_lines(counts, "flagged", remedy, label)
 
 
-def _reason_lines(counts: Counts, status: str, remedy: str) -> Iterator[str]:
-    """Yield the reasons for results with this status, and the remedy, unless it is empty."""
+def _reason_lines(counts: Counts, status: str, remedy: str, label: str | None = None) -> Iterator[str]:
+    """Yield the reasons for results with this status, and the remedy, unless it is empty.
+
+    `label` is that of the first line, the status by default.
+    """
     count = getattr(counts, status)
     if not count:
         return
     reasons = [reason for reason in counts.reasons if reason.status == status]
-    label, shown = status, 0
+    label, shown = status if label is None else label, 0
     for reason in reasons[:MAX_REASONS]:
         more = f" ({reason.results - 1:,} more like it)" if reason.results > 1 else ""
         yield line(label, f"{reason.first}: {reason.error}{more}")

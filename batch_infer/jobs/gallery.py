@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from urllib.parse import quote
 
+from msgspec import UnsetType
+
 from batch_infer.errors import RowError, SettingsError, StorageError
 from batch_infer.galleries import GalleryInfo, TileOptions, is_gallery, write_gallery
 from batch_infer.jobs import out as outdir
@@ -114,8 +116,11 @@ def _describe(store: Store, shown_out: str, left_out: int) -> GalleryInfo:
     """Describe the run, without secrets of URLs."""
     raw = outdir.read_existing_run(store)
     record = parse_record(raw)
-    model = record.model.name
+    model, settings = record.model.name, record.settings
+    option = None if isinstance(settings, UnsetType) else settings.model.name
     run = {
+        "model_option": None if option is None else redact_url(option),
+        "on_flagged": None if isinstance(settings, UnsetType) else settings.safety.policy,
         "model": None if model is None else redact_url(model),
         "scheduler": record.scheduler.name,
         "started_at": raw.get("started_at"),

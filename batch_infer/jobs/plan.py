@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from batch_infer.records import PromptRequest, ResultRow, RowCost
 from batch_infer.settings import IdSource, RunSettings
 from batch_infer.store import open_store
 from batch_infer.worker import make_row
+
+log = logging.getLogger("batch_infer")
 
 TABLE_READS = 3
 """Number of times that a run usually reads the tables: to scan, to render and to merge."""
@@ -172,6 +175,8 @@ class _Planner:
         plan, settings, costs = self._plan, self._job.settings, self._estimator.costs
         if not costs:
             return
+        if plan.invalid_rows:  # known now, and the list comes after measuring
+            log.info("%d of %d rows are invalid", plan.invalid_rows, plan.rows)
         job = replace(self._job, compute=self._shapes.choose(costs))
         rates = find_rates(costs, job, self._probe)
         for (height, width), cost in costs.items():

@@ -21,6 +21,8 @@ from batch_infer.stages import Stages
 
 MAX_BAD_RESULTS = 20
 """Maximum number of failed and invalid results to list, and of different reasons. results.* contain all."""
+_WITH_REASON = frozenset({"failed", "invalid", "blocked", "flagged"})
+_OF_CHECKS = frozenset({"blocked", "flagged"})
 _SPECIFIC = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")
 """Quoted texts and numbers in an error. Errors that differ only in these have the same reason."""
 
@@ -39,7 +41,7 @@ class JsonStruct(msgspec.Struct):
 
 
 class Reason(JsonStruct):
-    """A reason for failed or invalid results: how many have it, the location and id of the first, and its error."""
+    """A reason for results that are not ok: how many have it, the location and id of the first, and its error."""
 
     status: str
     results: int
@@ -68,7 +70,10 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
     bad_results: list[str] = []
     """The first failed and invalid results, each as one line with its location, id and error."""
     reasons: list[Reason] = []
-    """The first different reasons for failed and invalid results. Numbers and quoted texts make no difference."""
+    """The first different reasons for failed and invalid results, and one each for all blocked and all flagged ones.
+
+    Numbers and quoted texts make no difference.
+    """
     first_truncated: str | None = None
     """Location and id of the first row in `truncated`."""
     folders: dict[str, int] = {}
@@ -88,11 +93,12 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         self.truncated += pc.sum(truncated).as_py() or 0
         if self.truncated and self.first_truncated is None:
             self.first_truncated = _locate(table, pc.index(truncated, True).as_py(), sources)
-        bad_indices = [index for index, status in enumerate(statuses) if status in ("failed", "invalid")]
+        indices = [index for index, status in enumerate(statuses) if status in _WITH_REASON]
+        bad_indices = (index for index in indices if statuses[index] not in _OF_CHECKS)
         for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
             self.bad_results.append(f"{_locate(table, index, sources)}: {table['error'][index].as_py()}")
-        errors = table["error"].take(bad_indices).to_pylist() if bad_indices else ()
-        for index, error in zip(bad_indices, errors, strict=True):
+        errors = table["error"].take(indices).to_pylist() if indices else ()
+        for index, error in zip(indices, errors, strict=True):
             self._add_reason(statuses[index], error or "", partial(_locate, table, index, sources))
 
     def add_row(self, row: ResultRow) -> None:
@@ -102,21 +108,26 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         if row.image_index == 0 and row.prompt_truncated:
             self.truncated += 1
             self.first_truncated = self.first_truncated or location
-        if row.status in ("failed", "invalid"):
+        if row.status in _WITH_REASON:
             self._add_reason(row.status, row.error or "", lambda: location)
 
     def _add_reason(self, status: str, error: str, locate: Callable[[], str]) -> None:
-        kind = status, generalize_error(error)
+        kind = _kind(status, error)
         for reason in self.reasons:
-            if (reason.status, generalize_error(reason.error)) == kind:
+            if _kind(reason.status, reason.error) == kind:
                 reason.results += 1
                 return
-        if len(self.reasons) < MAX_BAD_RESULTS:
+        if status in _OF_CHECKS or len(self.reasons) < MAX_BAD_RESULTS:
             self.reasons.append(Reason(status, 1, locate(), error))
 
     @property
     def results(self) -> int:
         return self.ok + self.flagged + self.blocked + self.invalid + self.failed
+
+
+def _kind(status: str, error: str) -> tuple[str, str]:
+    """Return what results with the same reason share. What a safety checker found makes no difference."""
+    return status, "" if status in _OF_CHECKS else generalize_error(error)
 
 
 def _locate(table: pa.Table, index: int, sources: Sequence[Source]) -> str:

@@ -26,8 +26,13 @@
   /** The command that renders the rows of an exported table again. */
   const retryTable = (out, file) => join(["batch-infer", "retry", "--ids", quote(file)], [out]);
 
+  /** The command that renders an exported table into another folder. One row of it may have had several images. */
+  function runTable(model, file) {
+    return join(["batch-infer", "run", ...(model ? ["--model", quote(model)] : []), "--column", "id=", "--out", "other"], [file]);
+  }
+
   /** The command that makes this gallery again. */
   const makeGallery = (out) => join(["batch-infer", "gallery"], [out]);
 
-  gallery.commands = { quote, retry, exportRecipe, retryTable, makeGallery };
+  gallery.commands = { quote, retry, exportRecipe, retryTable, runTable, makeGallery };
 })((window.BatchInferGallery ??= {}));

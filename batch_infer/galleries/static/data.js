@@ -68,9 +68,14 @@
       const start = this.loaded;
       const length = columns.id.length;
       for (const [name, cells] of Object.entries(columns)) this.columns.get(name)?.fill(start, cells);
-      (columns._thumb ?? []).forEach((thumb, i) => (this.thumbs[start + i] = thumb));
+      (columns._thumb ?? []).forEach((thumb, i) => (this.thumbs[start + i] = this.isBlanked(start + i) ? null : thumb));
       (columns._problem ?? []).forEach((problem, i) => problem !== null && this.problems.set(start + i, problem));
       this.loaded += length;
+    }
+
+    /** Whether a black image was stored in place of a flagged one. */
+    isBlanked(row) {
+      return this.meta.run.on_flagged === "blank" && this.value("status", row) === "flagged";
     }
 
     /** Say why a row has no image. */

@@ -165,7 +165,8 @@
       const id = this.table.value("id", ofRow);
       const index = this.table.value("image_index", ofRow) ?? 0;
       const hint = "For a POSIX shell, in the folder in which the gallery was made";
-      const recipe = this.table.thumbs[ofRow] ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
+      const hasRecipe = this.table.thumbs[ofRow] || this.table.isBlanked(ofRow);
+      const recipe = hasRecipe ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
       return make("section", { class: "commands" }, make("h3", { text: "Commands" }), command("Render this row again", hint, gallery.commands.retry(out, id)), recipe);
     }
 

@@ -100,12 +100,20 @@
   /** Put an apostrophe before text that spreadsheets would run as a formula. */
   const disarm = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
 
-  /** Return rows as CSV, which `batch-infer retry --ids` accepts. Excel recognises UTF-8 by the byte order mark. */
+  const PARAMETERS = ["seed", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale"];
+  const TEXTS = ["prompt", "negative_prompt"];
+  const COLUMNS = ["id", "image_index", "rating", "mark", "status", ...PARAMETERS, ...TEXTS];
+
+  /**
+   * Return rows as CSV, which `batch-infer retry --ids` accepts, and `batch-infer run` as a table. Excel recognises UTF-8
+   * by the byte order mark.
+   */
   function toCsv(rows) {
-    const lines = ["\ufeffid,image_index,rating,mark,status,seed,prompt"];
+    const lines = [`\ufeff${COLUMNS.join(",")}`];
     for (const row of rows) {
       const values = [table.value("id", row), table.value("image_index", row) ?? 0, ratingOf(row) || null, isMarked(row) ? 1 : 0];
-      values.push(table.value("status", row), table.value("seed", row), disarm(table.value("prompt", row) ?? ""));
+      values.push(table.value("status", row), ...PARAMETERS.map((name) => table.value(name, row)));
+      values.push(...TEXTS.map((name) => disarm(table.value(name, row) ?? "")));
       lines.push(values.map(cell).join(","));
     }
     return `${lines.join("\r\n")}\r\n`;

@@ -10,7 +10,7 @@
 
   /** Whether the image of a row is hidden until the reader reveals it. */
   function isHidden(table, row) {
-    return isFlagged(table, row) && !revealed.has(row);
+    return isFlagged(table, row) && Boolean(table.thumbs[row]) && !revealed.has(row);
   }
 
   /** Make an element whose text node is reused, since new text nodes are garbage while the page scrolls. */

@@ -66,13 +66,15 @@
       for (const button of document.querySelectorAll("[data-dialog]")) button.addEventListener("click", () => this.openDialog(button.dataset.dialog));
       for (const button of document.querySelectorAll("dialog [data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
       for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => this.export(button.dataset.export));
-      byId("copy-retry").addEventListener("click", () => copy(byId("retry-command").textContent, "Command copied"));
+      for (const name of ["retry", "run"]) {
+        byId(`copy-${name}`).addEventListener("click", () => copy(byId(`${name}-command`).textContent, "Command copied"));
+      }
     }
 
     openDialog(name) {
       if (name === "export") {
         this.showExport();
-        byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES.marked);
+        this.showCommands(FILE_NAMES.marked);
       }
       byId(`dialog-${name}`).showModal();
     }
@@ -95,7 +97,14 @@
 
     export(kind) {
       gallery.dom.save(FILE_NAMES[kind], gallery.ratings.toCsv(this.rowsOf(kind)));
-      byId("retry-command").textContent = gallery.commands.retryTable(this.table.meta.out, FILE_NAMES[kind]);
+      this.showCommands(FILE_NAMES[kind]);
+    }
+
+    /** Show the commands for an exported file. */
+    showCommands(file) {
+      const { out, run } = this.table.meta;
+      byId("retry-command").textContent = gallery.commands.retryTable(out, file);
+      byId("run-command").textContent = gallery.commands.runTable(run.model_option, file);
     }
 
     sort(name) {

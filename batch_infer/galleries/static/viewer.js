@@ -8,6 +8,7 @@
   const SHEET = 0.5; // share of the height that the panel takes on narrow screens
   const UNKNOWN_SIDE = 512;
   const MOST_ENLARGED = 4;
+  const FLAGGED = "The safety checker flagged this image.";
 
   /** Return the zoom level that fills the area, which enlarges small images at most MOST_ENLARGED times. */
   function enlarge({ fit, panAreaSize, elementSize }) {
@@ -191,7 +192,7 @@
 
     /** Whether the image of a flagged row is only in OUT, so that the page has a blurred thumbnail at most. */
     isWithheld(row, details) {
-      return gallery.tile.isFlagged(this.table, row) && !details._image;
+      return gallery.tile.isFlagged(this.table, row) && (this.table.isBlanked(row) || !details._image);
     }
 
     /** Make the content of slides without an image: a reason, or a flagged image that can be shown. */
@@ -203,7 +204,8 @@
       const { row } = content.data;
       const isHidden = gallery.tile.isHidden(this.table, row);
       const details = this.images.get(row);
-      content.element = isHidden || (details && this.isWithheld(row, details)) ? this.flagged(row, isHidden, details) : this.message(this.table.reason(row));
+      const isNotice = isHidden || this.table.isBlanked(row) || (details && this.isWithheld(row, details));
+      content.element = isNotice ? this.flagged(row, isHidden, details) : this.message(this.table.reason(row));
     }
 
     message(text) {
@@ -215,7 +217,7 @@
       const image = thumb ? make("img", { class: "notice-blur", src: `thumbs/${thumb}`, alt: "" }) : null;
       const file = details?.generated_image;
       const where = file ? `The image is not part of this gallery. Its file is ${file} in the output folder.` : "The image was not stored.";
-      const words = isHidden ? "The safety checker flagged this image." : where;
+      const words = isHidden ? FLAGGED : this.table.isBlanked(row) ? `${FLAGGED} A black image is stored in its place.` : where;
       const box = make("div", { class: "notice-box" }, icon("eye-off"), make("strong", { text: "Flagged" }), make("p", { text: words }));
       if (isHidden) box.append(make("button", { type: "button", class: "button", text: "Show image", onclick: () => this.reveal(row) }));
       return make("div", { class: "notice" }, image, box);
