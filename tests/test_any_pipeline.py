@@ -39,6 +39,7 @@ from batch_infer.stacking import trial
 from tests import painting, stackers
 from tests.checkpoints import amend
 from tests.oracle import call_diffusers
+from tests.paced import MODULE
 from tests.painting import load_painting
 from tests.pipelines import SAVE_FUNCTIONS, save_perturbed
 from tests.pipelines.measuring import make_model, make_pipeline
@@ -669,11 +670,10 @@ def test_a_killed_a_shuffled_and_a_split_run_have_the_same_bytes(
     tables = {word: write_csv(tmp_path / f"{word}.csv", [header, *rows]) for word in ("whole", "killed")}
     tables["shuffled"] = write_csv(tmp_path / "shuffled.csv", [header, *random.Random(0).sample(rows, len(rows))])
     assert run(tables["whole"], outs["whole"], *options).code == 0
-    process = start(tables["killed"], outs["killed"], *options, "--num-processes", "1", session=True)
-    # A fast machine commits the first part when the last row is done.
-    assert wait_for(process, lambda: any((outs["killed"] / "images").rglob("*.png")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    killed = tables["killed"], outs["killed"], *options, "--num-processes", "1"
+    with start(*killed, program=MODULE, session=True, PACE_HOLD="8") as process:
+        assert wait_for(process, lambda: any((outs["killed"] / "manifest").glob("part-*")))
+        os.killpg(process.pid, signal.SIGKILL)
     done = len(list((outs["killed"] / "images").rglob("*.png")))
     assert run(tables["killed"], outs["killed"], *options).code == 0
     assert 0 < done < len(rows)

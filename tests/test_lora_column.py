@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from batch_infer.settings import LoraSpec, ModelSettings
 from batch_infer.table import parse_rows
 from tests.loras import KOHYA, Tensors, as_kohya, as_peft, make_layers
 from tests.oracle import load_pipeline
+from tests.paced import MODULE
 from tests.pipelines import SAVE_FUNCTIONS
 from tests.rendering import CPU, make_request, max_difference, render
-from tests.runs import hashes, results, run, run_json, start
+from tests.runs import hashes, results, run, run_json, start, wait_for
 from tests.tables import RULES, write_csv
 
 
@@ -411,18 +412,11 @@ def test_a_killed_run_continues_with_equal_bytes(sd1_folder: Path, folder: Path,
     table = write_csv(tmp_path / "t.csv", [["prompt", "lora"], *rows])
     options = ("--model", str(sd1_folder), "--lora-folder", str(folder), "--safety", "none", "--steps", "6")
     out = tmp_path / "out"
-    process = start(table, out, *options)
-    for _ in _wait_for_parts(out, process):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with start(table, out, *options, program=MODULE, session=True, PACE_HOLD="8") as process:
+        assert wait_for(process, lambda: any((out / "manifest").glob("part-*")))
+        os.killpg(process.pid, signal.SIGKILL)
     done = len(list((out / "images").rglob("*.png")))
     assert run(table, out, *options).code == 0
     assert run(table, tmp_path / "whole", *options).code == 0
     assert 0 < done < 48
     assert hashes(out) == hashes(tmp_path / "whole")
-
-
-def _wait_for_parts(out: Path, process: Any) -> Iterator[None]:
-    while not list(out.glob("manifest/part-*.parquet")) and process.poll() is None:
-        yield

@@ -403,7 +403,7 @@ def interrupt_after(condition: Callable[[], object]) -> threading.Thread:
 
 def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
     prompts = [f"a red circle {number}" for number in range(300)]
-    thread = interrupt_after(lambda: list((tmp_path / "out" / "manifest").glob("part-*")))
+    thread = interrupt_after(lambda: any((tmp_path / "out" / "images").rglob("*.png")))
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT; what was committed is kept"):
         run(prompts, tmp_path / "out")
     thread.join()

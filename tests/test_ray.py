@@ -131,7 +131,7 @@ def test_actors_end_with_a_driver_that_is_killed(tmp_path: Path, cluster: Any, m
     assert runs.run(table, tmp_path / "local").code == 0
     options = ("--num-processes", "2", "--engine", "ray", "--ray-address", cluster.address)
     with runs.start(table, out, *options) as process:
-        assert runs.wait_for(process, lambda: any((out / "manifest").glob("part-*")))
+        assert runs.wait_for(process, lambda: any((out / "images").rglob("*.png")))
         assert any(actors_of(node) for node in cluster.list_all_nodes())
         process.kill()
     assert_no_actors(cluster)
