@@ -54,7 +54,7 @@ def test_a_changed_default_replaces_nothing(table: Path, out: Path) -> None:
     assert state(out) == before
     done = run(table, out, "--steps", "3", "--rerender-changed")
     assert done.code == 0
-    assert "3 to render: 2 changed (num_inference_steps 2 -> 3), 1 new; 1 already done, 0 invalid" in done.stderr
+    assert "3 to render: 2 changed (num_inference_steps 2 -> 3), 1 new; 1 already done" in done.stderr
     assert {row["id"]: row["num_inference_steps"] for row in results(out)} == {"a": 3, "b": 3, "own": 2, "new": 3}
     assert_whole(out)
     assert json.loads(run(table, out, "--steps", "3", "--json").stdout)["rendered"] == 0
@@ -66,7 +66,7 @@ def test_a_row_whose_own_cells_changed_is_rendered_again(table: Path, out: Path)
     write_csv(table, [*ROWS[:-1], ["own", "a blue circle", 3]])
     done = run(table, out)
     assert done.code == 0
-    assert "1 to render: 1 changed; 2 already done, 0 invalid" in done.stderr
+    assert "1 to render: 1 changed; 2 already done" in done.stderr
     after = hashes(out)
     assert {key for key in before if before[key] != after[key]} == {("own", 0)}
 

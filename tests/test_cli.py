@@ -87,6 +87,19 @@ def test_help_does_not_break_words(name: str) -> None:
             assert word in words, f"{option.name}: {word}"
 
 
+def test_help_groups_the_options_of_a_run() -> None:
+    command = commands.commands["run"]
+    with Context(command, info_name="run", terminal_width=80) as context:
+        sections = dict(re.findall(r"^(\w.*):\n((?:  .*\n|\n)+)", command.get_help(context) + "\n", re.MULTILINE))
+    assert list(sections) == [
+        *("Tables and OUT", "Defaults of rows", "Model", "Devices and speed", "Safety", "Images and results"),
+        *("The run", "Other options"),
+    ]
+    assert "  --slots, --batch-size" in sections["Devices and speed"]
+    assert "  --help" in sections["Other options"]
+    assert all(option.opts[-1] in "".join(sections.values()) for option in command.params[1:])
+
+
 # Signals
 
 

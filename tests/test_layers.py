@@ -97,7 +97,7 @@ REACHES_DISK = {
     "bench.plotting": "the file of --plot",
     "cli.config": "configuration files",
     "cli.metrics": "the metrics file",
-    "cli.options": "the folder of the metrics file",
+    "cli.values": "the folder of the metrics file",
     "images": "the bytes of an image in memory",
     "galleries.assets": "the files of the page",
     "jobs.export_mlflow": "the exported model",

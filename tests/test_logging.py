@@ -157,7 +157,7 @@ def test_json_lines_replace_the_progress_bar(
     assert isinstance(lines, ProgressLog)
     set_up_logging()
     lines.start(ScanResult(total=1, pending=1))
-    assert messages(capsys.readouterr().err) == ["1 to render, 0 already done, 0 invalid", "loading model"]
+    assert messages(capsys.readouterr().err) == ["1 to render, 0 already done", "loading model"]
 
 
 FAULTY_SCRIPT = """

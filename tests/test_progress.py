@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from batch_infer.jobs import status as status_job
 from batch_infer.jobs.scan import ScanResult
 from batch_infer.jobs.summary import Throughput
 from batch_infer.records import ResultRow, Status, utc_now
+from tests.deaths import eventually
 from tests.engine_runs import EngineRun
 from tests.runs import run, run_json, settings_of
 from tests.tables import write_csv
@@ -98,7 +100,7 @@ def test_log_lines_say_when_the_model_loads_and_count_from_then(
         ScanResult(total=10, finished=2, pending=8, reasons={"new": 1, "changed": 7}, changes="height 64 -> 72")
     )
     started = [
-        "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 already done, 0 invalid",
+        "batch-infer: 8 to render: 1 new, 7 changed (height 64 -> 72); 2 already done",
         "batch-infer: loading model",
     ]
     assert capsys.readouterr().err.splitlines() == started
@@ -126,9 +128,30 @@ def test_last_line_is_logged_once(clock: Clock, capsys: pytest.CaptureFixture[st
     commit(lines, throughput, "ok")
     lines.close()
     logged = capsys.readouterr().err.splitlines()
-    assert [line for line in logged if "images/s" in line] == [
-        "batch-infer: 1 of 1, 0.05 images/s, 0 flagged, 0 failed"
+    assert [line for line in logged if "per image" in line] == [
+        "batch-infer: 1 of 1, 20.0 s per image, 0 flagged, 0 failed"
     ]
+
+
+def test_the_log_says_when_no_image_is_finished_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_WAIT", 0.1)
+    set_up_logging(quiet=False, verbose=False)
+    lines, throughput, logged = ProgressLog(), Throughput(), []
+    lines.start(ScanResult(total=2, pending=2))
+    lines.ready(throughput)
+    waiting = "no image is finished after {}: those that are rendered together finish together"
+
+    def has_waited() -> bool:
+        logged.extend(capsys.readouterr().err.splitlines())
+        return any(waiting.format("0.2 s") in line for line in logged)
+
+    assert eventually(has_waited)
+    commit(lines, throughput, "ok")
+    assert eventually(lambda: not any(thread.name == progress.WAITING for thread in threading.enumerate()))
+    assert any(waiting.format("0.1 s") in line for line in logged)
+    lines.close()
 
 
 def test_bar_shows_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

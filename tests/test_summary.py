@@ -156,7 +156,12 @@ def test_a_run_warns_if_most_images_are_flagged(flagged: int, share: str | None)
 
 def test_flagged_images_that_were_kept_can_be_looked_at() -> None:
     lines = summarize(Summary(Counts(rows=1, images=1, flagged=1)), safety=SafetySettings(on_flagged="quarantine"))
-    assert "         -> check the prompts, or look at the images" in lines
+    assert "         -> check the prompts, or look at the image" in lines
+
+
+def test_rows_and_images_are_told_apart() -> None:
+    counts = Counts(rows=4, images=9, ok=8, flagged=1, blocked=1, invalid=1, failed=1)
+    assert summarize(Summary(counts))[0] == "4 rows, 9 images · 8 ok · 1 flagged · 1 blocked · 1 invalid row · 1 failed"
 
 
 def test_what_the_safety_checks_found_is_located() -> None:

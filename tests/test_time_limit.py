@@ -12,7 +12,7 @@ import click
 import pytest
 
 from batch_infer import stopping
-from batch_infer.cli.options import parse_duration
+from batch_infer.cli.values import parse_duration
 from batch_infer.jobs.merge import merge_tables
 from batch_infer.jobs.plan import Plan, SizePlan
 from batch_infer.jobs.summary import Counts

@@ -27,7 +27,6 @@ from batch_infer.api.calls import (
 )
 from batch_infer.errors import SettingsError, StoppedError, TooManyFailedError
 from batch_infer.jobs import (
-    MAX_BAD_RESULTS,
     MAX_RESULTS,
     THUMBNAIL_SIZE,
     Gallery,
@@ -45,7 +44,7 @@ from batch_infer.jobs import (
     render_tables,
     verify_run,
 )
-from batch_infer.records import ResultRow, Status
+from batch_infer.records import Status
 from batch_infer.stopping import TIME_LIMIT
 from batch_infer.table import in_memory_tables
 
@@ -64,6 +63,14 @@ def run(
     column: Mapping[str, str] | Sequence[str] = (),
     id_from: s.IdSource = "row",
     limit: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | None = None,
+    images_per_prompt: int = 1,
+    seed: int = 0,
     model: PathLike | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -73,8 +80,8 @@ def run(
     long_prompts: bool = False,
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     quantize: s.Quantization | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
     scheduler: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     slots: int | Literal["auto"] | None = None,
     threads: int | None = None,
     compile: bool | None = None,
@@ -82,14 +89,6 @@ def run(
     num_processes: int | None = None,
     engine: s.EngineName = "local",
     ray_address: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    guidance_rescale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    negative_prompt: str | None = None,
-    images_per_prompt: int = 1,
-    seed: int = 0,
     safety: s.SafetyMode = "auto",
     on_flagged: s.OnFlagged | None = None,
     require_safety: bool = False,
@@ -176,14 +175,7 @@ def plan(table: Table, **options: Any) -> Plan:
     `refusal` is its message. Raises the other errors that `run` raises before it renders.
     """
     with make_settings(table, options) as (settings, _):
-        first_results: list[str] = []
-
-        def report(row: ResultRow) -> None:
-            if len(first_results) < MAX_BAD_RESULTS and row.image_index == 0:
-                first_results.append(f"{row.source} ({row.id}): {row.error}")
-
-        plan = make_plan(settings, report)
-    plan.bad_results = first_results
+        plan = make_plan(settings)
     plan.refusal = plan.refusal and name_arguments(plan.refusal, cli.options_by_keyword())
     return plan
 

@@ -9,10 +9,10 @@ from batch_infer.cli.keywords import convert_keywords, make_settings, options_by
 from batch_infer.cli.logs import is_json, log_error, restore_stderr, set_up_logging
 from batch_infer.cli.main import commands, settings_from_environment
 from batch_infer.cli.metrics import Metrics
-from batch_infer.cli.options import parse_duration, parse_out
 from batch_infer.cli.progress import CheckProgress, ProgressBar, ProgressGroup, find_bar_type
 from batch_infer.cli.report import format_count
 from batch_infer.cli.shells import COMPLETE_VARIABLE
+from batch_infer.cli.values import parse_duration, parse_out
 
 __all__ = [
     "COMPLETE_VARIABLE",

@@ -13,21 +13,11 @@ import click
 from tqdm import tqdm
 
 from batch_infer.cli.logs import log
-from batch_infer.cli.options import (
-    NONNEGATIVE,
-    PATH,
-    POSITIVE,
-    SHARE,
-    command,
-    json_option,
-    model_options,
-    option,
-    parse_duration,
-    progress_option,
-)
+from batch_infer.cli.options import command, compute_options, json_option, model_options, option, progress_option
 from batch_infer.cli.progress import LOG_INTERVAL, shows_bar
 from batch_infer.cli.report import NOTHING_KEPT, format_count, format_duration, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
+from batch_infer.cli.values import NONNEGATIVE, PATH, POSITIVE, SHARE, parse_duration
 from batch_infer.errors import SettingsError
 from batch_infer.extras import install_command
 
@@ -169,7 +159,7 @@ def _outcome_lines(outcome: SimulationOutcome) -> Iterator[str]:
         yield from f"the job failed: {outcome.fault}".split("\n")
 
 
-@command(click.Argument(["folder"], metavar="DIR", type=PATH), *model_options, name="export-mlflow")
+@command(click.Argument(["folder"], metavar="DIR", type=PATH), *model_options, *compute_options, name="export-mlflow")
 def export_mlflow(*, folder: Path, quiet: bool, **options: Any) -> int:
     """Write a model to DIR in MLflow's format.
 

@@ -19,10 +19,11 @@ from batch_infer.bench import (
     parse_steps,
     parse_sweep,
 )
-from batch_infer.cli.options import POSITIVE, SHARE, FiniteRange, command, json_option, model_options, option
+from batch_infer.cli.options import command, compute_options, json_option, model_options, option
 from batch_infer.cli.report import NOTHING_KEPT, format_count, print_result, stoppable
 from batch_infer.cli.settings import make_compute_settings, make_model_settings
 from batch_infer.cli.summary import format_energy
+from batch_infer.cli.values import POSITIVE, SHARE, FiniteRange
 from batch_infer.errors import StoppedError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 @command(
     *model_options,
+    *compute_options,
     option(
         "--architecture",
         type=click.Choice(ARCHITECTURES),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batch_infer.cli.options import check_time_limit_option, command, json_option, parse_out, progress_option
+from batch_infer.cli.options import check_time_limit_option, command, json_option, progress_option
 from batch_infer.cli.progress import CheckProgress
 from batch_infer.cli.report import (
     CHECK_FAILED,
@@ -21,6 +21,7 @@ from batch_infer.cli.report import (
     stoppable,
 )
 from batch_infer.cli.shells import argument
+from batch_infer.cli.values import parse_out
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Diff

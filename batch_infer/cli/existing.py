@@ -24,6 +24,7 @@ from batch_infer.cli.report import (
     format_count,
     format_counts,
     format_duration,
+    format_rate,
     format_results,
     line,
     print_result,
@@ -31,7 +32,7 @@ from batch_infer.cli.report import (
     stoppable,
 )
 from batch_infer.cli.settings import make_safety_settings
-from batch_infer.cli.summary import Place, format_rate, progress_lines, report_lines
+from batch_infer.cli.summary import Place, progress_lines, report_lines
 from batch_infer.settings import ResultsFormat, make_signer
 
 if TYPE_CHECKING:

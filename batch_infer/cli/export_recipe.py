@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from batch_infer.cli.options import NONNEGATIVE, command, json_option, option, out_argument
+from batch_infer.cli.options import command, json_option, option, out_argument
 from batch_infer.cli.report import NOTHING_KEPT, print_result, stoppable
+from batch_infer.cli.values import NONNEGATIVE
 
 
 @command(

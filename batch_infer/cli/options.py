@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,86 +12,19 @@ import click
 from batch_infer import settings as s
 from batch_infer.cli.config import PREFIX, config_option, variable_of
 from batch_infer.cli.logs import FORMATS, set_log_format, set_up_logging
+from batch_infer.cli.sections import Section, SectionedCommand, flatten
 from batch_infer.cli.shells import argument, complete_path, is_path
+from batch_infer.cli.values import POSITIVE, MetricsPath, SemicolonList, parse_duration, parse_out, parse_slots
 from batch_infer.extras import install_command
-from batch_infer.store import is_url
-
-PATH = click.Path(path_type=Path)
-POSITIVE, NONNEGATIVE = click.IntRange(min=1), click.IntRange(min=0)
-MAX_SLOTS = 4096
-"""Far more slots than any device needs. Measuring the speed of a mistyped number would take hours."""
-_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-_NUMBER = r"\d+(?:\.\d+)?"
-_DURATION = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _SECONDS), re.ASCII)
 
 
-def parse_duration(value: object) -> float:
-    """Convert a duration such as `1h30m`, or a number of seconds, to seconds."""
-    # No library is used: those for durations are unmaintained, or accept neither days nor a number without a unit.
-    text = f"{value:.9f}" if isinstance(value, float) else str(value).strip()
-    if re.fullmatch(_NUMBER, text, re.ASCII):
-        text += "s"
-    match = _DURATION.fullmatch(text)
-    counts = match.groupdict() if match else {}
-    seconds = sum(float(count) * _SECONDS[unit] for unit, count in counts.items() if count)
-    if not 0 < seconds < math.inf:
-        examples = "90s, 30m, 2h, 1h30m, 1d, or a number of seconds"
-        raise click.BadParameter(f"{value!r} is not a duration (examples: {examples})")
-    return seconds
-
-
-def parse_out(value: str) -> str:
-    """Return OUT, a path or a URL, in the form that messages show."""
-    if not is_url(value):
-        return str(Path(value).expanduser())
-    stripped = value.rstrip("/")
-    return stripped if is_url(stripped) else value  # s3:// without a bucket is refused later
-
-
-def parse_slots(value: Any) -> Any:
-    """Convert a number of slots to an integer, and return `auto` unchanged."""
-    if value == "auto":
-        return value
-    try:
-        return click.IntRange(2, MAX_SLOTS).convert(value, None, None)
-    except click.BadParameter:
-        raise click.BadParameter(f"{value!r} is neither a number from 2 to {MAX_SLOTS} nor auto") from None
-
-
-class FiniteRange(click.FloatRange):
-    """A number in a range. `click.FloatRange` also accepts NaN, and infinity if there is no upper limit."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
-
-
-SHARE = FiniteRange(0, 1)
-
-
-class SemicolonList(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.5, but not in 8.1
-    """A string. In an environment variable, semicolons separate several values, which may contain spaces."""
-
-    name = "TEXT"
-    envvar_list_splitter = ";"
-
-
-class MetricsPath(click.Path):
-    """A file in an existing folder. The file need not exist."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(value).expanduser()
-        if not path.parent.is_dir():
-            self.fail(f"{path}: there is no folder {path.parent}", param, ctx)
-        return super().convert(path, param, ctx)
-
-
-def command(*params: click.Parameter, name: str | None = None) -> Callable[[Callable[..., int]], click.Command]:
+def command(
+    *params: click.Parameter | Section, name: str | None = None
+) -> Callable[[Callable[..., int]], click.Command]:
     """Return a decorator that turns a function into a command with these parameters and --config, -q, -v, --log-format.
 
-    Every option also has a BATCH_INFER_ variable. Logging is set up before the function is called.
+    The help prints sections under their titles. Every option also has a BATCH_INFER_ variable. Logging is set up before
+    the function is called.
     """
 
     def decorate(function: Callable[..., int]) -> click.Command:
@@ -102,8 +33,15 @@ def command(*params: click.Parameter, name: str | None = None) -> Callable[[Call
             set_up_logging(quiet=quiet, verbose=verbose)
             return function(quiet=quiet, **values)
 
-        all_params = [config_option, *params, *logging_options]
-        return click.command(name, params=all_params, context_settings={"auto_envvar_prefix": PREFIX.rstrip("_")})(run)
+        environment = {"auto_envvar_prefix": PREFIX.rstrip("_")}
+        decorator = click.command(
+            name,
+            SectionedCommand,
+            params=[config_option, *flatten(params), *logging_options],
+            sections=[param for param in params if isinstance(param, Section)],
+            context_settings=environment,
+        )
+        return decorator(run)
 
     return decorate
 
@@ -174,13 +112,16 @@ model_options = (
         help="Store the weights of the denoiser's and the text encoders' linear layers in 8 bits, or in 4 (nf4), which "
         f"changes every image. Needs `{install_command('quantize')}`.",
     ),
-    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option(
         "--scheduler",
         metavar="NAME[:KEY=VALUE,...]",
         help="diffusers scheduler class, such as UniPCMultistepScheduler:solver_order=3, or a short name: euler, "
         "euler a, dpm++ 2m karras, ddim, unipc. Other settings are those of the model's own scheduler.",
     ),
+)
+
+compute_options = (
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: a GPU if there is one."),
     option_with_aliases(
         "--slots",
         "--batch-size",
@@ -194,7 +135,8 @@ model_options = (
         "--threads",
         type=POSITIVE,
         metavar="N",
-        help="torch threads of each process on a CPU. Default: the number of cores divided by the number of processes.",
+        help="torch threads of each process on a CPU, whatever OMP_NUM_THREADS says. Default: the number of cores "
+        "divided by the number of processes. Use fewer if other programs keep the cores busy.",
     ),
     option(
         "--compile/--no-compile",

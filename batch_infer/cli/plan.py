@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from tqdm import tqdm
 
+from batch_infer.cli.job_options import job_options
 from batch_infer.cli.logs import log
 from batch_infer.cli.options import command, json_option, progress_option
 from batch_infer.cli.report import (
@@ -20,7 +21,7 @@ from batch_infer.cli.report import (
     printing,
     stoppable,
 )
-from batch_infer.cli.settings import job_options, make_run_settings
+from batch_infer.cli.settings import make_run_settings
 from batch_infer.errors import SettingsError
 from batch_infer.records import ResultRow, Source
 from batch_infer.store import open_temporary_text
@@ -126,7 +127,7 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     yield f"slots    {slot_range}, occupancy {plan.occupancy:.0%}"
     if plan.processes > 1:
         yield f"workers  {plan.processes}, one per device"
-    yield f"time     about {format_duration(plan.seconds)}, as measured {plan.measured_at:%Y-%m-%d %H:%M} UTC"
+    yield f"time     about {format_duration(plan.seconds)}, at the speed measured {plan.measured_at:%Y-%m-%d %H:%M} UTC"
     yield f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}"
     if plan.cost is not None:
         yield f"cost     about {plan.cost:,.2f}"

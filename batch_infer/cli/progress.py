@@ -6,11 +6,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from tqdm import TqdmWarning, tqdm
 
 from batch_infer.cli.logs import is_json, log
+from batch_infer.cli.report import format_duration, format_rate
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Progress, ScanResult, Throughput
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 LOADING = "loading model"
 LOG_INTERVAL = 10.0
 """Minimum number of seconds between log lines of progress, except before the last."""
+FIRST_WAIT = 30.0
+"""Seconds without a result, after which the log says that nothing is wrong."""
+WAITING = "waiting for the first result"
+"""Name of the thread that logs this."""
 
 
 def shows_bar() -> bool:
@@ -103,9 +109,10 @@ class ProgressCounts:
         self.total, self.done, self.invalid = scan.total, scan.finished + scan.invalid, scan.invalid
         self._throughput = None
         reasons = f": {scan.explanation};" if scan.explanation else ","
+        invalid = f", {scan.invalid} invalid" if scan.invalid else ""
         fields = {name: getattr(scan, name) for name in ("pending", "invalid", "reasons", "changes")}
-        counts = scan.pending, reasons, scan.finished, scan.invalid
-        log.info("%d to render%s %d already done, %d invalid", *counts, extra={**fields, "done": scan.finished})
+        counts = scan.pending, reasons, scan.finished, invalid
+        log.info("%d to render%s %d already done%s", *counts, extra={**fields, "done": scan.finished})
 
     def ready(self, throughput: Throughput) -> None:
         self._throughput = throughput
@@ -128,7 +135,7 @@ class ProgressCounts:
     def __str__(self) -> str:
         parts = []
         if (rate := self.images_per_second) is not None:
-            parts.append(f"{rate:.2f} images/s")
+            parts.append(format_rate(rate))
         if self.done < self.total and (seconds := self.seconds_left) is not None:
             parts.append(f"{tqdm.format_interval(seconds)} left")
         parts += [f"{self.flagged} flagged", f"{self.failed} failed"]
@@ -170,11 +177,15 @@ class ProgressBar(ProgressCounts):
 
 
 class ProgressLog(ProgressCounts):
-    """Logs counts of committed results at most once per LOG_INTERVAL, and at the end those not logged yet."""
+    """Logs counts of committed results at most once per LOG_INTERVAL, and at the end those not logged yet.
+
+    Until the first result, it logs after FIRST_WAIT, and then each time after twice as long, that it is still waiting.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock, self._logged_at, self._has_unlogged = clock, 0.0, False
+        self._has_results = Event()
 
     def start(self, scan: ScanResult) -> None:
         super().start(scan)
@@ -185,14 +196,24 @@ class ProgressLog(ProgressCounts):
     def ready(self, throughput: Throughput) -> None:
         super().ready(throughput)
         log.info("model loaded, rendering")
+        Thread(target=self._log_waiting, name=WAITING, daemon=True).start()
+
+    def _log_waiting(self) -> None:
+        waited, seconds = 0.0, FIRST_WAIT
+        while not self._has_results.wait(seconds - waited):
+            waited, seconds = seconds, 2 * seconds
+            message = "no image is finished after %s: those that are rendered together finish together"
+            log.info(message, format_duration(waited))
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         super().committed(rows)
+        self._has_results.set()
         self._has_unlogged = True
         if self._clock() - self._logged_at >= LOG_INTERVAL:
             self._log_counts()
 
     def close(self) -> None:
+        self._has_results.set()
         if self._has_unlogged:
             self._log_counts()
 

@@ -30,6 +30,8 @@ problems, or `diff` found differences."""
 MAX_PRINTED = 20
 """Maximum number of problems or differences to print as text."""
 RESUME = "what was committed is kept. Run the same command again to continue"
+LEAST_RATE = 0.1
+"""Images per second below which the seconds per image say more."""
 NOTHING_KEPT = "nothing is kept. Run the same command again"
 
 
@@ -94,7 +96,9 @@ def format_counts(counts: Counts) -> str:
     """Format the numbers of rows, results by status and truncated prompts, and of images if they outnumber the rows."""
     images = f", {counts.images:,} images" if counts.images > counts.rows else ""
     parts = [f"{format_count(counts.rows, 'row')}{images}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
-    parts += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
+    invalid = format_count(counts.invalid, "invalid row") if images else f"{counts.invalid:,} invalid"
+    blocked, failed = f"{counts.blocked:,} blocked", f"{counts.failed:,} failed"
+    parts += [blocked] * bool(counts.blocked) + [invalid] * bool(counts.invalid) + [failed] * bool(counts.failed)
     if counts.truncated:
         parts.append(f"{format_count(counts.truncated, 'prompt')} truncated")
     return " · ".join(parts)
@@ -118,6 +122,13 @@ def format_results(out: str, formats: Sequence[ResultsFormat]) -> str:
 def format_count(count: int, noun: str, plural: str | None = None) -> str:
     """Format a count as `1 row` or `1,234 rows`. By default, the plural is the noun with an s."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+
+
+def format_rate(images_per_second: float) -> str:
+    """Format a rate as `2.34 images/s`, or a low one as `45.5 s per image`."""
+    if images_per_second < LEAST_RATE:
+        return f"{format_duration(1 / images_per_second)} per image"
+    return f"{images_per_second:.2f} images/s"
 
 
 def format_pixel_differences(largest: int, psnr_min: float) -> str:

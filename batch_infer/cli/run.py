@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import click
 
 from batch_infer.cli.gallery import gallery_option, update_gallery
+from batch_infer.cli.job_options import job_options
 from batch_infer.cli.metrics import Metrics
 from batch_infer.cli.options import (
-    SemicolonList,
     c2pa_options,
     command,
     json_option,
@@ -23,8 +23,9 @@ from batch_infer.cli.options import (
 )
 from batch_infer.cli.progress import ProgressGroup, make_progress
 from batch_infer.cli.report import CHECK_FAILED, log_time_limit, print_result, stoppable
-from batch_infer.cli.settings import job_options, make_run_settings
+from batch_infer.cli.settings import make_run_settings
 from batch_infer.cli.summary import Place, summary_lines
+from batch_infer.cli.values import SemicolonList
 from batch_infer.errors import StoppedError
 from batch_infer.settings import RetryStatus, make_signer
 

@@ -13,6 +13,7 @@ from batch_infer.cli.report import (
     format_count,
     format_counts,
     format_duration,
+    format_rate,
     format_results,
     line,
     quote_command,
@@ -30,11 +31,9 @@ SHOWS_GALLERY_HINT = 10
 """Number of images from which looking at them one by one is tedious."""
 LEAST_SHARE = 0.005
 """Smallest share of a stage that is printed: smaller ones would be 0%."""
-LEAST_RATE = 0.1
-"""Images per second below which the seconds per image say more."""
 
-_STORED = {"blank": "stored as black images", "blur": "stored blurred", "drop": "not stored"}
-"""What happens to flagged images, by the policies that do not keep them."""
+_STORED = {"blank": "stored as {}", "blur": "stored blurred", "drop": "not stored"}
+"""What happens to flagged images, by the policies that do not keep them. The blank is for `a black image`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,9 @@ def _result_lines(counts: Counts, place: Place, *, has_ended: bool) -> Iterator[
 def _flagged_lines(counts: Counts, safety: SafetySettings) -> Iterator[str]:
     stored = _STORED.get(safety.policy)
     keep = "render into another --out with --on-flagged keep"
-    label, remedy = "flagged", f"{stored}; to see them, {keep}" if stored else "look at the images"
+    black, them = ("a black image", "it") if counts.flagged == 1 else ("black images", "them")
+    look = f"look at {'the image' if counts.flagged == 1 else 'the images'}"
+    label, remedy = "flagged", f"{stored.format(black)}; to see {them}, {keep}" if stored else look
     if counts.flagged > counts.ok:
         yield line(label, f"{'most' if counts.ok else 'all'} images are flagged")
         label, remedy = "", f"check the prompts, or {keep if stored else remedy}"
@@ -155,13 +156,6 @@ def _figure_lines(summary: Summary) -> Iterator[str]:
     if summary.cost is not None:
         per_image = f" ({1000 * summary.cost / rendered:,.2f} per 1,000 images)" if rendered else ""
         yield line("cost", f"{summary.cost:,.2f}{per_image}")
-
-
-def format_rate(images_per_second: float) -> str:
-    """Format a rate as `2.34 images/s`, or a low one as `45.5 s per image`."""
-    if images_per_second < LEAST_RATE:
-        return f"{format_duration(1 / images_per_second)} per image"
-    return f"{images_per_second:.2f} images/s"
 
 
 def _energy_lines(summary: Summary) -> Iterator[str]:

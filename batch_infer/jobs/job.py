@@ -175,7 +175,9 @@ def prepare(
     outdir.refuse_foreign_images(store, existing)
     earlier = None if settings.overwrite else existing
     if settings.model.name is None and earlier is None:
-        log.info("no --model given: using the built-in demo model, which draws one coloured shape at 64x64 pixels")
+        log.info(
+            "no --model given: using the built-in demo model, which draws a shape ('a small green star on the left')"
+        )
     outdir.refuse_while_rescoring(settings.out, earlier)
     settings, compute, record, rules = resolve_run(settings, card, device, earlier, tables)
     parts = [] if settings.overwrite else Manifest(store).parts()

@@ -16,7 +16,7 @@ from batch_infer.jobs.compute import count_parallel, count_workers
 from batch_infer.jobs.estimates import BatchShapes, Size, find_rates
 from batch_infer.jobs.job import Job, find_model, make_paths_absolute, open_tables, prepare
 from batch_infer.jobs.scan import ScanResult, find_changes
-from batch_infer.jobs.summary import JsonStruct
+from batch_infer.jobs.summary import MAX_BAD_RESULTS, JsonStruct
 from batch_infer.manifest import Manifest, ManifestIndex
 from batch_infer.models import TruncationCounter, load_token_counter
 from batch_infer.planning import BatchingEstimator, is_finished, order_requests
@@ -80,7 +80,7 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     default_ids: IdSource | None = None
     measured_at: datetime | None = None
     bad_results: list[str] = []
-    """The first invalid rows with their errors, for `batch_infer.plan`. --json has all."""
+    """The first invalid rows with their locations and errors. --json has all instead."""
 
     def as_dict(self) -> dict[str, Any]:
         values = {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
@@ -88,7 +88,7 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
         return values
 
 
-def make_plan(settings: RunSettings, report: Callable[[ResultRow], None]) -> Plan:
+def make_plan(settings: RunSettings, report: Callable[[ResultRow], object] = lambda _: None) -> Plan:
     """Return what `run` would do, and call `report` with every invalid result.
 
     Raises UsageError as `run` does, except for changed options: `refusal` is that error. Raises StorageError,
@@ -109,7 +109,7 @@ class _Planner:
     """Reads the tables, counts results and estimates costs."""
 
     def __init__(
-        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], None]
+        self, job: Job, processes: int, probe: Probe, index: ManifestIndex, report: Callable[[ResultRow], object]
     ) -> None:
         self._job, self._probe, self._index, self._report = job, probe, index, report
         self._shapes = BatchShapes(job, probe)
@@ -163,6 +163,8 @@ class _Planner:
             self._scan.add(item, committed, skip=is_skipped)
             if isinstance(item, ResultRow):
                 plan.invalid_rows += is_first_image
+                if is_first_image and len(plan.bad_results) < MAX_BAD_RESULTS:
+                    plan.bad_results.append(f"{item.source} ({item.id}): {item.error}")
                 self._report(item)
                 continue
             if is_first_image and self._tokens:
@@ -175,8 +177,9 @@ class _Planner:
         plan, settings, costs = self._plan, self._job.settings, self._estimator.costs
         if not costs:
             return
-        if plan.invalid_rows:  # known now, and the list comes after measuring
-            log.info("%d of %d rows are invalid", plan.invalid_rows, plan.rows)
+        if plan.bad_results:  # known now, and the list comes after measuring
+            verb = "is" if plan.invalid_rows == 1 else "are"
+            log.info("%d of %d rows %s invalid: %s", plan.invalid_rows, plan.rows, verb, plan.bad_results[0])
         job = replace(self._job, compute=self._shapes.choose(costs))
         rates = find_rates(costs, job, self._probe)
         for (height, width), cost in costs.items():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import cast
 
 import click
 
 from batch_infer.cli import commands
 from batch_infer.cli.config import variables_of_option
+from batch_infer.cli.run import run
+from batch_infer.cli.sections import SectionedCommand
 
 INTRODUCTION = """# Commands
 
@@ -32,20 +35,25 @@ def _section(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=f"batch-infer {name}")
     usage = f"```text\nbatch-infer {name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
     help_text = "\n\n".join(map(_paragraph, inspect.cleandoc(command.help or "").split("\n\n")))
-    own: list[click.Option] = []
-    shared: list[click.Option] = []
-    for option in _options(command):
-        is_shared = name != "run" and _entry(option) in map(_entry, _options(commands.commands["run"]))
-        (shared if is_shared else own).append(option)
-    lines = [f"## {name}\n", usage, help_text, "", *map(_entry, own)]
+    lines, shared = [f"## {name}\n", usage, help_text, ""], []
+    groups = _grouped_options(command)
+    entries_of_run = {_entry(option) for options in _grouped_options(run).values() for option in options}
+    for title, options in groups.items():
+        common = [option for option in options if command is not run and _entry(option) in entries_of_run]
+        own = [option for option in options if option not in common]
+        shared += common
+        lines += [f"**{title}**\n"] * bool(own and len(groups) > 1)
+        lines += map(_entry, own)
     if shared:
         names = ", ".join(f"`{max(option.opts, key=len)}`" for option in shared)
         lines.append(f"These options are described in [run](#run): {names}.\n")
     return "\n".join(lines)
 
 
-def _options(command: click.Command) -> list[click.Option]:
-    return [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
+def _grouped_options(command: click.Command) -> dict[str, list[click.Option]]:
+    """Return the options by title, without --help, which every command has."""
+    groups = cast("SectionedCommand", command).group_options(click.Context(command))
+    return {title: [option for option in options if option in command.params] for title, options in groups.items()}
 
 
 def _entry(option: click.Option) -> str:
