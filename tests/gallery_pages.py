@@ -28,8 +28,9 @@ START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 DESKTOP = {"width": 1280, "height": 900}
 
 
-def make_result(number: int) -> dict[str, Any]:
+def make_result(number: int, scores: int = 1) -> dict[str, Any]:
     """Return one of 40 results: 10 prompts of 4 images, of which some are flagged or failed."""
+    categories = ("violence", *(f"concept {k}" for k in range(1, scores)))
     prompt_number, index = divmod(number, 4)
     status = {5: "flagged", 6: "failed", 9: "flagged"}.get(number, "ok")
     row_id = {1: QUOTED, 2: "-dash"}.get(prompt_number, f"row-{prompt_number}")
@@ -43,7 +44,7 @@ def make_result(number: int) -> dict[str, Any]:
         "nsfw_content_detected": None if status == "failed" else status == "flagged",
         **{"num_inference_steps": 20 + prompt_number, "guidance_scale": 5.0 + index, "width": 64, "height": 64},
         **{"seconds": 1 + (number * 7 % 40) / 10, "finished_at": START + timedelta(seconds=number)},
-        "safety_scores": [{"category": "violence", "score": (number + 2) / 43}],
+        "safety_scores": [{"category": category, "score": (number + 2) / 43} for category in categories],
         **{"style": ("oil", "ink")[prompt_number % 2], "note": f"note {number}", "rating": "ab"[prompt_number % 2]},
     }
 
@@ -74,11 +75,11 @@ class NoImages(Images):
         return False
 
 
-def make_gallery(folder: Path, rows: int, images: type[Images] = Images, **run: Any) -> Path:
-    """Make a gallery. `run` are further figures of the run."""
+def make_gallery(folder: Path, rows: int, images: type[Images] = Images, scores: int = 1, **run: Any) -> Path:
+    """Make a gallery whose images have this many safety scores. `run` are further figures of the run."""
     schema = pa.schema([*SCHEMA, ("style", pa.string()), ("note", pa.string()), ("rating", pa.string())])
     with Snapshot(schema) as snapshot, open_store(folder / "gallery").locked() as store:
-        snapshot.add(pa.Table.from_pylist([make_result(number) for number in range(rows)], schema))
+        snapshot.add(pa.Table.from_pylist([make_result(number, scores) for number in range(rows)], schema))
         summary = {"stage_shares": {"denoise": 0.9, "decode": 0.1}}
         run = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary, **run}
         info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, run)

@@ -58,7 +58,7 @@ def show(browser: Any, gallery: Path) -> Iterator[Callable[..., Any]]:
 def test_filters_narrow_the_results_and_are_shown_as_chips(show: Callable[..., Any]) -> None:
     page = show()
     assert count(page) == "40 results"
-    assert page.locator(".tile[aria-posinset='1'] .tile-text").inner_text() == "a blue boat 0\nrow-0"
+    assert page.locator(".tile[aria-posinset='1'] .tile-text").inner_text() == "a blue boat 0\nrow-0 · image 0"
     option(page, "Status", "flagged").check()
     wait_for_count(page, "2 of 40 results")
     option(page, "Status", "failed").check()
@@ -140,7 +140,9 @@ def test_back_closes_an_open_image(show: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("position", "row_id"), [(8, QUOTED), (9, "-dash"), (1, "row-0")])
-def test_the_details_have_all_values_and_commands(show: Callable[..., Any], position: int, row_id: str) -> None:
+def test_the_details_have_all_values_and_commands(
+    show: Callable[..., Any], tmp_path: Path, position: int, row_id: str
+) -> None:
     page = show()
     open_tile(page, position)
     names, texts = (page.locator(query).all_inner_texts() for query in (".value dt", ".value-text"))
@@ -148,12 +150,18 @@ def test_the_details_have_all_values_and_commands(show: Callable[..., Any], posi
     result = make_result(position - 1)
     assert (values["ID"], values["Seed"], values["note"]) == (row_id, str(SEED + position - 1), result["note"])
     assert values["Guidance scale"] == f"{result['guidance_scale']:g}"
-    retry, recipe = (shlex.split(text) for text in page.locator(".command code").all_inner_texts())
+    retry, recipe, other = (shlex.split(text) for text in page.locator(".command code").all_inner_texts())
     index = ["--image-index", str(result["image_index"])] if result["image_index"] else []
     is_dash = row_id.startswith("-")
     option_words = [f"--id={row_id}"] if is_dash else ["--id", row_id]
     assert retry == ["batch-infer", "retry", *option_words, OUT]
     assert recipe == ["batch-infer", "export-recipe", *index, *(["--"] if is_dash else []), OUT, row_id]
+    assert other == ["batch-infer", "run", "--column", "id=", "--out", "other", "image.csv"]
+    with page.expect_download() as download:
+        page.get_by_text("Save image.csv").click()
+    download.value.save_as(tmp_path / "image.csv")
+    (row,) = read_csv(tmp_path / "image.csv")
+    assert (row["id"], row["seed"], row["note"]) == (row_id, str(result["seed"]), result["note"])
 
 
 def test_a_flagged_image_is_blurred_until_it_is_asked_for(show: Callable[..., Any]) -> None:
@@ -239,14 +247,16 @@ def test_a_key_that_is_held_down_rates_once(show: Callable[..., Any]) -> None:
             page.keyboard.down(key)
         page.keyboard.up(key)
     tile = page.locator(".tile:focus-within")
-    assert tile.locator(".tile-open").get_attribute("aria-label") == "a blue boat 0, row-0, rated 4 of 5, marked"
+    assert (
+        tile.locator(".tile-open").get_attribute("aria-label") == "a blue boat 0, row-0 · image 0, rated 4 of 5, marked"
+    )
 
 
 def test_tiles_of_one_group_have_different_names(show: Callable[..., Any]) -> None:
     page = show("group=prompt&q=fox")
     names = page.eval_on_selector_all(".tile-open", "nodes => nodes.map((node) => node.ariaLabel)")
     assert len(set(names)) == len(names) > 8
-    assert f"seed {SEED + 4} · guidance 5 · note note 4, {QUOTED}, a red fox 1" in names
+    assert f"seed {SEED + 4} · guidance 5 · note note 4, {QUOTED} · image 0, a red fox 1" in names
     assert any("failed, Out of memory., a red fox 1" in name for name in names)
 
 
@@ -269,6 +279,11 @@ def test_copying_works_without_the_clipboard(show: Callable[..., Any], works: bo
     assert page.evaluate("document.activeElement.id") == "copy-retry"
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
 def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp_path: Path) -> None:
     page = show()
     open_tile(page, 13)
@@ -285,15 +300,14 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
     with page.expect_download() as download:
         page.click("[data-export=rated]")
     download.value.save_as(tmp_path / "ratings.csv")
-    with (tmp_path / "ratings.csv").open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "ratings.csv")
     common = {"status": "ok", "image_index": "0", "rating": "", "mark": "0", "negative_prompt": "", "height": "64"}
     common |= {"width": "64", "guidance_rescale": ""}
     first = {"image_index": "3", "mark": "1", "seed": str(SEED + 7), "num_inference_steps": "21", "guidance_scale": "8"}
     last = {"rating": "4", "seed": str(SEED + 12), "num_inference_steps": "23", "guidance_scale": "5"}
     assert rows == [
-        common | first | {"id": QUOTED, "prompt": "a red fox 1"},
-        common | last | {"id": "row-3", "prompt": HOSTILE},
+        common | first | {"id": QUOTED, "prompt": "a red fox 1", "style": "ink", "note": "note 7", "input_rating": "b"},
+        common | last | {"id": "row-3", "prompt": HOSTILE, "style": "ink", "note": "note 12", "input_rating": "b"},
     ]
     run = "batch-infer run --column id= --out other ratings.csv"
     assert page.inner_text("#run-command") == run
@@ -302,7 +316,8 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
 
 def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Path) -> None:
     page = show("is.status=failed")
-    page.evaluate("BatchInferGallery.table.get('prompt').values[1] = '=SUM(1)'")
+    for name, index in (("prompt", 1), ("note", 6)):
+        page.evaluate(f"BatchInferGallery.table.get('{name}').values[{index}] = '=SUM(1)'")
     page.evaluate("BatchInferGallery.table.loaded--")
     page.click("[data-dialog=export]")
     assert page.is_disabled("[data-export=shown]")
@@ -312,7 +327,7 @@ def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Pa
     download.value.save_as(tmp_path / "results.csv")
     content = (tmp_path / "results.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbfid,image_index")
-    assert content.endswith(b",'=SUM(1),\r\n")
+    assert content.endswith(b",'=SUM(1),,ink,'=SUM(1),b\r\n")
 
 
 def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path) -> None:
@@ -327,8 +342,19 @@ def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path
         assert page.get_by_text("export-recipe").count() == 1
         page.keyboard.press("Escape")
         page.click("[data-dialog=export]")
-        expected = "batch-infer run --model 'my model' --column id= --out other marked.csv"
+        expected = "batch-infer run --model 'my model' --column id= --out other results.csv"
         assert page.inner_text("#run-command") == expected
+
+
+def test_many_safety_scores_are_folded(browser: Any, tmp_path: Path) -> None:
+    path = make_gallery(tmp_path / "out", 8, scores=6)
+    with open_context(browser) as opened:
+        page = opened.goto(path)
+        score = page.locator(".section-name", has_text="Score: concept 5")
+        assert not score.is_visible()
+        page.get_by_text("Safety scores (6)").click()
+        assert score.is_visible()
+        assert page.locator("#sort optgroup option").count() == 6
 
 
 def test_damaged_ratings_are_ignored(show: Callable[..., Any]) -> None:

@@ -6,6 +6,8 @@
   const { labels } = gallery;
   const BINS = 40;
   const MOST_SCORES = 12;
+  // Bins of the throughput, in seconds: in narrower ones, a batch of images that finish together looks like a peak.
+  const [MOST_TIMES, LEAST_WIDTH, LEAST_SPAN] = [80, 10, 30];
   const STAGES = { encode: "Encode prompts", denoise: "Denoise", decode: "Decode", check: "Safety check" };
   const HEIGHT = 190;
 
@@ -39,7 +41,8 @@
   }
 
   /** Draw a chart when its box is in the page, and describe it for screen readers. */
-  function plot({ x, y, isTime, isBars, name, description }) {
+  function plot({ x, y, isTime, width, name, description }) {
+    const isBars = width !== undefined;
     const box = make("div", { class: "plot", role: "img", "aria-label": description });
     const accent = color("--accent");
     const paths = isBars ? uPlot.paths.bars({ size: [0.9, 60], align: 1 }) : uPlot.paths.linear();
@@ -49,7 +52,7 @@
       height: HEIGHT,
       cursor: { points: { show: !isBars }, drag: { x: false, y: false } },
       legend: { show: true, live: true },
-      scales: { x: { time: isTime }, y: { range: (_, __, max) => [0, Math.max(max, 1e-9) * 1.1] } },
+      scales: { x: { time: isTime, range: (_, min, max) => [min, max + (width ?? 0)] }, y: { range: (_, __, max) => [0, Math.max(max, 1e-9) * 1.1] } },
       axes: axes(isTime),
       series: [{ label: isTime ? "Time" : "From", value: show }, { label: name, stroke: accent, fill: `${accent}2e`, width: isBars ? 1 : 2, paths, points: { show: false }, value: (_, value) => (value === null ? "" : labels.number(value)) }],
     };
@@ -70,17 +73,19 @@
     const bins = bin(column, rows, BINS);
     if (!bins) return null;
     const range = `${labels.number(bins.min)} to ${labels.number(bins.max)}`;
-    const body = plot({ x: bins.edges, y: bins.counts, isTime: false, isBars: true, name: "Results", description: `Histogram of ${name}: ${range}` });
+    const body = plot({ x: bins.edges, y: bins.counts, isTime: false, width: bins.width, name: "Results", description: `Histogram of ${name}: ${range}` });
     return card(name, range, body);
   }
 
   function throughput(table, rows) {
     const column = table.get("finished_at");
-    const bins = column?.numbers && bin(column, rows, 80);
-    if (!bins || bins.max - bins.min < 2) return null;
+    const span = column?.numbers ? column.max - column.min : 0;
+    if (span < LEAST_SPAN) return null;
+    const bins = bin(column, rows, Math.min(MOST_TIMES, Math.floor(span / LEAST_WIDTH)));
+    if (!bins) return null;
     const rates = bins.counts.map((count) => (60 * count) / bins.width);
     const most = labels.plural(Math.round(Math.max(...rates)), "result");
-    const body = plot({ x: bins.edges, y: rates, isTime: true, isBars: false, name: "Per minute", description: `Results per minute over time, at most ${most}` });
+    const body = plot({ x: bins.edges, y: rates, isTime: true, name: "Per minute", description: `Results per minute over time, at most ${most}` });
     return card("Throughput", "Results finished per minute", body, true);
   }
 
@@ -111,7 +116,7 @@
     const shares = Object.entries(summary?.stage_shares ?? {});
     if (!shares.length) return null;
     const entries = shares.map(([name, share]) => ({ name: STAGES[name] ?? name, share, text: `${(100 * share).toFixed(1)}%` }));
-    return card("Time per stage", "Whole run; the filters do not apply", bars(entries));
+    return card("Time per stage", "Last run; the filters do not apply", bars(entries));
   }
 
   /** The figures of the run that a reader looks for first. */
@@ -126,6 +131,7 @@
       ["Model", run.model],
       ["Scheduler", run.scheduler],
       ["Started", when(run.started_at)],
+      ["Images", typeof summary.rendered === "number" ? labels.count(summary.rendered) : null],
       ["Duration", typeof summary.seconds === "number" ? labels.duration(summary.seconds) : null],
       ["Images per second", typeof summary.images_per_second === "number" ? labels.number(summary.images_per_second) : null],
       ["Occupancy", percent(summary.occupancy)],
@@ -133,7 +139,7 @@
       ["Cost", typeof summary.cost === "number" ? summary.cost.toFixed(2) : null],
     ].filter(([, text]) => text !== null && text !== undefined && text !== "");
     const rows = entries.map(([name, text]) => make("div", {}, make("dt", { text: name }), make("dd", { text: String(text) })));
-    return rows.length ? make("dl", { class: "facts" }, ...rows) : null;
+    return rows.length ? make("section", { class: "facts" }, make("h3", { text: "Last run" }), make("dl", {}, ...rows)) : null;
   }
 
   class Charts {

@@ -7,6 +7,7 @@
   const FIRST = ["status", "nsfw_content_detected", "rating", "mark"];
   const PARAMETERS = ["scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "width", "height", "negative_prompt"];
   const OPEN_CARRIED = 3;
+  const MOST_SCORES = 4;
 
   /** Whether a filter by this column can leave out some results but not all. */
   function isUseful(table, column) {
@@ -51,16 +52,26 @@
       this.sections = new Map();
       const nodes = [];
       for (const { title, columns } of arrange(this.table)) {
-        if (title) nodes.push(make("h2", { class: "filter-group", text: title }));
-        columns.forEach((column, index) => {
+        const sections = columns.map((column, index) => {
           const opens = (!title && !column.local) || (title === "Your columns" && index < OPEN_CARRIED && column.codes);
-          nodes.push(this.keepSection(former.get(column.name)) ?? this.makeSection(column, former.get(column.name)?.details.open ?? opens));
+          return this.keepSection(former.get(column.name)) ?? this.makeSection(column, former.get(column.name)?.details.open ?? opens);
         });
+        if (columns.length > MOST_SCORES && columns[0].score) nodes.push(this.fold(`${title} (${columns.length})`, sections));
+        else nodes.push(...(title ? [make("h2", { class: "filter-group", text: title })] : []), ...sections);
       }
       this.container.replaceChildren(...nodes);
       if (!focused) return;
       const summary = this.sections.get(focused.column.name)?.details.firstChild;
       (activeElement.isConnected ? activeElement : summary)?.focus({ preventScroll: true });
+    }
+
+    /** Put sections into one that is closed at first. */
+    fold(title, sections) {
+      const summary = make("summary", {}, make("span", { class: "section-name", text: title }), icon("chevron"));
+      const details = make("details", { class: "section is-fold" }, summary, ...sections);
+      details.open = this.isUnfolded ?? false;
+      details.addEventListener("toggle", () => (this.isUnfolded = details.open));
+      return details;
     }
 
     /** Return the node of a section that stays as it is: the values of categories are known from the beginning. */

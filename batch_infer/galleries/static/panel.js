@@ -5,6 +5,7 @@
   const { make, icon, iconButton, copy } = gallery.dom;
   const { labels } = gallery;
   const MOST_SIBLINGS = 24;
+  const FILE = "image.csv";
   const PARAMETERS = ["seed", "num_inference_steps", "guidance_scale", "guidance_rescale", "scheduler", "width", "height"];
   const TEXTS = new Set(["prompt", "negative_prompt", "error"]);
   const OUTCOME = ["status", "error", "nsfw_content_detected", "safety_checker", "prompt_truncated", "seconds", "finished_at", "id", "image_index"];
@@ -167,7 +168,17 @@
       const hint = "For a POSIX shell, in the folder in which the gallery was made";
       const hasRecipe = this.table.thumbs[ofRow] || this.table.isBlanked(ofRow);
       const recipe = hasRecipe ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
-      return make("section", { class: "commands" }, make("h3", { text: "Commands" }), command("Render this row again", hint, gallery.commands.retry(out, id)), recipe);
+      const again = command("Render this row again", hint, gallery.commands.retry(out, id));
+      return make("section", { class: "commands" }, make("h3", { text: "Commands" }), again, recipe, this.otherParameters(ofRow, hint));
+    }
+
+    /** A table of this image alone, and the command that renders it. */
+    otherParameters(ofRow, hint) {
+      const save = () => gallery.dom.save(FILE, gallery.ratings.toCsv([ofRow]));
+      const button = make("button", { type: "button", class: "button is-wide", onclick: save }, icon("export"), `Save ${FILE}`);
+      const run = gallery.commands.runTable(this.table.meta.run.model_option, FILE);
+      const purpose = make("p", { text: "To render this image with other parameters and a new id, save its row and change the cells:" });
+      return make("div", { class: "command" }, purpose, button, command("Then render the file", hint, run));
     }
 
     copyAll(values) {

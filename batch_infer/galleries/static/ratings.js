@@ -104,16 +104,26 @@
   const TEXTS = ["prompt", "negative_prompt"];
   const COLUMNS = ["id", "image_index", "rating", "mark", "status", ...PARAMETERS, ...TEXTS];
 
+  /** A value of a carried column, as a table has it. */
+  function carriedValue(column, row) {
+    const value = table.value(column.name, row);
+    if (value === null) return "";
+    if (column.kind === "time") return new Date(value * 1000).toISOString();
+    return typeof value === "string" ? disarm(value) : value;
+  }
+
   /**
    * Return rows as CSV, which `batch-infer retry --ids` accepts, and `batch-infer run` as a table. Excel recognises UTF-8
    * by the byte order mark.
    */
   function toCsv(rows) {
-    const lines = [`\ufeff${COLUMNS.join(",")}`];
+    const carried = table.meta.columns.filter((column) => column.carried && !column.detail);
+    const lines = [`\ufeff${[...COLUMNS, ...carried.map(({ name }) => disarm(name))].map(cell).join(",")}`];
     for (const row of rows) {
       const values = [table.value("id", row), table.value("image_index", row) ?? 0, ratingOf(row) || null, isMarked(row) ? 1 : 0];
       values.push(table.value("status", row), ...PARAMETERS.map((name) => table.value(name, row)));
       values.push(...TEXTS.map((name) => disarm(table.value(name, row) ?? "")));
+      values.push(...carried.map((column) => carriedValue(column, row)));
       lines.push(values.map(cell).join(","));
     }
     return `${lines.join("\r\n")}\r\n`;

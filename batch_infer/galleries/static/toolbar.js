@@ -15,7 +15,10 @@
       return;
     }
     select.names = names;
-    const options = columns.map((column) => make("option", { value: column.name, text: labels.label(column) }));
+    const toOption = (column) => make("option", { value: column.name, text: labels.label(column) });
+    const options = columns.filter((column) => !column.score).map(toOption);
+    const scores = columns.filter((column) => column.score).map(toOption);
+    if (scores.length) options.push(make("optgroup", { label: "Safety scores" }, ...scores));
     select.replaceChildren(make("option", { value: "", text: first }), ...options);
     select.value = columns.some((column) => column.name === chosen) ? chosen : "";
   }
@@ -74,7 +77,7 @@
     openDialog(name) {
       if (name === "export") {
         this.showExport();
-        this.showCommands(FILE_NAMES.marked);
+        this.showCommands(FILE_NAMES[this.rowsOf("rated").length ? "rated" : "shown"]);
       }
       byId(`dialog-${name}`).showModal();
     }
