@@ -1,4 +1,4 @@
-r"""Escape control characters, for example as \x1b, in text for terminals and logs.
+r"""Escape control characters, for example as \x1b, in text for terminals and logs, and quote commands.
 
 Ids, file names, prompts and server responses may contain characters that set a terminal's title, move its cursor or
 reverse the text direction, and line breaks that would forge a log line.
@@ -10,6 +10,7 @@ import codecs
 import io
 import logging
 import re
+import shlex
 from types import TracebackType
 from typing import TypeAlias
 
@@ -45,6 +46,11 @@ class EscapingFormatter(logging.Formatter):
 
     def formatException(self, ei: _ExceptionInfo) -> str:
         return escape_controls(super().formatException(ei), keep="\n\t")
+
+
+def quote_command(*words: str) -> str:
+    """Format a batch-infer command for a shell, in backquotes. Its words are quoted where needed."""
+    return f"`{shlex.join(('batch-infer', *words))}`"
 
 
 def never_fail_to_encode(stream: object) -> None:

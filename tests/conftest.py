@@ -64,9 +64,9 @@ def _initial_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start each test with Python's initial logging, which a command in this process changes and does not restore."""
     for module, name in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    pytests = warnings.showwarning
+    pytest_showwarning = warnings.showwarning
     _reset_logging()
-    warnings.showwarning = pytests  # captureWarnings(False) has put back that of another test
+    warnings.showwarning = pytest_showwarning  # captureWarnings(False) may have restored that of an earlier test
     yield
     _reset_logging()
 

@@ -76,13 +76,16 @@ class NoImages(Images):
 
 
 def make_gallery(folder: Path, rows: int, images: type[Images] = Images, scores: int = 1, **run: Any) -> Path:
-    """Make a gallery whose images have this many safety scores. `run` are further figures of the run."""
+    """Make a gallery whose images have this many safety scores. `run` adds entries to the description of the run."""
     schema = pa.schema([*SCHEMA, ("style", pa.string()), ("note", pa.string()), ("rating", pa.string())])
     with Snapshot(schema) as snapshot, open_store(folder / "gallery").locked() as store:
-        snapshot.add(pa.Table.from_pylist([make_result(number, scores) for number in range(rows)], schema))
+        results = [make_result(number, scores) for number in range(rows)]
+        if run.get("on_flagged") == "drop":
+            results = [{**row, "generated_image": None} if row["status"] == "flagged" else row for row in results]
+        snapshot.add(pa.Table.from_pylist(results, schema))
         summary = {"stage_shares": {"denoise": 0.9, "decode": 0.1}}
-        run = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary, **run}
-        info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, run)
+        description = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary, **run}
+        info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, description)
         write_gallery(store, snapshot, images(folder), info, TileOptions(64, 1))
     return folder / "gallery" / "index.html"
 

@@ -27,6 +27,7 @@ from tests.gallery_pages import (
     wait_for_count,
     wait_until,
 )
+from tests.tables import read_requests
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -309,6 +310,11 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
         common | first | {"id": QUOTED, "prompt": "a red fox 1", "style": "ink", "note": "note 7", "input_rating": "b"},
         common | last | {"id": "row-3", "prompt": HOSTILE, "style": "ink", "note": "note 12", "input_rating": "b"},
     ]
+    requests = read_requests(tmp_path / "ratings.csv", columns={"id": ""})
+    assert [(item.id, item.seed, item.prompt, item.params.guidance_scale) for item in requests] == [
+        ("ratings-00000000", SEED + 7, "a red fox 1", 8.0),
+        ("ratings-00000001", SEED + 12, HOSTILE, 5.0),
+    ]
     run = "batch-infer run --column id= --out other ratings.csv"
     assert page.inner_text("#run-command") == run
     assert shlex.split(page.inner_text("#retry-command")) == ["batch-infer", "retry", "--ids", "ratings.csv", OUT]
@@ -331,7 +337,7 @@ def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Pa
 
 
 def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path) -> None:
-    path = make_gallery(tmp_path / "out", 8, on_flagged="blank", model_option="my model")
+    path = make_gallery(tmp_path / "out", 8, on_flagged="blank", model_options=["--model", "my model"])
     with open_context(browser) as opened:
         page = opened.goto(path)
         assert page.locator(".tile[aria-posinset='6'] .tile-note").inner_text() == "The image was flagged."
@@ -344,6 +350,17 @@ def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path
         page.click("[data-dialog=export]")
         expected = "batch-infer run --model 'my model' --column id= --out other results.csv"
         assert page.inner_text("#run-command") == expected
+
+
+def test_a_flagged_image_that_was_not_stored_is_explained(browser: Any, tmp_path: Path) -> None:
+    path = make_gallery(tmp_path / "out", 8, on_flagged="drop")
+    with open_context(browser) as opened:
+        page = opened.goto(path)
+        open_tile(page, 6)
+        page.get_by_text("The image was not stored.").wait_for()
+        assert page.locator(".notice-box strong").all_inner_texts() == ["Flagged"]
+        assert page.locator(".notice-box button").count() == 0
+        assert page.get_by_text("export-recipe").count() == 1
 
 
 def test_many_safety_scores_are_folded(browser: Any, tmp_path: Path) -> None:

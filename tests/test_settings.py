@@ -122,6 +122,19 @@ def test_defaults_apply_without_options() -> None:
     assert (parse().safety.mode, parse().safety.policy, parse().max_failed.count) == ("auto", "blank", 0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--model", "m", "--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--quantize", "nf4"),
+        ("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--lora-folder", "loras", "--long-prompts"),
+        ("--embedding", "e.safetensors", "--embedding", "f.safetensors:<toy>", "--scheduler", "A:x=1,y=linear"),
+    ],
+)
+def test_the_options_of_a_model_select_it_again(options: tuple[str, ...]) -> None:
+    assert parse(*parse(*options).model.as_options()).model == parse(*options).model
+
+
 def test_every_option_is_a_setting() -> None:
     settings = asdict(
         parse(

@@ -148,15 +148,15 @@ def test_one_truncated_prompt_is_located() -> None:
 @pytest.mark.parametrize(("flagged", "share"), [(4, "all"), (3, "most"), (2, None), (0, None)])
 def test_a_run_warns_if_most_images_are_flagged(flagged: int, share: str | None) -> None:
     lines = summarize(Summary(Counts(rows=4, images=4, ok=4 - flagged, flagged=flagged)))
-    assert (f"flagged  {share} images are flagged" in lines) == (share is not None)
+    assert (f"flagged  {share} images are flagged: check the prompts" in lines) == (share is not None)
     advice = "render into another --out with --on-flagged keep"
-    assert (f"         -> check the prompts, or {advice}" in lines) == (share is not None)
-    assert (f"flagged  -> stored as black images; to see them, {advice}" in lines) == (flagged == 2)
+    label = "flagged  " if share is None else "         "
+    assert (f"{label}-> stored as black images; to see them, {advice}" in lines) == (flagged > 0)
 
 
 def test_flagged_images_that_were_kept_can_be_looked_at() -> None:
     lines = summarize(Summary(Counts(rows=1, images=1, flagged=1)), safety=SafetySettings(on_flagged="quarantine"))
-    assert "         -> check the prompts, or look at the image" in lines
+    assert "flagged  -> look at it in o/quarantine" in lines
 
 
 def test_rows_and_images_are_told_apart() -> None:
@@ -172,8 +172,8 @@ def test_what_the_safety_checks_found_is_located() -> None:
     lines = summarize(Summary(Counts(rows=6, images=5, ok=3, flagged=2, blocked=1, reasons=reasons)))
     assert lines[1:5] == [
         "blocked  t.csv, line 4 (c): the prompt was blocked",
-        "         -> change these prompts, then run the same command again",
-        "flagged  t.csv, line 3 (b): the safety check flagged the image (concept_0 +0.131) (1 more like it)",
+        "         -> change the blocked prompts, then run the same command again",
+        "flagged  t.csv, line 3 (b): the safety check flagged the image (concept_0 +0.131) (1 more)",
         "         -> stored as black images; to see them, render into another --out with --on-flagged keep",
     ]
 
@@ -186,9 +186,12 @@ def test_deaths_of_workers_are_reported_with_their_logs() -> None:
 
 def test_an_active_run_is_not_told_to_retry() -> None:
     """The command would be refused, since the run has locked OUT."""
-    counts = Counts(failed=2, reasons=[Reason("failed", 2, "t.csv, line 2 (a)", "out of memory")])
+    reasons = [Reason(status, 2, "t.csv, line 2 (a)", "an error") for status in ("failed", "invalid", "blocked")]
+    counts = Counts(failed=2, invalid=2, blocked=2, reasons=reasons)
     assert list(progress_lines(Summary(counts), Place("o"))) == [
-        "failed   t.csv, line 2 (a): out of memory (1 more like it)"
+        "failed   t.csv, line 2 (a): an error (1 more like it)",
+        "invalid  t.csv, line 2 (a): an error (1 more like it)",
+        "blocked  t.csv, line 2 (a): an error (1 more)",
     ]
 
 
@@ -245,9 +248,13 @@ def test_errors_that_differ_only_in_numbers_and_quoted_texts_have_one_reason() -
 
 def test_the_number_of_reasons_is_limited() -> None:
     """The texts of errors come from tables and libraries, and summaries are kept in memory and in run.json."""
-    counts = count([bad_row(index, "failed", f"reason {'x' * index}") for index in range(200)])
-    assert len(counts.reasons) == len(counts.bad_results) == 20
-    assert counts.failed == 200
+    rows = [bad_row(index, "failed", f"reason {'x' * index}") for index in range(200)]
+    flagged, blocked = bad_row(200, "flagged", "flagged"), bad_row(201, "blocked", "blocked")
+    for counts in (count([*rows, flagged, blocked]), count([flagged, blocked, *rows])):
+        statuses = [reason.status for reason in counts.reasons]
+        assert (statuses.count("failed"), statuses.count("flagged"), statuses.count("blocked")) == (20, 1, 1)
+        assert len(counts.bad_results) == 20
+        assert counts.failed == 200
 
 
 def test_images_are_counted_by_folder_and_the_first_truncated_prompt_is_located() -> None:

@@ -28,12 +28,12 @@ from batch_infer.cli.report import (
     format_results,
     line,
     print_result,
-    quote_command,
     stoppable,
 )
 from batch_infer.cli.settings import make_safety_settings
 from batch_infer.cli.summary import Place, progress_lines, report_lines
 from batch_infer.settings import ResultsFormat, make_signer
+from batch_infer.terminal import quote_command
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, RescoreCounts, RunStatus

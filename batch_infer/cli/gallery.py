@@ -11,11 +11,12 @@ import click
 from batch_infer.cli.logs import log
 from batch_infer.cli.options import check_time_limit_option, command, json_option, option, out_argument, progress_option
 from batch_infer.cli.progress import CheckProgress
-from batch_infer.cli.report import format_count, line, print_result, quote_command, stoppable
+from batch_infer.cli.report import format_count, line, print_result, stoppable
 from batch_infer.cli.values import POSITIVE, parse_out
 from batch_infer.errors import BatchInferError, LockedError
 from batch_infer.records import Status
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
+from batch_infer.terminal import quote_command
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Gallery

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,11 +106,6 @@ def format_counts(counts: Counts) -> str:
 def line(label: str, text: str) -> str:
     """Return a line of a report, with its label in a column."""
     return f"{label:<9}{text}"
-
-
-def quote_command(*words: str) -> str:
-    """Format a command for a shell, in backquotes. Its words are quoted where needed."""
-    return f"`{shlex.join(('batch-infer', *words))}`"
 
 
 def format_results(out: str, formats: Sequence[ResultsFormat]) -> str:

@@ -16,9 +16,9 @@ from batch_infer.cli.report import (
     format_rate,
     format_results,
     line,
-    quote_command,
 )
 from batch_infer.settings import OutputSettings, RunSettings, SafetySettings
+from batch_infer.terminal import quote_command
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Counts, Summary
@@ -32,8 +32,8 @@ SHOWS_GALLERY_HINT = 10
 LEAST_SHARE = 0.005
 """Smallest share of a stage that is printed: smaller ones would be 0%."""
 
-_STORED = {"blank": "stored as {}", "blur": "stored blurred", "drop": "not stored"}
-"""What happens to flagged images, by the policies that do not keep them. The blank is for `a black image`."""
+_FATES = {"blank": "stored as {}", "blur": "stored blurred", "drop": "not stored"}
+"""What happens to flagged images, by the policies that do not keep them. `{}` is for a black image or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,15 @@ def _attention_lines(summary: Summary, place: Place, *, has_ended: bool = True) 
 
 
 def _result_lines(counts: Counts, place: Place, *, has_ended: bool) -> Iterator[str]:
-    retry = quote_command("retry", place.out, "--status", "failed")
-    yield from _reason_lines(counts, "failed", f"{retry} renders them again" if has_ended else "")
-    yield from _reason_lines(counts, "invalid", "correct the table, then run the same command again")
+    remedies = {
+        "failed": f"{quote_command('retry', place.out, '--status', 'failed')} renders them again",
+        "invalid": "correct the table, then run the same command again",
+        "blocked": "change the blocked prompts, then run the same command again",
+    }
+    if not has_ended:
+        remedies = dict.fromkeys(remedies, "")
+    for status in ("failed", "invalid"):
+        yield from _reason_lines(counts, status, remedies[status])
     if counts.truncated:
         ends = "is too long for the model, which ignores its end"
         if counts.truncated > 1:
@@ -107,19 +113,20 @@ def _result_lines(counts: Counts, place: Place, *, has_ended: bool) -> Iterator[
         first = f": {'first ' * (counts.truncated > 1)}{counts.first_truncated}" if counts.first_truncated else ""
         yield line("prompts", f"{counts.truncated:,} {ends}{first}")
         yield line("", "-> shorten them, or render into another --out with --long-prompts")
-    yield from _reason_lines(counts, "blocked", "change these prompts, then run the same command again")
-    yield from _flagged_lines(counts, place.safety)
+    yield from _reason_lines(counts, "blocked", remedies["blocked"])
+    yield from _flagged_lines(counts, place)
 
 
-def _flagged_lines(counts: Counts, safety: SafetySettings) -> Iterator[str]:
-    stored = _STORED.get(safety.policy)
-    keep = "render into another --out with --on-flagged keep"
+def _flagged_lines(counts: Counts, place: Place) -> Iterator[str]:
     black, them = ("a black image", "it") if counts.flagged == 1 else ("black images", "them")
-    look = f"look at {'the image' if counts.flagged == 1 else 'the images'}"
-    label, remedy = "flagged", f"{stored.format(black)}; to see {them}, {keep}" if stored else look
-    if counts.flagged > counts.ok:
-        yield line(label, f"{'most' if counts.ok else 'all'} images are flagged")
-        label, remedy = "", f"check the prompts, or {keep if stored else remedy}"
+    if fate := _FATES.get(place.safety.policy):
+        remedy = f"{fate.format(black)}; to see {them}, render into another --out with --on-flagged keep"
+    else:
+        remedy = f"look at {them}" + f" in {place.out}/quarantine" * (place.safety.policy == "quarantine")
+    label = "flagged"
+    if counts.flagged > max(1, counts.ok):
+        yield line(label, f"{'most' if counts.ok else 'all'} images are flagged: check the prompts")
+        label = ""
     yield from _reason_lines(counts, "flagged", remedy, label)
 
 
@@ -134,7 +141,8 @@ def _reason_lines(counts: Counts, status: str, remedy: str, label: str | None = 
     reasons = [reason for reason in counts.reasons if reason.status == status]
     label, shown = status if label is None else label, 0
     for reason in reasons[:MAX_REASONS]:
-        more = f" ({reason.results - 1:,} more like it)" if reason.results > 1 else ""
+        like_it = " like it" * (status not in ("blocked", "flagged"))  # a safety check may have found something else
+        more = f" ({reason.results - 1:,} more{like_it})" if reason.results > 1 else ""
         yield line(label, f"{reason.first}: {reason.error}{more}")
         label, shown = "", shown + reason.results
     if reasons and count > shown:

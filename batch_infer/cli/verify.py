@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from batch_infer.cli.report import (
     stoppable,
 )
 from batch_infer.extras import install_command
+from batch_infer.terminal import quote_command
 
 if TYPE_CHECKING:
     from batch_infer.jobs import Problem, Sample, Verification
@@ -37,12 +37,11 @@ _REMEDIES = {
     "damaged_part": "See docs/verify.md about damaged_part first: other commands may replace results.*, which may be "
     "the only copy of some rows.",
     "missing_row": "Run `batch-infer run` with the same tables and options to render missing rows.",
-    "results_differ": "Run `batch-infer merge {out}` to write results.* again.",
-    "missing_image": "Run `batch-infer retry {out} --status missing` to render missing images again" + _EXCEPT_REMOVED,
-    "truncated_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again"
-    + _EXCEPT_REMOVED,
-    "wrong_image": "Run `batch-infer retry {out} --status damaged` to render damaged images again" + _EXCEPT_REMOVED,
-    "not_reproduced": "`batch-infer export-recipe {out} ID` prints a script that reproduces an image with plain "
+    "results_differ": "Run {merge} to write results.* again.",
+    "missing_image": "Run {missing} to render missing images again" + _EXCEPT_REMOVED,
+    "truncated_image": "Run {damaged} to render damaged images again" + _EXCEPT_REMOVED,
+    "wrong_image": "Run {damaged} to render damaged images again" + _EXCEPT_REMOVED,
+    "not_reproduced": "{recipe} prints a script that reproduces an image with plain "
     "diffusers, to compare it with one that was not reproduced.",
     "orphan_image": "Orphan images belong to no result in the manifest: remove them if you do not need them.",
 }
@@ -126,7 +125,6 @@ def verify(
 
 
 def _lines(result: Verification, out: str) -> Iterator[str]:
-    quoted = shlex.quote(out)
     counts = [f"{count:,} {kind}" for kind, count in result.counts.items()]
     statuses = ", ".join(f"{count:,} {status}" for status, count in result.statuses.items())
     yield " · ".join(
@@ -148,12 +146,12 @@ def _lines(result: Verification, out: str) -> Iterator[str]:
     if result.marked_count:
         yield (
             f"{format_count(result.marked_count, 'result')} marked as failed. Run `batch-infer run` or "
-            f"`batch-infer retry {quoted} --status failed` to render them again."
+            f"{quote_command('retry', out, '--status', 'failed')} to render them again."
         )
-    yield from _find_remedies(result, quoted)
+    yield from _find_remedies(result, out)
 
 
-def _find_remedies(result: Verification, quoted: str) -> Iterator[str]:
+def _find_remedies(result: Verification, out: str) -> Iterator[str]:
     # Repeated and missing rows need another remedy in results.* than in the manifest.
     kinds = result.counts.keys() - {"missing_row", "duplicate_row"}
     for problem in result.problems:
@@ -167,8 +165,14 @@ def _find_remedies(result: Verification, quoted: str) -> Iterator[str]:
     if result.marked_count:
         kinds -= {"missing_image", "truncated_image", "wrong_image", "results_differ"}
     elif "failed" in result.statuses:
-        yield f"Run `batch-infer retry {quoted} --status failed` to render failed rows again."
-    yield from dict.fromkeys(remedy.format(out=quoted) for kind, remedy in _REMEDIES.items() if kind in kinds)
+        yield f"Run {quote_command('retry', out, '--status', 'failed')} to render failed rows again."
+    commands = {
+        "merge": quote_command("merge", out),
+        "missing": quote_command("retry", out, "--status", "missing"),
+        "damaged": quote_command("retry", out, "--status", "damaged"),
+        "recipe": quote_command("export-recipe", out, "ID"),
+    }
+    yield from dict.fromkeys(remedy.format(**commands) for kind, remedy in _REMEDIES.items() if kind in kinds)
 
 
 def _sample_lines(sample: Sample) -> Iterator[str]:

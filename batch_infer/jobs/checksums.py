@@ -22,6 +22,7 @@ from batch_infer.jobs.signing import is_valid_signature, read_public_key, sign
 from batch_infer.manifest import FOLDER, Manifest, read_part, run_number
 from batch_infer.settings import SHARED_NAMES, ResultsFormat, list_results_files
 from batch_infer.store import Store, StoredFile, hash_stream, prefetch
+from batch_infer.terminal import quote_command
 
 CHECKSUMS = f"{FOLDER}/SHA256SUMS"
 SIGNATURE = f"{CHECKSUMS}.sig"
@@ -58,10 +59,9 @@ def write_checksums(store: Store, results: Mapping[str, str], sign_key: str | No
     if store.exists(SIGNATURE):
         if sign_key is None:
             log.warning(
-                "removed %s, because results.* were written without --sign-key. Run `batch-infer merge %s --sign-key "
-                "FILE` to sign again",
+                "removed %s, because results.* were written without --sign-key. Run %s to sign again",
                 store.locate(SIGNATURE),
-                store.location,
+                quote_command("merge", store.location, "--sign-key", "FILE"),
             )
         store.remove([SIGNATURE])  # first, since it does not fit the new file
     _write(store, CHECKSUMS, content)

@@ -91,7 +91,7 @@ def find_rates(costs: Mapping[Size, SizeCost], job: Job, probe: Probe) -> dict[S
     costliest = sorted(costs, key=lambda size: costs[size].row_forwards * math.prod(size), reverse=True)
     for size in costliest[:MAX_MEASURED_SIZES]:
         if size not in measured:
-            log.info("measuring the speed at %dx%d pixels, which can take minutes on a CPU", *size[::-1])
+            log.info("measuring the speed at %dx%d pixels (this can take minutes on a CPU)", *size[::-1])
             measured[size] = _measure_rates(size, job, probe)
             save_calibration(_rate_conditions(job, size), measured[size])
     return {size: measured[size] if size in measured else _scale_rates(size, measured) for size in costs}

@@ -31,6 +31,7 @@ from batch_infer.records import ResultRow, utc_now
 from batch_infer.settings import Compute
 from batch_infer.sinks import make_sink
 from batch_infer.stopping import GRACE_SECONDS, StopRequested, deferred
+from batch_infer.terminal import quote_command
 from batch_infer.worker import WorkerSettings, read_peak_memory, sum_stages_by_size, take_smallest_batches
 
 LISTING_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -292,5 +293,5 @@ class RunExecution:
 
     def _warn_about_stale_results(self, reason: object) -> None:
         """Warn that results.* do not contain all results of this run."""
-        path, out = self._store.locate("results.parquet"), self._store.location
-        log.warning("%s was not updated (%s): run `batch-infer merge %s`", path, reason, out)
+        path, merge = self._store.locate("results.parquet"), quote_command("merge", self._store.location)
+        log.warning("%s was not updated (%s): run %s", path, reason, merge)

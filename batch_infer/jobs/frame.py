@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from batch_infer.errors import UsageError, first_line
 from batch_infer.jobs import out as outdir
 from batch_infer.store import Out, open_store, to_absolute
+from batch_infer.terminal import quote_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,14 +26,14 @@ def read_frame(out: Out) -> pd.DataFrame:
     store = open_store(to_absolute(out))
     outdir.read_existing_run(store)
     path = store.locate("results.parquet")
-    merge = shlex.join(("batch-infer", "merge", store.location))
+    merge = quote_command("merge", store.location)
     content = store.read("results.parquet")
     if content is None:
-        raise UsageError(f"{path} does not exist yet: run `{merge}` to write it")
+        raise UsageError(f"{path} does not exist yet: run {merge} to write it")
     try:
         table = pq.read_table(pa.BufferReader(content))
     except pa.ArrowException as error:
-        raise UsageError(f"{path} cannot be read ({first_line(error)}): run `{merge}` to write it again") from error
+        raise UsageError(f"{path} cannot be read ({first_line(error)}): run {merge} to write it again") from error
     index = table.column_names.index("generated_image")
     located = pc.binary_join_element_wise(store.location, table["generated_image"], "/")
     return _to_pandas(table.set_column(index, "generated_image", located))

@@ -117,10 +117,13 @@ def _describe(store: Store, shown_out: str, left_out: int) -> GalleryInfo:
     raw = outdir.read_existing_run(store)
     record = parse_record(raw)
     model, settings = record.model.name, record.settings
-    option = None if isinstance(settings, UnsetType) else settings.model.name
+    if isinstance(settings, UnsetType):  # of an early version
+        options, on_flagged = [] if model is None else ["--model", model], None
+    else:
+        options, on_flagged = settings.model.as_options(), settings.safety.policy
     run = {
-        "model_option": None if option is None else redact_url(option),
-        "on_flagged": None if isinstance(settings, UnsetType) else settings.safety.policy,
+        "model_options": [redact_url(word) for word in options],
+        "on_flagged": on_flagged,
         "model": None if model is None else redact_url(model),
         "scheduler": record.scheduler.name,
         "started_at": raw.get("started_at"),

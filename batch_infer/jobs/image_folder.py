@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from batch_infer.carried import rename_reserved, to_portable, to_portable_type
 from batch_infer.settings import METADATA
 from batch_infer.store import IMAGE_FOLDERS, Store
+from batch_infer.terminal import quote_command
 
 _MARK = {"batch-infer": "metadata"}
 """Schema metadata that distinguishes the file from another program's."""
@@ -76,8 +77,8 @@ def may_replace_metadata(store: Store) -> bool:
         pass
     log.warning(
         "%s was not written by batch-infer, so it is kept, and datasets cannot load OUT as an image folder: move it "
-        "away and run `batch-infer merge %s`",
+        "away and run %s",
         store.locate(METADATA),
-        store.location,
+        quote_command("merge", store.location),
     )
     return False

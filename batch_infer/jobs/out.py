@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +12,7 @@ from batch_infer.jobs.run_json import parse_record, require
 from batch_infer.settings import METADATA, RESULTS_FILES, SHARED_NAMES
 from batch_infer.sinks import SHARD_FOLDER
 from batch_infer.store import IMAGE_FOLDERS, Out, Store, is_abandoned, is_temporary, open_store
+from batch_infer.terminal import quote_command
 
 FOLDERS = (*IMAGE_FOLDERS, SHARD_FOLDER, "manifest", "logs")
 RESULTS = (*(name for names in RESULTS_FILES.values() for name in names), METADATA)
@@ -151,9 +151,9 @@ def refuse_while_rescoring(out: str, record: Mapping[str, Any] | None) -> None:
     """Raise UsageError if a rescore is unfinished, since OUT then contains results under different safety settings."""
     if (record or {}).get("rescoring"):
         mode = require(parse_record(record).settings, "settings", out).safety.mode
-        command = shlex.join(("batch-infer", "rescore", out, "--safety", mode))
+        command = quote_command("rescore", out, "--safety", mode)
         raise SettingsError(
-            f"a rescore of {out} is unfinished: continue it with `{command}` and its other options, or start anew with "
+            f"a rescore of {out} is unfinished: continue it with {command} and its other options, or start anew with "
             "`run --overwrite`"
         )
 

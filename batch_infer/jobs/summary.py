@@ -20,9 +20,9 @@ from batch_infer.records import ResultRow, Source
 from batch_infer.stages import Stages
 
 MAX_BAD_RESULTS = 20
-"""Maximum number of failed and invalid results to list, and of different reasons. results.* contain all."""
-_WITH_REASON = frozenset({"failed", "invalid", "blocked", "flagged"})
-_OF_CHECKS = frozenset({"blocked", "flagged"})
+"""Maximum number of failed and invalid results to list, and of their different reasons. results.* contain all."""
+_SAFETY_STATUSES = frozenset({"blocked", "flagged"})
+_REASON_STATUSES = _SAFETY_STATUSES | {"failed", "invalid"}
 _SPECIFIC = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")
 """Quoted texts and numbers in an error. Errors that differ only in these have the same reason."""
 
@@ -93,8 +93,8 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         self.truncated += pc.sum(truncated).as_py() or 0
         if self.truncated and self.first_truncated is None:
             self.first_truncated = _locate(table, pc.index(truncated, True).as_py(), sources)
-        indices = [index for index, status in enumerate(statuses) if status in _WITH_REASON]
-        bad_indices = (index for index in indices if statuses[index] not in _OF_CHECKS)
+        indices = [index for index, status in enumerate(statuses) if status in _REASON_STATUSES]
+        bad_indices = (index for index in indices if statuses[index] not in _SAFETY_STATUSES)
         for index in islice(bad_indices, MAX_BAD_RESULTS - len(self.bad_results)):
             self.bad_results.append(f"{_locate(table, index, sources)}: {table['error'][index].as_py()}")
         errors = table["error"].take(indices).to_pylist() if indices else ()
@@ -108,16 +108,17 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         if row.image_index == 0 and row.prompt_truncated:
             self.truncated += 1
             self.first_truncated = self.first_truncated or location
-        if row.status in _WITH_REASON:
+        if row.status in _REASON_STATUSES:
             self._add_reason(row.status, row.error or "", lambda: location)
 
     def _add_reason(self, status: str, error: str, locate: Callable[[], str]) -> None:
-        kind = _kind(status, error)
+        key = _reason_key(status, error)
         for reason in self.reasons:
-            if _kind(reason.status, reason.error) == kind:
+            if _reason_key(reason.status, reason.error) == key:
                 reason.results += 1
                 return
-        if status in _OF_CHECKS or len(self.reasons) < MAX_BAD_RESULTS:
+        bad_reasons = sum(reason.status not in _SAFETY_STATUSES for reason in self.reasons)
+        if status in _SAFETY_STATUSES or bad_reasons < MAX_BAD_RESULTS:
             self.reasons.append(Reason(status, 1, locate(), error))
 
     @property
@@ -125,9 +126,9 @@ class Counts(JsonStruct, rename={"remaining": "left"}):
         return self.ok + self.flagged + self.blocked + self.invalid + self.failed
 
 
-def _kind(status: str, error: str) -> tuple[str, str]:
-    """Return what results with the same reason share. What a safety checker found makes no difference."""
-    return status, "" if status in _OF_CHECKS else generalize_error(error)
+def _reason_key(status: str, error: str) -> tuple[str, str]:
+    """Return the key by which results are grouped. All blocked results share one, and all flagged ones."""
+    return status, "" if status in _SAFETY_STATUSES else generalize_error(error)
 
 
 def _locate(table: pa.Table, index: int, sources: Sequence[Source]) -> str:

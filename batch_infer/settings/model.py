@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -64,6 +65,17 @@ class ModelSettings:
     lora_folder: str | None = None
     embeddings: tuple[EmbeddingSpec, ...] = ()
 
+    def as_options(self) -> list[str]:
+        """Return the command line options that select this model, without --device, which selects none."""
+        values: dict[str, Iterable[object]] = {
+            **{"--model": [self.name], "--revision": [self.revision], "--variant": [self.variant]},
+            **{"--lora": self.loras, "--lora-folder": [self.lora_folder], "--embedding": self.embeddings},
+            **{"--quantize": [self.quantize], "--scheduler": [self.scheduler]},
+            "--dtype": [None if self.dtype == "auto" else self.dtype],
+        }
+        words = [word for name, items in values.items() for item in items if item for word in (name, str(item))]
+        return [*words, "--long-prompts"] if self.long_prompts else words
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSpec:
@@ -118,6 +130,9 @@ class LoraSpec:
         except ValueError as error:
             raise SettingsError(f"--lora {text}: {error}") from error
 
+    def __str__(self) -> str:
+        return f"{self.file}:{self.weight:g}"
+
 
 def parse_weight(text: str) -> float:
     """Parse the weight of a LoRA. Raises ValueError."""
@@ -144,6 +159,9 @@ class EmbeddingSpec:
         if not suffix or rest == ":" or rest[:1] not in ("", ":"):
             raise SettingsError(f"--embedding {text}: expected FILE.safetensors or FILE.safetensors:TOKEN")
         return cls(name + suffix, rest[1:] or None)
+
+    def __str__(self) -> str:
+        return self.file if self.token is None else f"{self.file}:{self.token}"
 
 
 def _parse_value(text: str) -> Any:

@@ -27,8 +27,8 @@
   const retryTable = (out, file) => join(["batch-infer", "retry", "--ids", quote(file)], [out]);
 
   /** The command that renders an exported table into another folder. One row of it may have had several images. */
-  function runTable(model, file) {
-    return join(["batch-infer", "run", ...(model ? ["--model", quote(model)] : []), "--column", "id=", "--out", "other"], [file]);
+  function runTable(modelOptions, file) {
+    return join(["batch-infer", "run", ...modelOptions.map(quote), "--column", "id=", "--out", "other"], [file]);
   }
 
   /** The command that makes this gallery again. */

@@ -42,6 +42,7 @@
       this.columns = new Map();
       this.thumbs = new Array(meta.rows).fill(null);
       this.problems = new Map();
+      this.blanked = new Set();
       for (const description of meta.columns) {
         if (!description.detail) this.add(description);
       }
@@ -68,14 +69,21 @@
       const start = this.loaded;
       const length = columns.id.length;
       for (const [name, cells] of Object.entries(columns)) this.columns.get(name)?.fill(start, cells);
-      (columns._thumb ?? []).forEach((thumb, i) => (this.thumbs[start + i] = this.isBlanked(start + i) ? null : thumb));
+      (columns._thumb ?? []).forEach((thumb, i) => this.setThumb(start + i, thumb));
       (columns._problem ?? []).forEach((problem, i) => problem !== null && this.problems.set(start + i, problem));
       this.loaded += length;
     }
 
+    /** Set the thumbnail of a row. A black image that was stored in place of a flagged one is not shown. */
+    setThumb(row, thumb) {
+      const isBlack = thumb !== null && this.meta.run.on_flagged === "blank" && this.value("status", row) === "flagged";
+      if (isBlack) this.blanked.add(row);
+      this.thumbs[row] = isBlack ? null : thumb;
+    }
+
     /** Whether a black image was stored in place of a flagged one. */
     isBlanked(row) {
-      return this.meta.run.on_flagged === "blank" && this.value("status", row) === "flagged";
+      return this.blanked.has(row);
     }
 
     /** Say why a row has no image. */

@@ -25,6 +25,7 @@
       this.lastTop = 0;
       this.view = { rows: new Uint32Array(0), starts: null };
       this.frame = 0;
+      this.isLoadScheduled = false;
       this.samples = [];
       this.ratio = 1;
       this.scrollTop = 0; // read only when the layout is clean: reading it would force a layout otherwise
@@ -169,12 +170,12 @@
       tile.move(x, Math.min(y - this.offset, MAX_HEIGHT)); // the focused tile may be far below the view
     }
 
-    /** Load the images of the tiles when the page has shown them and the counts, both of which loading would delay. */
+    /** Load the images once the browser is idle: loading at once would delay the tiles and the counts. */
     loadSoon() {
-      if (this.isLoading) return;
-      this.isLoading = true;
+      if (this.isLoadScheduled) return;
+      this.isLoadScheduled = true;
       gallery.dom.whenIdle(() => {
-        this.isLoading = false;
+        this.isLoadScheduled = false;
         this.loadImages();
       });
     }

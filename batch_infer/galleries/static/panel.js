@@ -147,9 +147,10 @@
       const items = rows.slice(0, MOST_SIBLINGS).map((other) => {
         const thumb = this.table.thumbs[other];
         const words = gallery.captions.join(caption, other, "\n") || this.table.value("id", other);
+        const name = this.table.thumbs[other] ? words : `${words}\n${this.table.value("status", other)}`;
         const hidden = gallery.tile.isHidden(this.table, other) ? " is-hidden" : "";
         const picture = thumb ? make("img", { src: `thumbs/${thumb}`, alt: "", decoding: "async" }) : make("span", { class: "no-image", text: this.table.value("status", other) });
-        return make("button", { type: "button", class: `sibling${hidden}`, "aria-current": other === ofRow ? "true" : null, "aria-label": words, onclick: () => this.actions.open(other) }, picture, make("span", { class: "sibling-text", text: words }));
+        return make("button", { type: "button", class: `sibling${hidden}`, "aria-current": other === ofRow ? "true" : null, "aria-label": name, onclick: () => this.actions.open(other) }, picture, make("span", { class: "sibling-text", text: words }));
       });
       return make("section", { class: "siblings" }, make("h3", { text: `Same prompt: ${labels.plural(rows.length, "result")}` }), make("div", { class: "sibling-list" }, ...items));
     }
@@ -166,8 +167,8 @@
       const id = this.table.value("id", ofRow);
       const index = this.table.value("image_index", ofRow) ?? 0;
       const hint = "For a POSIX shell, in the folder in which the gallery was made";
-      const hasRecipe = this.table.thumbs[ofRow] || this.table.isBlanked(ofRow);
-      const recipe = hasRecipe ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
+      const isRendered = ["ok", "flagged"].includes(this.table.value("status", ofRow));
+      const recipe = isRendered ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
       const again = command("Render this row again", hint, gallery.commands.retry(out, id));
       return make("section", { class: "commands" }, make("h3", { text: "Commands" }), again, recipe, this.otherParameters(ofRow, hint));
     }
@@ -176,7 +177,7 @@
     otherParameters(ofRow, hint) {
       const save = () => gallery.dom.save(FILE, gallery.ratings.toCsv([ofRow]));
       const button = make("button", { type: "button", class: "button is-wide", onclick: save }, icon("export"), `Save ${FILE}`);
-      const run = gallery.commands.runTable(this.table.meta.run.model_option, FILE);
+      const run = gallery.commands.runTable(this.table.meta.run.model_options ?? [], FILE);
       const purpose = make("p", { text: "To render this image with other parameters and a new id, save its row and change the cells:" });
       return make("div", { class: "command" }, purpose, button, command("Then render the file", hint, run));
     }

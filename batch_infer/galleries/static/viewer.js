@@ -184,15 +184,15 @@
       const thumb = this.table.thumbs[row];
       const details = this.images.get(row);
       const path = details?._image ?? (thumb ? `thumbs/${thumb}` : null);
-      const isImage = path && !gallery.tile.isHidden(this.table, row) && !(details && this.isWithheld(row, details));
+      const isImage = path && !gallery.tile.isHidden(this.table, row) && !this.isWithheld(row, details);
       const sides = { width: this.table.value("width", row) ?? UNKNOWN_SIDE, height: this.table.value("height", row) ?? UNKNOWN_SIDE };
       const text = (this.table.value("prompt", row) ?? "").slice(0, 300);
       return isImage ? { ...sides, src: path, msrc: `thumbs/${thumb}`, alt: text, row } : { type: "notice", row };
     }
 
-    /** Whether the image of a flagged row is only in OUT, so that the page has a blurred thumbnail at most. */
+    /** Whether the page must not show an image: it is a black one, or flagged and not linked by the details. */
     isWithheld(row, details) {
-      return gallery.tile.isFlagged(this.table, row) && (this.table.isBlanked(row) || !details._image);
+      return this.table.isBlanked(row) || Boolean(details && gallery.tile.isFlagged(this.table, row) && !details._image);
     }
 
     /** Make the content of slides without an image: a reason, or a flagged image that can be shown. */
@@ -204,7 +204,8 @@
       const { row } = content.data;
       const isHidden = gallery.tile.isHidden(this.table, row);
       const details = this.images.get(row);
-      const isNotice = isHidden || this.table.isBlanked(row) || (details && this.isWithheld(row, details));
+      const hasNoImage = gallery.tile.isFlagged(this.table, row) && !this.table.thumbs[row] && !this.table.problems.has(row);
+      const isNotice = isHidden || hasNoImage || this.isWithheld(row, details);
       content.element = isNotice ? this.flagged(row, isHidden, details) : this.message(this.table.reason(row));
     }
 
@@ -217,7 +218,9 @@
       const image = thumb ? make("img", { class: "notice-blur", src: `thumbs/${thumb}`, alt: "" }) : null;
       const file = details?.generated_image;
       const where = file ? `The image is not part of this gallery. Its file is ${file} in the output folder.` : "The image was not stored.";
-      const words = isHidden ? FLAGGED : this.table.isBlanked(row) ? `${FLAGGED} A black image is stored in its place.` : where;
+      let words = FLAGGED;
+      if (this.table.isBlanked(row)) words = `${FLAGGED} A black image is stored in its place.`;
+      else if (!isHidden && details) words = where;
       const box = make("div", { class: "notice-box" }, icon("eye-off"), make("strong", { text: "Flagged" }), make("p", { text: words }));
       if (isHidden) box.append(make("button", { type: "button", class: "button", text: "Show image", onclick: () => this.reveal(row) }));
       return make("div", { class: "notice" }, image, box);

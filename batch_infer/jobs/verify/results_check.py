@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from batch_infer.jobs.verify.problems import Problems
 from batch_infer.manifest import EARLIER_TYPES, cast_table
 from batch_infer.records import RESULT_COLUMNS
 from batch_infer.store import Store, insert_rows, temporary_database, temporary_file_errors, temporary_folder
+from batch_infer.terminal import quote_command
 
 RESULTS_PARQUET = "results.parquet"
 BATCH = 2048
@@ -70,7 +70,7 @@ def check_results(
                 ):
                     comparison.find(_convert_to_stored(read_expected(), schema))
     except FileNotFoundError:
-        detail = f"it is missing: write it with `{shlex.join(('batch-infer', 'merge', store.location))}`"
+        detail = f"it is missing: write it with {quote_command('merge', store.location)}"
         problems.add("results_differ", detail, path=RESULTS_PARQUET)
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:

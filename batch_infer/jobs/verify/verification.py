@@ -26,6 +26,7 @@ from batch_infer.jobs.verify.row_check import RowVerifier, open_recorded_tables
 from batch_infer.manifest import Manifest, ManifestIndex, read_part_in_batches
 from batch_infer.settings import RESULTS_FILES
 from batch_infer.store import Out, Store, StoredFile, open_store, prefetch, to_absolute
+from batch_infer.terminal import quote_command
 
 log = logging.getLogger("batch_infer")
 
@@ -138,9 +139,10 @@ def _merge(store: Store) -> None:
 def _refuse_without_images(store: Store, verification: Verification) -> None:
     """Raise StorageError if results name images and none exists: their disk may not be mounted."""
     if verification.images and verification.counts.get("missing_image") == verification.images:
+        retry = quote_command("retry", store.location, "--status", "missing")
         raise StorageError(
             f"none of the {verification.images:,} images of {store.location} exists, so --fix marks none: mount the "
-            "disk with the images, or render them again with `batch-infer retry --status missing`"
+            f"disk with the images, or render them again with {retry}"
         )
 
 
