@@ -322,8 +322,8 @@ def test_ratings_survive_a_reload_and_are_exported(show: Callable[..., Any], tmp
 
 def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Path) -> None:
     page = show("is.status=failed")
-    for name, index in (("prompt", 1), ("note", 6)):
-        page.evaluate(f"BatchInferGallery.table.get('{name}').values[{index}] = '=SUM(1)'")
+    for name, index, text in (("prompt", 1, "=SUM(1)"), ("note", 6, "=SUM(2)"), ("style", 1, "-0.5")):
+        page.evaluate(f"BatchInferGallery.table.get('{name}').values[{index}] = '{text}'")
     page.evaluate("BatchInferGallery.table.loaded--")
     page.click("[data-dialog=export]")
     assert page.is_disabled("[data-export=shown]")
@@ -333,7 +333,7 @@ def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Pa
     download.value.save_as(tmp_path / "results.csv")
     content = (tmp_path / "results.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbfid,image_index")
-    assert content.endswith(b",'=SUM(1),,ink,'=SUM(1),b\r\n")
+    assert content.endswith(b",'=SUM(1),,-0.5,'=SUM(2),b\r\n")
 
 
 def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path) -> None:
@@ -372,6 +372,25 @@ def test_many_safety_scores_are_folded(browser: Any, tmp_path: Path) -> None:
         page.get_by_text("Safety scores (6)").click()
         assert score.is_visible()
         assert page.locator("#sort optgroup option").count() == 6
+        page = opened.goto(path, "min.safety_scores.violence=0.1")
+        assert page.locator("details.is-active", has=page.locator("h2")).count() == 1
+
+
+def test_the_throughput_is_that_of_the_chosen_results(show: Callable[..., Any]) -> None:
+    """Of results within a few seconds, it would show peaks that the run did not have."""
+    page = show("view=charts")
+    page.get_by_text("Throughput").wait_for()
+    assert "Last run" in page.inner_text(".facts")
+    page = show("view=charts&is.style=ink&q=fox 1")
+    page.get_by_text("Statuses").wait_for()
+    assert page.get_by_text("Throughput").count() == 0
+
+
+def test_an_image_of_several_has_its_number(show: Callable[..., Any], browser: Any, tmp_path: Path) -> None:
+    assert show().locator(".tile[aria-posinset='1'] .tile-meta").inner_text() == "row-0 · image 0"
+    with open_context(browser) as opened:
+        page = opened.goto(make_gallery(tmp_path / "out", 1))
+        assert page.locator(".tile .tile-meta").inner_text() == "row-0"
 
 
 def test_damaged_ratings_are_ignored(show: Callable[..., Any]) -> None:

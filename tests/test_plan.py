@@ -105,7 +105,7 @@ def test_a_plan_prints_a_readable_report(table: Path, out: Path) -> None:
     done = command("plan", table, "--out", out, *QUICK, "--price-per-hour", "3600", "--limit", "7")
     assert done.code == 3
     lines = done.stdout.splitlines()
-    assert f"3 of 7 rows are invalid: {lines[0]}\n" in done.stderr  # before the speed is measured
+    assert f"3 of 7 rows are invalid; the first is {lines[0]}\n" in done.stderr
     assert lines[0] == f"{table}, line 5 (t-00000003): height '13' is not within 16 to 512"
     assert lines[1] == f"{table}, line 6 (d): the prompt is empty"
     assert lines[2] == f"{table}, line 7 (t-00000005): duplicate id 'd'"

@@ -159,9 +159,9 @@ def test_flagged_images_that_were_kept_can_be_looked_at() -> None:
     assert "flagged  -> look at it in o/quarantine" in lines
 
 
-def test_rows_and_images_are_told_apart() -> None:
+def test_counts_add_up_to_the_number_of_results() -> None:
     counts = Counts(rows=4, images=9, ok=8, flagged=1, blocked=1, invalid=1, failed=1)
-    assert summarize(Summary(counts))[0] == "4 rows, 9 images · 8 ok · 1 flagged · 1 blocked · 1 invalid row · 1 failed"
+    assert summarize(Summary(counts))[0] == "4 rows, 12 results · 8 ok · 1 flagged · 1 blocked · 1 invalid · 1 failed"
 
 
 def test_what_the_safety_checks_found_is_located() -> None:

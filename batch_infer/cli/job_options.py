@@ -82,14 +82,14 @@ default_options = (
         type=int,
         default=1,
         metavar="N",
-        help="Number of images per row. The seed of each is one higher than that of the one before.",
+        help="Number of images per row. Each image's seed is one higher than that of the previous image.",
     ),
     option(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="Base seed. Rows without a seed derive theirs from it and their id, so each has another.",
+        help="Base seed. Rows without a seed derive theirs from it and their id, so each row has a different one.",
     ),
 )
 
@@ -199,11 +199,11 @@ run_options = (
 job_options = (
     argument("tables", "TABLE...", nargs=-1, required=True),
     Section("Tables and OUT", table_options),
-    Section("Defaults of rows", default_options),
+    Section("Defaults for rows", default_options),
     Section("Model", model_options),
     Section("Devices and speed", device_options),
     Section("Safety", safety_options),
     Section("Images and results", output_options),
-    Section("The run", run_options),
+    Section("Run", run_options),
 )
 """The options of `run` and `plan`."""

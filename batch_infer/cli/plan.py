@@ -127,7 +127,8 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     yield f"slots    {slot_range}, occupancy {plan.occupancy:.0%}"
     if plan.processes > 1:
         yield f"workers  {plan.processes}, one per device"
-    yield f"time     about {format_duration(plan.seconds)}, at the speed measured {plan.measured_at:%Y-%m-%d %H:%M} UTC"
+    measured_at = f"{plan.measured_at:%Y-%m-%d %H:%M} UTC"
+    yield f"time     about {format_duration(plan.seconds)}, at the speed measured on {measured_at}"
     yield f"disk     about {tqdm.format_sizeof(plan.bytes, 'B')}"
     if plan.cost is not None:
         yield f"cost     about {plan.cost:,.2f}"

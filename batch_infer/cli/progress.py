@@ -22,7 +22,7 @@ LOADING = "loading model"
 LOG_INTERVAL = 10.0
 """Minimum number of seconds between log lines of progress, except before the last."""
 FIRST_WAIT = 30.0
-"""Seconds without a result, after which the log says that nothing is wrong."""
+"""Seconds without a result after which the log says that it is waiting."""
 WAITING = "waiting for the first result"
 """Name of the thread that logs this."""
 
@@ -179,7 +179,7 @@ class ProgressBar(ProgressCounts):
 class ProgressLog(ProgressCounts):
     """Logs counts of committed results at most once per LOG_INTERVAL, and at the end those not logged yet.
 
-    Until the first result, it logs after FIRST_WAIT, and then each time after twice as long, that it is still waiting.
+    Until the first result, it also logs that it is waiting: after FIRST_WAIT seconds, then at twice the wait.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -196,14 +196,16 @@ class ProgressLog(ProgressCounts):
     def ready(self, throughput: Throughput) -> None:
         super().ready(throughput)
         log.info("model loaded, rendering")
-        Thread(target=self._log_waiting, name=WAITING, daemon=True).start()
+        self._has_results.set()  # rendering begins again if compilation failed
+        self._has_results = Event()
+        Thread(target=self._log_waiting, args=[self._has_results], name=WAITING, daemon=True).start()
 
-    def _log_waiting(self) -> None:
+    def _log_waiting(self, has_results: Event) -> None:
         waited, seconds = 0.0, FIRST_WAIT
-        while not self._has_results.wait(seconds - waited):
+        while not has_results.wait(seconds - waited):
             waited, seconds = seconds, 2 * seconds
-            message = "no image is finished after %s: those that are rendered together finish together"
-            log.info(message, format_duration(waited))
+            message = "no image is finished after %s; images of one batch finish together, and the first may be slow"
+            log.info(message, format_duration(waited), extra={"seconds": waited})
 
     def committed(self, rows: Sequence[ResultRow]) -> None:
         super().committed(rows)

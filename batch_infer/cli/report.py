@@ -92,12 +92,10 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def format_counts(counts: Counts) -> str:
-    """Format the numbers of rows, results by status and truncated prompts, and of images if they outnumber the rows."""
-    images = f", {counts.images:,} images" if counts.images > counts.rows else ""
-    parts = [f"{format_count(counts.rows, 'row')}{images}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
-    invalid = format_count(counts.invalid, "invalid row") if images else f"{counts.invalid:,} invalid"
-    blocked, failed = f"{counts.blocked:,} blocked", f"{counts.failed:,} failed"
-    parts += [blocked] * bool(counts.blocked) + [invalid] * bool(counts.invalid) + [failed] * bool(counts.failed)
+    """Format the numbers of rows, of results if they outnumber the rows, of results by status and truncated prompts."""
+    results = f", {counts.results:,} results" if counts.results > counts.rows else ""
+    parts = [f"{format_count(counts.rows, 'row')}{results}", f"{counts.ok:,} ok", f"{counts.flagged:,} flagged"]
+    parts += [f"{count:,} {name}" for name in ("blocked", "invalid", "failed") if (count := getattr(counts, name))]
     if counts.truncated:
         parts.append(f"{format_count(counts.truncated, 'prompt')} truncated")
     return " · ".join(parts)

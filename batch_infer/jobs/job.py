@@ -176,7 +176,7 @@ def prepare(
     earlier = None if settings.overwrite else existing
     if settings.model.name is None and earlier is None:
         log.info(
-            "no --model given: using the built-in demo model, which draws a shape ('a small green star on the left')"
+            "no --model given: using the built-in demo model (try a prompt such as 'a small green star on the left')"
         )
     outdir.refuse_while_rescoring(settings.out, earlier)
     settings, compute, record, rules = resolve_run(settings, card, device, earlier, tables)

@@ -80,7 +80,7 @@ class Plan(JsonStruct, rename={"finished": "done", "refusal": "refused"}):
     default_ids: IdSource | None = None
     measured_at: datetime | None = None
     bad_results: list[str] = []
-    """The first invalid rows with their locations and errors. --json has all instead."""
+    """The first invalid rows with their locations and errors. --json lists all of them instead."""
 
     def as_dict(self) -> dict[str, Any]:
         values = {**super().as_dict(), "measured_at": self.measured_at and self.measured_at.isoformat()}
@@ -178,8 +178,8 @@ class _Planner:
         if not costs:
             return
         if plan.bad_results:  # known now, and the list comes after measuring
-            verb = "is" if plan.invalid_rows == 1 else "are"
-            log.info("%d of %d rows %s invalid: %s", plan.invalid_rows, plan.rows, verb, plan.bad_results[0])
+            verb = "is invalid:" if plan.invalid_rows == 1 else "are invalid; the first is"
+            log.info("%d of %d rows %s %s", plan.invalid_rows, plan.rows, verb, plan.bad_results[0])
         job = replace(self._job, compute=self._shapes.choose(costs))
         rates = find_rates(costs, job, self._probe)
         for (height, width), cost in costs.items():

@@ -36,7 +36,7 @@
   function plain(table, row, sortName) {
     const id = table.value("id", row) ?? "";
     const index = table.value("image_index", row);
-    const hasSeveral = index > 0 || (table.value("image_index", row + 1) === 1 && table.value("id", row + 1) === id);
+    const hasSeveral = index > 0 || (table.value("image_index", row + 1) > 0 && table.value("id", row + 1) === id);
     const name = hasSeveral ? `${id} · image ${index}` : id;
     const column = sortName && sortName !== "id" && sortName !== "prompt" ? table.get(sortName) : null;
     return column ? `${join([column], row) || labels.nothing(column)} · ${name}` : name;

@@ -1,4 +1,4 @@
-// Charts of the results that match the filters, and of the whole run.
+// Charts of the results that match the filters, and figures of the last run.
 "use strict";
 
 (function (gallery) {
@@ -17,14 +17,20 @@
     return make("section", { class: isWide ? "chart is-wide" : "chart" }, make("h3", { text: title }), hint ? make("p", { class: "chart-hint", text: hint }) : null, body);
   }
 
-  /** Count the numbers of rows in equal bins. Returns the left edges, the counts and the width of a bin, or null. */
-  function bin(column, rows, bins) {
+  /** Return the smallest and the largest number of rows: Infinity and -Infinity if they have none. */
+  function span(column, rows) {
     let [min, max] = [Infinity, -Infinity];
     for (const row of rows) {
       const number = column.numbers[row];
       if (number < min) min = number;
       if (number > max) max = number;
     }
+    return [min, max];
+  }
+
+  /** Count the numbers of rows in equal bins. Returns the left edges, the counts and the width of a bin, or null. */
+  function bin(column, rows, bins) {
+    const [min, max] = span(column, rows);
     if (min > max) return null;
     const width = (max - min) / bins || 1;
     const counts = new Array(bins).fill(0);
@@ -79,10 +85,10 @@
 
   function throughput(table, rows) {
     const column = table.get("finished_at");
-    const span = column?.numbers ? column.max - column.min : 0;
-    if (span < LEAST_SPAN) return null;
-    const bins = bin(column, rows, Math.min(MOST_TIMES, Math.floor(span / LEAST_WIDTH)));
-    if (!bins) return null;
+    if (!column?.numbers) return null;
+    const [min, max] = span(column, rows);
+    if (!(max - min >= LEAST_SPAN)) return null;
+    const bins = bin(column, rows, Math.min(MOST_TIMES, Math.floor((max - min) / LEAST_WIDTH)));
     const rates = bins.counts.map((count) => (60 * count) / bins.width);
     const most = labels.plural(Math.round(Math.max(...rates)), "result");
     const body = plot({ x: bins.edges, y: rates, isTime: true, name: "Per minute", description: `Results per minute over time, at most ${most}` });

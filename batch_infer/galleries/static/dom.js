@@ -79,7 +79,7 @@
     return new Promise((resolve) => setTimeout(resolve, 0));
   }
 
-  /** Call a function when the browser is idle, at the latest after 100 ms. Safari has no such call and waits 30 ms. */
+  /** Call a function when the browser is idle, after at most 100 ms. Safari has no requestIdleCallback: there, after 30 ms. */
   function whenIdle(callback) {
     if (window.requestIdleCallback) window.requestIdleCallback(callback, { timeout: 100 });
     else setTimeout(callback, 30);

@@ -7,7 +7,7 @@
   const FIRST = ["status", "nsfw_content_detected", "rating", "mark"];
   const PARAMETERS = ["scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "width", "height", "negative_prompt"];
   const OPEN_CARRIED = 3;
-  const MOST_SCORES = 4;
+  const MOST_OPEN_SCORES = 4;
 
   /** Whether a filter by this column can leave out some results but not all. */
   function isUseful(table, column) {
@@ -56,7 +56,7 @@
           const opens = (!title && !column.local) || (title === "Your columns" && index < OPEN_CARRIED && column.codes);
           return this.keepSection(former.get(column.name)) ?? this.makeSection(column, former.get(column.name)?.details.open ?? opens);
         });
-        if (columns.length > MOST_SCORES && columns[0].score) nodes.push(this.fold(`${title} (${columns.length})`, sections));
+        if (columns.length > MOST_OPEN_SCORES && columns[0].score) nodes.push(this.makeFold(`${title} (${columns.length})`, sections));
         else nodes.push(...(title ? [make("h2", { class: "filter-group", text: title })] : []), ...sections);
       }
       this.container.replaceChildren(...nodes);
@@ -66,12 +66,14 @@
     }
 
     /** Put sections into one that is closed at first. */
-    fold(title, sections) {
-      const summary = make("summary", {}, make("span", { class: "section-name", text: title }), icon("chevron"));
-      const details = make("details", { class: "section is-fold" }, summary, ...sections);
-      details.open = this.isUnfolded ?? false;
-      details.addEventListener("toggle", () => (this.isUnfolded = details.open));
-      return details;
+    makeFold(title, sections) {
+      const isOpen = this.fold?.open ?? false;
+      const hasFocus = this.fold?.firstChild === document.activeElement;
+      const summary = make("summary", {}, make("h2", { class: "section-name", text: title }), icon("chevron"));
+      this.fold = make("details", { class: "section" }, summary, ...sections);
+      this.fold.open = isOpen;
+      if (hasFocus) queueMicrotask(() => summary.focus({ preventScroll: true }));
+      return this.fold;
     }
 
     /** Return the node of a section that stays as it is: the values of categories are known from the beginning. */
@@ -115,6 +117,7 @@
         section.isStale = true;
         this.updateSection(section);
       }
+      this.fold?.classList.toggle("is-active", Boolean(this.fold.querySelector(".is-active")));
     }
 
     showChips(state) {

@@ -94,7 +94,7 @@
           list("Parameters", entries(PARAMETERS)),
           list("Your columns", all.filter(({ column }) => column.carried)),
           list("Result", entries(OUTCOME).filter(({ column }) => column.name !== "error")),
-          this.commands(ofRow),
+          this.commands(ofRow, details),
           this.scores(ofRow),
           list("More", all.filter(({ column }) => !column.carried && !used.has(column.name))),
           details ? null : make("p", { class: "panel-wait", text: this.failure ?? "Loading more values" }),
@@ -162,7 +162,7 @@
       return make("section", { class: "values" }, make("h3", { text: "Safety scores" }), make("dl", {}, ...rows));
     }
 
-    commands(ofRow) {
+    commands(ofRow, details) {
       const { out } = this.table.meta;
       const id = this.table.value("id", ofRow);
       const index = this.table.value("image_index", ofRow) ?? 0;
@@ -170,16 +170,17 @@
       const isRendered = ["ok", "flagged"].includes(this.table.value("status", ofRow));
       const recipe = isRendered ? command("Script for plain diffusers", hint, gallery.commands.exportRecipe(out, id, index)) : null;
       const again = command("Render this row again", hint, gallery.commands.retry(out, id));
-      return make("section", { class: "commands" }, make("h3", { text: "Commands" }), again, recipe, this.otherParameters(ofRow, hint));
+      return make("section", { class: "commands" }, make("h3", { text: "Commands" }), again, recipe, this.otherParameters(ofRow, details));
     }
 
-    /** A table of this image alone, and the command that renders it. */
-    otherParameters(ofRow, hint) {
-      const save = () => gallery.dom.save(FILE, gallery.ratings.toCsv([ofRow]));
+    /** A table of this image alone, with the whole texts of its details, and the command that renders it. */
+    otherParameters(ofRow, details) {
+      const save = () => gallery.dom.save(FILE, gallery.ratings.toCsv([ofRow], details));
       const button = make("button", { type: "button", class: "button is-wide", onclick: save }, icon("export"), `Save ${FILE}`);
+      button.disabled = !details;
       const run = gallery.commands.runTable(this.table.meta.run.model_options ?? [], FILE);
       const purpose = make("p", { text: "To render this image with other parameters and a new id, save its row and change the cells:" });
-      return make("div", { class: "command" }, purpose, button, command("Then render the file", hint, run));
+      return make("div", { class: "command" }, purpose, button, command("Then run this in the folder of the file:", "For a POSIX shell", run));
     }
 
     copyAll(values) {

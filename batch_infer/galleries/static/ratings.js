@@ -97,16 +97,15 @@
     return /[",\r\n]/.test(text) || text !== text.trim() ? `"${text.replaceAll('"', '""')}"` : text;
   }
 
-  /** Put an apostrophe before text that spreadsheets would run as a formula. */
-  const disarm = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+  /** Put an apostrophe before text that spreadsheets would run as a formula. A number is none. */
+  const disarm = (text) => (/^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text);
 
   const PARAMETERS = ["seed", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale"];
   const TEXTS = ["prompt", "negative_prompt"];
   const COLUMNS = ["id", "image_index", "rating", "mark", "status", ...PARAMETERS, ...TEXTS];
 
-  /** A value of a carried column, as a table has it. */
-  function carriedValue(column, row) {
-    const value = table.value(column.name, row);
+  /** A value of a carried column as a table has it. */
+  function carriedCell(column, value) {
     if (value === null) return "";
     if (column.kind === "time") return new Date(value * 1000).toISOString();
     return typeof value === "string" ? disarm(value) : value;
@@ -114,16 +113,17 @@
 
   /**
    * Return rows as CSV, which `batch-infer retry --ids` accepts, and `batch-infer run` as a table. Excel recognises UTF-8
-   * by the byte order mark.
+   * by the byte order mark. `details` has the whole texts of a single row.
    */
-  function toCsv(rows) {
-    const carried = table.meta.columns.filter((column) => column.carried && !column.detail);
+  function toCsv(rows, details = null) {
+    const carried = table.meta.columns.filter((column) => column.carried && (details ? column.kind !== "json" : !column.detail));
+    const valueOf = (name, row) => details?.[name] ?? table.value(name, row);
     const lines = [`\ufeff${[...COLUMNS, ...carried.map(({ name }) => disarm(name))].map(cell).join(",")}`];
     for (const row of rows) {
       const values = [table.value("id", row), table.value("image_index", row) ?? 0, ratingOf(row) || null, isMarked(row) ? 1 : 0];
       values.push(table.value("status", row), ...PARAMETERS.map((name) => table.value(name, row)));
-      values.push(...TEXTS.map((name) => disarm(table.value(name, row) ?? "")));
-      values.push(...carried.map((column) => carriedValue(column, row)));
+      values.push(...TEXTS.map((name) => disarm(valueOf(name, row) ?? "")));
+      values.push(...carried.map((column) => carriedCell(column, valueOf(column.name, row))));
       lines.push(values.map(cell).join(","));
     }
     return `${lines.join("\r\n")}\r\n`;

@@ -93,7 +93,7 @@
       const isComplete = this.table.loaded >= this.table.size;
       for (const button of document.querySelectorAll("[data-export]")) {
         const rows = this.rowsOf(button.dataset.export);
-        button.querySelector(".export-count").textContent = isComplete ? labels.plural(rows.length, "result") : "Loading";
+        button.querySelector(".export-count").textContent = isComplete ? labels.count(rows.length) : "Loading";
         button.disabled = !isComplete || rows.length === 0;
       }
     }
