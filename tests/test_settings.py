@@ -127,7 +127,7 @@ def test_defaults_apply_without_options() -> None:
     [
         (),
         ("--model", "m", "--revision", "r", "--variant", "fp16", "--dtype", "bfloat16", "--quantize", "nf4"),
-        ("--lora", "l.safetensors:0.5", "--lora", "k.safetensors", "--lora-folder", "loras", "--long-prompts"),
+        ("--lora", "l.safetensors:0.12345678", "--lora", "k.safetensors", "--lora-folder", "loras", "--long-prompts"),
         ("--embedding", "e.safetensors", "--embedding", "f.safetensors:<toy>", "--scheduler", "A:x=1,y=linear"),
     ],
 )

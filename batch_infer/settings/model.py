@@ -131,7 +131,7 @@ class LoraSpec:
             raise SettingsError(f"--lora {text}: {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.weight:g}"
+        return f"{self.file}:{self.weight}"
 
 
 def parse_weight(text: str) -> float:
