@@ -84,7 +84,10 @@ def make_gallery(folder: Path, rows: int, images: type[Images] = Images, scores:
             results = [{**row, "generated_image": None} if row["status"] == "flagged" else row for row in results]
         snapshot.add(pa.Table.from_pylist(results, schema))
         summary = {"stage_shares": {"denoise": 0.9, "decode": 0.1}}
-        description = {"model": "tiny", "scheduler": None, "started_at": str(START), "summary": summary, **run}
+        description = {
+            **{"model": "tiny", "model_options": [], "on_flagged": "keep", "scheduler": None},
+            **{"started_at": str(START), "summary": summary, **run},
+        }
         info = GalleryInfo("<tests>", OUT, "tests", 0, 0.0, description)
         write_gallery(store, snapshot, images(folder), info, TileOptions(64, 1))
     return folder / "gallery" / "index.html"

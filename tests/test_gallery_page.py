@@ -334,6 +334,9 @@ def test_an_exported_prompt_is_no_formula(show: Callable[..., Any], tmp_path: Pa
     content = (tmp_path / "results.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbfid,image_index")
     assert content.endswith(b",'=SUM(1),,-0.5,'=SUM(2),b\r\n")
+    page.keyboard.press("Escape")
+    open_tile(page, 1)
+    page.get_by_text("Remove the apostrophe before a prompt too").wait_for()
 
 
 def test_a_flagged_image_that_is_black_is_not_shown(browser: Any, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class ModelSettings:
     embeddings: tuple[EmbeddingSpec, ...] = ()
 
     def as_options(self) -> list[str]:
-        """Return the command line options that select this model, without --device, which selects none."""
+        """Return the command line options that select this model, without --device, which chooses where it runs."""
         values: dict[str, Iterable[object]] = {
             **{"--model": [self.name], "--revision": [self.revision], "--variant": [self.variant]},
             **{"--lora": self.loras, "--lora-folder": [self.lora_folder], "--embedding": self.embeddings},

@@ -132,8 +132,9 @@ def make_gallery(folder: Path, rows: int) -> Path:
     """Write a gallery of synthetic results, and return the path of its page. An existing one is written again."""
     write_pictures(folder)
     link_thumbnails(folder, rows)
+    model = "stabilityai/stable-diffusion-xl-base-1.0"
     run = {
-        "model": "stabilityai/stable-diffusion-xl-base-1.0",
+        **{"model": model, "model_options": ["--model", model], "on_flagged": "keep"},
         **{"scheduler": "EulerDiscreteScheduler", "started_at": str(START), "summary": SUMMARY | {"seconds": rows / 2}},
     }
     with Snapshot(SCHEMA_WITH_CARRIED) as snapshot, open_store(folder / "gallery").locked() as store:

@@ -72,6 +72,7 @@
       const summary = make("summary", {}, make("h2", { class: "section-name", text: title }), icon("chevron"));
       this.fold = make("details", { class: "section" }, summary, ...sections);
       this.fold.open = isOpen;
+      // The caller puts the new node into the page first.
       if (hasFocus) queueMicrotask(() => summary.focus({ preventScroll: true }));
       return this.fold;
     }

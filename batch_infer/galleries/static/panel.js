@@ -178,8 +178,11 @@
       const save = () => gallery.dom.save(FILE, gallery.ratings.toCsv([ofRow], details));
       const button = make("button", { type: "button", class: "button is-wide", onclick: save }, icon("export"), `Save ${FILE}`);
       button.disabled = !details;
-      const run = gallery.commands.runTable(this.table.meta.run.model_options ?? [], FILE);
+      const run = gallery.commands.runTable(this.table.meta.run.model_options, FILE);
       const purpose = make("p", { text: "To render this image with other parameters and a new id, save its row and change the cells:" });
+      const { disarm } = gallery.ratings;
+      const texts = ["prompt", "negative_prompt"].map((name) => this.table.value(name, ofRow) ?? "");
+      if (texts.some((text) => disarm(text) !== text)) purpose.append(" Remove the apostrophe before a prompt too: it keeps spreadsheets from running the text as a formula.");
       return make("div", { class: "command" }, purpose, button, command("Then run this in the folder of the file:", "For a POSIX shell", run));
     }
 

@@ -129,5 +129,5 @@
     return `${lines.join("\r\n")}\r\n`;
   }
 
-  gallery.ratings = { open, apply, rate, toggleMark, ratingOf, isMarked, ratedRows, toCsv };
+  gallery.ratings = { open, apply, rate, toggleMark, ratingOf, isMarked, ratedRows, disarm, toCsv };
 })((window.BatchInferGallery ??= {}));

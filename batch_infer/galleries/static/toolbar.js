@@ -107,7 +107,7 @@
     showCommands(file) {
       const { out, run } = this.table.meta;
       byId("retry-command").textContent = gallery.commands.retryTable(out, file);
-      byId("run-command").textContent = gallery.commands.runTable(run.model_options ?? [], file);
+      byId("run-command").textContent = gallery.commands.runTable(run.model_options, file);
     }
 
     sort(name) {
